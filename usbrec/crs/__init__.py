@@ -1,0 +1,1 @@
+"""Conversational recommendation: data, catalogue, agents, PODCS, SES and evaluation."""

@@ -1,0 +1,1 @@
+"""A language model from raw weights: decoder, adapters, training, cache and sampling."""
