@@ -1,0 +1,126 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): several by name over one frozen base.
+
+    y = W x + scaling * B (A x),   scaling = lora_alpha / r   (rsLoRA: lora_alpha / sqrt(r))
+
+A (r, in) starts random, B (out, r) starts at zero, so a new adapter changes nothing. Which rows of
+a pass an adapter applies to is said with every call (`Route`), so one pass may mix adapters and a
+row without one is the base to the last bit. Adapters stay in fp32 over a base of any dtype.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ALL_LINEAR = "all-linear"
+
+
+class Route(NamedTuple):
+    """Tokens `start` to `stop` (exclusive) of the flat row belong to the adapter `adapter`."""
+
+    adapter: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Rank, scale and place of an adapter, in peft's names; `target_modules` are last names."""
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"the rank r of an adapter must be at least 1, got {self.r}")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A x."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer with any number of named adapters beside it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.requires_grad_(False)
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+
+    def forward(self, x: Tensor, routes: Sequence[Route] = ()) -> Tensor:
+        """Return W x + b, and on each route's rows its adapter's part. x (T, in) -> (T, out)."""
+        out = F.linear(x, self.weight, self.bias)
+        for name, start, stop in routes:
+            if name not in self.lora_A:
+                continue
+            low = F.linear(x[start:stop].to(self.lora_A[name].dtype), self.lora_A[name])  # (t, r)
+            delta = (F.linear(low, self.lora_B[name]) * self.scaling[name]).to(out.dtype)
+            if stop - start == len(x):
+                out = out + delta
+            else:
+                out[start:stop] += delta
+        return out
+
+    def add(self, name: str, config: LoraConfig, generator: torch.Generator) -> None:
+        """Put the fresh adapter `name` beside the weight: A uniform as in peft, B zero."""
+        device = self.weight.device
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), peft's choice
+        lora_A = torch.empty(config.r, self.in_features).uniform_(
+            -bound, bound, generator=generator
+        )
+        self.lora_A[name] = nn.Parameter(lora_A.to(device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
+        self.scaling[name] = config.scaling
+
+    def delta_weight(self, name: str) -> Tensor:
+        """Return scaling * B A in fp32, (out, in): what merging adds to the weight."""
+        return self.lora_B[name].data @ self.lora_A[name].data * self.scaling[name]
+
+
+def lora_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield (module path, layer) of each layer that an adapter of this config covers."""
+    wanted = set(config.target_modules)
+    found = set()
+    for path, module in model.named_modules():
+        last = path.rpartition(".")[2]
+        if isinstance(module, LoraLinear) and (ALL_LINEAR in wanted or last in wanted):
+            found.add(last)
+            yield path, module
+    missing = wanted - found - {ALL_LINEAR}
+    if missing:
+        raise ValueError(f"target_modules names no linear layer of this model: {sorted(missing)}")
+
+
+def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
+    """Give the model a fresh adapter called `name`; the same seed makes the same weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, layer in lora_layers(model, config):
+        if name in layer.lora_A:
+            raise ValueError(f"the model already has an adapter {name!r} at {path}")
+        layer.add(name, config, generator)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take the adapter `name` away; without it the model is its base again."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and name in module.lora_A:
+            del module.lora_A[name], module.lora_B[name], module.scaling[name]
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters: "<module path>.lora_A.weight" and "...lora_B.weight"."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear) and name in module.lora_A:
+            found[f"{path}.lora_A.weight"] = module.lora_A[name]
+            found[f"{path}.lora_B.weight"] = module.lora_B[name]
+    return found

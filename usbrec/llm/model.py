@@ -1,0 +1,238 @@
+"""One decoder for Llama, Qwen2 and ChatGLM3, and one `forward` for training and inference.
+
+A pass takes a flat row of tokens: no batch dimension and no padding. Which token sees which is not
+the decoder's business: `attention` decides, be it a packed training row (packing.py) or
+conversations that continue a memory (cache.py). Modules carry Hugging Face's names, so that Llama
+and Qwen2 weights load with no map. Left out: mixtures of experts, sliding windows, dropout.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from usbrec.errors import UserError
+from usbrec.llm.lora import LoraLinear, Route
+
+
+class Attention(Protocol):
+    """Who sees whom: called by every layer with the pass's queries, keys and values."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Map q (T, H, d), k and v (T, H_kv, d) of layer number `layer` to (T, H, d)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The settings of config.json that the decoder honours, in Hugging Face's names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k and v
+    rotary_dim: int = 0  # how many of a head's dimensions turn; 0 means all
+    rotary_interleaved: bool = False  # pairs (0, 1), (2, 3)... instead of (0, d/2), (1, d/2 + 1)...
+    fused_projections: bool = False  # one product for q, k, v and one for gate, up (ChatGLM3)
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Return the angle a position turns each pair by, (rotary_dim / 2,) in fp32 (RoPE)."""
+    dim = config.rotary_dim or config.head_dim
+    inv_freq = 1 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq
+    # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between are blended
+    old = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inv_freq
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first 2 * cos.shape[-1] dimensions of each head; x (T, H, d), cos, sin (T, 1, r)."""
+    turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Projections and rotation; the attention itself is handed in."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, d = config.hidden_size, config.head_dim
+        H, H_kv = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.interleaved = d, config.rotary_interleaved
+        self.widths = [H * d, H_kv * d, H_kv * d]
+        self.fused = config.fused_projections
+        if self.fused:
+            self.qkv_proj = LoraLinear(D, sum(self.widths), bias=config.attention_bias)
+        else:
+            self.q_proj = LoraLinear(D, H * d, bias=config.attention_bias)
+            self.k_proj = LoraLinear(D, H_kv * d, bias=config.attention_bias)
+            self.v_proj = LoraLinear(D, H_kv * d, bias=config.attention_bias)
+        self.o_proj = LoraLinear(H * d, D)
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        turn: tuple[Tensor, Tensor],
+        attention: Attention,
+        routes: Sequence[Route],
+    ) -> Tensor:
+        """(T, D) -> (T, D)."""
+        if self.fused:
+            q, k, v = self.qkv_proj(x, routes).split(self.widths, dim=-1)
+        else:
+            q, k, v = (p(x, routes) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in (q, k, v))  # (T, H or H_kv, d)
+        q, k = (rotate(y, *turn, self.interleaved) for y in (q, k))
+        return self.o_proj(attention(layer, q, k, v).flatten(1), routes)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.fused = config.fused_projections
+        if self.fused:
+            self.gate_up_proj = LoraLinear(D, 2 * inner)
+        else:
+            self.gate_proj = LoraLinear(D, inner)
+            self.up_proj = LoraLinear(D, inner)
+        self.down_proj = LoraLinear(inner, D)
+
+    def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
+        """(T, D) -> (T, D)."""
+        if self.fused:
+            gate, up = self.gate_up_proj(x, routes).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x, routes), self.up_proj(x, routes)
+        return self.down_proj(F.silu(gate) * up, routes)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its norm and beside the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        turn: tuple[Tensor, Tensor],
+        attention: Attention,
+        routes: Sequence[Route],
+    ) -> Tensor:
+        """(T, D) -> (T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), layer, turn, attention, routes)
+        return x + self.mlp(self.post_attention_layernorm(x), routes)
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers and last norm: what Hugging Face's checkpoints call `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model over flat rows of tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return self.lm_head.weight.dtype
+
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines for these positions, (T, 1, rotary_dim / 2) each."""
+        inv_freq = rotary_frequencies(self.config).to(position_ids.device)
+        angles = position_ids.float()[:, None, None] * inv_freq
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: Attention,
+        routes: Sequence[Route] = (),
+    ) -> Tensor:
+        """Return the hidden states after the last norm: two (T,) rows of ids -> (T, D)."""
+        x = self.model.embed_tokens(input_ids)
+        turn = self.rotary(position_ids)
+        for number, layer in enumerate(self.model.layers):
+            x = layer(x, number, turn, attention, routes)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) in fp32."""
+        return self.lm_head(hidden).float()

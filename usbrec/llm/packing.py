@@ -1,0 +1,137 @@
+"""Conversations that share a beginning, laid out once: a tree of branches in one flat row.
+
+A preference pair is three branches, [prompt | chosen | rejected]: both responses see the prompt and
+not each other, and the prompt is computed once. A dialogue with loss on several turns is a single
+branch. Many trees share one row without padding:
+
+    tree 0: prompt        chosen  rejected     tree 1: dialogue
+    ids     p0 p1 p2 p3   c0 c1   r0 r1 r2             d0 d1 d2 d3
+    pos      0  1  2  3    4  5    4  5  6              0  1  2  3      (along each branch)
+    seen    own beginning  p+own   p+own               own beginning
+
+Each branch attends to its own path and to nothing else, so loss and gradients are those of the
+plain layout, one padded row a path, to rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run of tokens that continues branch number `parent` of its tree (None: a beginning).
+
+    `weights[i]` multiplies the loss of predicting `ids[i]`; 0 means it is not predicted.
+    """
+
+    ids: Sequence[int]
+    weights: Sequence[float]
+    parent: int | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Branches of one conversation; parents stand before their children."""
+
+    branches: Sequence[Branch]
+
+    def __len__(self) -> int:
+        """The number of tokens, each counted once."""
+        return sum(len(branch.ids) for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries `start` to `stop` of a row see the keys `path`; the last stop - start are causal."""
+
+    start: int
+    stop: int
+    path: Tensor  # (S,) where the keys of the whole path lie, the block's own tokens last
+
+
+class TreeAttention:
+    """Attention of a packed row: every block sees its own path."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.masks = [causal_tail(block) for block in blocks]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d); the layer's number does not matter."""
+        out = [
+            attend(q[block.start : block.stop], k[block.path], v[block.path], mask)
+            for block, mask in zip(self.blocks, self.masks, strict=True)
+        ]
+        return torch.cat(out)
+
+
+def causal_tail(block: Block) -> Tensor:
+    """Return who sees whom in a block, (n, S): all of the past, and of its own what came before."""
+    n, S = block.stop - block.start, len(block.path)
+    return torch.ones(n, S, dtype=torch.bool, device=block.path.device).tril(S - n)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for one block: q (n, H, d), k, v (S, H_kv, d), mask (n, S).
+
+    The query heads of one key head form the inner batch dimension, so keys are never copied per
+    query head (`enable_gqa` is many times slower on the CPU).
+    """
+    H_kv = k.shape[1]
+    q = q.unflatten(1, (H_kv, -1)).permute(1, 2, 0, 3)  # (H_kv, g, n, d)
+    g = q.shape[1]
+    k, v = (x.transpose(0, 1)[:, None].expand(-1, g, -1, -1) for x in (k, v))  # (H_kv, g, S, d)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)  # (n, H, d)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A flat row of T tokens with M supervised ones: hidden[sources] predict targets."""
+
+    input_ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,)
+    sources: Tensor  # (M,) the position whose hidden state predicts the target
+    targets: Tensor  # (M,)
+    weights: Tensor  # (M,) fp32
+    owners: Tensor  # (M,) the branch a target belongs to, counted over the whole row
+    attention: TreeAttention
+
+
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
+    """Lay the trees into one row; the first token of a beginning is never predicted."""
+    ids: list[int] = []
+    positions: list[int] = []
+    supervised: list[tuple[int, int, float, int]] = []  # source, target, weight, owner
+    blocks: list[Block] = []
+    owner = 0
+    for tree in trees:
+        paths: list[list[int]] = []  # of each branch: where its whole path lies in the row
+        for branch in tree.branches:
+            past = [] if branch.parent is None else paths[branch.parent]
+            start = len(ids)
+            path = past + list(range(start, start + len(branch.ids)))
+            for i, (token, weight) in enumerate(zip(branch.ids, branch.weights, strict=True)):
+                at = len(past) + i
+                if weight and at:
+                    supervised.append((path[at - 1], token, weight, owner))
+            ids.extend(branch.ids)
+            positions.extend(range(len(past), len(path)))
+            if branch.ids:
+                blocks.append(Block(start, len(ids), torch.tensor(path, device=device)))
+            paths.append(path)
+            owner += 1
+    sources, targets, weights, owners = zip(*supervised, strict=True) if supervised else [()] * 4
+    return Packed(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        sources=torch.tensor(sources, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        weights=torch.tensor(weights, dtype=torch.float32, device=device),
+        owners=torch.tensor(owners, dtype=torch.long, device=device),
+        attention=TreeAttention(blocks),
+    )
