@@ -78,9 +78,15 @@ class LanguageModel(Protocol):
     """The two calls by which the recommender's side reaches any model or server."""
 
     def generate(
-        self, chats: Sequence[Chat], sampling: Sampling, seeds: Sequence[int]
+        self,
+        chats: Sequence[Chat],
+        samplings: Sampling | Sequence[Sampling],
+        seeds: Sequence[int],
     ) -> list[Reply]:
-        """Return one reply a chat; a row depends on its own chat and seed alone."""
+        """Return one reply a chat; a row depends on its own chat, sampling and seed alone.
+
+        `samplings` is one for all chats or one for each.
+        """
         ...
 
     def choice_logprobs(

@@ -1,0 +1,237 @@
+"""Self-enhancement at inference (SES): try several replies on an inner user, say the best one.
+
+Departures from the paper (arXiv 2509.20381) and its release, and what either leaves open:
+1. Votes are read in closed form from the judge's digit probabilities; `votes` samples them.
+2. A first response's value is the mean over its leaves (release); `value="majority"` takes the
+   most frequent class instead (paper's text). Ties go to the first candidate.
+3. Equal texts after one parent are searched once and count as often as they were drawn.
+4. An empty candidate is not searched and never preferred; a leaf whose votes cannot be read has
+   no value and is left out of the mean.
+5. The summary always sees the newest seeker line (the release's never does).
+6. The inner judge scores the last reply itself; no explanation is asked for.
+7. Later branches of the tree are drawn at the roll-out temperature, as the chain's replies are.
+
+A whole chunk of dialogues is searched level by level, each level in one `generate` call; summary
+and first responses share the first. Seen with `python infer.py --ses`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from usbrec.chat import Chat, LanguageModel, Sampling
+from usbrec.crs.agents import (
+    Cast,
+    Verdict,
+    ask,
+    internal_judge_prompt,
+    internal_seeker_prompt,
+    judge,
+    recommender_prompt,
+    say,
+    summary_prompt,
+)
+from usbrec.crs.dialogue import Dialogue
+from usbrec.seeds import seed_for
+from usbrec.settings import option
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How wide, how far and how warm the search is, and how its votes are read."""
+
+    samples: int = option(3, "first responses that are tried (N)")
+    turns: int = option(2, "recommender turns looked ahead, the candidate's own included")
+    mode: Literal["chain", "tree"] = option("chain", "one continuation, or N at every later turn")
+    start_turn: int = option(1, "first recommender turn, counted from 1, that is searched")
+    temperature: float = option(0.5, "temperature of the first responses")
+    rollout_temperature: float = option(0.1, "temperature of the inner seeker and later replies")
+    votes: int = option(0, "sampled votes at a leaf; 0 reads the expectation in closed form")
+    vote_temperature: float = option(0.7, "temperature of the judge's votes")
+    value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
+    max_new_tokens: int = option(48, "longest reply, in tokens")
+    summary_tokens: int = option(48, "longest summary, in tokens")
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "turns", "start_turn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"search {name} must be at least 1, got {getattr(self, name)}")
+        if self.votes < 0:
+            raise ValueError(f"search votes must be 0 (closed form) or more, got {self.votes}")
+        if self.mode not in ("chain", "tree"):
+            raise ValueError(f"search mode is chain or tree, got {self.mode!r}")
+        if self.value not in ("mean", "majority"):
+            raise ValueError(f"search value is mean or majority, got {self.value!r}")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """The end of one roll-out, the judge's verdict on it, and how many draws it stands for."""
+
+    dialogue: Dialogue
+    verdict: Verdict
+    weight: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A first response; `value` is None when it is empty or none of its leaves could be read."""
+
+    reply: str
+    value: float | None
+    leaves: tuple[Leaf, ...]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """One dialogue's search: where it began, what it believed, what it tried, what it chose."""
+
+    root: Dialogue
+    profile: str
+    candidates: tuple[Candidate, ...]
+    best: int
+
+    @property
+    def reply(self) -> str:
+        """The chosen first response."""
+        return self.candidates[self.best].reply
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A dialogue on its way: the search it belongs to, its seed, and the draws it stands for."""
+
+    owner: int
+    first: str
+    dialogue: Dialogue
+    seed: int
+    weight: int = 1
+
+
+def search(
+    llm: LanguageModel,
+    cast: Cast,
+    dialogues: Sequence[Dialogue],
+    seeds: Sequence[int],
+    options: SearchOptions,
+) -> list[SearchResult]:
+    """Return one finished search a dialogue; each depends on its own dialogue and seed alone."""
+    profiles, drafts = open_search(llm, cast, dialogues, seeds, options)
+    nodes = [
+        _Node(i, text, say(root, "recommender", text), seed_for(seeds[i], "root", text), count)
+        for i, root in enumerate(dialogues)
+        for text, count in _counted(drafts[i])
+    ]
+    for _ in range(options.turns - 1):
+        nodes = expand(llm, cast, nodes, profiles, options)
+    leaves = evaluate(llm, cast, nodes, profiles, options)
+    results = []
+    for i, root in enumerate(dialogues):
+        found: dict[str, list[Leaf]] = {text: [] for text in drafts[i]}
+        for node, leaf in zip(nodes, leaves, strict=True):
+            if node.owner == i:
+                found[node.first].append(leaf)
+        candidates = tuple(
+            Candidate(text, value_of(found[text], options.value), tuple(found[text]))
+            for text in drafts[i]
+        )
+        results.append(SearchResult(root, profiles[i], candidates, select(candidates)))
+    return results
+
+
+def open_search(
+    llm: LanguageModel,
+    cast: Cast,
+    dialogues: Sequence[Dialogue],
+    seeds: Sequence[int],
+    options: SearchOptions,
+) -> tuple[list[str], list[list[str]]]:
+    """Return each dialogue's profile and its `samples` first responses, drawn in one call."""
+    summary = Sampling(options.summary_tokens, temperature=0.0)
+    first = Sampling(options.max_new_tokens, options.temperature)
+    chats: list[Chat] = []
+    keys: list[int] = []
+    for dialogue, seed in zip(dialogues, seeds, strict=True):
+        chats.append(cast.simulates(summary_prompt(dialogue)))
+        chats += [cast.recommends(recommender_prompt(dialogue))] * options.samples
+        keys += [seed_for(seed, "summary")]
+        keys += [seed_for(seed, "candidate", n) for n in range(options.samples)]
+    samplings = [summary, *[first] * options.samples] * len(dialogues)
+    texts = ask(llm, chats, samplings, keys)
+    width = options.samples + 1
+    rows = [texts[i : i + width] for i in range(0, len(texts), width)]
+    return [row[0] for row in rows], [row[1:] for row in rows]
+
+
+def expand(
+    llm: LanguageModel,
+    cast: Cast,
+    nodes: Sequence[_Node],
+    profiles: Sequence[str],
+    options: SearchOptions,
+) -> list[_Node]:
+    """Return the nodes one exchange later: the inner seeker answers, the recommender goes on."""
+    sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
+    chats = [
+        cast.simulates(internal_seeker_prompt(node.dialogue, profiles[node.owner]))
+        for node in nodes
+    ]
+    lines = ask(llm, chats, sampling, [seed_for(node.seed, "seeker") for node in nodes])
+    dialogues = [say(node.dialogue, "seeker", x) for node, x in zip(nodes, lines, strict=True)]
+    width = options.samples if options.mode == "tree" else 1
+    chats = [cast.recommends(recommender_prompt(d)) for d in dialogues for _ in range(width)]
+    keys = [seed_for(node.seed, "recommender", n) for node in nodes for n in range(width)]
+    replies = ask(llm, chats, sampling, keys)
+    return [
+        _Node(node.owner, node.first, say(dialogues[i], "recommender", text),
+              seed_for(node.seed, "next", text), node.weight * count)
+        for i, node in enumerate(nodes)
+        for text, count in _counted(replies[i * width : (i + 1) * width], keep_empty=True)
+    ]  # fmt: skip
+
+
+def evaluate(
+    llm: LanguageModel,
+    cast: Cast,
+    nodes: Sequence[_Node],
+    profiles: Sequence[str],
+    options: SearchOptions,
+) -> list[Leaf]:
+    """Return each node as a leaf with the inner judge's verdict on its last reply."""
+    chats = [
+        cast.simulates(internal_judge_prompt(node.dialogue, profiles[node.owner])) for node in nodes
+    ]
+    seeds = [seed_for(node.seed, "judge") for node in nodes]
+    verdicts = judge(llm, chats, options.votes, options.vote_temperature, seeds)
+    return [Leaf(n.dialogue, v, n.weight) for n, v in zip(nodes, verdicts, strict=True)]
+
+
+def value_of(leaves: Sequence[Leaf], value: str) -> float | None:
+    """Return the weighted mean of the leaves' expectations, or their most frequent class."""
+    if value == "mean":
+        means = [(leaf.verdict.expectation, leaf.weight) for leaf in leaves]
+        read = [(mean, weight) for mean, weight in means if mean is not None]
+        return sum(m * w for m, w in read) / sum(w for _, w in read) if read else None
+    tally = [0, 0, 0]
+    for leaf in leaves:
+        if leaf.verdict.label is not None:
+            tally[leaf.verdict.label] += leaf.weight
+    return float(tally.index(max(tally))) if any(tally) else None
+
+
+def select(candidates: Sequence[Candidate]) -> int:
+    """Return the index of the highest value, ties to the first; without values, the first said.
+
+    A candidate without a value never beats one that has one, and an empty one beats none.
+    """
+
+    def rank(i: int) -> tuple[bool, bool, float, int]:
+        value = candidates[i].value
+        return (value is not None, bool(candidates[i].reply), value or 0.0, -i)
+
+    return max(range(len(candidates)), key=rank)
+
+
+def _counted(texts: Sequence[str], keep_empty: bool = False) -> list[tuple[str, int]]:
+    """Return the different texts in order of first draw, and how often each was drawn."""
+    return [(x, texts.count(x)) for x in dict.fromkeys(texts) if x or keep_empty]
