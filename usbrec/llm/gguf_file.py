@@ -1,0 +1,279 @@
+"""Read a GGUF file as if it were a Hugging Face folder: settings, tokenizer files and weights.
+
+Two architectures: `llama` (whose q and k rows llama.cpp stores permuted: undone here) and `qwen2`.
+Quantised tensors are unpacked to fp32 by the `gguf` package, one at a time. A file of another
+architecture, or one with a sentencepiece tokenizer, is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from usbrec.errors import UserError
+
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {**BYTE_LEVEL, "use_regex": True},
+    ],
+    "llama-bpe": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": LLAMA3_SPLIT},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {**BYTE_LEVEL, "use_regex": False},
+    ],
+    "qwen2": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {**BYTE_LEVEL, "use_regex": False},
+    ],
+}
+NORMAL_TOKEN = 1
+
+
+class GgufFile:
+    """An opened GGUF file; raises UserError where it is no readable file of a known kind."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.path = path
+        try:
+            self._reader = GGUFReader(path)
+        except FileNotFoundError as error:
+            raise UserError(f"no such GGUF file: {path}") from error
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
+            raise UserError(f"{path} is damaged or no GGUF file: {error}") from error
+        self.architecture = str(self.value("general.architecture"))
+        if self.architecture not in ("llama", "qwen2"):
+            raise UserError(
+                f"{path}: GGUF architecture {self.architecture!r} is not supported, "
+                "only llama and qwen2 are"
+            )
+        self._tensors = {self._hf_name(t.name): t for t in self._reader.tensors}
+        self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return one metadata value; `{arch}` in the key stands for the architecture's name."""
+        if "{arch}" in key:
+            key = key.replace("{arch}", self.architecture)
+        field = self._reader.get_field(key)
+        if field is None:
+            if default is None:
+                raise UserError(f"{self.path}: the GGUF field {key} is missing")
+            return default
+        content = field.contents()
+        if isinstance(content, float):  # stored as fp32: 9.99999974e-06 is meant as 1e-05
+            return float(str(np.float32(content)))
+        return content
+
+    @property
+    def names(self) -> list[str]:
+        """The Hugging Face names of the stored tensors."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that `read(name)` will have (GGUF lists dimensions innermost first)."""
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, unpacked to fp32 and with Llama's q and k rows in their HF order."""
+        from gguf import dequantize
+
+        stored = self._tensors[name]
+        weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
+        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
+            kind = "head_count" if "q_proj" in name else "head_count_kv"
+            weight = unpermute(weight, int(self.value(f"{{arch}}.attention.{kind}")))
+        return weight
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, fp32 tensor) one by one."""
+        for name in self.names:
+            yield name, self.read(name)
+
+    def config(self) -> dict[str, Any]:
+        """Return what config.json would hold."""
+        tied = "lm_head.weight" not in self._tensors
+        heads = int(self.value("{arch}.attention.head_count"))
+        hidden_size = int(self.value("{arch}.embedding_length"))
+        config = {
+            "architectures": ["LlamaForCausalLM" if self._is_llama else "Qwen2ForCausalLM"],
+            "model_type": self.architecture,
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "hidden_size": hidden_size,
+            "intermediate_size": int(self.value("{arch}.feed_forward_length")),
+            "num_hidden_layers": int(self.value("{arch}.block_count")),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(self.value("{arch}.attention.head_count_kv", heads)),
+            "head_dim": int(self.value("{arch}.attention.key_length", hidden_size // heads)),
+            "hidden_act": "silu",
+            "max_position_embeddings": int(self.value("{arch}.context_length")),
+            "rms_norm_eps": self.value("{arch}.attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.value("{arch}.rope.freq_base", 10000.0),
+            "rope_scaling": self._rope_scaling(),
+            "tie_word_embeddings": tied,
+            "bos_token_id": int(self.value("tokenizer.ggml.bos_token_id")),
+            "eos_token_id": int(self.value("tokenizer.ggml.eos_token_id")),
+            "torch_dtype": "bfloat16",
+        }
+        if self._is_llama:
+            config |= {"attention_bias": False, "mlp_bias": False}
+        return config
+
+    def tokenizer_files(self) -> dict[str, dict[str, Any]]:
+        """Return the contents of tokenizer.json and tokenizer_config.json."""
+        model, pre = self.value("tokenizer.ggml.model"), self.value("tokenizer.ggml.pre", "none")
+        if model != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise UserError(
+                f"{self.path}: the GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not "
+                f"supported, only gpt2 with {', '.join(PRE_TOKENIZERS)}; use the model's folder"
+            )
+        tokens = self.value("tokenizer.ggml.tokens")
+        kinds = self.value("tokenizer.ggml.token_type")
+        eos = self.value("tokenizer.ggml.eos_token_id")
+        special = [i for i, kind in enumerate(kinds) if kind != NORMAL_TOKEN]
+        return {
+            "tokenizer.json": tokenizer_json(
+                tokens, self.value("tokenizer.ggml.merges"), special, PRE_TOKENIZERS[pre]
+            ),
+            "tokenizer_config.json": {
+                # The class that takes tokenizer.json as it is; GPT2Tokenizer may rebuild its parts.
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "add_prefix_space": False,
+                "bos_token": tokens[self.value("tokenizer.ggml.bos_token_id")],
+                "eos_token": tokens[eos],
+                "pad_token": tokens[self.value("tokenizer.ggml.padding_token_id", eos)],
+                "chat_template": self.value("tokenizer.chat_template", ""),
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": int(self.value("{arch}.context_length")),
+            },
+        }
+
+    @property
+    def _is_llama(self) -> bool:
+        return self.architecture == "llama"
+
+    def _hf_name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if not match or (match[2] not in TENSOR_NAMES and name != "rope_freqs.weight"):
+            raise UserError(f"{self.path}: the GGUF tensor {name} is unknown")
+        if name == "rope_freqs.weight":
+            return name
+        layer = f"model.layers.{match[1]}." if match[1] else ""
+        return f"{layer}{TENSOR_NAMES[match[2]]}.{match[3]}"
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        """Llama 3.1's scaling stands in the file as divisors a frequency: find its `factor`."""
+        kind = self.value("{arch}.rope.scaling.type", "none")
+        if kind != "none":
+            raise UserError(f"{self.path}: the GGUF RoPE scaling {kind!r} is not supported")
+        if self._rope_factors is None:
+            return None
+        stored = np.array(self._rope_factors.data, dtype=np.float64)
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(stored.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        expected = llama3_divisors(self.value("{arch}.rope.freq_base"), 2 * len(stored), scaling)
+        if not np.allclose(stored, expected, rtol=1e-4):
+            raise UserError(f"{self.path}: rope_freqs.weight is not Llama 3.1's RoPE scaling")
+        return scaling
+
+
+def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
+    """Return the (head_dim / 2,) divisors of RoPE frequencies (`llama3` in transformers)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's order of a head's rows: pairs (0, 1), (2, 3).. become (0, d/2), (1, d/2+1)..
+
+    `weight` is (heads * d, in) or a bias (heads * d,).
+    """
+    rows = weight.shape[0]
+    paired = weight.view(heads, rows // heads // 2, 2, *weight.shape[1:])
+    return paired.transpose(1, 2).reshape(weight.shape)
+
+
+def tokenizer_json(
+    tokens: list[str],
+    merges: list[str],
+    special: list[int],
+    pre_tokenizers: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return a `tokenizers` file of a byte-level BPE whose ids are the places in `tokens`."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": tokens[i],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i in special
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "post_processor": None,
+        "decoder": {**BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
