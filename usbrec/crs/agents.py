@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from usbrec.chat import Chat, LanguageModel, Message, Sampling
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Speaker, Utterance, from_viewpoint
 from usbrec.seeds import seed_for
 
@@ -119,6 +120,37 @@ def ask(
     return [reply.text.strip() for reply in llm.generate(chats, samplings, seeds)]
 
 
+def seeker_turn(
+    llm: LanguageModel,
+    cast: Cast,
+    catalogue: Catalogue,
+    dialogues: Sequence[Dialogue],
+    targets: Sequence[Sequence[str]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> list[Dialogue]:
+    """Return each dialogue with the external seeker's next line, cleaned of its target titles."""
+    pairs = list(zip(dialogues, targets, strict=True))
+    chats = [cast.simulates(seeker_prompt(dialogue, titles)) for dialogue, titles in pairs]
+    lines = ask(llm, chats, sampling, seeds)
+    return [
+        say(dialogue, "seeker", catalogue.hide(line, titles))
+        for (dialogue, titles), line in zip(pairs, lines, strict=True)
+    ]
+
+
+def recommender_turn(
+    llm: LanguageModel,
+    cast: Cast,
+    dialogues: Sequence[Dialogue],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> list[str]:
+    """Return the recommender's next line of each dialogue."""
+    chats = [cast.recommends(recommender_prompt(dialogue)) for dialogue in dialogues]
+    return ask(llm, chats, sampling, seeds)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A judge's score of one chat; `expectation` and `label` are None when nothing could be read.
@@ -147,6 +179,29 @@ def judge(
     texts = ask(llm, [chat for chat, _ in ballots], sampling, [seed for _, seed in ballots])
     marks = [parse_score(text) for text in texts]
     return [count_votes(marks[i : i + votes]) for i in range(0, len(marks), votes)]
+
+
+def explain_and_judge(
+    llm: LanguageModel,
+    cast: Cast,
+    dialogues: Sequence[Dialogue],
+    targets: Sequence[Sequence[str]],
+    keys: Sequence[int],
+    sampling: Sampling,
+    votes: int,
+    vote_temperature: float,
+) -> list[tuple[str, Verdict]]:
+    """Return the recommender's explanation of its last reply and the external judge's verdict."""
+    asked = [asked_to_explain(dialogue) for dialogue in dialogues]
+    seeds = [seed_for(key, "explain") for key in keys]
+    explanations = recommender_turn(llm, cast, asked, sampling, seeds)
+    chats = [
+        cast.simulates(external_judge_prompt(dialogue, explanation, titles))
+        for dialogue, explanation, titles in zip(dialogues, explanations, targets, strict=True)
+    ]
+    seeds = [seed_for(key, "judge") for key in keys]
+    verdicts = judge(llm, chats, votes, vote_temperature, seeds)
+    return list(zip(explanations, verdicts, strict=True))
 
 
 def closed_form(logprobs: Sequence[float], temperature: float) -> Verdict:

@@ -1,0 +1,201 @@
+"""How well the judges' scores agree with the truth, on held-out dialogues.
+
+Each gold reply is set against the same reply rewritten, title and attributes, for a film drawn by
+its count among the training labels and never a target. The external judge sees either reply with
+its explanation: the row's own (rewritten likewise) where the dataset has one, else one that the
+recommender gives for that very reply. The internal judge reads a summary generated from the
+history alone. A reply whose gold title cannot be found or replaced is skipped and says why.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from usbrec.chat import LanguageModel, Sampling
+from usbrec.crs.agents import (
+    Cast,
+    Verdict,
+    ask,
+    asked_to_explain,
+    external_judge_prompt,
+    internal_judge_prompt,
+    judge,
+    recommender_prompt,
+    say,
+    summary_prompt,
+)
+from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.dialogue import Dialogue, Example
+from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.intervals import auc_interval
+from usbrec.seeds import seed_for
+
+SUMMARY_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A gold reply and its rewriting, with their explanations where the dataset has one."""
+
+    gold: str
+    other: str
+    gold_explanation: str | None
+    other_explanation: str | None
+    titles: tuple[str, ...]
+
+
+def judge_agreement(
+    llm: LanguageModel,
+    cast: Cast,
+    catalogue: Catalogue,
+    examples: Sequence[Example],
+    popularity: Mapping[str, int],
+    seed: int,
+    options: EvaluationOptions,
+) -> list[dict[str, Any]]:
+    """Return one row an example: {"external": [gold, other], "internal": [gold, other], ...}.
+
+    A score is None where the judge could not be read; a skipped row has only "skipped".
+    """
+    keys = [seed_for(seed, "agreement", x.dialog_id, x.turn_id) for x in examples]
+    contrasts = [
+        contrast(catalogue, example, popularity, key)
+        for example, key in zip(examples, keys, strict=True)
+    ]
+    kept = [i for i, made in enumerate(contrasts) if isinstance(made, Contrast)]
+    pairs = [
+        (examples[i], made, keys[i]) for i in kept if isinstance(made := contrasts[i], Contrast)
+    ]
+    profiles, explanations = _prepare(llm, cast, pairs, options)
+    verdicts = _judge_all(llm, cast, pairs, profiles, explanations, options)
+    rows: list[dict[str, Any]] = [
+        {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "skipped": made}
+        for x, made in zip(examples, contrasts, strict=True)
+    ]
+    for place, i in enumerate(kept):
+        scores = [verdict.expectation for verdict in verdicts[4 * place : 4 * place + 4]]
+        mass = [verdict.mass for verdict in verdicts[4 * place : 4 * place + 4]]
+        _, made, _ = pairs[place]
+        rows[i] |= {
+            "skipped": None,
+            "gold": made.gold,
+            "other": made.other,
+            "titles": list(made.titles),
+            "profile": profiles[place],
+            "external": scores[:2],
+            "internal": scores[2:],
+            "mass": mass,
+        }
+    return rows
+
+
+def contrast(
+    catalogue: Catalogue, example: Example, popularity: Mapping[str, int], seed: int
+) -> Contrast | str:
+    """Return the gold reply beside its rewriting, or the reason why there is none."""
+    golds = [catalogue.get(title) for title in example.items]
+    if None in golds:
+        return "a gold title is not in the catalogue"
+    drawn = draw_others(catalogue, example.items, popularity, len(golds), seed)
+    if len(drawn) < len(golds):
+        return "too few other titles to draw from"
+    other, told = example.response, example.explanation
+    for gold, new in zip(golds, drawn, strict=True):
+        assert gold is not None
+        other = catalogue.rewrite(other, gold, new)
+        told = None if told is None else catalogue.rewrite(told, gold, new)
+    if other == example.response or catalogue.mentions(other, example.items):
+        return "a gold title in the reply could not be replaced"
+    titles = tuple(item.title for item in drawn)
+    return Contrast(example.response, other, example.explanation, told, titles)
+
+
+def draw_others(
+    catalogue: Catalogue,
+    targets: Sequence[str],
+    popularity: Mapping[str, int],
+    count: int,
+    seed: int,
+) -> list[Item]:
+    """Return `count` different items drawn by their training count, none of them a target."""
+    items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
+    pool = [
+        (item, number)
+        for item, number in items
+        if item is not None and number > 0 and catalogue.grade(item, targets) < 2
+    ]
+    if len(pool) < count:
+        return []
+    share = np.array([number for _, number in pool], float)
+    generator = np.random.default_rng(seed_for(seed, "others"))
+    places = generator.choice(len(pool), size=count, replace=False, p=share / share.sum())
+    return [pool[place][0] for place in places]
+
+
+def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Return each judge's {"auc", "low", "high", "n", "unparsed"} and how many rows were skipped.
+
+    `unparsed` counts the rows of which a score could not be read; they are left out of the AUC.
+    """
+    used = [row for row in rows if row["skipped"] is None]
+    result: dict[str, Any] = {"skipped": len(rows) - len(used)}
+    for judge_name in ("external", "internal"):
+        read = [row[judge_name] for row in used if None not in row[judge_name]]
+        area = auc_interval([gold for gold, _ in read], [other for _, other in read], seed)
+        result[judge_name] = {**area, "unparsed": len(used) - len(read)}
+    return result
+
+
+Pair = tuple[Example, Contrast, int]
+
+
+def _with(example: Example, reply: str) -> Dialogue:
+    return say(example.history, "recommender", reply)
+
+
+def _prepare(
+    llm: LanguageModel, cast: Cast, pairs: Sequence[Pair], options: EvaluationOptions
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return each pair's profile and both explanations; what must be generated is, in one call."""
+    plain = Sampling(options.max_new_tokens, options.temperature)
+    chats = [cast.simulates(summary_prompt(example.history)) for example, _, _ in pairs]
+    samplings = [Sampling(SUMMARY_TOKENS, temperature=0.0)] * len(chats)
+    seeds = [seed_for(key, "summary") for _, _, key in pairs]
+    for example, made, key in pairs:
+        if made.gold_explanation is None:
+            for reply in (made.gold, made.other):
+                asked = asked_to_explain(_with(example, reply))
+                chats.append(cast.recommends(recommender_prompt(asked)))
+                samplings.append(plain)
+                seeds.append(seed_for(key, "explain", reply))
+    texts = ask(llm, chats, samplings, seeds)
+    profiles, generated = texts[: len(pairs)], iter(texts[len(pairs) :])
+    explanations = []
+    for _, made, _ in pairs:
+        if made.gold_explanation is None or made.other_explanation is None:
+            explanations.append((next(generated), next(generated)))
+        else:
+            explanations.append((made.gold_explanation, made.other_explanation))
+    return profiles, explanations
+
+
+def _judge_all(
+    llm: LanguageModel,
+    cast: Cast,
+    pairs: Sequence[Pair],
+    profiles: Sequence[str],
+    explanations: Sequence[tuple[str, str]],
+    options: EvaluationOptions,
+) -> list[Verdict]:
+    """Return four verdicts a pair: external gold, other, then internal gold, other."""
+    chats = []
+    seeds = []
+    for (example, made, key), profile, told in zip(pairs, profiles, explanations, strict=True):
+        both = [_with(example, reply) for reply in (made.gold, made.other)]
+        prompts = [external_judge_prompt(both[i], told[i], example.items) for i in (0, 1)]
+        prompts += [internal_judge_prompt(dialogue, profile) for dialogue in both]
+        chats += [cast.simulates(prompt) for prompt in prompts]
+        seeds += [seed_for(key, "judge", i) for i in range(4)]
+    return judge(llm, chats, options.votes, options.vote_temperature, seeds)
