@@ -1,0 +1,221 @@
+"""The engine against a plain pass: sharing, batching, forking and eviction change nothing."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import TINY, random_decoder
+
+from usbrec.chat import Chat, Message, Sampling
+from usbrec.errors import UserError
+from usbrec.llm.cache import Path, PrefixCache, share_groups
+from usbrec.llm.engine import Engine
+from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
+from usbrec.llm.model import Decoder
+from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.llm.sampling import draw, uniform_numbers
+
+STOP = 7
+
+
+class LetterTokenizer:
+    """One id a letter; a message ends with id 1 and the assistant's turn opens with id 2."""
+
+    stop_ids = frozenset({STOP})
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) % 128 for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in ids)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        return [i for m in messages for i in [3, *self.encode(m.content), 1]] + [2]
+
+
+def model_with_adapters() -> Decoder:
+    """A tiny model with two adapters that matter."""
+    model = random_decoder(TINY)
+    for seed, name in enumerate(("one", "two")):
+        add_adapter(model, name, LoraConfig(r=4), seed=seed)
+        for parameter in adapter_parameters(model, name).values():
+            parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def engine(capacity: int = 4000) -> Engine:
+    """An engine whose memory holds `capacity` tokens of the tiny model."""
+    bytes_per_token = 2 * TINY.num_hidden_layers * TINY.num_key_value_heads * TINY.head_dim * 4
+    return Engine(model_with_adapters(), LetterTokenizer(), capacity * bytes_per_token)
+
+
+def chat(text: str, adapter: str | None = None) -> Chat:
+    return Chat((Message("user", text),), adapter)
+
+
+def plain_logits(model: Decoder, ids: list[int], adapter: str | None) -> torch.Tensor:
+    """The whole row in one pass, with no memory: (T, V)."""
+    row = pack([Tree([Branch(ids, [0] * len(ids))])])
+    routes = [Route(adapter, 0, len(ids))] if adapter else []
+    with torch.no_grad():
+        return model.logits(model(row.input_ids, row.position_ids, row.attention, routes))
+
+
+def plain_reply(model: Decoder, asked: Chat, sampling: Sampling, seed: int) -> tuple[int, ...]:
+    """The reference: every token from a full pass, by the row's own uniform numbers."""
+    uniforms = torch.from_numpy(uniform_numbers(seed, sampling.max_new_tokens))
+    ids = LetterTokenizer().prompt(asked.messages)
+    drawn: list[int] = []
+    for i in range(sampling.max_new_tokens):
+        logits = plain_logits(model, ids + drawn, asked.adapter)[-1:]
+        drawn.append(int(draw(logits, [sampling], uniforms[i : i + 1])))
+        if drawn[-1] == STOP:
+            break
+    return tuple(drawn)
+
+
+def ids_of(reply: object) -> tuple[int, ...]:
+    return reply.token_ids + ((STOP,) if reply.finished else ())  # type: ignore[attr-defined]
+
+
+CHATS = [
+    chat("a common beginning, then one"),
+    chat("a common beginning, then another end", "one"),
+    chat("a common beginning, then another"),
+    chat("x", "two"),
+    chat("a common beginning, then one", "one"),
+    chat("something quite different and rather longer than all the other rows are", "two"),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_mixed_batch_equals_plain_rows_one_by_one(temperature: float) -> None:
+    """Unequal prompts, three adapters, rows that end early: the tokens are those of full passes."""
+    e = engine()
+    sampling = Sampling(max_new_tokens=12, temperature=temperature)
+    replies = e.generate(CHATS, sampling, range(len(CHATS)))
+    expected = [plain_reply(e.model, c, sampling, seed) for seed, c in enumerate(CHATS)]
+    assert [ids_of(r) for r in replies] == expected
+
+
+def test_siblings_differ_and_their_seeds_reproduce_them() -> None:
+    e = engine()
+    sampling = Sampling(max_new_tokens=8, temperature=1.0)
+    many = e.generate([CHATS[1]] * 20, sampling, range(20))
+    again = engine().generate([CHATS[1]] * 20, sampling, range(20))
+    assert len({r.token_ids for r in many}) > 10
+    assert many == again
+    assert ids_of(many[3]) == plain_reply(e.model, CHATS[1], sampling, 3)
+
+
+def test_a_continued_conversation_pays_for_its_new_tokens_only() -> None:
+    """Turn 2 repeats turn 1's prompt and reply; only what follows them is computed."""
+    e = engine()
+    sampling = Sampling(max_new_tokens=9, temperature=0.9)
+    first = e.generate([CHATS[5]], sampling, [4])[0]
+    before = e.usage.computed_tokens
+    longer = Chat((*CHATS[5].messages, Message("assistant", "?"), Message("user", "more")), "two")
+    prompt = LetterTokenizer().prompt(CHATS[5].messages) + list(first.token_ids) + [1, 3, 40, 1, 2]
+    e.tokenizer.prompt = lambda messages: prompt  # type: ignore[method-assign]
+    second = e.generate([longer], sampling, [5])[0]
+    # the last drawn token was never fed where the limit ended the reply
+    assert e.usage.computed_tokens - before <= 5 + 1
+    logits = plain_logits(e.model, prompt + list(second.token_ids), "two")
+    uniforms = uniform_numbers(5, 9)
+    for i, token in enumerate(second.token_ids):
+        at = logits[len(prompt) - 1 + i : len(prompt) + i]
+        assert int(draw(at, [sampling], torch.tensor(uniforms[i : i + 1]))) == token
+
+
+def test_choice_logprobs_add_up_the_renderings_of_a_choice() -> None:
+    """log(p("ab") + p(" ab")), each the product of its tokens' probabilities in a full pass."""
+    e = engine()
+    found = e.choice_logprobs(CHATS, ["ab", "c"])
+    for asked, scores in zip(CHATS, found, strict=True):
+        prompt = LetterTokenizer().prompt(asked.messages)
+        for choice, score in zip(["ab", "c"], scores, strict=True):
+            totals = []
+            for text in (choice, " " + choice):
+                ids = LetterTokenizer().encode(text)
+                logps = plain_logits(e.model, prompt + ids, asked.adapter).log_softmax(-1)
+                totals.append(sum(logps[len(prompt) - 1 + i, t] for i, t in enumerate(ids)))
+            assert score == pytest.approx(float(torch.logsumexp(torch.stack(totals), 0)), abs=1e-4)
+
+
+def test_the_same_prompt_of_another_adapter_or_of_newer_weights_reuses_nothing() -> None:
+    e = engine()
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    base = e.generate([CHATS[0]], sampling, [0])[0]
+    other = e.generate([Chat(CHATS[0].messages, "one")], sampling, [0])[0]
+    assert e.usage.reused_tokens == 0
+    assert ids_of(other) == plain_reply(e.model, Chat(CHATS[0].messages, "one"), sampling, 0)
+    for parameter in adapter_parameters(e.model, "one").values():
+        parameter.data.mul_(-2)
+    e.forget()
+    newer = e.generate([Chat(CHATS[0].messages, "one")], sampling, [0])[0]
+    assert ids_of(newer) == plain_reply(e.model, Chat(CHATS[0].messages, "one"), sampling, 0)
+    assert e.generate([CHATS[0]], sampling, [0])[0] == base
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_soak_of_forks_evictions_and_adapters_equals_the_plain_reference(seed: int) -> None:
+    """A memory of 260 tokens evicts in nearly every call; no result changes."""
+    rng = random.Random(seed)
+    e = engine(capacity=260)
+    texts = ["start"]
+    for _ in range(12):
+        asked = [
+            chat(rng.choice(texts), rng.choice([None, "one", "two"]))
+            for _ in range(rng.randint(1, 6))
+        ]
+        sampling = Sampling(max_new_tokens=rng.randint(1, 6), temperature=rng.choice([0.0, 1.0]))
+        seeds = [rng.randint(0, 99) for _ in asked]
+        replies = e.generate(asked, sampling, seeds)
+        for c, s, reply in zip(asked, seeds, replies, strict=True):
+            assert ids_of(reply) == plain_reply(e.model, c, sampling, s)
+        texts.append(rng.choice(texts)[:40] + rng.choice(["abc", "d", "efghij"]))
+
+
+def test_a_call_that_cannot_fit_says_so() -> None:
+    with pytest.raises(UserError, match="memory holds 20 tokens"):
+        engine(capacity=20).generate([CHATS[5]], Sampling(max_new_tokens=4), [0])
+
+
+def test_a_prompt_beyond_the_model_says_so() -> None:
+    with pytest.raises(UserError, match="2048 positions"):
+        engine().generate([chat("x" * 2050)], Sampling(max_new_tokens=4), [0])
+
+
+def test_stop_strings_end_a_row_wherever_tokens_split_them() -> None:
+    e = engine()
+    free = e.generate([CHATS[0]], Sampling(max_new_tokens=12, temperature=1.0), [1])[0]
+    text = LetterTokenizer().decode(free.token_ids)
+    stop = text[4:6]
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, stop=(stop,))
+    stopped = e.generate([CHATS[0]], sampling, [1])[0]
+    assert stopped.finished and stopped.text == text[: text.index(stop)]
+
+
+def test_groups_read_the_fewest_tokens() -> None:
+    """Three rows share 100 tokens, two of them 104; a fourth shares nothing with them."""
+    beginning = list(range(100))
+    rows = [
+        beginning + [200, 201, 202, 203, 204],
+        beginning + [200, 201, 202, 203, 205],
+        beginning + [300],
+        [400, 401],
+    ]
+    groups = share_groups([Path(torch.tensor(row), 0) for row in rows])
+    found = sorted((sorted(g.rows), g.length) for g in groups)
+    assert found == [([0, 1, 2], 100), ([3], 2)]
+
+
+def test_forked_memory_grows_by_the_new_part_only() -> None:
+    """16 siblings over a 60-token prompt: the prompt once, and each reply's own fed tokens."""
+    e = engine()
+    asked = chat("y" * 57)
+    replies = e.generate([asked] * 16, Sampling(max_new_tokens=4, temperature=1.5), range(16))
+    branches = {r.token_ids[:i] for r in replies for i in range(1, len(r.token_ids) + 1)}
+    assert e.cache.used <= 60 + len(branches) + 16
+    assert isinstance(e.cache, PrefixCache)
