@@ -80,12 +80,12 @@ class LanguageModel(Protocol):
     def generate(
         self,
         chats: Sequence[Chat],
-        samplings: Sampling | Sequence[Sampling],
+        sampling: Sampling | Sequence[Sampling],
         seeds: Sequence[int],
     ) -> list[Reply]:
         """Return one reply a chat; a row depends on its own chat, sampling and seed alone.
 
-        `samplings` is one for all chats or one for each.
+        `sampling` is one for all chats or one for each.
         """
         ...
 

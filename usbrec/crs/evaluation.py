@@ -156,13 +156,16 @@ def first_items(catalogue: Catalogue, text: str) -> tuple[Item, ...]:
 def gold_labels(
     catalogue: Catalogue, example: Example, items: Sequence[Item]
 ) -> list[dict[str, Any]]:
-    """Return for each gold title whether the context has it and whether `items` names it."""
+    """Return for each gold title whether the context has it and whether `items` names it.
+
+    A title whose year is left open counts only if every reading of it is the gold item.
+    """
     lines = [line.text for line in example.history]
     return [
         {
             "title": title,
             "repeated": any(catalogue.mentions(line, [title]) for line in lines),
-            "found": any(catalogue.grade(item, [title]) == 2 for item in items),
+            "found": bool(items) and all(catalogue.grade(item, [title]) == 2 for item in items),
         }
         for title in example.items
     ]
@@ -213,7 +216,7 @@ def _row(
         items=[titles_in(catalogue, reply) for reply in replies],
         labels=gold_labels(catalogue, example, first_items(catalogue, replies[0])),
         hit=any(catalogue.mentions(reply, example.items) for reply in replies[:last]),
-        grade=max((catalogue.grade(item, example.items) for item in named), default=0),
+        grade=min((catalogue.grade(item, example.items) for item in named), default=0),
         score=verdict.expectation,
         label=verdict.label,
         mass=verdict.mass,
