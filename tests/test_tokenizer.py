@@ -1,0 +1,342 @@
+"""Chats in token ids: the published templates' layout, weights beside it, and text that stays text.
+
+The oracle of the layouts is transformers' `apply_chat_template` with each family's own template
+over hundreds of generated conversations. Families whose tokenizer cannot be had here get a small
+one, trained on the spot, with the family's pre-tokenizer and control tokens.
+"""
+
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+
+from usbrec.chat import Message
+from usbrec.errors import UserError
+from usbrec.llm.gguf_file import LLAMA3_SPLIT
+from usbrec.llm.tokenizer import FORMATS, ChatTokenizer
+
+CONTROL = {
+    "qwen2.5": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<tool_call>"],
+    "llama3.1": [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|python_tag|>",
+    ],
+}
+TEMPLATES = {"qwen2.5": "qwen2_5.jinja", "llama3.1": "llama3_1.jinja"}
+LETTERS = [
+    *"abcdefghijklmnopqrstuvwxyzABCXYZ0123456789.,!?'\"()<>|_-",
+    *"  \n\n\t\u00a0\u2003éüßñ\u0301中文字日本語ひらがな한국어",
+    *"русскийعربية🙂🎬👩‍🚀🇫🇷\u200d\ufeff\x00\x1c",
+    " the ",
+    " film ",
+    "'s",
+    " 1999",
+]
+
+
+def random_text(rng, length=40):
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randrange(length)))
+
+
+def random_chat(rng, text=random_text):
+    """A chat with or without a system prompt, perhaps empty, turns of any order and length."""
+    chat = []
+    if rng.random() < 0.5:
+        chat.append(Message("system", text(rng) if rng.random() < 0.8 else ""))
+    for number in range(rng.randrange(1, 7)):
+        role = ("user", "assistant")[number % 2] if rng.random() < 0.9 else "system"
+        content = text(rng, 400 if rng.random() < 0.05 else 40)
+        chat.append(Message(role, content.lstrip() if role == "assistant" else content))
+    return chat
+
+
+def plain(chat):
+    return [{"role": message.role, "content": message.content} for message in chat]
+
+
+def family_folder(name, folder):
+    """Write a model folder with a small tokenizer of the family `name`."""
+    split = LLAMA3_SPLIT if name == "llama3.1" else LLAMA3_SPLIT.replace("{1,3}", "")
+    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama3.1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    if name == "qwen2.5":
+        tokenizer.normalizer = normalizers.NFC()
+    rng = random.Random(0)
+    corpus = [random_text(rng, 400) for _ in range(200)]
+    corpus += ["user\n\nassistant\n\nsystem\n\n Today is a film. You are a helpful assistant."] * 5
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in CONTROL[name]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in CONTROL[name]}
+    ends = [ids["<|end_of_text|>"], ids["<|eom_id|>"]] if name == "llama3.1" else ids["<|im_end|>"]
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": ends}))
+    first_end = ids["<|endoftext|>"] if name == "qwen2.5" else ends
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": first_end}))
+    template = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / TEMPLATES[name]
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": CONTROL[name][0] if name == "llama3.1" else None,
+        "eos_token": CONTROL[name][1],
+        "chat_template": template.read_text(),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["smollm2", "qwen2.5", "llama3.1"])
+def family(request, tmp_path_factory):
+    """(our tokenizer, transformers' tokenizer) of a family."""
+    from transformers import AutoTokenizer
+
+    if request.param == "smollm2":
+        folder = request.getfixturevalue("default_model_folder")
+    else:
+        folder = family_folder(request.param, tmp_path_factory.mktemp(request.param))
+    ours = ChatTokenizer.from_folder(folder)
+    assert ours.chat_format.name == request.param
+    return ours, AutoTokenizer.from_pretrained(folder)
+
+
+def normalized(ours, text):
+    """Qwen2.5's tokenizer composes accents first (NFC); the others keep the text as it is."""
+    return unicodedata.normalize("NFC", text) if ours.chat_format.name == "qwen2.5" else text
+
+
+def template_ids(oracle, chat, **options):
+    return oracle.apply_chat_template(plain(chat), return_dict=False, **options)
+
+
+def test_render_and_prompt_equal_apply_chat_template(family):
+    ours, oracle = family
+    for seed in range(300):
+        chat = random_chat(random.Random(seed))
+        assert ours.render(chat)[0] == template_ids(oracle, chat), chat
+        expected = template_ids(oracle, chat, add_generation_prompt=True)
+        assert ours.prompt(chat) == expected, chat
+
+
+def test_ids_of_plain_text_equal_transformers_and_decode_to_the_text(family):
+    ours, oracle = family
+    for seed in range(500):
+        text = random_text(random.Random(seed), 120)
+        ids = ours.encode(text)
+        assert ids == oracle.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == normalized(ours, text)
+
+
+def test_control_text_differs_from_the_template_exactly_by_staying_text(family):
+    """The text is the template's, but only the layout's own control tokens are control tokens."""
+    ours, oracle = family
+    control = ours.vocabulary.control
+    tokens = sorted(control)
+
+    def hostile(rng, length=40):
+        return random_text(rng, 20) + rng.choice(tokens) + random_text(rng, 20) + "x"
+
+    for seed in range(200):
+        chat = random_chat(random.Random(seed), hostile)
+        ids, _ = ours.render(chat)
+        text = oracle.apply_chat_template(plain(chat), tokenize=False)
+        assert oracle.decode(ids, skip_special_tokens=False) == normalized(ours, text)
+        harmless = [Message(m.role, "word" if m.content else "") for m in chat]
+        controls = [i for i in ids if i in control.values()]
+        assert controls == [i for i in ours.render(harmless)[0] if i in control.values()]
+        assert ids != template_ids(oracle, chat)
+
+
+def test_control_text_round_trips_as_text(family):
+    ours, _ = family
+    for token in ours.vocabulary.control:
+        ids = ours.encode(f"a {token}b")
+        assert not set(ids) & set(ours.vocabulary.control.values())
+        assert ours.decode(ids) == f"a {token}b"
+
+
+def test_a_turns_prompt_and_reply_begin_the_next_turns_prompt(family):
+    ours, _ = family
+    for seed in range(100):
+        rng = random.Random(seed)
+        chat = [Message("user", random_text(rng)), Message("assistant", random_text(rng).strip())]
+        chat += [Message("user", random_text(rng))]
+        end = ours.vocabulary.control[ours.chat_format.end[0]]
+        reply = ours.encode(chat[1].content)
+        so_far = ours.prompt(chat[:1]) + reply + [end]
+        assert ours.prompt(chat)[: len(so_far)] == so_far
+        assert ours.render(chat[:2])[0][: len(so_far)] == so_far
+
+
+def test_continuing_a_conversation_equals_rendering_it_at_once(family):
+    ours, _ = family
+    for seed in range(100):
+        chat = random_chat(random.Random(seed))
+        for cut in range(1, len(chat)):
+            trunk, branch = ours.render(chat[:cut]), ours.render(chat[cut:], first=False)
+            assert ours.render(chat) == (trunk[0] + branch[0], trunk[1] + branch[1])
+
+
+def test_weights_lie_on_the_content_and_the_end_of_turn_alone(family):
+    ours, _ = family
+    chat = [
+        Message("user", "Hello"),
+        Message("assistant", "One more film"),
+        Message("user", "No"),
+        Message("assistant", "Alien 3, then?", weight=0.5),
+        Message("system", "Score"),
+        Message("assistant", "2", weight=2.0),
+    ]
+    ids, weights = ours.render(chat)
+    assert len(ids) == len(weights)
+    end = ours.vocabulary.control[ours.chat_format.end[0]]
+    for weight, content in ((0.5, "Alien 3, then?"), (2.0, "2")):
+        weighted = [i for i, w in zip(ids, weights, strict=True) if w == weight]
+        assert weighted == ours.encode(content) + [end]
+    assert set(weights) == {0.0, 0.5, 2.0}
+
+
+def test_a_replys_tokens_never_merge_with_the_header(default_model_folder):
+    """The template's text has one newline token more; merged, no reply could reach those ids."""
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    chat = [Message("user", "Hi"), Message("assistant", "\n\nHello", weight=1.0)]
+    ids, weights = ours.render(chat)
+    start = weights.index(1.0)
+    assert ids[:start] == ours.prompt(chat[:1])
+    assert ids[start:-1] == ours.encode("\n\nHello") + [2]
+
+
+def test_end_ids_come_from_both_settings_files_and_the_format(tmp_path):
+    for name, expected in (
+        ("qwen2.5", {"<|im_end|>", "<|endoftext|>"}),
+        ("llama3.1", {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        ours = ChatTokenizer.from_folder(family_folder(name, folder))
+        assert ours.stop_ids == {ours.vocabulary.control[token] for token in expected}
+
+
+def test_smollm2_ends_at_im_end(default_model_folder):
+    assert ChatTokenizer.from_folder(default_model_folder).stop_ids == {2}
+
+
+def test_smollm2_splits_digits_one_by_one(default_model_folder):
+    """ " 1999" is a space and four digits; a plain byte-level split would give " 1999" whole."""
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    assert [ours.decode([i]) for i in ours.encode("in 1999")] == ["in", " ", "1", "9", "9", "9"]
+
+
+def test_llama_date_line_is_pinned_and_can_be_set(tmp_path):
+    family_folder("llama3.1", tmp_path)
+    chat = [Message("user", "Hi")]
+    pinned = ChatTokenizer.from_folder(tmp_path)
+    assert "Today Date: 26 Jul 2024\n" in pinned.decode(pinned.prompt(chat))
+    other = ChatTokenizer.from_folder(tmp_path, date="01 Jan 2030")
+    assert "Today Date: 01 Jan 2030\n" in other.decode(other.prompt(chat))
+
+
+def numbered_chat(turns, system="Be brief."):
+    chat = [Message("system", system)]
+    for number in range(turns):
+        chat += [Message("user", f"question {number}"), Message("assistant", f"reply {number}")]
+    return chat[:-1]
+
+
+def test_truncation_drops_whole_turns_and_keeps_system_and_last_turn(default_model_folder):
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    chat = numbered_chat(5)
+    length = len(ours.prompt(chat))
+    assert ours.truncate(chat, length) == (chat, 0)
+    kept, dropped = ours.truncate(chat, length - 1)
+    assert (kept, dropped) == (chat[:1] + chat[3:], 2)
+    assert len(ours.prompt(kept)) <= length - 1
+    kept, dropped = ours.truncate(chat, 1)
+    assert (kept, dropped) == ([chat[0], chat[-1]], 8)
+
+
+def test_truncation_keeps_what_follows_the_last_user_turn(default_model_folder):
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    opening = [Message("assistant", "Welcome!")]
+    chat = opening + numbered_chat(2)[1:] + [Message("system", "How good was it? 0, 1 or 2.")]
+    assert ours.truncate(chat, 1) == (chat[-2:], 3)
+
+
+def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
+    ours, _ = family
+    for seed in range(100):
+        text = random_text(random.Random(seed)) + "👩‍🚀"
+        stream = ours.stream()
+        said = [stream.push([i]) for i in ours.encode(text)]
+        assert not any("\ufffd" in part for part in said)
+        assert "".join(said) + stream.finish() == normalized(ours, text)
+
+
+def test_a_stream_cut_within_a_character_says_so(default_model_folder):
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    stream = ours.stream()
+    said = [stream.push([i]) for i in ours.encode("ok 👩‍🚀")[:-1]]
+    assert "".join(said).startswith("ok ")
+    assert "\ufffd" in stream.finish()
+
+
+def test_lone_surrogates_become_replacement_characters(default_model_folder):
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    assert ours.decode(ours.encode("a\ud83d b")) == "a\ufffd b"
+
+
+def test_an_unknown_format_names_the_choices(tmp_path, default_model_folder):
+    with pytest.raises(UserError, match="unknown chat format 'alpaca'.*smollm2.*llama3.1"):
+        ChatTokenizer.from_folder(default_model_folder, chat_format="alpaca")
+    with pytest.raises(UserError, match=r"llama3.1 needs the control token <\|start_header_id\|>"):
+        ChatTokenizer.from_folder(default_model_folder, chat_format="llama3.1")
+    content = json.loads((default_model_folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="fit no known chat format.*--chat-format"):
+        ChatTokenizer.from_folder(tmp_path)
+
+
+def test_every_format_can_be_chosen_by_name(default_model_folder):
+    ours = ChatTokenizer.from_folder(default_model_folder, chat_format="chatml")
+    assert ours.prompt([Message("user", "Hi")])[:1] == [1]
+    assert "SmolLM" not in ours.decode(ours.prompt([Message("user", "Hi")]))
+    assert len({each.name for each in FORMATS}) == len(FORMATS)
+
+
+@pytest.mark.parametrize(
+    "fault", ["missing folder", "no tokenizer", "malformed", "not a tokenizer"]
+)
+def test_a_faulty_folder_is_one_clear_error(tmp_path, fault):
+    folder = tmp_path / "model"
+    if fault != "missing folder":
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    if fault == "malformed":
+        (folder / "tokenizer.json").write_text('{"model": ')
+    if fault == "not a tokenizer":
+        (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "X"}}')
+    with pytest.raises(UserError, match="model"):
+        ChatTokenizer.from_folder(folder)

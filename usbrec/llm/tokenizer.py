@@ -1,0 +1,348 @@
+"""Chats laid out in token ids, piece by piece, together with the weight of each token's loss.
+
+No text is rendered and searched again: a control token comes from the format alone and a message's
+content is always encoded as plain text. The layouts are those of the models' published templates
+(`smollm2`, `qwen2.5`, `llama3.1`, ...), token for token, with one exception: an assistant's
+content is never merged with the newline of its header, since a reply's tokens come after that
+newline one by one. Which format a model wants is read off its control tokens.
+
+    tokenizer = ChatTokenizer.from_folder(Path("models/smollm2-135m-instruct"))
+    ids = tokenizer.prompt([Message("user", "Hello")])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from usbrec.chat import Message
+from usbrec.errors import UserError
+from usbrec.llm.gguf_file import GgufFile
+from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
+
+LLAMA31_DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family writes a message: header, content, end. `{role}` stands for the role.
+
+    A piece of `begin`, `header` or `end` that is a control token of the model is that token; any
+    other piece is text.
+    """
+
+    name: str
+    marks: tuple[str, ...]  # the control tokens by which the format is recognised
+    header: tuple[str, ...]
+    end: tuple[str, ...]  # its first piece is the end-of-turn token; empty: the next header ends it
+    begin: tuple[str, ...] = ()
+    default_system: str | None = None  # put first where the chat has no system prompt
+    system_prefix: str = ""  # put before the first system prompt's content; {date} is pinned
+    trim: bool = False  # the template strips white space around the content
+    separate: bool = False  # header and content are encoded apart for every role
+    stops: tuple[str, ...] = ()  # control tokens that end a reply besides the end of turn
+
+
+CHATML_HEADER = ("<|im_start|>", "{role}\n")
+CHATML_END = ("<|im_end|>", "\n")
+LLAMA3_HEADER = ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n")
+
+# The first whose marks the tokenizer has is taken.
+FORMATS = (
+    ChatFormat(
+        name="smollm2",
+        marks=("<|im_start|>", "<|im_end|>", "<gh_stars>"),
+        header=CHATML_HEADER,
+        end=CHATML_END,
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+    ChatFormat(
+        name="qwen2.5",
+        marks=("<|im_start|>", "<|im_end|>", "<|fim_prefix|>"),
+        header=CHATML_HEADER,
+        end=CHATML_END,
+        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    ),
+    ChatFormat(
+        name="qwen2",
+        marks=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        header=CHATML_HEADER,
+        end=CHATML_END,
+        default_system="You are a helpful assistant.",
+    ),
+    ChatFormat(
+        name="chatml",
+        marks=("<|im_start|>", "<|im_end|>"),
+        header=CHATML_HEADER,
+        end=CHATML_END,
+    ),
+    ChatFormat(
+        name="llama3.1",
+        marks=("<|start_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+        begin=("<|begin_of_text|>",),
+        header=LLAMA3_HEADER,
+        end=("<|eot_id|>",),
+        default_system="",
+        system_prefix="Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n",
+        trim=True,
+        stops=("<|end_of_text|>", "<|eom_id|>"),
+    ),
+    ChatFormat(
+        name="llama3",
+        marks=("<|start_header_id|>", "<|eot_id|>"),
+        begin=("<|begin_of_text|>",),
+        header=LLAMA3_HEADER,
+        end=("<|eot_id|>",),
+        trim=True,
+        stops=("<|end_of_text|>",),
+    ),
+    ChatFormat(
+        name="chatglm3",
+        marks=("[gMASK]", "sop", "<|user|>", "<|observation|>"),
+        begin=("[gMASK]", "sop"),
+        header=("<|{role}|>", "\n"),
+        end=(),
+        separate=True,
+        stops=("<|user|>", "<|observation|>"),
+    ),
+)
+
+
+@dataclass
+class Row:
+    """Token ids and the weights of their losses, filled from left to right."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
+        """Append tokens that share a weight."""
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+
+class ChatTokenizer:
+    """A vocabulary and a chat format: messages -> ids and weights, and ids -> text."""
+
+    def __init__(
+        self,
+        vocabulary: TokenizersVocabulary | SentencePieceVocabulary,
+        chat_format: ChatFormat,
+        end_ids: frozenset[int] = frozenset(),
+        date: str = LLAMA31_DATE,
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.chat_format = chat_format
+        self.date = date
+        missing = [mark for mark in chat_format.marks if mark not in vocabulary.control]
+        if missing:
+            raise UserError(
+                f"the chat format {chat_format.name} needs the control token {missing[0]}, "
+                "which this tokenizer lacks"
+            )
+        stops = {*chat_format.end[:1], *chat_format.stops} & vocabulary.control.keys()
+        self.stop_ids = end_ids | {vocabulary.control[token] for token in stops}
+
+    @classmethod
+    def from_folder(
+        cls, path: Path, chat_format: str | None = None, date: str = LLAMA31_DATE
+    ) -> ChatTokenizer:
+        """Read the tokenizer of a model's folder or GGUF file.
+
+        `chat_format` names one of FORMATS where the control tokens do not tell; `date` is what
+        Llama 3.1's system prompt calls today. Raises UserError for a missing or malformed file and
+        for an unknown format.
+        """
+        vocabulary, settings = read_files(Path(path))
+        end_ids = frozenset[int]().union(*(listed(each.get("eos_token_id")) for each in settings))
+        return cls(vocabulary, pick_format(vocabulary.control, chat_format), end_ids, date)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text: what looks like a control token stays text."""
+        return self.vocabulary.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return self.vocabulary.decode(ids)
+
+    def render(
+        self, messages: Sequence[Message], first: bool = True
+    ) -> tuple[list[int], list[float]]:
+        """Lay the messages out: (ids, weights of each id's loss).
+
+        `first=True` begins a conversation (BOS, default system prompt), `first=False` continues
+        one. The weights are those of the messages on their content and end-of-turn token, and 0
+        elsewhere. Where the format has no end-of-turn token (ChatGLM3), the next `<|user|>` takes
+        its part: a weighted message at the end of `messages` is closed by one.
+        """
+        row = Row()
+        messages = list(messages)
+        if first:
+            row.add([self.vocabulary.control[token] for token in self.chat_format.begin])
+            if not (messages and messages[0].role == "system"):
+                default = self.chat_format.default_system
+                messages[:0] = [] if default is None else [Message("system", default)]
+        prefix = self.chat_format.system_prefix.format(date=self.date) if first else ""
+        owed = 0.0  # the weight of a message whose end is the next message's <|user|>
+        for number, message in enumerate(messages):
+            is_system_prompt = number == 0 and message.role == "system"
+            self._lay_header(row, message, prefix if is_system_prompt else "", owed)
+            if message.role == "assistant" or self.chat_format.separate:
+                row.add(self.encode(self._content(message)), message.weight)
+            owed = self._lay_end(row, message.weight)
+        if owed:
+            row.add([self.vocabulary.control["<|user|>"]], owed)
+        return row.ids, row.weights
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids after which the assistant's reply begins."""
+        row = Row(self.render(messages)[0])
+        self._lay_header(row, Message("assistant", ""), "", 0.0)
+        return row.ids
+
+    def truncate(self, messages: Sequence[Message], max_tokens: int) -> tuple[list[Message], int]:
+        """Drop whole turns from the left until the prompt has at most `max_tokens` tokens.
+
+        Returns what is left and the number of messages dropped. A turn is a user's message and all
+        up to the next one. The system prompt and the last turn stay, even if they are too long.
+        """
+        start = 1 if messages and messages[0].role == "system" else 0
+        head, turns = list(messages[:start]), turns_of(messages[start:])
+        lengths = [len(self.render(turn, first=False)[0]) for turn in turns]
+        length = len(self.prompt(head)) + sum(lengths)
+        dropped = 0
+        while length > max_tokens and dropped < len(turns) - 1:
+            length -= lengths[dropped]
+            dropped += 1
+        rest = [message for turn in turns[dropped:] for message in turn]
+        return head + rest, len(messages) - len(head) - len(rest)
+
+    def stream(self) -> StreamDecoder:
+        """Return a decoder for tokens that arrive one by one."""
+        return StreamDecoder(self)
+
+    def _content(self, message: Message) -> str:
+        return message.content.strip() if self.chat_format.trim else message.content
+
+    def _lay_header(self, row: Row, message: Message, prefix: str, owed: float) -> None:
+        """Lay out the header and, unless it is the assistant's, the content that merges with it."""
+        control = self.vocabulary.control
+        text = ""
+        for piece in self.chat_format.header:
+            piece = piece.replace("{role}", message.role)
+            if piece in control:
+                row.add(self.encode(text) if text else [])
+                row.add([control[piece]], owed if piece == "<|user|>" else 0.0)
+                text = ""
+            else:
+                text += piece
+        if not (message.role == "assistant" or self.chat_format.separate):
+            text += prefix + self._content(message)
+        row.add(self.encode(text))
+
+    def _lay_end(self, row: Row, weight: float) -> float:
+        """Lay out the end of a turn; return the weight that its end-of-turn token is still owed."""
+        if not self.chat_format.end:
+            return weight
+        end, *rest = self.chat_format.end
+        row.add([self.vocabulary.control[end]], weight)
+        for text in rest:
+            row.add(self.encode(text))
+        return 0.0
+
+
+class StreamDecoder:
+    """Text of tokens that arrive one by one; never half of a character."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._said: list[int] = []  # the tokens last said: what follows may depend on them
+        self._waiting: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Return the text that these tokens complete, perhaps none."""
+        self._waiting += ids
+        text = self._text()
+        if text.endswith("\ufffd"):  # the last character's other bytes are yet to come
+            return ""
+        self._said, self._waiting = self._waiting or self._said, []
+        return text
+
+    def finish(self) -> str:
+        """Return what is still held back; an unfinished character becomes U+FFFD."""
+        text, self._said, self._waiting = self._text(), [], []
+        return text
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._said)
+        return self._tokenizer.decode(self._said + self._waiting)[len(before) :]
+
+
+def turns_of(messages: Sequence[Message]) -> list[list[Message]]:
+    """Split messages before each user's message."""
+    turns: list[list[Message]] = []
+    for message in messages:
+        if message.role == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return turns
+
+
+def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
+    """Return the named format, or else the first whose marks are among the control tokens."""
+    choices = ", ".join(each.name for each in FORMATS)
+    for each in FORMATS:
+        if each.name == name or (name is None and all(mark in control for mark in each.marks)):
+            return each
+    if name is not None:
+        raise UserError(f"unknown chat format {name!r}; the choices are {choices}")
+    raise UserError(
+        f"the tokenizer's control tokens fit no known chat format; name one of {choices} "
+        "(--chat-format)"
+    )
+
+
+def read_files(
+    path: Path,
+) -> tuple[TokenizersVocabulary | SentencePieceVocabulary, list[dict[str, Any]]]:
+    """Return the vocabulary and the settings that may name end ids."""
+    if path.suffix == ".gguf":
+        gguf = GgufFile(path)
+        content = gguf.tokenizer_files()["tokenizer.json"]
+        return TokenizersVocabulary(content, path), [gguf.config()]
+    if not path.is_dir():
+        raise UserError(f"no such model folder: {path}")
+    settings = [
+        read_json(path / name)
+        for name in ("config.json", "generation_config.json")
+        if name == "config.json" or (path / name).exists()
+    ]
+    if (path / "tokenizer.json").exists():
+        file = path / "tokenizer.json"
+        return TokenizersVocabulary(read_json(file), file), settings
+    if (path / "tokenizer.model").exists() and settings[0].get("model_type") == "chatglm":
+        return SentencePieceVocabulary(path / "tokenizer.model"), settings
+    raise UserError(f"{path} has no tokenizer.json (ChatGLM3: tokenizer.model)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Return end ids, which a settings file gives as one number, several, or none, as a list."""
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list) else [ids]

@@ -1,0 +1,80 @@
+"""Text <-> token ids, where text never becomes a control token: tokenizer.json or sentencepiece.
+
+`<|im_end|>` typed by a person is a handful of ordinary tokens here; the control token of that name
+is reached by its id alone (`control`). Both classes offer the same three things: `control`,
+`encode`, `decode`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from usbrec.errors import UserError
+
+CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(
+    f"<|{role}|>" for role in ("system", "user", "assistant", "observation")
+)
+
+
+class TokenizersVocabulary:
+    """The vocabulary of a tokenizer.json (the `tokenizers` package)."""
+
+    def __init__(self, content: dict[str, Any], source: Path) -> None:
+        self._source = source
+        try:
+            self.control = {token["content"]: token["id"] for token in content["added_tokens"]}
+            plain = {**content, "added_tokens": [], "truncation": None, "padding": None}
+            plain["post_processor"] = None  # would put BOS before every piece
+            self._plain = Tokenizer.from_str(json.dumps(plain))
+            self._full = Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the package raises bare Exceptions for a malformed file
+            raise UserError(f"{source}: not a tokenizer that can be read: {error}") from error
+        self._control_ids = frozenset(self.control.values())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which no added token is recognised."""
+        ids: list[int] = self._plain.encode(mended(text), add_special_tokens=False).ids
+        if not self._control_ids.isdisjoint(ids):
+            raise UserError(f"{self._source}: this tokenizer turns plain text into control tokens")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+        text: str = self._full.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+class SentencePieceVocabulary:
+    """ChatGLM3's vocabulary: a sentencepiece model and, numbered after it, the control tokens."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._pieces = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a sentencepiece model: {error}") from error
+        self._size = self._pieces.vocab_size()
+        self.control = {token: self._size + i for i, token in enumerate(CHATGLM3_CONTROL)}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; the control tokens are unknown to the sentencepiece model."""
+        ids: list[int] = self._pieces.encode(mended(text))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, control tokens left out."""
+        text: str = self._pieces.decode([i for i in ids if i < self._size])
+        return text
+
+
+def mended(text: str) -> str:
+    """Replace lone surrogates, which a JSON file may hold and no tokenizer takes, by U+FFFD."""
+    if not any("\ud800" <= letter <= "\udfff" for letter in text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
