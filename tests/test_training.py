@@ -1,0 +1,367 @@
+"""The training loop: what is learned, what a step means, and going on after a kill."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from usbrec.errors import UserError
+from usbrec.llm import run_state, training
+from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
+from usbrec.llm.loss import SimpoOptions, TokenLogps
+from usbrec.llm.objectives import (
+    Sft,
+    Simpo,
+    pair_tree,
+    repetition,
+    usable_lessons,
+    usable_pairs,
+)
+from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.llm.training import TrainingOptions, passes, step_items, train
+
+QUICK = TrainingOptions(
+    learning_rate=1e-2, epochs=2, batch_size=4, tokens_per_pass=40, save_every=2
+)
+
+
+def draw(generator, length):
+    return torch.randint(3, 128, (length,), generator=generator).tolist()
+
+
+def lessons(count=10, seed=0):
+    """Conversations of 6 to 14 tokens; the last 3 carry loss, one of them with weight 0.5."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [6 + i % 9 for i in range(count)]
+    return [Tree([Branch(draw(generator, n), [0] * (n - 3) + [1, 0.5, 1])]) for n in lengths]
+
+
+def pairs(count=10, seed=0):
+    """Pairs with unequal responses of 2 to 6 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        pair_tree(draw(generator, 5), draw(generator, 2 + i % 5), draw(generator, 6 - i % 5))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def model(tiny_model):
+    """A tiny model with the adapter `one`, whose B is not zero, so that A learns at once."""
+    add_adapter(tiny_model, "one", LoraConfig(r=2), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in adapter_parameters(tiny_model, "one").items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    return tiny_model
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in adapter_parameters(model, "one").items()}
+
+
+def put(model, tensors):
+    for name, parameter in adapter_parameters(model, "one").items():
+        parameter.data.copy_(tensors[name])
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def gradient_of(model, objective, items, tokens_per_pass, tmp_path):
+    options = TrainingOptions(tokens_per_pass=tokens_per_pass)
+    run = training._Run(model, "one", objective, options, tmp_path, items, ())
+    loss, means = run.accumulate(items)
+    gradient = run.gradient.clone()
+    run.release()
+    return loss, means, gradient
+
+
+@pytest.mark.parametrize(("objective", "make"), [(Sft(), lessons), (Simpo(), pairs)])
+def test_a_step_is_the_same_in_one_pass_and_in_many(model, tmp_path, objective, make):
+    """N batches of 1 equal one batch of N, weights by token and lengths being unequal."""
+    items = make()
+    whole = gradient_of(model, objective, items, 10_000, tmp_path)
+    single = gradient_of(model, objective, items, 1, tmp_path)
+    assert single[0] == pytest.approx(whole[0], abs=1e-5)
+    assert single[1] == pytest.approx(whole[1], abs=1e-5)
+    torch.testing.assert_close(single[2], whole[2], atol=1e-5, rtol=1e-4)
+
+
+def test_a_shared_prompt_gives_the_loss_and_gradient_of_a_doubled_one(model, tmp_path):
+    """The pair [prompt | chosen | rejected] against two rows that each begin with the prompt."""
+
+    def doubled(tree):
+        prompt, chosen, rejected = tree.branches
+        sides = [([*prompt.ids, *side.ids], side) for side in (chosen, rejected)]
+        rows = [Branch(ids, [0] * len(prompt.ids) + [1] * len(side.ids)) for ids, side in sides]
+        return Tree([Branch([], []), *rows])
+
+    packed = gradient_of(model, Simpo(), pairs(), 60, tmp_path)
+    plain = gradient_of(model, Simpo(), [doubled(tree) for tree in pairs()], 60, tmp_path)
+    assert packed[0] == pytest.approx(plain[0], abs=1e-5)
+    torch.testing.assert_close(packed[2], plain[2], atol=1e-5, rtol=1e-4)
+
+
+def test_every_adapter_tensor_moves_and_the_base_does_not(model, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora" not in name), name
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_another_adapter_is_left_alone(model, tmp_path):
+    add_adapter(model, "two", LoraConfig(r=2), seed=2)
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model, "two").items()}
+    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model, "two").items())
+
+
+def test_a_step_at_a_tiny_rate_changes_the_weights_of_a_bf16_model(model, tmp_path):
+    model.to(torch.bfloat16)
+    for name, parameter in adapter_parameters(model, "one").items():
+        parameter.data = parameter.data.float()
+        assert parameter.dtype == torch.float32, name
+    before = weights(model)
+    options = TrainingOptions(learning_rate=5e-7, steps=1, warmup=0)
+    train(model, "one", lessons(), Sft(), options, tmp_path, "sft")
+    assert all(not torch.equal(after, before[n]) for n, after in weights(model).items())
+
+
+def test_sft_learns_its_lessons_by_heart(model, tmp_path):
+    options = replace(QUICK, epochs=40, learning_rate=3e-2)
+    train(model, "one", lessons(4), Sft(), options, tmp_path, "sft")
+    assert rows(tmp_path)[-1]["loss"] < 0.3 * rows(tmp_path)[0]["loss"]
+    assert rows(tmp_path)[-1]["accuracy"] > rows(tmp_path)[0]["accuracy"]
+
+
+def test_simpo_learns_to_prefer_the_chosen_responses(model, tmp_path):
+    options = replace(QUICK, epochs=30)
+    train(model, "one", pairs(6), Simpo(SimpoOptions(beta=2.0)), options, tmp_path, "simpo")
+    assert rows(tmp_path)[-1]["rewards/accuracies"] == 1.0
+    assert rows(tmp_path)[-1]["rewards/margins"] > rows(tmp_path)[0]["rewards/margins"]
+
+
+def test_metrics_of_pairs_are_what_their_names_say(model, tmp_path):
+    """Margins are the difference of rewards, rewards are beta times average log-probabilities."""
+    objective = Simpo(SimpoOptions(beta=2.5))
+    train(model, "one", pairs(), objective, replace(QUICK, batch_size=10), tmp_path, "simpo")
+    row = rows(tmp_path)[0]
+    assert row["rewards/margins"] == pytest.approx(
+        row["rewards/chosen"] - row["rewards/rejected"], abs=1e-5
+    )
+    assert row["rewards/chosen"] == pytest.approx(2.5 * row["logps/chosen"])
+    assert row["lengths/chosen"] == row["lengths/rejected"] == 4.0
+    assert set(row) == {"step", "loss", "learning_rate", "grad_norm", *objective.metrics}
+
+
+def test_speed_and_memory_go_to_their_own_file(model, tmp_path):
+    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    timings = [json.loads(x) for x in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in timings] == [row["step"] for row in rows(tmp_path)]
+    assert min(row["peak_memory_bytes"] for row in timings) > 1e6
+
+
+@pytest.mark.parametrize("stop", ["before_save", "after_metrics", "in_pass"])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(model, tmp_path, monkeypatch, at, stop):
+    """Five steps, a state every two; the cut falls at step `at`, in one of three places."""
+    start = weights(model)
+    check = lessons(3, seed=9)
+    options = replace(QUICK, eval_every=1)
+    train(model, "one", lessons(), Sft(), options, tmp_path / "whole", "sft", check)
+    expected = weights(model)
+
+    put(model, start)
+    place = {"before_save": "save", "after_metrics": "validate", "in_pass": "accumulate"}[stop]
+    original = getattr(training._Run, place)
+
+    def interrupted(run, *args):
+        if run.progress.step >= at:
+            raise KeyboardInterrupt
+        return original(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, "one", lessons(), Sft(), options, tmp_path / "cut", "sft", check)
+    put(model, start)
+    train(model, "one", lessons(), Sft(), options, tmp_path / "cut", "sft", check)
+    assert all(torch.equal(after, expected[name]) for name, after in weights(model).items())
+    for name in ("metrics.jsonl", "state.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(model, tmp_path, monkeypatch):
+    start = weights(model)
+    first = train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    put(model, start)
+    monkeypatch.setattr(training._Run, "step", None)
+    again = train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    assert all(torch.equal(first.last[name], again.last[name]) for name in first.last)
+    assert all(torch.equal(first.last[name], weights(model)[name]) for name in first.last)
+
+
+def test_the_adapter_with_the_lowest_validation_loss_is_kept(model, tmp_path):
+    """Validation and training items are at odds, so the best step is not the last."""
+    options = replace(QUICK, epochs=12, eval_every=1, learning_rate=5e-2, schedule="constant")
+    check = lessons(3, seed=9)
+    trained = train(model, "one", lessons(3), Sft(), options, tmp_path, "sft", check)
+    losses = {row["step"]: row["eval/loss"] for row in rows(tmp_path) if "eval/loss" in row}
+    assert trained.best_step == min(losses, key=losses.get) != max(losses)
+    run = training._Run(model, "one", Sft(), options, tmp_path, lessons(3), check)
+    assert run.measure(check, backward=False)[0] == pytest.approx(losses[trained.best_step])
+
+
+def test_other_options_data_or_weights_are_refused(model, tmp_path):
+    start = weights(model)
+    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    for items, options in ((lessons(seed=3), QUICK), (lessons(), replace(QUICK, seed=1))):
+        put(model, start)
+        with pytest.raises(UserError, match="other options, data or weights"):
+            train(model, "one", items, Sft(), options, tmp_path, "sft")
+    with pytest.raises(UserError, match="other options, data or weights"):
+        put(model, {name: tensor + 1 for name, tensor in start.items()})
+        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+
+
+def test_a_broken_state_is_named_and_left_alone(model, tmp_path):
+    start = weights(model)
+    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    put(model, start)
+    with pytest.raises(UserError, match=r"state\.safetensors is no whole training state"):
+        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    assert path.stat().st_size == 1000
+
+
+def test_a_full_disk_keeps_the_last_good_state(model, tmp_path, monkeypatch):
+    def full(descriptor):
+        if (tmp_path / "state.safetensors.tmp").exists() and len(rows(tmp_path)) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_state.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device.*is kept"):
+        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    assert not (tmp_path / "state.safetensors.tmp").exists()
+    assert run_state.load_state(tmp_path / "state.safetensors")[1]["progress"]["step"] == 2
+
+
+def test_metrics_shorter_than_the_state_counts_are_refused(model, tmp_path):
+    start = weights(model)
+    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    (tmp_path / "metrics.jsonl").write_text("")
+    put(model, start)
+    with pytest.raises(UserError, match="metrics.jsonl holds 0 bytes"):
+        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(model, tmp_path):
+    for parameter in adapter_parameters(model, "one").values():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="lower the learning rate"):
+        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+
+
+def test_no_items_are_a_user_s_fault(model, tmp_path):
+    with pytest.raises(UserError, match="nothing to train on"):
+        train(model, "one", [], Sft(), QUICK, tmp_path, "sft")
+
+
+def test_each_epoch_takes_every_item_once_in_an_order_of_its_own():
+    options = TrainingOptions(epochs=2, batch_size=4, seed=3)
+    steps = [step_items(options, 10, step) for step in range(training.step_count(options, 10))]
+    taken = [item for step in steps for item in step]
+    assert [len(step) for step in steps] == [4] * 5
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+    assert taken[:10] != taken[10:]
+    assert steps[1] == step_items(options, 10, 1)
+
+
+def test_a_count_of_steps_goes_beyond_the_epochs_or_stops_before():
+    options = TrainingOptions(steps=7, batch_size=4)
+    assert training.step_count(options, 10) == 7
+    assert len(step_items(options, 10, 6)) == 4
+    half = TrainingOptions(epochs=0.5, batch_size=4)
+    assert [len(step_items(half, 10, s)) for s in range(training.step_count(half, 10))] == [4, 1]
+
+
+def test_the_rate_warms_up_and_falls_as_half_a_cosine():
+    """10 steps, 2 of warm-up: 0.5, 1, then (1 + cos(pi k / 8)) / 2 for k = 0..7."""
+    options = TrainingOptions(learning_rate=1.0, warmup=0.2)
+    got = [training.learning_rate(options, step, 10) for step in range(10)]
+    assert got[:3] == [0.5, 1.0, 1.0]
+    assert got[6] == pytest.approx(0.5)
+    flat = replace(options, schedule="constant")
+    assert [training.learning_rate(flat, step, 10) for step in (0, 5, 9)] == [0.5, 1.0, 1.0]
+
+
+def test_passes_hold_every_tree_once_and_no_more_tokens_than_allowed():
+    trees = lessons(20)
+    laid = passes(trees, 30)
+    assert sorted(id(t) for row in laid for t in row) == sorted(map(id, trees))
+    assert all(sum(map(len, row)) <= 30 for row in laid)
+    assert len(laid) <= 1 + sum(map(len, trees)) // 25
+    assert [len(row) for row in passes(trees, 1)] == [1] * 20
+
+
+def test_lessons_that_teach_nothing_or_are_too_long_are_counted_out():
+    good = lessons(1)[0]
+    mute = Tree([Branch([5, 6], [0, 0])])
+    only_first = Tree([Branch([5, 6], [1, 0])])
+    long_path = Tree([Branch([5] * 6, [1] * 6), Branch([6] * 6, [1] * 6, 0)])
+    kept, dropped = usable_lessons([good, mute, only_first, long_path], 11)
+    assert kept == [good]
+    assert dropped == {"too long": 1, "nothing to learn": 2}
+
+
+def test_pairs_that_are_empty_equal_or_too_long_are_counted_out():
+    """A response of its end-of-turn token alone is empty; the limit holds for each side."""
+    good = pair_tree([3] * 8, [4, 5, 2], [5, 2])
+    trees = [
+        good,
+        pair_tree([3] * 8, [2], [5, 2]),
+        pair_tree([3] * 8, [4, 2], []),
+        pair_tree([3] * 8, [4, 2], [4, 2]),
+        pair_tree([3] * 9, [4, 5, 2], [5, 2]),
+        pair_tree([], [4, 5, 2], [5, 2]),
+    ]
+    kept, dropped = usable_pairs(trees, 11)
+    assert kept == [good]
+    assert dropped == {"too long": 1, "empty response": 3, "equal responses": 1}
+
+
+def test_repetition_counts_predictions_that_stand_in_the_same_response_already():
+    """Response 1 is 7 8 9, response 2 is 7 7. Of five predictions two repeat.
+
+    7 (nothing stands before), 7 (yes: 7 does), 5 (no) | 8 (it stands in response 1 only), 7 (yes).
+    """
+    row = pack([pair_tree([3], [7, 8, 9], [7, 7])])
+    predictions = torch.tensor([7, 7, 5, 8, 7])
+    found = repetition(TokenLogps(torch.zeros(5), predictions), row)
+    assert (found.total.item(), found.number.item()) == (2, 5)
+
+
+def test_a_falling_chosen_log_probability_and_growing_repetition_are_said():
+    steady = [{"logps/chosen": -2.0, "repetition": 0.2}] * 10
+    worse = [{"logps/chosen": -2.0 - 0.1 * i, "repetition": 0.2 + 0.05 * i} for i in range(10)]
+    assert training.collapse_warnings(steady) == []
+    assert len(training.collapse_warnings(worse)) == 2
+
+
+def test_a_collapsing_run_warns(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "FALL_OF_CHOSEN", -1e9)
+    with pytest.warns(UserWarning, match="log-probability a token fell"):
+        train(model, "one", pairs(), Simpo(), QUICK, tmp_path, "simpo")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"schedule": "linear"}, {"batch_size": 0}, {"warmup": 2.0}, {"save_every": 0}]
+)
+def test_an_option_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        TrainingOptions(**wrong)
