@@ -69,7 +69,7 @@ class PrefixCache:
         self.clock += 1
 
     def insert(self, key: Hashable, ids: Sequence[int]) -> Path:
-        """Find the row in the tree of `key`, adding what is missing; its new slots hold nothing yet.
+        """Find the row in the tree of `key` and add what is missing, in slots that are yet empty.
 
         Raises UserError where the arena cannot hold what the present call uses.
         """
@@ -168,7 +168,8 @@ def share_groups(paths: Sequence[Path]) -> list[Group]:
             branches.setdefault(-1 if ended else int(slots[row][length]), []).append(row)
         if len(branches) == 1:
             return together, [Group(rows, length)]
-        apart, groups = 0, []
+        apart = 0
+        groups: list[Group] = []
         for below in branches.values():
             cost, parts = best(below, length)
             apart, groups = apart + cost, groups + parts

@@ -13,7 +13,6 @@ from torch import Tensor
 from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
-from usbrec.llm.lora import LoraLinear
 from usbrec.llm.model import Decoder
 from usbrec.llm.sampling import DecodeAttention, decoding, draw, prefill, routes_of, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer
