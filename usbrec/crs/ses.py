@@ -4,7 +4,7 @@ Departures from the paper (arXiv 2509.20381) and its release, and what either le
 1. Votes are read in closed form from the judge's digit probabilities; `votes` samples them.
 2. A first response's value is the mean over its leaves (release); `value="majority"` takes the
    most frequent class instead (paper's text). Ties go to the first candidate.
-3. Equal texts after one parent are searched once and count as often as they were drawn.
+3. Equal texts after one parent are searched once; a later one counts as often as it was drawn.
 4. An empty candidate is not searched and never preferred; a leaf whose votes cannot be read has
    no value and is left out of the mean.
 5. The summary always sees the newest seeker line (the release's never does).
@@ -118,9 +118,9 @@ def search(
     """Return one finished search a dialogue; each depends on its own dialogue and seed alone."""
     profiles, drafts = open_search(llm, cast, dialogues, seeds, options)
     nodes = [
-        _Node(i, text, say(root, "recommender", text), seed_for(seeds[i], "root", text), count)
+        _Node(i, text, say(root, "recommender", text), seed_for(seeds[i], "root", text))
         for i, root in enumerate(dialogues)
-        for text, count in _counted(drafts[i])
+        for text, _ in _counted(drafts[i])
     ]
     for _ in range(options.turns - 1):
         nodes = expand(llm, cast, nodes, profiles, options)
