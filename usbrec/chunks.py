@@ -9,6 +9,7 @@ with which options it was made; results made with others are refused, never mixe
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,7 +113,8 @@ def replace_text(path: Path, text: str) -> None:
             _write(file.fileno(), text.encode())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
