@@ -24,8 +24,10 @@ Dialogue = tuple[Utterance, ...]
 class Example:
     """A recommender's turn that names at least one item, given every turn before it.
 
-    `history` holds no empty lines and ends with the seeker. `items` are the gold titles. `profile`
-    and `explanation` exist only where the dataset has them (the sample set).
+    `history` holds no empty lines and ends with the seeker. `items` are the gold titles. What
+    follows exists only where the dataset has it (the sample set): the `profile` of the seeker as
+    the history shows it, the recommender's `explanation` of its choice, and what the seeker would
+    say if a gold item (`accept`) or another one (`refuse`, with a hint) were recommended.
     """
 
     dialog_id: str
@@ -35,6 +37,8 @@ class Example:
     items: tuple[str, ...]
     profile: str | None = None
     explanation: str | None = None
+    accept: str | None = None
+    refuse: str | None = None
 
 
 @dataclass(frozen=True)

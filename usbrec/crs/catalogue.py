@@ -1,0 +1,593 @@
+"""The catalogue: items, finding their titles in text, keeping targets out of a seeker's words.
+
+How a title is told from an ordinary word (used by `find` and `mentions`):
+- with its year, "Heat (1995)" or "heat 1995", a title counts in any case; a year in brackets may be
+  off by one (release dates differ by country), a year further off names some film we do not have;
+- a long name ("the silence of the lambs": three words or more, one of them uncommon) counts in any
+  case, other names ("The Thing", "Titanic") with their capitals;
+- a name that is an ordinary word ("It", "Up", "War", "Heat", "2012", "Drama") counts only with its
+  year, in quotes with its capital, or with its capital right after a word such as "watch" or
+  "called"; a genre's name not even then;
+- without a year a name counts for an item if exactly one item bears it; a mention of a name that
+  several items bear carries all of them, and is counted as ambiguous by the readers' audit.
+
+What it leaves out: misspellings, translated titles, and abbreviations such as "LOTR".
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from usbrec.errors import UserError
+
+# The forms a genre's name takes in text; the first stands before "film".
+GENRE_FORMS: dict[str, tuple[str, ...]] = {
+    "action": ("action",),
+    "adventure": ("adventure", "adventures"),
+    "animation": ("animated", "animation", "cartoon", "cartoons"),
+    "comedy": ("comedy", "comedies", "comedic"),
+    "crime": ("crime",),
+    "drama": ("drama", "dramas", "dramatic"),
+    "family": ("family",),
+    "fantasy": ("fantasy",),
+    "horror": ("horror",),
+    "musical": ("musical", "musicals"),
+    "mystery": ("mystery", "mysteries"),
+    "romance": ("romantic", "romance", "romances"),
+    "sci-fi": ("sci-fi", "science fiction", "scifi"),
+    "thriller": ("thriller", "thrillers"),
+    "war": ("war",),
+    "western": ("western", "westerns"),
+}
+GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
+
+# Words that are films somewhere and ordinary words everywhere, besides the commonest words.
+COMMON_WORDS = GENRE_WORDS | frozenset(
+    """
+    a about above after again alive all alone also am american an and angel animal another any
+    anything are arrival as at away baby back bad ball be beautiful because been before being best
+    better between beyond big black blow blue body book born both box boy boys brave break bright
+    bring brother brothers but by cabin call called came can captain cars cat catch chef chicago
+    children christmas city clerks click close closer clue cold come coming contact cool could crash
+    creed cube dad dark date daughter day days dead dear death deep did die different do does dog
+    dogs doing done down dreams drive duck earth easy eight elf end enemy enough epic escape even
+    ever every everything face fall family fast father fences few fiction fight film films find fire
+    first five flight for four free friday friend friends from frozen full fun funny game games gang
+    get ghost gift girl girls give glass glory go going gone good got gravity great grease green
+    ground guy guys had hail half halloween happiness happy hard has have he head hear heart heat
+    heist held hell hello help her here hero high him his hit holes home hook hope horrible host hot
+    hotel hour hours house how hunt i ice idle if ii iii in inside into invincible is it its joy
+    jumper just kick kids kill kin kind king knowing labor lady large last law legend legends less
+    let liar life light like limitless list little live lives living logan long look looking lost
+    lot love loving low luck lucky lucy mad made magic make man many mask mate matter may me mean
+    meet men midnight milk million mine minute miracle misery miss missing mission mom moon more most
+    mother movie movies much mud music must my name naked near never new next nice night nine nines
+    no noah none nope not nothing now number nuts of off office old on once one only open or
+    original orphan other others our out outrage over own paid paper party past paul people perfect
+    philadelphia piano pick place play please possession precious predator prestige pride prince
+    prison problem proof proud psycho push queen quick quiet rampage rain ray read ready real
+    really red rent repo ride right rings road rock role room rose run running rush sabotage safe
+    said same savages saw say scary school scream sea secret see seen self sense set seven sex she
+    shine shooter short shorts show side signs silence single sinister sister sisters six sky sleep
+    slow small smoke snatch so solace solo some someone something somewhere son soul sound space
+    speed spell splash split spotlight spring spy star start state stay step still stop story
+    strange street stuck stuff such summer super sure sweet swingers take taken tag talk tell ten
+    than thanks that the their them then there these they thing things think this those three
+    through time tin to today together tonight too top touch town toy toys traffic training troll
+    troy true truth twins two under unforgettable up us use very wait walk wall want wanted war was
+    watch water way we weapons wedding week weekend weird well went were what when where which white
+    who why wild will win winter wish wit with witness woman women wonder wonderful words work world
+    would wow wrong x year years yes yesterday yet you young your zero
+    """.split()
+)
+RECOMMENDING_WORDS = frozenset(
+    """watch watched watching see seen recommend recommended suggest suggested try called titled named
+    film films movie movies""".split()
+)
+NAMING_WORDS = frozenset(["called", "titled", "named"])
+ARTICLES = ("the", "a", "an")
+QUOTES = "\"'“”‘’«»*_"
+NEUTRAL = "that film"
+
+_WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
+_TITLE_YEAR = re.compile(r"^(.*\S)\s*\((\d{4})\)\s*$")
+_YEAR_AFTER = re.compile(r"""["'”’*]?\s*,?\s*(?:\((\d{4})\)|(\d{4})\b)""")
+_BREAK = re.compile(r"[()\[\]\"“”\n;]")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A film: its title as the dataset writes it, its bare name, and its facts (may be empty)."""
+
+    title: str
+    name: str
+    year: int | None = None
+    genres: tuple[str, ...] = ()
+    directors: tuple[str, ...] = ()
+    stars: tuple[str, ...] = ()
+    moods: tuple[str, ...] = ()
+
+    @property
+    def lead(self) -> str | None:
+        """The first of the stars."""
+        return self.stars[0] if self.stars else None
+
+    @property
+    def decade(self) -> str | None:
+        """The decade as it is spoken of: "1990s"."""
+        return None if self.year is None else f"{self.year // 10 * 10}s"
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A title found at text[start:end] (its year included); several items: ambiguous."""
+
+    start: int
+    end: int
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A word of a text: folded (lower case, no accents, no apostrophes), and where it stands."""
+
+    key: str
+    start: int
+    end: int
+
+
+def fold(text: str) -> str:
+    """Return the text in lower case without accents; every character keeps its place."""
+    return "".join(unicodedata.normalize("NFD", char)[0].lower()[0] for char in text)
+
+
+def _words(text: str) -> list[_Word]:
+    words = []
+    for match in _WORD.finditer(fold(text)):
+        key = "and" if match.group() == "&" else re.sub("['’]", "", match.group())
+        words.append(_Word(key, match.start(), match.end()))
+    return words
+
+
+def split_title(title: str) -> tuple[str, int | None]:
+    """Return a title's name and year: "Heat (1995)" -> ("Heat", 1995)."""
+    match = _TITLE_YEAR.match(title)
+    return (match.group(1), int(match.group(2))) if match else (title.strip(), None)
+
+
+def is_ordinary(name: str) -> bool:
+    """Tell whether a name could be an ordinary word of a sentence, such as "It" or "2012"."""
+    keys = [word.key for word in _words(name)]
+    return len(keys) == 1 and (keys[0] in COMMON_WORDS or len(keys[0]) <= 3 or keys[0].isdigit())
+
+
+def _is_long(name: str) -> bool:
+    keys = [word.key for word in _words(name)]
+    return len(keys) >= 3 and any(len(key) > 3 and key not in COMMON_WORDS for key in keys)
+
+
+def _has_capitals(surface: str, name: str) -> bool:
+    """Tell whether every word with a capital (or a digit) in the name has it in the text too."""
+    pairs = zip(_words(name), _words(surface), strict=True)
+    return all(
+        surface[seen.start] == name[word.start] or surface[seen.start].isupper()
+        for word, seen in pairs
+    )
+
+
+def _is_quoted(text: str, start: int, end: int) -> bool:
+    before, after = text[start - 1 : start], text[end : end + 1]
+    opens = bool(before) and before in QUOTES and not text[start - 2 : start - 1].isalnum()
+    return opens and bool(after) and after in QUOTES
+
+
+def _read_people(entry: dict[str, Any], *keys: str) -> tuple[str, ...]:
+    """Return the entry's list under the first of the keys that it has, each name once."""
+    for key in keys:
+        value = entry.get(key)
+        if value:
+            names = [value] if isinstance(value, str) else value
+            return tuple(dict.fromkeys(str(name) for name in names))
+    return ()
+
+
+def _read_genre(text: str) -> str:
+    genre = re.sub(r"\s+(film|fiction)$", "", text.lower().replace("science fiction", "sci-fi"))
+    return next((known for known, forms in GENRE_FORMS.items() if genre in forms), genre)
+
+
+def read_item(entry: dict[str, Any]) -> Item:
+    """Read one entry of ReDial's, OpenDialKG's or our items.json (they differ in keys only)."""
+    title = entry["name"].strip()
+    name, year = split_title(title)
+    if year is None and str(entry.get("year") or "").isdigit():
+        year = int(entry["year"])
+    genres = dict.fromkeys(_read_genre(genre) for genre in _read_people(entry, "genre"))
+    return Item(
+        title,
+        name,
+        year,
+        tuple(genres),
+        _read_people(entry, "director"),
+        _read_people(entry, "star", "actor"),
+        _read_people(entry, "mood"),
+    )
+
+
+class Catalogue:
+    """Items that can be looked up by title and found in text; iterates over its items."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.items: tuple[Item, ...] = tuple(dict.fromkeys(items))
+        self._by_title: dict[str, list[Item]] = {}
+        self._by_name: dict[str, list[Item]] = {}
+        self._trie: dict[str, Any] = {}  # word -> trie; "" -> the items whose name ends here
+        for item in self.items:
+            self._by_title.setdefault(fold(item.title), []).append(item)
+            keys = [word.key for word in _words(item.name)]
+            self._by_name.setdefault(" ".join(keys), []).append(item)
+            node = self._trie
+            for key in keys:
+                node = node.setdefault(key, {})
+            if keys:
+                node.setdefault("", []).append(item)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Catalogue":
+        """Read an items.json: an object of entries with at least a `name`.
+
+        Raises:
+            UserError: the file is missing or is not such an object.
+        """
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read the catalogue {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"the catalogue {path} is not UTF-8 text: {error}") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"the catalogue {path} is not JSON: {error}") from error
+        if not isinstance(entries, dict) or not entries:
+            raise UserError(f"the catalogue {path} must be an object of items, each with a name")
+        for key, entry in entries.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise UserError(f"item {key!r} of the catalogue {path} has no name")
+        return cls(read_item(entry) for entry in entries.values())
+
+    def named(self, title: str) -> tuple[Item, ...]:
+        """Return all items a title may mean: with a year at most that year's, else by name."""
+        exact = self._by_title.get(fold(title))
+        if exact:
+            return tuple(exact)
+        name, year = split_title(title)
+        same_name = self._by_name.get(" ".join(word.key for word in _words(name)), [])
+        if year is None:
+            return tuple(same_name)
+        return tuple(item for item in same_name if item.year in (None, year))
+
+    def get(self, title: str) -> Item | None:
+        """Return the item that the title names, or None if there is none or more than one."""
+        items = self.named(title)
+        return items[0] if len(items) == 1 else None
+
+    def find(self, text: str) -> list[Mention]:
+        """Return the titles in the text from left to right, the longest first, none inside another.
+
+        The module's docstring has the rules by which a word counts as a title.
+        """
+        words = _words(text)
+        mentions: list[Mention] = []
+        index = 0
+        while index < len(words):
+            mention, index = self._mention_at(text, words, index)
+            if mention:
+                mentions.append(mention)
+        return mentions
+
+    def _mention_at(
+        self, text: str, words: list[_Word], index: int
+    ) -> tuple[Mention | None, int]:
+        """Return the longest title that begins at this word, and the word to go on from."""
+        node, matches = self._trie, []
+        for last in range(index, len(words)):
+            gap = text[words[last - 1].end : words[last].start] if last > index else ""
+            if words[last].key not in node or len(gap) > 3 or _BREAK.search(gap):
+                break
+            node = node[words[last].key]
+            if "" in node:
+                matches.append((last, node[""]))
+        for last, items in reversed(matches):
+            mention = _judge_match(text, words, index, last, items)
+            if mention:
+                following = last + 1
+                while following < len(words) and words[following].start < mention.end:
+                    following += 1
+                return mention, following
+        return None, index + 1
+
+    def mentions(self, text: str, titles: Iterable[str]) -> bool:
+        """Tell whether the text names one of the titles, also titles outside the catalogue.
+
+        A mention without a year counts if all items that it may mean are among the titles.
+        """
+        wanted = {item for title in titles for item in self._meant(title)}
+        finder = self
+        if not wanted <= set(self.items):
+            finder = Catalogue([*self.items, *wanted])
+        return any(set(mention.items) <= wanted for mention in finder.find(text))
+
+    def _meant(self, title: str) -> tuple[Item, ...]:
+        return self.named(title) or (Item(title, *split_title(title)),)
+
+    def hide(self, text: str, titles: Iterable[str]) -> str:
+        """Return the text with the titles replaced by neutral words.
+
+        Stricter than `find`: any case, quoted or not, with or without (any) year, without the
+        leading article, and the parts of a name before and after a colon. Names that are ordinary
+        words go when a year, quotes or a naming word show them to be titles, when they carry a
+        capital within a sentence, or when they are all that is said. Other catalogue titles that
+        contain the name ("Spider-Man 2") stay.
+        """
+        for title in titles:
+            protected = [
+                (mention.start, mention.end)
+                for mention in self.find(text)
+                if not set(mention.items) & set(self._meant(title))
+            ]
+            for start, end in reversed(_leaks(text, title)):
+                if not any(low <= start and end <= high for low, high in protected):
+                    text = text[:start] + NEUTRAL + text[end:]
+        return text
+
+
+def _judge_match(
+    text: str, words: list[_Word], first: int, last: int, items: Sequence[Item]
+) -> Mention | None:
+    """Return the mention if the words first..last, which spell the items' name, mean a title."""
+    start, end = words[first].start, words[last].end
+    year = _YEAR_AFTER.match(text, end)
+    if year:
+        fitting = _fitting(items, int(year.group(1) or year.group(2)))
+        if fitting:
+            return Mention(start, year.end(), fitting)
+        if year.group(1):
+            return None
+    surface, name = text[start:end], items[0].name
+    before = words[first - 1].key if first else ""
+    if is_ordinary(name):
+        capital = _has_capitals(surface, name) and not surface.isdigit()
+        named = before in RECOMMENDING_WORDS and words[first].key not in GENRE_WORDS
+        good = (capital and named) or (_is_quoted(text, start, end) and _has_capitals(surface, name))
+    else:
+        good = _is_long(name) or _has_capitals(surface, name)
+    return Mention(start, end, tuple(items)) if good else None
+
+
+def _fitting(items: Sequence[Item], year: int) -> tuple[Item, ...]:
+    """Return the items of that year, else of a year beside it, else those without a year."""
+    for near in (0, 1):
+        found = [item for item in items if item.year and abs(item.year - year) <= near]
+        if found:
+            return tuple(found)
+    return tuple(item for item in items if item.year is None)
+
+
+# --- keeping a title out of a text -----------------------------------------------------------
+
+
+def _spelling(name: str) -> str:
+    """Return a pattern for the name in folded text, whatever stands between its words."""
+    keys = [match.group() for match in _WORD.finditer(fold(name))]
+    words = [
+        "(?:&|and)" if key in ("&", "and") else re.sub("['’]", "['’]?", re.escape(key))
+        for key in keys
+    ]
+    return r"\W{0,3}".join(words) or re.escape(fold(name))
+
+
+def _is_telling(part: str) -> bool:
+    keys = [word.key for word in _words(part)]
+    return any(len(key) > 3 and key not in COMMON_WORDS and not key.isdigit() for key in keys)
+
+
+@lru_cache(maxsize=4096)
+def _leak_pattern(title: str) -> re.Pattern[str]:
+    """Return the pattern of all forms of a title in folded text; group `name` without the year."""
+    name, year = split_title(title)
+    forms = [name]
+    stripped = re.sub(rf"^(?:{'|'.join(ARTICLES)})\s+", "", name, flags=re.IGNORECASE)
+    forms += [part for part in (stripped, *name.split(": ")) if part != name and _is_telling(part)]
+    spellings = sorted({_spelling(form) for form in forms}, key=len, reverse=True)
+    bare_year = rf"|,?\s+{year}\b" if year else ""
+    return re.compile(
+        rf"(?<![^\W_])(?P<name>{'|'.join(spellings)})(?![^\W_])"
+        rf"""(?P<year>["'”’*]?\s*\(\d{{4}}\){bare_year})?"""
+    )
+
+
+def _leaks(text: str, title: str) -> list[tuple[int, int]]:
+    """Return where the title stands in the text, by the rules of `Catalogue.hide`."""
+    ordinary = is_ordinary(split_title(title)[0])
+    spans = []
+    for match in _leak_pattern(title).finditer(fold(text)):
+        start, end = match.span("name")
+        if not ordinary or match.group("year") or _is_meant(text, start, end):
+            spans.append(match.span())
+    return spans
+
+
+def _is_meant(text: str, start: int, end: int) -> bool:
+    """Tell whether the ordinary word text[start:end] stands there as a film's title."""
+    before, after = text[:start].rstrip(QUOTES), text[end:].lstrip(QUOTES)
+    previous, following = before.split()[-1:], after.split()[:1]
+    if _is_quoted(text, start, end):
+        return True
+    if previous and previous[0].lower() in NAMING_WORDS:
+        return True
+    opens = not previous or before.rstrip()[-1] in ".!?:"
+    if opens:
+        return bool(re.match(r"\s*(?:[.!?]|$)", after))
+    surface = text[start:end]
+    shouted = surface.isupper() and len(surface) > 1 and previous[0].lower() == "the"
+    lone = not any(
+        word[:1].isupper() and word not in ("I", "I'm", "I've") for word in previous + following
+    )
+    return surface[0].isupper() and lone and not shouted
+
+
+# --- facts: agreement, description, rewriting --------------------------------------------------
+
+
+def grade(item: Item | None, targets: Iterable[Item]) -> int:
+    """Return how well a recommendation agrees with the truth.
+
+    2: it is a target. 1: it shares the director, a star, or at least half of the genres (of
+    whichever film has fewer) with some target. 0: nothing of that, or no item.
+    """
+    if item is None:
+        return 0
+    return max((2 if item == target else int(_is_kin(item, target)) for target in targets), default=0)
+
+
+def _is_kin(item: Item, other: Item) -> bool:
+    shares_people = set(item.directors) & set(other.directors) or set(item.stars) & set(other.stars)
+    shared = set(item.genres) & set(other.genres)
+    return bool(shares_people) or 2 * len(shared) >= min(len(item.genres), len(other.genres)) > 0
+
+
+def genre_word(genre: str) -> str:
+    """Return the genre as it stands before "film": "animation" -> "animated"."""
+    return GENRE_FORMS.get(genre, (genre,))[0]
+
+
+def with_article(words: str) -> str:
+    """Return the words after "a" or "an"."""
+    return f"{'an' if re.match('[aeiou]|8', words, re.IGNORECASE) else 'a'} {words}"
+
+
+def describe(item: Item) -> str:
+    """Return the facts in one clause: "a 1995 crime film by Michael Mann with Al Pacino"."""
+    kind = " ".join([*([str(item.year)] if item.year else []), *map(genre_word, item.genres[:2])])
+    text = with_article(f"{kind} film".strip())
+    if item.directors:
+        text += f" by {item.directors[0]}"
+    return f"{text} with {item.lead}" if item.lead else text
+
+
+_DECADE_NAMES = {"50": "fifties", "60": "sixties", "70": "seventies", "80": "eighties",
+                 "90": "nineties"}
+
+
+def rewrite(text: str, old: Item, new: Item) -> str:
+    """Return a reply about `old` as it would read about `new`: title and every attribute changed.
+
+    Title, year, decade, director, stars, genres and moods of the old film that occur in the text
+    become the new film's; what both films share stays. "a"/"an" follows its new word. Where the
+    new film lacks a fact, neutral words stand in ("someone else", "different", "another year").
+    """
+    spans = [
+        (start, end, new.title if re.search(r"\d{4}\)?$", text[start:end]) else new.name)
+        for start, end in _leaks(text, old.title)
+    ]
+    for pattern, swap in _swaps(old, new):
+        for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", text, re.IGNORECASE):
+            if not any(match.start() < end and start < match.end() for start, end, _ in spans):
+                before = text[: match.start()]
+                spans.append((*match.span(), swap(before, match.group())))
+    result, place = "", 0
+    for start, end, words in sorted(spans):
+        result += text[place:start]
+        article = re.search(r"(?<![^\W_])(an?) $", result, re.IGNORECASE)
+        if article:
+            right = with_article(words).split()[0]
+            right = right.capitalize() if article.group(1)[0].isupper() else right
+            result = f"{result[: article.start()]}{right} "
+        elif text[start].isupper() and words[:1].islower():
+            words = words[0].upper() + words[1:]
+        result, place = result + words, end
+    return _merge_repeats(result + text[place:], new)
+
+
+def _merge_repeats(text: str, item: Item) -> str:
+    """Write "comedy and comedy" as "comedy", which two genres become for a film with one."""
+    for genre in item.genres or ("different",):
+        word = re.escape(genre_word(genre))
+        text = re.sub(rf"\b({word})(?:(?:,| and|, and)? \1)+\b", r"\1", text)
+    return text
+
+
+_Swap = Callable[[str, str], str]  # (text before, words found) -> the words that replace them
+
+
+def _swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
+    """Yield the pattern of each attribute of `old` and what takes its place, longest first."""
+    people = dict.fromkeys((*old.directors, *old.stars))
+    for person in sorted(people, key=len, reverse=True):
+        yield re.escape(person), _person_swap(person, old, new)
+    for person in people:
+        surname = person.split()[-1]
+        if len(surname) > 3 and surname != person:
+            yield f"(?-i:{re.escape(surname)})", _person_swap(person, old, new, surname=True)
+    if old.year and old.year != new.year:
+        yield str(old.year), lambda _, found: str(new.year or "another year")
+        if old.decade != new.decade:
+            yield from _decade_swaps(old, new)
+    for words, swap in (*_genre_swaps(old, new), *_mood_swaps(old, new)):
+        yield words, swap
+
+
+def _person_swap(person: str, old: Item, new: Item, surname: bool = False) -> _Swap:
+    def swap(before: str, found: str) -> str:
+        directs = person in old.directors and (
+            person not in old.stars or re.search(r"\b(by|from|director)\s*$", before)
+        )
+        people = new.directors if directs else new.stars
+        roles = old.directors if directs else old.stars
+        if not people:
+            return "someone else"
+        if person in people:
+            return found
+        name = people[min(roles.index(person), len(people) - 1)]
+        return name.split()[-1] if surname else name
+
+    return swap
+
+
+def _decade_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
+    short, new_short = str(old.decade)[2:4], str(new.decade)[2:4] if new.decade else None
+    yield str(old.decade), lambda _, found: new.decade or "another decade"
+    yield f"['’]?{short}s", lambda _, found: (
+        found.replace(short, new_short) if new_short else "another decade"
+    )
+    if short in _DECADE_NAMES and str(old.decade).startswith("19"):
+        yield _DECADE_NAMES[short], lambda _, found: (
+            _DECADE_NAMES.get(new_short or "", new.decade or "another decade")
+            if str(new.decade).startswith("19")
+            else new.decade or "another decade"
+        )
+
+
+def _genre_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
+    others = [genre for genre in new.genres if genre not in old.genres] or list(new.genres)
+    for place, genre in enumerate(genre for genre in old.genres if genre not in new.genres):
+        word = genre_word(others[place % len(others)]) if others else "different"
+        forms = sorted(GENRE_FORMS.get(genre, (genre,)), key=len, reverse=True)
+        yield f"(?:{'|'.join(map(re.escape, forms))})", lambda _, found, word=word: word
+
+
+def _mood_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
+    for mood in old.moods:
+        if mood not in new.moods:
+            word = new.moods[0] if new.moods else "different"
+            yield re.escape(mood), lambda _, found, word=word: word
