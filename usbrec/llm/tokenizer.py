@@ -12,7 +12,6 @@ newline one by one. Which format a model wants is read off its control tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from usbrec.chat import Message
 from usbrec.errors import UserError
+from usbrec.llm.files import file_in, read_json
 from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
 
@@ -316,29 +316,16 @@ def read_files(
     if not path.is_dir():
         raise UserError(f"no such model folder: {path}")
     settings = [
-        read_json(path / name)
+        read_json(file_in(path, name))
         for name in ("config.json", "generation_config.json")
         if name == "config.json" or (path / name).exists()
     ]
     if (path / "tokenizer.json").exists():
-        file = path / "tokenizer.json"
+        file = file_in(path, "tokenizer.json")
         return TokenizersVocabulary(read_json(file), file), settings
     if (path / "tokenizer.model").exists() and settings[0].get("model_type") == "chatglm":
-        return SentencePieceVocabulary(path / "tokenizer.model"), settings
+        return SentencePieceVocabulary(file_in(path, "tokenizer.model")), settings
     raise UserError(f"{path} has no tokenizer.json (ChatGLM3: tokenizer.model)")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises UserError naming the file."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def listed(ids: int | list[int] | None) -> list[int]:

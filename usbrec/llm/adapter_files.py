@@ -1,0 +1,192 @@
+"""Adapters in peft's files: adapter_config.json and adapter_model.safetensors, both ways.
+
+Written under peft's key names, so that peft, transformers and vLLM read them as they are; read
+back strictly. A setting of adapter_config.json that would change what the adapter computes and is
+not honoured here is refused by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from usbrec.errors import UserError
+from usbrec.llm.checkpoint import compare_shapes, stored_module
+from usbrec.llm.files import file_in, read_json, write_json, write_whole
+from usbrec.llm.lora import LoraConfig, LoraLinear, adapter_parameters, remove_adapter
+from usbrec.llm.model import Decoder
+from usbrec.llm.weights import SafetensorsWeights, refuse_non_finite
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+KEY_PREFIX = "base_model.model."
+HONOURED = ("r", "lora_alpha", "target_modules", "use_rslora")
+# Settings that say nothing about what a trained adapter computes, or only with another one set.
+WITHOUT_EFFECT = (
+    "alora_invocation_tokens",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "layers_pattern",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+)
+
+
+def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> None:
+    """Write the adapter `name` to `folder` as peft would; `base_name` names the base in it.
+
+    Each file is written whole or not at all, the weights first.
+    """
+    folder = Path(folder)
+    layers = adapter_layers(model, name)
+    if not layers:
+        raise UserError(f"the model has no adapter {name!r} to save")
+    tensors = {
+        f"{KEY_PREFIX}{path}.{half}.weight": getattr(layer, half)[name].detach().cpu().contiguous()
+        for path, layer in layers.items()
+        for half in ("lora_A", "lora_B")
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    write_json(folder / CONFIG_FILE, peft_settings(model, name, layers, base_name))
+
+
+def adapter_layers(model: Decoder, name: str) -> dict[str, LoraLinear]:
+    """Return the checkpoint's module name -> layer for the layers that have the adapter."""
+    return {path: layer for path, layer in linear_layers(model).items() if name in layer.lora_A}
+
+
+def linear_layers(model: Decoder) -> dict[str, LoraLinear]:
+    """Return the checkpoint's module name -> layer for every layer that can have an adapter."""
+    return {
+        stored_module(model.config, path): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLinear)
+    }
+
+
+def peft_settings(
+    model: Decoder, name: str, layers: Mapping[str, LoraLinear], base_name: str
+) -> dict[str, Any]:
+    """Return the content of adapter_config.json."""
+    layer = next(iter(layers.values()))
+    r = layer.lora_A[name].shape[0]
+    lora_alpha = layer.scaling[name] * r
+    last_names = {path.rpartition(".")[2] for path in layers}
+    covered = {p for p in linear_layers(model) if p.rpartition(".")[2] in last_names}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha,
+        "target_modules": sorted(last_names if covered == set(layers) else layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
+    """Put the adapter in `folder` beside the model's weights under `name` and return its settings.
+
+    Raises UserError for a setting that is not honoured and for a key that is missing, too many or
+    of another shape (an adapter made for another base); the model then stays as it was.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such adapter folder: {folder}")
+    settings = read_json(file_in(folder, CONFIG_FILE))
+    config = lora_config(settings, folder / CONFIG_FILE)
+    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+        raise UserError(
+            f"{folder} holds its weights as a pickle (adapter_model.bin), which is never opened "
+            "since it can run code: convert it to safetensors"
+        )
+    weights = SafetensorsWeights.from_file(file_in(folder, WEIGHTS_FILE))
+    layers = targeted(linear_layers(model), settings["target_modules"], folder / CONFIG_FILE)
+    compare_shapes(key_shapes(layers, config.r), weights.shapes, weights.path)
+    if adapter_parameters(model, name):
+        remove_adapter(model, name)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: weights.read(key) for key in weights.shapes}
+    for key, tensor in tensors.items():
+        refuse_non_finite(tensor, key, weights.path)
+    for path, layer in layers.items():
+        layer.add(name, config, generator)
+        for half in ("lora_A", "lora_B"):
+            getattr(layer, half)[name].data.copy_(tensors[f"{KEY_PREFIX}{path}.{half}.weight"])
+    return config
+
+
+def key_shapes(layers: Mapping[str, LoraLinear], r: int) -> dict[str, tuple[int, ...]]:
+    """Return the keys that an adapter of rank r over these layers has, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, layer in layers.items():
+        shapes[f"{KEY_PREFIX}{path}.lora_A.weight"] = (r, layer.in_features)
+        shapes[f"{KEY_PREFIX}{path}.lora_B.weight"] = (layer.out_features, r)
+    return shapes
+
+
+def lora_config(settings: Mapping[str, Any], source: Path) -> LoraConfig:
+    """Return peft's settings as ours; raises UserError naming one that is not honoured."""
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{source}: peft_type must be LORA, got {settings.get('peft_type')!r}")
+    for name, value in settings.items():
+        neutral = not value or value == "none"
+        if name == "init_lora_weights":  # the others (PiSSA, OLoRA, ...) change the base as well
+            neutral = value in (True, False, "gaussian")
+        if name not in HONOURED and name not in WITHOUT_EFFECT and not neutral:
+            raise UserError(f"{source}: the setting {name} = {value!r} is not supported")
+    r, alpha = settings.get("r"), settings.get("lora_alpha")
+    if isinstance(r, bool) or not isinstance(r, int) or not 0 < r <= 1 << 16:
+        raise UserError(f"{source}: r must be a whole number above 0, got {r!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+        raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r}")
+    targets = settings.get("target_modules")
+    is_list = isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
+    if not is_list and not (isinstance(targets, str) and targets):
+        raise UserError(f"{source}: target_modules must be names, got {targets!r}")
+    names = tuple(targets) if isinstance(targets, list) else (str(targets),)
+    return LoraConfig(r, float(alpha), names, bool(settings.get("use_rslora")))
+
+
+def targeted(
+    layers: Mapping[str, LoraLinear], targets: list[str] | str, source: Path
+) -> dict[str, LoraLinear]:
+    """Return the layers that peft's `target_modules` names: ends of paths, or one pattern."""
+    if targets == "all-linear":
+        return dict(layers)
+    if isinstance(targets, str):
+        try:
+            found = {p: layer for p, layer in layers.items() if re.fullmatch(targets, p)}
+        except re.error as error:
+            raise UserError(f"{source}: target_modules is no valid pattern: {error}") from error
+        unused = [] if found else [targets]
+    else:
+        ends = {t: [p for p in layers if p == t or p.endswith(f".{t}")] for t in targets}
+        wanted = {path for paths in ends.values() for path in paths}
+        found = {path: layer for path, layer in layers.items() if path in wanted}
+        unused = [target for target, paths in ends.items() if not paths]
+    if unused:
+        raise UserError(
+            f"{source}: target_modules names {unused[0]!r}, which is no linear layer of this model"
+        )
+    return found

@@ -1,0 +1,134 @@
+"""A model's folder or GGUF file -> Decoder, its weights streamed tensor by tensor.
+
+The decoder is built without memory (meta device); each weight is then allocated once, in the
+target dtype and on the target device, and filled from the mapped file. Every parameter must be
+there in its shape, and nothing else may be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from usbrec.errors import UserError
+from usbrec.llm.model import Decoder, ModelConfig
+from usbrec.llm.model_config import load_config
+from usbrec.llm.weights import GgufWeights, SafetensorsWeights, Weights, refuse_non_finite
+
+# ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.
+CHATGLM_NAMES = {
+    "model.embed_tokens": "transformer.embedding.word_embeddings",
+    "model.norm": "transformer.encoder.final_layernorm",
+    "lm_head": "transformer.output_layer",
+    "model.layers.{}.input_layernorm": "transformer.encoder.layers.{}.input_layernorm",
+    "model.layers.{}.self_attn.qkv_proj": (
+        "transformer.encoder.layers.{}.self_attention.query_key_value"
+    ),
+    "model.layers.{}.self_attn.o_proj": "transformer.encoder.layers.{}.self_attention.dense",
+    "model.layers.{}.post_attention_layernorm": (
+        "transformer.encoder.layers.{}.post_attention_layernorm"
+    ),
+    "model.layers.{}.mlp.gate_up_proj": "transformer.encoder.layers.{}.mlp.dense_h_to_4h",
+    "model.layers.{}.mlp.down_proj": "transformer.encoder.layers.{}.mlp.dense_4h_to_h",
+}
+
+
+def stored_module(config: ModelConfig, module: str) -> str:
+    """Return what the checkpoint calls the module that the decoder calls `module`."""
+    if config.model_type != "chatglm":
+        return module
+    layer = re.search(r"\.(\d+)\.", module)
+    number = layer[1] if layer else ""
+    return CHATGLM_NAMES[re.sub(r"\.\d+\.", ".{}.", module)].format(number)
+
+
+def stored_name(config: ModelConfig, name: str) -> str:
+    """Return what the checkpoint calls the parameter that the decoder calls `name`."""
+    module, _, kind = name.rpartition(".")
+    return f"{stored_module(config, module)}.{kind}"
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a folder's safetensors or a GGUF file."""
+    return GgufWeights(path) if path.suffix == ".gguf" else SafetensorsWeights.from_folder(path)
+
+
+def load_model(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """Return the decoder of a folder or GGUF file, its weights in `dtype` on `device`.
+
+    Raises UserError for unsupported settings, damaged files, and a parameter that is missing, too
+    many, of another shape, or not finite; the first is named.
+    """
+    path = Path(path)
+    config = load_config(path)
+    weights = open_weights(path)
+    with torch.device("meta"):
+        model = Decoder(config)
+    names = parameter_names(model, weights)
+    for ours, theirs in names.items():
+        source = weights.read(theirs)
+        refuse_non_finite(source, theirs, weights.path)
+        target = torch.empty(source.shape, dtype=dtype, device=device)
+        set_parameter(model, ours, target.copy_(source))
+    if config.tie_word_embeddings:
+        check_tied(model, weights)
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def parameter_names(model: Decoder, weights: Weights) -> dict[str, str]:
+    """Return the decoder's name -> the checkpoint's name for all weights, checked both ways."""
+    config = model.config
+    parameters = dict(model.named_parameters())  # a tied head is not listed a second time
+    names = {name: stored_name(config, name) for name in parameters}
+    compare_shapes(
+        {names[name]: tuple(parameter.shape) for name, parameter in parameters.items()},
+        weights.shapes,
+        weights.path,
+        spare=[stored_name(config, "lm_head.weight")] if config.tie_word_embeddings else [],
+    )
+    return names
+
+
+def compare_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    source: Path,
+    spare: Collection[str] = (),
+) -> None:
+    """Raise UserError naming the first tensor that is missing, of another shape, or too many."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{source} lacks the tensor {name} of shape {list(shape)}")
+        if found[name] != shape:
+            raise UserError(
+                f"{source}: the tensor {name} has shape {list(found[name])}, expected {list(shape)}"
+            )
+    extra = sorted(found.keys() - expected.keys() - set(spare))
+    if extra:
+        raise UserError(f"{source} holds the tensor {extra[0]}, which this model does not have")
+
+
+def check_tied(model: Decoder, weights: Weights) -> None:
+    """Raise UserError if a stored head differs from the embeddings to which it is to be tied."""
+    head = stored_name(model.config, "lm_head.weight")
+    if head in weights.shapes:
+        embeddings = weights.read(stored_name(model.config, "model.embed_tokens.weight"))
+        if not torch.equal(weights.read(head), embeddings):
+            raise UserError(
+                f"{weights.path}: tie_word_embeddings is on, but {head} is another matrix"
+            )
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a frozen parameter in the place of the one without memory."""
+    module, _, kind = name.rpartition(".")
+    setattr(model.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
