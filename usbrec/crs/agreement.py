@@ -26,9 +26,9 @@ from usbrec.crs.agents import (
     say,
     summary_prompt,
 )
-from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.catalogue import Catalogue, Item, rewrite
 from usbrec.crs.dialogue import Dialogue, Example
-from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.evaluation import EvaluationOptions, gold_items
 from usbrec.crs.intervals import auc_interval
 from usbrec.seeds import seed_for
 
@@ -98,14 +98,14 @@ def contrast(
     golds = [catalogue.get(title) for title in example.items]
     if None in golds:
         return "a gold title is not in the catalogue"
-    drawn = draw_others(catalogue, example.items, popularity, len(golds), seed)
+    drawn = draw_others(catalogue, example, popularity, len(golds), seed)
     if len(drawn) < len(golds):
         return "too few other titles to draw from"
     other, told = example.response, example.explanation
     for gold, new in zip(golds, drawn, strict=True):
         assert gold is not None
-        other = catalogue.rewrite(other, gold, new)
-        told = None if told is None else catalogue.rewrite(told, gold, new)
+        other = rewrite(other, gold, new)
+        told = None if told is None else rewrite(told, gold, new)
     if other == example.response or catalogue.mentions(other, example.items):
         return "a gold title in the reply could not be replaced"
     titles = tuple(item.title for item in drawn)
@@ -114,17 +114,18 @@ def contrast(
 
 def draw_others(
     catalogue: Catalogue,
-    targets: Sequence[str],
+    example: Example,
     popularity: Mapping[str, int],
     count: int,
     seed: int,
 ) -> list[Item]:
     """Return `count` different items drawn by their training count, none of them a target."""
+    golds = gold_items(catalogue, example)
     items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
     pool = [
         (item, number)
         for item, number in items
-        if item is not None and number > 0 and catalogue.grade(item, targets) < 2
+        if item is not None and number > 0 and item not in golds
     ]
     if len(pool) < count:
         return []

@@ -21,7 +21,7 @@ from usbrec.crs.agents import (
     say,
     seeker_turn,
 )
-from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.catalogue import Catalogue, Item, grade
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.ses import SearchOptions, SearchResult, search
 from usbrec.seeds import seed_for
@@ -153,19 +153,24 @@ def first_items(catalogue: Catalogue, text: str) -> tuple[Item, ...]:
     return tuple(mentions[0].items) if mentions else ()
 
 
+def gold_items(catalogue: Catalogue, example: Example) -> set[Item]:
+    """Return every catalogue item that one of the gold titles may mean."""
+    return {item for title in example.items for item in catalogue.named(title)}
+
+
 def gold_labels(
     catalogue: Catalogue, example: Example, items: Sequence[Item]
 ) -> list[dict[str, Any]]:
     """Return for each gold title whether the context has it and whether `items` names it.
 
-    A title whose year is left open counts only if every reading of it is the gold item.
+    A mention whose year is left open counts only if every film it may mean is the gold title.
     """
     lines = [line.text for line in example.history]
     return [
         {
             "title": title,
             "repeated": any(catalogue.mentions(line, [title]) for line in lines),
-            "found": bool(items) and all(catalogue.grade(item, [title]) == 2 for item in items),
+            "found": bool(items) and set(items) <= set(catalogue.named(title)),
         }
         for title in example.items
     ]
@@ -209,6 +214,7 @@ def _row(
 ) -> EvalRow:
     explanation, verdict = scored
     named = first_items(catalogue, replies[last - 1])
+    golds = gold_items(catalogue, example)
     return EvalRow(
         dialog_id=example.dialog_id,
         turn_id=example.turn_id,
@@ -216,7 +222,7 @@ def _row(
         items=[titles_in(catalogue, reply) for reply in replies],
         labels=gold_labels(catalogue, example, first_items(catalogue, replies[0])),
         hit=any(catalogue.mentions(reply, example.items) for reply in replies[:last]),
-        grade=min((catalogue.grade(item, example.items) for item in named), default=0),
+        grade=min((grade(item, golds) for item in named), default=0),
         score=verdict.expectation,
         label=verdict.label,
         mass=verdict.mass,
