@@ -1,0 +1,117 @@
+"""Agreement of the judges with the truth: contrasts, calls, and the area under the curve."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from scripted import SURE, Scripted, role_of, talk
+
+from usbrec.chat import Chat, Sampling
+from usbrec.crs.agents import Cast
+from usbrec.crs.agreement import Contrast, agreement, contrast, draw_others, judge_agreement
+from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.dialogue import Example
+from usbrec.crs.evaluation import EvaluationOptions
+
+WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
+LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))
+PINE = Item("Pine Road (1985)", "Pine Road", 1985, ("drama",), ("Cy Moss",))
+FILMS = Catalogue([WELL, LOFT, PINE])
+COUNTS = {WELL.title: 100, LOFT.title: 3, PINE.title: 1, "Not Ours (1900)": 50}
+EXAMPLE = Example(
+    "d1", 2, talk("Dark, please."), "Try Dark Well (1999), a horror film.", (WELL.title,),
+    explanation="Dark Well is horror by Ann Ray.",
+)  # fmt: skip
+BARE = replace(EXAMPLE, dialog_id="d2", explanation=None)
+CAST = Cast("rl", "simulator")
+
+
+def line(chat: Chat, how: Sampling, seed: int) -> str:
+    return f"{role_of(chat)} line"
+
+
+def by_title(chat: Chat) -> list[float]:
+    return SURE[2 if "Dark Well" in chat.messages[-2].content else 0]
+
+
+def run(llm: Scripted, *examples: Example) -> list[dict[str, object]]:
+    return judge_agreement(llm, CAST, FILMS, examples, COUNTS, 0, EvaluationOptions())
+
+
+def test_the_other_reply_names_a_film_that_is_no_target_with_its_own_attributes() -> None:
+    made = contrast(FILMS, EXAMPLE, COUNTS, 1)
+    assert isinstance(made, Contrast) and made.gold == EXAMPLE.response
+    (title,) = made.titles
+    other = FILMS.get(title)
+    assert other in (LOFT, PINE)
+    assert title in made.other and other.genres[0] in made.other
+    assert made.other_explanation is not None
+    for text in (made.other, made.other_explanation):
+        assert "Dark Well" not in text and "horror" not in text and "Ann Ray" not in text
+
+
+def test_others_are_drawn_by_their_training_counts_and_are_never_targets() -> None:
+    drawn = Counter(draw_others(FILMS, EXAMPLE, COUNTS, 1, seed)[0].title for seed in range(400))
+    assert set(drawn) == {LOFT.title, PINE.title}
+    assert drawn[LOFT.title] / 400 == pytest.approx(0.75, abs=0.06)
+
+
+def test_several_gold_titles_are_replaced_by_as_many_different_films() -> None:
+    both = replace(EXAMPLE, items=(WELL.title, LOFT.title), response="Dark Well and Red Loft.")
+    counts = {**COUNTS, "Pine Road (1985)": 1}
+    assert contrast(FILMS, both, counts, 0) == "too few other titles to draw from"
+    more = Catalogue([*FILMS, Item("Blue Barn (1970)", "Blue Barn", 1970)])
+    made = contrast(more, both, {**counts, "Blue Barn (1970)": 1}, 0)
+    assert isinstance(made, Contrast) and len(set(made.titles)) == 2
+
+
+def test_what_cannot_be_contrasted_is_skipped_and_says_why() -> None:
+    absent = replace(EXAMPLE, items=("Not Ours (1900)",))
+    assert contrast(FILMS, absent, COUNTS, 0) == "a gold title is not in the catalogue"
+    unnamed = replace(EXAMPLE, response="Try that one.")
+    reason = "a gold title in the reply could not be replaced"
+    assert contrast(FILMS, unnamed, COUNTS, 0) == reason
+    llm = Scripted(line, by_title)
+    rows = run(llm, absent, EXAMPLE)
+    assert rows[0]["skipped"] and rows[1]["skipped"] is None
+    assert agreement(rows, 0)["skipped"] == 1 and agreement(rows, 0)["external"]["n"] == 1
+
+
+def test_one_call_generates_and_one_call_judges() -> None:
+    llm = Scripted(line, by_title)
+    run(llm, EXAMPLE, BARE)
+    (chats,) = llm.generated
+    assert [role_of(chat) for chat in chats] == ["summariser"] * 2 + ["explainer"] * 2
+    assert [role_of(chat) for chat in llm.scored[0]] == (["judge"] * 2 + ["internal_judge"] * 2) * 2
+    assert len(llm.scored) == 1
+
+
+def test_the_rows_own_explanation_is_used_where_there_is_one() -> None:
+    llm = Scripted(line, by_title)
+    run(llm, EXAMPLE, BARE)
+    told = [chat.messages[-2].content for chat in llm.scored[0] if role_of(chat) == "judge"]
+    assert told[0] == EXAMPLE.explanation and "Dark Well" not in told[1]
+    assert told[2:] == ["explainer line"] * 2
+
+
+def test_the_summary_and_the_internal_judge_know_no_target() -> None:
+    llm = Scripted(line, by_title)
+    run(llm, EXAMPLE)
+    assert "Dark Well" not in " ".join(m.content for m in llm.generated[0][0].messages)
+    for chat in llm.scored[0][2:]:
+        assert "summariser line" in chat.messages[0].content
+        assert not any("Dark Well" in m.content for m in chat.messages[:-2])
+
+
+def test_the_area_tells_a_good_judge_from_a_blind_one_and_counts_the_unread() -> None:
+    llm = Scripted(line, lambda chat: by_title(chat) if role_of(chat) == "judge" else SURE[1])
+    rows = [json.loads(json.dumps(row)) for row in run(llm, *[EXAMPLE] * 3)]
+    found = agreement(rows, 0)
+    assert found["external"] == {"auc": 1.0, "low": 1.0, "high": 1.0, "n": 3, "unparsed": 0}
+    assert found["internal"]["auc"] == 0.5
+    blind = Scripted(line, lambda chat: [-math.inf] * 3)
+    assert agreement(run(blind, EXAMPLE), 0)["external"] == {
+        "auc": None, "low": None, "high": None, "n": 0, "unparsed": 1,
+    }  # fmt: skip

@@ -1,0 +1,180 @@
+"""iEval: exact talks and calls, what counts as found, and the baselines by hand."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+from scripted import SURE, Scripted, role_of, talk
+
+from usbrec.chat import Chat, Sampling
+from usbrec.crs.agents import EXPLAIN, Cast
+from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.dialogue import Example
+from usbrec.crs.evaluation import (
+    EvalRow,
+    EvaluationOptions,
+    baseline_labels,
+    copy_last,
+    evaluate_method,
+    most_popular,
+)
+from usbrec.crs.ses import SearchOptions
+
+WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
+LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))
+OLD, NEW = (Item(f"Night Ferry ({y})", "Night Ferry", y, ("crime",)) for y in (1950, 1990))
+FILMS = Catalogue([WELL, LOFT, OLD, NEW])
+CAST = Cast("rl", "simulator")
+EXAMPLES = [
+    Example("d1", 2, talk("Dark, please."), "gold words", (WELL.title,)),
+    Example("d2", 4, talk("Seen Red Loft (2001).", "So?", "More."), "gold words", (LOFT.title,)),
+]
+
+
+def speaker(*recommender: str, seeker: str = "No, a Dark Well (1999) one.") -> Scripted:
+    """Answer a recommender's n-th turn with the n-th text, always alike in every dialogue."""
+
+    def reply(chat: Chat, how: Sampling, seed: int) -> str:
+        role = role_of(chat)
+        if role != "recommender":
+            return seeker if role == "seeker" else f"{role} line"
+        own = [m.content for m in chat.messages if m.role == "assistant"]
+        return recommender[sum(text in recommender for text in own)]
+
+    return Scripted(reply, lambda chat: SURE[2])
+
+
+def test_a_talk_is_turns_then_an_explanation_then_one_score() -> None:
+    llm = speaker("Red Loft (2001)?", "Dark Well (1999)!")
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2))
+    roles = [[role_of(chat) for chat in chats] for chats in llm.generated]
+    assert roles == [["recommender"] * 2, ["seeker"] * 2, ["recommender"] * 2, ["explainer"] * 2]
+    assert [[role_of(chat) for chat in chats] for chats in llm.scored] == [["judge"] * 2]
+    assert rows[0].transcript == [
+        ["seeker", "Dark, please."],
+        ["recommender", "Red Loft (2001)?"],
+        ["seeker", "No, a that film one."],
+        ["recommender", "Dark Well (1999)!"],
+    ]
+    assert rows[0].explanation == "explainer line" and rows[0].label == 2
+    judged = [message.content for message in llm.scored[0][0].messages]
+    assert judged[1:-1] == [text for _, text in rows[0].transcript] + [EXPLAIN, "explainer line"]
+
+
+def test_each_side_speaks_with_its_adapter_and_temperature() -> None:
+    llm = speaker("a", "b")
+    options = EvaluationOptions(temperature=0.0, seeker_temperature=0.3)
+    evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, options)
+    assert [chats[0].adapter for chats in llm.generated] == ["rl", "simulator", "rl", "rl"]
+    assert [hows[0].temperature for hows in llm.samplings] == [0.0, 0.3, 0.0, 0.0]
+    assert llm.scored[0][0].adapter == "simulator"
+
+
+def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_up_to_the_judged_turn() -> (
+    None
+):
+    llm = speaker("Red Loft (2001) or Dark Well (1999)?", "Night Ferry (1950)")
+    first, second = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions())
+    assert first.labels == [{"title": WELL.title, "repeated": False, "found": False}]
+    assert second.labels == [{"title": LOFT.title, "repeated": True, "found": True}]
+    assert (first.hit, second.hit) == (True, True)
+    assert first.items == [[LOFT.title, WELL.title], [OLD.title]]
+    late = speaker("Who knows?", "Dark Well (1999)")
+    row = evaluate_method(late, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions())[0]
+    assert row.hit and row.grade == 2 and not row.labels[0]["found"]
+
+
+def test_the_judged_turn_may_come_before_the_last() -> None:
+    llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Bye")
+    options = EvaluationOptions(turns=3, judged_turn=1)
+    (row,) = evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, options)
+    assert len(row.replies) == 3 and not row.hit and row.grade == 0
+    assert [m.content for m in llm.scored[0][0].messages][2] == "Red Loft (2001)"
+    assert len(llm.scored[0][0].messages) == 6
+
+
+def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
+    example = Example("d", 1, talk("Hi"), "x", (OLD.title,))
+    llm = speaker("Night Ferry!", "x")
+    (row,) = evaluate_method(llm, CAST, FILMS, [example], 0, EvaluationOptions(turns=1))
+    assert not row.labels[0]["found"] and not row.hit and row.grade == 1
+    assert row.items == [[OLD.title, NEW.title]]
+
+
+def test_search_takes_over_from_its_start_turn() -> None:
+    llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Later")
+    searching = SearchOptions(start_turn=2, samples=2, turns=1)
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(), searching)
+    assert [len(chats) for chats in llm.generated] == [2, 2, 2 * 3, 2]
+    assert [len(chats) for chats in llm.scored] == [2, 2]
+    for row in rows:
+        (found,) = row.searches
+        assert found["turn"] == 2 and found["profile"] == "summariser line"
+        assert found["candidates"][found["best"]]["reply"] == row.replies[1] == "Dark Well (1999)"
+
+
+def test_gold_words_and_targets_reach_no_prompt_of_the_recommender_or_the_inner_agents() -> None:
+    llm = speaker("a", "b", "c")
+    evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(), SearchOptions())
+    for chat in [chat for chats in llm.generated + llm.scored for chat in chats]:
+        text = " ".join(message.content for message in chat.messages)
+        assert "gold words" not in text
+        if role_of(chat) not in ("seeker", "judge"):
+            assert "Dark Well" not in text, role_of(chat)
+
+
+def test_a_score_that_cannot_be_read_is_none() -> None:
+    llm = speaker("a", "b")
+    llm.logprobs = lambda chat: [-math.inf] * 3
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions())
+    assert [row.score for row in rows] == [None, None]
+
+
+def test_an_empty_reply_is_kept_empty_and_spoken_as_silence() -> None:
+    llm = speaker("", "")
+    (row,) = evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(turns=1))
+    assert row.replies == [""] and row.items == [[]] and row.grade == 0 and not row.hit
+    assert row.transcript[-1] == ["recommender", "..."]
+
+
+def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> None:
+    def noisy(chat: Chat, how: Sampling, seed: int) -> str:
+        return str(seed)
+
+    run = [
+        evaluate_method(Scripted(noisy), CAST, FILMS, part, seed, EvaluationOptions())
+        for part, seed in ((EXAMPLES, 1), (EXAMPLES[1:], 1), (EXAMPLES[1:], 2))
+    ]
+    assert run[0][1] == run[1][0] != run[2][0]
+
+
+def test_rows_survive_json() -> None:
+    llm = speaker("Red Loft (2001)", "b", "c")
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(), SearchOptions())
+    for row in rows:
+        assert EvalRow(**json.loads(json.dumps(asdict(row)))) == row
+
+
+def test_copy_last_takes_the_last_title_of_the_newest_line_that_has_one() -> None:
+    lines = talk("Dark Well (1999)", "Red Loft (2001) or Night Ferry (1950)", "Neither.")
+    assert copy_last(FILMS, Example("d", 1, lines, "", ())) == (OLD,)
+    assert copy_last(FILMS, Example("d", 1, talk("Hi"), "", ())) == ()
+
+
+def test_most_popular_is_the_most_frequent_label_of_the_catalogue() -> None:
+    assert most_popular(FILMS, {"Not Ours": 9, LOFT.title: 2, WELL.title: 2}) == (WELL,)
+    assert most_popular(FILMS, {}) == ()
+
+
+def test_baselines_tell_repeated_from_new_labels() -> None:
+    found = baseline_labels(FILMS, EXAMPLES, {WELL.title: 3, LOFT.title: 1})
+    assert [row[0]["found"] for row in found["copy-last"]] == [False, True]
+    assert [row[0]["found"] for row in found["most-popular"]] == [True, False]
+    assert [row[0]["repeated"] for row in found["copy-last"]] == [False, True]
+
+
+@pytest.mark.parametrize("wrong", [{"turns": 0}, {"judged_turn": 3}, {"votes": -1}])
+def test_wrong_options_are_named(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
+        EvaluationOptions(**wrong)

@@ -1,0 +1,93 @@
+"""Intervals: against closed forms, by hand, and with groups and weights."""
+
+import numpy as np
+import pytest
+
+from usbrec.crs.intervals import (
+    DRAWS,
+    auc,
+    auc_interval,
+    draws,
+    mean_interval,
+    paired_difference,
+    rank_correlation,
+)
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors() -> None:
+    values = np.random.default_rng(0).normal(1.0, 0.5, 400).tolist()
+    found = mean_interval(values, 1)
+    error = float(np.std(values)) / 20
+    assert found["mean"] == pytest.approx(np.mean(values)) and found["n"] == 400
+    assert found["low"] == pytest.approx(found["mean"] - 1.96 * error, abs=0.004)
+    assert found["high"] == pytest.approx(found["mean"] + 1.96 * error, abs=0.004)
+
+
+def test_no_values_have_no_mean_and_equal_ones_no_width() -> None:
+    assert mean_interval([], 0) == {"mean": None, "low": None, "high": None, "n": 0}
+    assert mean_interval([0.5] * 3, 0) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 3}
+
+
+def test_weights_make_a_micro_average() -> None:
+    """Two rows with 1 of 3 labels and 1 of 1: (1 + 1) / 4."""
+    found = mean_interval([1 / 3, 1.0], 0, weights=[3, 1])
+    assert found["mean"] == pytest.approx(0.5) and found["n"] == 4
+    assert found["low"] == pytest.approx(1 / 3) and found["high"] == 1.0
+
+
+def test_rows_of_one_dialogue_are_drawn_together() -> None:
+    values = [0.0, 1.0] * 50
+    alone = mean_interval(values, 0)
+    pairs = mean_interval(values, 0, groups=[str(i // 2) for i in range(100)])
+    same = mean_interval(sorted(values), 0, groups=[str(i // 25) for i in range(100)])
+    assert pairs["low"] == pairs["high"] == 0.5
+    assert same["low"] == 0.0 and same["high"] == 1.0 and alone["low"] > 0.35
+
+
+def test_a_paired_difference_is_narrower_than_its_sides() -> None:
+    first = np.random.default_rng(0).normal(0, 1, 200).tolist()
+    second = [value - 0.1 for value in first]
+    found = paired_difference(first, second, 0)
+    assert found["mean"] == pytest.approx(0.1) and found["low"] == pytest.approx(0.1)
+
+
+def test_a_difference_leaves_out_rows_that_one_side_lacks() -> None:
+    found = paired_difference([1.0, None, 3.0], [0.0, 5.0, None], 0, [1, 1, 1], ["a", "b", "c"])
+    assert found == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+
+
+def test_the_area_counts_all_pairs_and_half_the_ties() -> None:
+    """Of 2 x 2 pairs 3 > 2, 3 > 1 win, 1 against 1 ties, 1 < 2 loses: 2.5 / 4."""
+    assert auc([3, 1], [2, 1]) == 0.625
+    assert auc_interval([3, 1], [2, 1], 0)["auc"] == 0.625
+    assert auc([], [1]) is None
+    assert auc_interval([], [], 0) == {"auc": None, "low": None, "high": None, "n": 0}
+
+
+def test_the_interval_of_the_area_is_that_of_resampled_rows() -> None:
+    random = np.random.default_rng(3)
+    high, low = random.normal(1, 1, 40), random.normal(0, 1, 40)
+    areas = []
+    for _ in range(2000):
+        drawn = random.integers(0, 40, 40)
+        areas.append(auc(high[drawn], low[drawn]))
+    found = auc_interval(high, low, 0)
+    assert found["low"] == pytest.approx(np.percentile(areas, 2.5), abs=0.015)
+    assert found["high"] == pytest.approx(np.percentile(areas, 97.5), abs=0.015)
+
+
+def test_ranks_with_ties_correlate_as_by_hand() -> None:
+    """Ranks 1 2.5 2.5 4 and 1 2 3 4: covariance 4.5, variances 4.5 and 5, so sqrt(0.9)."""
+    assert rank_correlation([1, 2, 2, 9], [1, 2, 3, 4]) == pytest.approx(0.9**0.5)
+    assert rank_correlation([1, 1], [1, 2]) is None
+
+
+def test_every_draw_has_n_rows_and_the_seed_decides() -> None:
+    blocks = list(draws(3, 5))
+    assert sum(len(block) for block in blocks) == DRAWS
+    assert (np.concatenate(blocks).sum(axis=1) == 3).all()
+    assert mean_interval([0, 1, 1], 5) == mean_interval([0, 1, 1], 5)
+
+
+def test_many_rows_are_drawn_in_blocks() -> None:
+    assert max(block.size for block in draws(3000, 0)) <= 4_000_000

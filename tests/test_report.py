@@ -1,0 +1,132 @@
+"""The report: figures by hand, the fields that readers rely on, and a search that can be read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import talk
+
+from usbrec.crs.agents import Verdict
+from usbrec.crs.evaluation import EvalRow
+from usbrec.crs.report import build_report, format_report, format_search, save_plot
+from usbrec.crs.ses import Candidate, Leaf, SearchResult
+
+
+def label(found: bool, repeated: bool = False) -> dict[str, Any]:
+    return {"title": "T", "repeated": repeated, "found": found}
+
+
+def row(number: int, score: float | None, *labels: dict[str, Any], grade: int = 0) -> EvalRow:
+    return EvalRow(
+        dialog_id=f"d{number}", turn_id=1, replies=["r"], items=[[]], labels=list(labels),
+        hit=grade == 2, grade=grade, score=score, label=None, mass=0.5, explanation="",
+        transcript=[], searches=[],
+    )  # fmt: skip
+
+
+PLAIN = [row(0, 0.0, label(False)), row(1, 1.0, label(False), label(True, repeated=True)),
+         row(2, None, label(False))]  # fmt: skip
+TUNED = [replace(PLAIN[0], score=2.0, labels=[label(True)], hit=True, grade=2),
+         replace(PLAIN[1], score=1.5, grade=1), replace(PLAIN[2], score=1.0)]  # fmt: skip
+JUDGE = {"skipped": 0, "external": {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "unparsed": 1},
+         "internal": {"auc": None, "low": None, "high": None, "n": 0, "unparsed": 9}}  # fmt: skip
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    methods = {"RL+SES": TUNED, "B/L": PLAIN}
+    baselines = {"copy-last": [row.labels for row in PLAIN]}
+    return build_report(methods, baselines, JUDGE, {"turns": 2}, {"test": 3}, seed=0)
+
+
+def test_the_report_has_the_fields_that_readers_rely_on(report: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(report)) == report
+    assert list(report["methods"]) == ["B/L", "RL+SES"]
+    for found in report["methods"].values():
+        for key in ("ieval", "recall@1", "hit"):
+            assert set(found[key]) == {"mean", "low", "high", "n"}
+    assert list(report["differences"]) == ["RL+SES - B/L"]
+    for key in ("ieval", "recall@1"):
+        assert {"mean", "low", "high"} <= set(report["differences"]["RL+SES - B/L"][key])
+    for name in ("external", "internal"):
+        assert {"auc", "low", "high", "n"} <= set(report["judge"][name])
+    assert report["options"] == {"turns": 2} and report["counts"] == {"test": 3}
+
+
+def test_means_leave_out_what_was_not_read_and_count_it(report: dict[str, Any]) -> None:
+    assert report["methods"]["B/L"]["ieval"]["mean"] == 0.5
+    assert report["methods"]["B/L"]["ieval"]["n"] == 2
+    assert report["unparsed"] == {"B/L": pytest.approx(1 / 3), "RL+SES": 0.0}
+    gap = report["differences"]["RL+SES - B/L"]["ieval"]
+    assert gap["mean"] == pytest.approx((2.0 + 0.5) / 2) and gap["n"] == 2
+
+
+def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> None:
+    plain = report["methods"]["B/L"]
+    assert plain["recall@1"]["mean"] == 0.25 and plain["recall@1"]["n"] == 4
+    assert plain["recall@1_rows"]["mean"] == pytest.approx(1 / 3)
+    assert (plain["recall@1_repeated"]["mean"], plain["recall@1_repeated"]["n"]) == (1.0, 1)
+    assert (plain["recall@1_new"]["mean"], plain["recall@1_new"]["n"]) == (0.0, 3)
+    assert report["baselines"]["copy-last"]["recall@1"] == plain["recall@1"]
+    gap = report["differences"]["RL+SES - B/L"]["recall@1"]
+    assert gap["mean"] == pytest.approx(0.25)
+
+
+def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
+    """RL+SES: scores 2, 1.5, 1 against grades 2, 1, 0."""
+    assert report["methods"]["RL+SES"]["judge_and_rules"] == {
+        "auc": 1.0, "spearman": pytest.approx(1.0), "n": 3,
+    }  # fmt: skip
+    assert report["methods"]["B/L"]["judge_and_rules"]["auc"] is None
+    assert report["methods"]["RL+SES"]["rule_grade"]["mean"] == 1.0
+
+
+def test_methods_must_have_seen_the_same_dialogues() -> None:
+    with pytest.raises(AssertionError, match="other dialogues"):
+        build_report({"B/L": PLAIN, "RL": TUNED[::-1]}, {}, JUDGE, {}, {}, 0)
+    with pytest.raises(AssertionError, match="named"):
+        build_report({"mine": PLAIN}, {}, JUDGE, {}, {}, 0)
+
+
+def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> None:
+    text = format_report(report)
+    for words in ("B/L", "RL+SES - B/L", "copy-last", "AUC 0.900 [0.800, 1.000] n 9, 1 unparsed",
+                  "internal judge", "33.3%", "turns 2", "test 3", "repeated"):  # fmt: skip
+        assert words in text, words
+    assert "None" not in text and max(map(len, text.splitlines())) < 170
+
+
+def test_a_search_is_drawn_as_a_tree() -> None:
+    root = talk("Something dark?")
+    far = (*root, *talk("x", "Try Well.", "Why?", "It is dark.")[1:])
+    leaves = (Leaf(far, Verdict(1.5, 2, 1.0), 1), Leaf(far, Verdict(0.5, 0, 1.0), 2))
+    candidates = (Candidate("", None, ()), Candidate("Try Well.", 1.0, leaves))
+    text = format_search(SearchResult(root, "likes dark films", candidates, best=1))
+    assert text.splitlines() == [
+        "Seeker: Something dark?",
+        "",
+        "Profile: likes dark films",
+        "",
+        "  none  (empty)",
+        "* 1.00  Try Well.",
+        "    ├─ 1.50  Seeker: Why?",
+        "    │        Recommender: It is dark.",
+        "    └─ 0.50 x2  Seeker: Why?",
+        "                Recommender: It is dark.",
+    ]
+
+
+def test_a_plot_is_saved(report: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    save_plot(report, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_the_plot_says_so(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="matplotlib"):
+        save_plot(report, tmp_path / "report.png")
