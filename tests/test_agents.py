@@ -73,7 +73,7 @@ def test_the_external_judge_continues_the_seekers_chat_and_is_asked_in_a_voice_o
     assert prompt[:5] == seeker_prompt(ended, ["Red Loft"])
     assert prompt[5] == Message("assistant", prompt_text("explain"))
     assert prompt[6] == Message("user", "It is scary.")
-    assert prompt[7].role == "system" and "Red Loft" in prompt[7].content
+    assert prompt[7] == Message("system", prompt_text("judge_external"))
     assert len(prompt) == 8
 
 

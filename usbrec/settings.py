@@ -1,9 +1,70 @@
-"""One field of a frozen options dataclass: its default and the help text of its flag."""
+"""Options: frozen dataclasses whose fields become `--kebab-case` flags, with their help text.
 
-from dataclasses import field
-from typing import Any
+    @dataclass(frozen=True)
+    class SearchOptions:
+        samples: int = option(3, "first responses that are tried")
+
+    add_flags(parser, SearchOptions, "ses")            # --ses-samples
+    options = from_flags(SearchOptions, arguments, "ses")
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from usbrec.errors import UserError
+
+Options = TypeVar("Options")
 
 
 def option(default: Any, help: str) -> Any:
     """Return a dataclass field whose `metadata["help"]` says what the option does."""
     return field(default=default, metadata={"help": help})
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a wrong flag with one sentence and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the fault and where help is; argparse would print every flag there is."""
+        sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    options: type,
+    prefix: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Give the parser one flag a field; `defaults` replaces the dataclass's own."""
+    group = parser.add_argument_group(f"{prefix or 'run'}", (options.__doc__ or "").split("\n")[0])
+    hints = get_type_hints(options)
+    for item in fields(options):
+        flag = "--" + "-".join(filter(None, [prefix, item.name])).replace("_", "-")
+        hint = hints[item.name]
+        kind: dict[str, Any] = {"type": hint}
+        if hint is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(hint) is Literal:
+            kind = {"choices": get_args(hint)}
+        elif get_origin(hint) is not None:  # an optional text or number
+            kind = {"type": next(t for t in get_args(hint) if t is not type(None))}
+        default = (defaults or {}).get(item.name, item.default)
+        shown = "" if default is None else f" (default: {default})".replace("%", "%%")
+        group.add_argument(
+            flag, default=default, help=item.metadata.get("help", "") + shown, **kind
+        )
+
+
+def from_flags(options: type[Options], arguments: argparse.Namespace, prefix: str = "") -> Options:
+    """Build the options from parsed flags; a value that they refuse is a UserError."""
+    start = prefix.replace("-", "_") + "_" if prefix else ""
+    names = [item.name for item in fields(options)]  # type: ignore[arg-type]
+    try:
+        return options(**{name: getattr(arguments, start + name) for name in names})
+    except ValueError as error:
+        where = f"--{prefix}-...: " if prefix else ""
+        raise UserError(f"{where}{error}") from error

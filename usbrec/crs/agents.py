@@ -76,10 +76,9 @@ def summary_prompt(dialogue: Dialogue) -> Messages:
     return (Message("system", prompt_text("summariser")), Message("user", log))
 
 
-def external_question(targets: Sequence[str]) -> Message:
+def external_question() -> Message:
     """Return the external judge's question: a voice of its own, glued to no speaker's words."""
-    question = prompt_text("judge_external").replace("{targets}", "; ".join(targets))
-    return Message("system", question)
+    return Message("system", prompt_text("judge_external"))
 
 
 def internal_question() -> Message:
@@ -95,7 +94,7 @@ def asked_to_explain(dialogue: Dialogue) -> Dialogue:
 def external_judge_prompt(dialogue: Dialogue, explanation: str, targets: Sequence[str]) -> Messages:
     """Return the seeker's chat up to the explanation of the last reply, then the question."""
     explained = say(asked_to_explain(dialogue), "recommender", explanation)
-    return (*seeker_prompt(explained, targets), external_question(targets))
+    return (*seeker_prompt(explained, targets), external_question())
 
 
 def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:

@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from usbrec.chat import Lesson
+from usbrec.llm.tokenizer import ChatTokenizer
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -42,6 +45,13 @@ class Tree:
     def __len__(self) -> int:
         """The number of tokens, each counted once."""
         return sum(len(branch.ids) for branch in self.branches)
+
+
+def lesson_tree(tokenizer: ChatTokenizer, lesson: Lesson) -> Tree:
+    """Lay a lesson out in token ids: its trunk first, then every branch after the trunk."""
+    trunk = Branch(*tokenizer.render(lesson.trunk))
+    branches = [Branch(*tokenizer.render(b, first=False), 0) for b in lesson.branches]
+    return Tree([trunk, *branches])
 
 
 @dataclass(frozen=True)

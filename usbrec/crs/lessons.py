@@ -1,0 +1,252 @@
+"""Training lessons from training dialogues: what the recommender and the simulator learn.
+
+The recommender learns the gold turns of a dialogue, all in one lesson, and to explain its last
+recommendation. The simulator (arXiv 2509.20381 takes a large model as it is; a small one must learn
+to play the user) learns, for one example each:
+
+    seeker, knows the target     its own lines, what it says to the gold film and to another,
+                                 and as external judge 2, 1 or 0 for replies and explanations
+    internal seeker, the profile the same, and as internal judge 2, 1 or 0 for the reply alone
+    summariser                   the profile of the dialogue so far
+
+Replies that deserve 1 or 0 are the gold reply rewritten for another film of the catalogue, drawn by
+its count among the training labels and graded by rule (`Catalogue.grade`); a reply that names no
+film deserves 0. Where a dataset has no profiles, explanations or reactions, the catalogue's facts
+stand in for them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from usbrec.chat import Lesson, Message
+from usbrec.crs.agents import (
+    EXPLAIN,
+    external_question,
+    internal_question,
+    internal_seeker_prompt,
+    recommender_prompt,
+    seeker_prompt,
+    summary_prompt,
+)
+from usbrec.crs.catalogue import Catalogue, Item, describe, genre_word, rewrite
+from usbrec.crs.dialogue import Dialogue, Example, Utterance
+from usbrec.seeds import seed_for
+from usbrec.settings import option
+
+QUESTIONS = (
+    "What kind of film are you in the mood for?",
+    "Do you have a favourite actor or director?",
+    "Happy to help! Tell me a bit more about what you enjoy.",
+    "I'm here to help. What would you like to watch?",
+)
+TRIES = 40  # draws in search of a film of a wanted grade
+
+
+@dataclass(frozen=True)
+class LessonOptions:
+    """How much the parts of a lesson weigh."""
+
+    score_weight: float = option(5.0, "weight of a score's token against a word's in the loss")
+    line_weight: float = option(0.5, "weight of the seeker's words in the loss")
+
+    def __post_init__(self) -> None:
+        for name in ("score_weight", "line_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+def recommender_lessons(examples: Sequence[Example], catalogue: Catalogue) -> list[Lesson]:
+    """Return one lesson a dialogue: loss on each of its gold turns, and on an explanation."""
+    lessons = []
+    for rows in same_dialogue(examples):
+        longest = rows[-1]
+        gold = {len(row.history): row.response for row in rows}
+        dialogue = (*longest.history, Utterance("recommender", longest.response))
+        system, *lines = recommender_prompt(dialogue)
+        trunk = tuple(
+            Message(m.role, m.content, 1.0) if gold.get(i) == m.content else m
+            for i, m in enumerate(lines)
+        )
+        told = explanation_of(longest, catalogue)
+        branch = (Message("user", EXPLAIN), Message("assistant", told, 1.0)) if told else ()
+        lessons.append(Lesson((system, *trunk), (branch,) if branch else ()))
+    return lessons
+
+
+def same_dialogue(examples: Sequence[Example]) -> list[list[Example]]:
+    """Group rows that are prefixes of one dialogue, shortest first; others stay alone."""
+    groups: list[list[Example]] = []
+    for row in sorted(examples, key=lambda x: (x.dialog_id, len(x.history))):
+        last = groups[-1][-1] if groups else None
+        said = (*last.history, Utterance("recommender", last.response)) if last else ()
+        if last and last.dialog_id == row.dialog_id and row.history[: len(said)] == said:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def explanation_of(example: Example, catalogue: Catalogue) -> str:
+    """Return the row's own explanation, else one from the facts of its first known gold item."""
+    if example.explanation:
+        return example.explanation
+    known = (catalogue.get(title) for title in example.items)
+    return next((explain(item) for item in known if item is not None), "")
+
+
+def explain(item: Item) -> str:
+    """Return a sentence of facts: "Heat (1995) is a 1995 crime film by Michael Mann with ..."."""
+    return f"{item.title} is {describe(item)}."
+
+
+def profile_of(example: Example, catalogue: Catalogue) -> str:
+    """Return the row's own profile, else the genres and titles that the seeker has named."""
+    if example.profile is not None:
+        return example.profile
+    lines = [line.text for line in example.history if line.speaker == "seeker"]
+    items = [mention.items[0] for text in lines for mention in catalogue.find(text)]
+    words = {word.strip(".,!?").lower() for text in lines for word in text.split()}
+    genres = dict.fromkeys(
+        genre_word(genre) for item in catalogue for genre in item.genres if genre in words
+    )
+    genres |= dict.fromkeys(genre_word(genre) for item in items for genre in item.genres)
+    liked = [*list(genres)[:4], *dict.fromkeys(item.title for item in items[-3:])]
+    return f"Likes: {', '.join(liked)}." if liked else "Likes: unknown."
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A reply of the recommender, its explanation, and the score it deserves."""
+
+    reply: str
+    explanation: str
+    score: int
+
+
+class Suggestions:
+    """Draws replies for other films, by their count among the training labels."""
+
+    def __init__(self, catalogue: Catalogue, popularity: Mapping[str, int]) -> None:
+        self.catalogue = catalogue
+        counts = [(catalogue.get(title), n) for title, n in sorted(popularity.items())]
+        self.pool = [(item, n) for item, n in counts if item is not None]
+        total = sum(n for _, n in self.pool)
+        self.shares = np.array([n / total for _, n in self.pool])
+
+    def draw(self, example: Example, seed: int) -> list[Suggestion]:
+        """Return the gold reply (2), one for a kindred film (1), for another (0), and a question.
+
+        A grade that no drawn film has is left out, and all are where the gold item is unknown.
+        """
+        generator = np.random.default_rng(seed)
+        gold = [self.catalogue.get(title) for title in example.items]
+        named = [g for g in gold if g and self.catalogue.mentions(example.response, [g.title])]
+        if not named:
+            return []
+        told = explanation_of(example, self.catalogue)
+        found = {2: Suggestion(example.response, told, 2)}
+        for place in generator.choice(len(self.pool), TRIES, p=self.shares):
+            item = self.pool[place][0]
+            score = self.catalogue.grade(item, example.items)
+            if score not in found:
+                reply, why = example.response, told
+                for old in named:
+                    reply, why = rewrite(reply, old, item), rewrite(why, old, item)
+                if not self.catalogue.mentions(reply, example.items):
+                    found[score] = Suggestion(reply, why, score)
+        question = QUESTIONS[int(generator.integers(len(QUESTIONS)))]
+        return [*found.values(), Suggestion(question, question, 0)]
+
+
+def simulator_lessons(
+    examples: Sequence[Example],
+    catalogue: Catalogue,
+    popularity: Mapping[str, int],
+    seed: int,
+    options: LessonOptions,
+) -> list[Lesson]:
+    """Return up to three lessons an example: seeker, internal seeker, summariser."""
+    draws = Suggestions(catalogue, popularity)
+    lessons = []
+    for example in examples:
+        key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
+        suggestions = draws.draw(example, key)
+        if suggestions:
+            profile = profile_of(example, catalogue)
+            lessons.append(external_lesson(example, suggestions, options))
+            lessons.append(internal_lesson(example, suggestions, profile, options))
+            summary = (Message("assistant", profile, options.line_weight),)
+            lessons.append(Lesson((*summary_prompt(example.history), *summary)))
+    return lessons
+
+
+def external_lesson(
+    example: Example, suggestions: Sequence[Suggestion], options: LessonOptions
+) -> Lesson:
+    """The seeker who knows the target: its lines, its reactions, its scores of explanations."""
+    branches = []
+    for made in suggestions:
+        explained = (
+            Message("user", made.reply),
+            Message("assistant", EXPLAIN),
+            Message("user", made.explanation),
+            external_question(),
+            Message("assistant", str(made.score), options.score_weight),
+        )
+        branches.append(explained)
+    branches.extend(reactions(example, suggestions, options))
+    return Lesson(own_lines(seeker_prompt(example.history, example.items), options), tuple(branches))
+
+
+def internal_lesson(
+    example: Example, suggestions: Sequence[Suggestion], profile: str, options: LessonOptions
+) -> Lesson:
+    """The seeker who knows the profile alone: the same lines, its scores of the replies alone."""
+    branches = []
+    for made in suggestions:
+        judged = (
+            Message("user", made.reply),
+            internal_question(),
+            Message("assistant", str(made.score), options.score_weight),
+        )
+        branches.append(judged)
+    branches.extend(reactions(example, suggestions, options))
+    trunk = internal_seeker_prompt(example.history, profile)
+    return Lesson(own_lines(trunk, options), tuple(branches))
+
+
+def reactions(
+    example: Example, suggestions: Sequence[Suggestion], options: LessonOptions
+) -> list[tuple[Message, ...]]:
+    """What the seeker says to the gold reply, and to one that names another film."""
+    said = {2: example.accept, 0: example.refuse, 1: example.refuse}
+    branches: list[tuple[Message, ...]] = []
+    for made in suggestions[:2]:
+        if text := said[made.score]:
+            line = Message("assistant", text, options.line_weight)
+            branches.append((Message("user", made.reply), line))
+    return branches
+
+
+def own_lines(prompt: Sequence[Message], options: LessonOptions) -> tuple[Message, ...]:
+    """Put the loss on the seeker's own lines of its chat."""
+    return tuple(
+        Message(m.role, m.content, options.line_weight) if m.role == "assistant" else m
+        for m in prompt
+    )
+
+
+def popularity_of(examples: Sequence[Example]) -> dict[str, int]:
+    """Count each gold title among the training labels, in order of title."""
+    counts: dict[str, int] = {}
+    for example in examples:
+        for title in example.items:
+            counts[title] = counts.get(title, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def seeker_lines(dialogue: Dialogue) -> list[str]:
+    """The seeker's words."""
+    return [line.text for line in dialogue if line.speaker == "seeker"]
