@@ -174,6 +174,13 @@ def test_baselines_tell_repeated_from_new_labels() -> None:
     assert [row[0]["repeated"] for row in found["copy-last"]] == [False, True]
 
 
+def test_a_label_outside_the_catalogue_can_be_repeated_but_never_found() -> None:
+    titles = ("Lost Reel (1930)", WELL.title)
+    example = Example("d", 1, talk("Lost Reel (1930)? Seen."), "", titles)
+    found = baseline_labels(FILMS, [example], {WELL.title: 1})["most-popular"][0]
+    assert [(x["repeated"], x["found"]) for x in found] == [(True, False), (False, True)]
+
+
 @pytest.mark.parametrize("wrong", [{"turns": 0}, {"judged_turn": 3}, {"votes": -1}])
 def test_wrong_options_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):

@@ -166,14 +166,18 @@ def gold_labels(
     A mention whose year is left open counts only if every film it may mean is the gold title.
     """
     lines = [line.text for line in example.history]
-    return [
-        {
-            "title": title,
-            "repeated": any(catalogue.mentions(line, [title]) for line in lines),
-            "found": bool(items) and set(items) <= set(catalogue.named(title)),
-        }
-        for title in example.items
-    ]
+    seen = [set(mention.items) for line in lines for mention in catalogue.find(line)]
+    labels = []
+    for title in example.items:
+        gold = set(catalogue.named(title))
+        repeated = (
+            any(readings <= gold for readings in seen)
+            if gold
+            else any(catalogue.mentions(line, [title]) for line in lines)  # not in the catalogue
+        )
+        found = bool(items) and set(items) <= gold
+        labels.append({"title": title, "repeated": repeated, "found": found})
+    return labels
 
 
 def copy_last(catalogue: Catalogue, example: Example) -> tuple[Item, ...]:
