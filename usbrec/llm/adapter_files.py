@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from usbrec.errors import UserError
 from usbrec.llm.checkpoint import compare_shapes, stored_module
 from usbrec.llm.files import file_in, read_json, write_json, write_whole
-from usbrec.llm.lora import LoraConfig, LoraLinear, adapter_parameters, remove_adapter
+from usbrec.llm.lora import LoraConfig, LoraLinear, remove_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.weights import SafetensorsWeights, refuse_non_finite
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 HONOURED = ("r", "lora_alpha", "target_modules", "use_rslora")
 # Settings that say nothing about what a trained adapter computes, or only with another one set.
@@ -107,33 +108,51 @@ def peft_settings(
 def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
     """Put the adapter in `folder` beside the model's weights under `name` and return its settings.
 
-    Raises UserError for a setting that is not honoured and for a key that is missing, too many or
-    of another shape (an adapter made for another base); the model then stays as it was.
+    An adapter that has the name already is replaced. Raises UserError as `read_adapter` does; the
+    model then stays as it was.
+    """
+    config, matrices = read_adapter(model, folder)
+    remove_adapter(model, name)
+    generator = torch.Generator().manual_seed(0)
+    layers = linear_layers(model)
+    for path, (lora_A, lora_B) in matrices.items():
+        layers[path].add(name, config, generator)
+        layers[path].lora_A[name].data.copy_(lora_A)
+        layers[path].lora_B[name].data.copy_(lora_B)
+    return config
+
+
+def read_adapter(
+    model: Decoder, folder: Path
+) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Return an adapter's settings and, by the checkpoint's module name, its A (r, in), B (out, r).
+
+    The model tells which layers there are; its weights are not read (they may lie on the meta
+    device). Raises UserError for a setting that is not honoured and for a key that is missing, too
+    many or of another shape, as of an adapter made for another base.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such adapter folder: {folder}")
-    settings = read_json(file_in(folder, CONFIG_FILE))
-    config = lora_config(settings, folder / CONFIG_FILE)
-    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+    source = file_in(folder, CONFIG_FILE)
+    settings = read_json(source)
+    config = lora_config(settings, source)
+    if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLE_FILE).exists():
         raise UserError(
-            f"{folder} holds its weights as a pickle (adapter_model.bin), which is never opened "
-            "since it can run code: convert it to safetensors"
+            f"{folder / PICKLE_FILE} is a pickle, which is never opened since it can run code: "
+            "convert it to safetensors"
         )
     weights = SafetensorsWeights.from_file(file_in(folder, WEIGHTS_FILE))
-    layers = targeted(linear_layers(model), settings["target_modules"], folder / CONFIG_FILE)
+    layers = targeted(linear_layers(model), settings["target_modules"], source)
     compare_shapes(key_shapes(layers, config.r), weights.shapes, weights.path)
-    if adapter_parameters(model, name):
-        remove_adapter(model, name)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {key: weights.read(key) for key in weights.shapes}
+    tensors = {key: weights.read(key).float() for key in weights.shapes}
     for key, tensor in tensors.items():
         refuse_non_finite(tensor, key, weights.path)
-    for path, layer in layers.items():
-        layer.add(name, config, generator)
-        for half in ("lora_A", "lora_B"):
-            getattr(layer, half)[name].data.copy_(tensors[f"{KEY_PREFIX}{path}.{half}.weight"])
-    return config
+    keys = {path: f"{KEY_PREFIX}{path}" for path in layers}
+    return config, {
+        path: (tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"])
+        for path, key in keys.items()
+    }
 
 
 def key_shapes(layers: Mapping[str, LoraLinear], r: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,274 @@
+"""Adapters in peft's files, both ways, and merged weights that transformers loads.
+
+For ChatGLM3, which transformers does not have, peft works on a small module with its names.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import FAMILIES, logits_of, oracle_of, random_ids
+
+from usbrec.errors import UserError
+from usbrec.llm.adapter_files import load_adapter, save_adapter
+from usbrec.llm.checkpoint import load_model
+from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
+from usbrec.llm.merge import main as merge_main
+from usbrec.llm.merge import merge
+from usbrec.llm.packing import Branch, Tree, pack
+
+LAYOUTS = {
+    "all linear": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+    "subset": {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "one layer": {"r": 2, "lora_alpha": 3, "target_modules": ["model.layers.1.mlp.down_proj"]},
+    "pattern": {"r": 2, "lora_alpha": 4, "target_modules": r".*layers\.[02]\..*o_proj"},
+    "rslora": {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "use_rslora": True},
+}
+
+
+def adapted_logits(model, ids, name):
+    packed = pack([Tree([Branch(ids, [0.0] * len(ids))])])
+    routes = [Route(name, 0, len(ids))]
+    with torch.no_grad():
+        return model.logits(model(packed.input_ids, packed.position_ids, packed.attention, routes))
+
+
+def randomise(parameters):
+    generator = torch.Generator().manual_seed(7)
+    for parameter in parameters:
+        parameter.data.normal_(0, 0.2, generator=generator)
+
+
+def oracle_logits(oracle, ids):
+    with torch.no_grad():
+        return oracle(torch.tensor([ids])).logits[0]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    oracle_of(request.param).save_pretrained(folder)
+    return folder, request.param
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    oracle_of("llama-3.1").save_pretrained(folder)
+    return folder
+
+
+def peft_adapter(name, layout, folder):
+    """Save a random adapter by peft; return peft's model."""
+    import peft
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **LAYOUTS[layout])
+    oracle = peft.get_peft_model(oracle_of(name), config).eval()
+    randomise(p for key, p in oracle.named_parameters() if "lora_" in key)
+    oracle.save_pretrained(folder)
+    return oracle
+
+
+def our_adapter(base, folder, **options):
+    """Save a random adapter of ours; return our model."""
+    model = load_model(base)
+    add_adapter(model, "sft", LoraConfig(**options), seed=0)
+    randomise(adapter_parameters(model, "sft").values())
+    save_adapter(model, "sft", folder, str(base))
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pefts_adapters_load_with_equal_logits(base, layout, tmp_path):
+    folder, name = base
+    oracle = peft_adapter(name, layout, tmp_path)
+    model = load_model(folder)
+    config = load_adapter(model, tmp_path, "theirs")
+    assert (config.r, config.lora_alpha) == (LAYOUTS[layout]["r"], LAYOUTS[layout]["lora_alpha"])
+    ids = random_ids(40)
+    expected = oracle_logits(oracle, ids)
+    actual = adapted_logits(model, ids, "theirs")
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert (actual - logits_of(model, ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"r": 3, "lora_alpha": 5.0, "target_modules": ("k_proj", "up_proj")},
+        {"use_rslora": True},
+    ],
+)
+def test_our_adapters_load_in_peft_with_equal_logits(base, options, tmp_path):
+    import peft
+
+    folder, name = base
+    model = our_adapter(folder, tmp_path, **options)
+    oracle = peft.PeftModel.from_pretrained(oracle_of(name), tmp_path).eval()
+    ids = random_ids(40)
+    actual = adapted_logits(model, ids, "sft")
+    torch.testing.assert_close(actual, oracle_logits(oracle, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_adapter_loads_as_the_same(llama, tmp_path):
+    model = our_adapter(llama, tmp_path, r=4)
+    again = load_model(llama)
+    load_adapter(again, tmp_path, "other")
+    before, after = adapter_parameters(model, "sft"), adapter_parameters(again, "other")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(parameter.requires_grad for parameter in after.values())
+
+
+def test_loading_over_a_name_replaces_the_adapter(llama, tmp_path):
+    model = our_adapter(llama, tmp_path, r=4)
+    ids = random_ids(10)
+    expected = adapted_logits(model, ids, "sft")
+    randomise(p * 2 for p in adapter_parameters(model, "sft").values())
+    load_adapter(model, tmp_path, "sft")
+    assert torch.equal(adapted_logits(model, ids, "sft"), expected)
+
+
+def test_keys_and_settings_are_pefts(llama, tmp_path):
+    our_adapter(llama, tmp_path, target_modules=("q_proj",))
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["q_proj"]
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (8, 16, "LORA")
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(llama, tmp_path, monkeypatch):
+    model = our_adapter(llama, tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    randomise(p for p in adapter_parameters(model, "sft").values())
+
+    def interrupted(tensors, path, **options):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("usbrec.llm.adapter_files.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, "sft", tmp_path, "base")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"some_new_thing": {"a": 1}}, "some_new_thing"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": 0}, "r must"),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ["lm_head"]}, "lm_head"),
+        ({"target_modules": "("}, "pattern"),
+        ({"r": 5}, r"lora_A.weight has shape \[8, 48\], expected \[5, 48\]"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "lacks the tensor .*k_proj.lora_A"),
+    ],
+)
+def test_what_is_not_honoured_in_adapter_config_is_refused_by_name(llama, tmp_path, changes, named):
+    model = our_adapter(llama, tmp_path, target_modules=("q_proj",))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=named):
+        load_adapter(model, tmp_path, "again")
+    assert not adapter_parameters(model, "again")
+
+
+def test_an_adapter_of_another_base_is_refused_with_key_and_shapes(llama, tmp_path):
+    import transformers as hf
+
+    our_adapter(llama, tmp_path / "adapter")
+    config = hf.LlamaConfig.from_pretrained(llama, hidden_size=60, num_hidden_layers=2, head_dim=8)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    message = r"layers.0.self_attn.q_proj.lora_A.weight has shape \[8, 48\], expected \[8, 60\]"
+    with pytest.raises(UserError, match=message):
+        load_adapter(load_model(tmp_path / "other"), tmp_path / "adapter", "sft")
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "nan", "pickle", "no folder", "truncated"])
+def test_a_faulty_adapter_file_is_one_clear_error(llama, tmp_path, fault):
+    model = our_adapter(llama, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
+    named = key
+    if fault == "missing":
+        del tensors[key]
+    elif fault == "extra":
+        named = "base_model.model.lm_head.lora_A.weight"
+        tensors[named] = torch.ones(1)
+    elif fault == "nan":
+        tensors[key][0, 0] = float("nan")
+    save_file(tensors, file)
+    if fault == "pickle":
+        named = "adapter_model.bin is a pickle"
+        file.rename(tmp_path / "adapter_model.bin")
+    elif fault == "no folder":
+        named, tmp_path = "no such adapter folder", tmp_path / "nowhere"
+    elif fault == "truncated":
+        named = "truncated"
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=named):
+        load_adapter(model, tmp_path, "again")
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+def test_merged_weights_load_in_transformers_and_equal_the_adapter(base, tmp_path, shard_bytes):
+    import transformers as hf
+
+    folder, _ = base
+    model = our_adapter(folder, tmp_path / "adapter")
+    merge(folder, tmp_path / "adapter", tmp_path / "merged", shard_bytes)
+    shards = list((tmp_path / "merged").glob("*.safetensors"))
+    assert (len(shards) > 1) == (shard_bytes < 1 << 30)
+    oracle = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = random_ids(40)
+    expected = adapted_logits(model, ids, "sft")
+    torch.testing.assert_close(oracle_logits(oracle, ids), expected, atol=1e-4, rtol=1e-4)
+    ours = logits_of(load_model(tmp_path / "merged"), ids)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merging_happens_in_fp32_and_keeps_the_dtype(llama, tmp_path):
+    """bf16 base 1.0, delta 2 x 0.0029: summed in fp32 and rounded once; bf16 steps are 0.0078."""
+    model = our_adapter(llama, tmp_path / "adapter", target_modules=("q_proj",))
+    base = tmp_path / "base"
+    oracle_of("llama-3.1").to(torch.bfloat16).save_pretrained(base)
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
+    layer = model.model.layers[0].self_attn.q_proj
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = before[name].float() + layer.delta_weight("sft")
+    assert after[name].dtype == torch.bfloat16
+    assert torch.equal(after[name], expected.to(torch.bfloat16))
+    unchanged = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(after[unchanged], before[unchanged])
+
+
+def test_a_second_merge_is_refused(llama, tmp_path, capsys):
+    our_adapter(llama, tmp_path / "adapter")
+    flags = ["--adapter", str(tmp_path / "adapter"), "--model"]
+    assert merge_main([*flags, str(llama), "--out", str(tmp_path / "once")]) == 0
+    assert merge_main([*flags, str(tmp_path / "once"), "--out", str(tmp_path / "twice")]) == 2
+    assert "merged into it already" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+    assert merge_main([*flags, str(llama), "--out", str(tmp_path / "once")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "once"}

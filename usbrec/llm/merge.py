@@ -1,0 +1,157 @@
+"""An adapter merged into its base: a Hugging Face folder that other programs load as it is.
+
+    python -m usbrec.llm.merge --model models/smollm2-135m-instruct --adapter runs/.../rl --out rl
+
+The sum W + scaling * B A is taken in fp32 and written in the dtype of W (bf16 for a GGUF file), a
+shard at a time. A folder that has an adapter merged into it takes no second one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from usbrec.errors import UserError
+from usbrec.llm.adapter_files import read_adapter
+from usbrec.llm.checkpoint import open_weights, parameter_names
+from usbrec.llm.files import file_in, read_json
+from usbrec.llm.gguf_file import GgufFile
+from usbrec.llm.model import Decoder
+from usbrec.llm.model_config import config_from
+from usbrec.llm.weights import Weights
+
+MERGED = "merged_adapter"  # the key in config.json that tells of a merge
+SHARD_BYTES = 4 << 30
+# A model's other files, which a merge does not change (ChatGLM3's own code among them).
+COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "unpacked.json")
+
+
+def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `base` with `adapter` merged into it to the new folder `out`, whole or not at all.
+
+    Raises UserError if `out` exists, if `base` is merged already, or if the adapter does not fit.
+    """
+    base, adapter, out = Path(base), Path(adapter), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already: name a new folder to merge into")
+    settings = read_settings(base)
+    if MERGED in settings:
+        raise UserError(
+            f"{base} has the adapter {settings[MERGED]} merged into it already; merge into the "
+            "base that the adapter was trained on"
+        )
+    weights = open_weights(base)
+    with torch.device("meta"):
+        model = Decoder(config_from(settings, base))
+    parameter_names(model, weights)  # the base itself must be whole
+    config, matrices = read_adapter(model, adapter)
+    deltas = {f"{path}.weight": pair for path, pair in matrices.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+        made = Path(work) / out.name
+        made.mkdir()
+        write_shards(made, weights, deltas, config.scaling, shard_bytes)
+        write_other_files(made, base, {**settings, MERGED: str(adapter)})
+        made.rename(out)
+
+
+def read_settings(base: Path) -> dict[str, Any]:
+    """Return the content of config.json, or what stands for it in a GGUF file."""
+    if base.suffix == ".gguf":
+        return GgufFile(base).config()
+    if not (base / "config.json").exists():
+        raise UserError(f"{base} is no model folder: it has no config.json")
+    return read_json(file_in(base, "config.json"))
+
+
+def merged_tensor(
+    weights: Weights, name: str, deltas: Mapping[str, tuple[Tensor, Tensor]], scaling: float
+) -> Tensor:
+    """Return one tensor of the base, with the adapter's part if it has one."""
+    tensor = weights.read(name)
+    dtype = torch.bfloat16 if weights.path.suffix == ".gguf" else tensor.dtype
+    if name in deltas:
+        lora_A, lora_B = deltas[name]
+        tensor = tensor.float() + scaling * (lora_B @ lora_A)
+    return tensor.to(dtype).contiguous()
+
+
+def shards_of(weights: Weights, shard_bytes: int) -> Iterator[list[str]]:
+    """Cut the tensors' names into runs of at most `shard_bytes` (fp32 counted), at least one."""
+    names: list[str] = []
+    size = 0
+    for name, shape in weights.shapes.items():
+        own = 4 * torch.Size(shape).numel()
+        if names and size + own > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names
+
+
+def write_shards(
+    folder: Path,
+    weights: Weights,
+    deltas: Mapping[str, tuple[Tensor, Tensor]],
+    scaling: float,
+    shard_bytes: int,
+) -> None:
+    """Write model.safetensors, or shards and their index."""
+    shards = list(shards_of(weights, shard_bytes))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, start=1):
+        single = len(shards) == 1
+        file = "model" if single else f"model-{number:05d}-of-{len(shards):05d}"
+        tensors = {name: merged_tensor(weights, name, deltas, scaling) for name in names}
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+        weight_map |= {name: f"{file}.safetensors" for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_other_files(folder: Path, base: Path, settings: Mapping[str, Any]) -> None:
+    """Write config.json and carry the base's tokenizer and other small files over."""
+    contents: dict[str, Mapping[str, Any]] = {"config.json": settings}
+    if base.suffix == ".gguf":
+        contents |= GgufFile(base).tokenizer_files()
+    else:
+        for path in sorted(base.iterdir()):
+            if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
+                shutil.copyfile(file_in(base, path.name), folder / path.name)
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Merge as the flags say; a user's fault is printed as one sentence and ends with 2."""
+    parser = argparse.ArgumentParser(description="Merge an adapter into its base model.")
+    parser.add_argument("--model", type=Path, required=True, help="the base: folder or GGUF file")
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    options = parser.parse_args(arguments)
+    try:
+        merge(options.model, options.adapter, options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"merged into {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
