@@ -25,77 +25,50 @@ from typing import Any
 
 from usbrec.errors import UserError
 
-# The forms a genre's name takes in text; the first stands before "film".
+# The forms a genre's name takes in text; the first stands before "film". Their order here is the
+# order of several before "film": "romantic comedy film", "sci-fi action film".
 GENRE_FORMS: dict[str, tuple[str, ...]] = {
-    "action": ("action",),
-    "adventure": ("adventure", "adventures"),
+    "romance": ("romantic", "romance", "romances"),
     "animation": ("animated", "animation", "cartoon", "cartoons"),
-    "comedy": ("comedy", "comedies", "comedic"),
-    "crime": ("crime",),
-    "drama": ("drama", "dramas", "dramatic"),
     "family": ("family",),
     "fantasy": ("fantasy",),
-    "horror": ("horror",),
-    "musical": ("musical", "musicals"),
-    "mystery": ("mystery", "mysteries"),
-    "romance": ("romantic", "romance", "romances"),
     "sci-fi": ("sci-fi", "science fiction", "scifi"),
-    "thriller": ("thriller", "thrillers"),
+    "crime": ("crime",),
+    "mystery": ("mystery", "mysteries"),
+    "horror": ("horror",),
     "war": ("war",),
+    "action": ("action",),
+    "adventure": ("adventure", "adventures"),
+    "musical": ("musical", "musicals"),
     "western": ("western", "westerns"),
+    "drama": ("drama", "dramas", "dramatic"),
+    "thriller": ("thriller", "thrillers"),
+    "comedy": ("comedy", "comedies", "comedic"),
 }
 GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
 
-# Words that are films somewhere and ordinary words everywhere, besides the commonest words.
-COMMON_WORDS = GENRE_WORDS | frozenset(
-    """
-    a about above after again alive all alone also am american an and angel animal another any
-    anything are arrival as at away baby back bad ball be beautiful because been before being best
-    better between beyond big black blow blue body book born both box boy boys brave break bright
-    bring brother brothers but by cabin call called came can captain cars cat catch chef chicago
-    children christmas city clerks click close closer clue cold come coming contact cool could crash
-    creed cube dad dark date daughter day days dead dear death deep did die different do does dog
-    dogs doing done down dreams drive duck earth easy eight elf end enemy enough epic escape even
-    ever every everything face fall family fast father fences few fiction fight film films find fire
-    first five flight for four free friday friend friends from frozen full fun funny game games gang
-    get ghost gift girl girls give glass glory go going gone good got gravity great grease green
-    ground guy guys had hail half halloween happiness happy hard has have he head hear heart heat
-    heist held hell hello help her here hero high him his hit holes home hook hope horrible host hot
-    hotel hour hours house how hunt i ice idle if ii iii in inside into invincible is it its joy
-    jumper just kick kids kill kin kind king knowing labor lady large last law legend legends less
-    let liar life light like limitless list little live lives living logan long look looking lost
-    lot love loving low luck lucky lucy mad made magic make man many mask mate matter may me mean
-    meet men midnight milk million mine minute miracle misery miss missing mission mom moon more most
-    mother movie movies much mud music must my name naked near never new next nice night nine nines
-    no noah none nope not nothing now number nuts of off office old on once one only open or
-    original orphan other others our out outrage over own paid paper party past paul people perfect
-    philadelphia piano pick place play please possession precious predator prestige pride prince
-    prison problem proof proud psycho push queen quick quiet rampage rain ray read ready real
-    really red rent repo ride right rings road rock role room rose run running rush sabotage safe
-    said same savages saw say scary school scream sea secret see seen self sense set seven sex she
-    shine shooter short shorts show side signs silence single sinister sister sisters six sky sleep
-    slow small smoke snatch so solace solo some someone something somewhere son soul sound space
-    speed spell splash split spotlight spring spy star start state stay step still stop story
-    strange street stuck stuff such summer super sure sweet swingers take taken tag talk tell ten
-    than thanks that the their them then there these they thing things think this those three
-    through time tin to today together tonight too top touch town toy toys traffic training troll
-    troy true truth twins two under unforgettable up us use very wait walk wall want wanted war was
-    watch water way we weapons wedding week weekend weird well went were what when where which white
-    who why wild will win winter wish wit with witness woman women wonder wonderful words work world
-    would wow wrong x year years yes yesterday yet you young your zero
-    """.split()
-)
-RECOMMENDING_WORDS = frozenset(
-    """watch watched watching see seen recommend recommended suggest suggested try called titled named
-    film films movie movies""".split()
+DECADE_NAMES = {
+    "50s": "fifties",
+    "60s": "sixties",
+    "70s": "seventies",
+    "80s": "eighties",
+    "90s": "nineties",
+}
+# The commonest words, and those that are films somewhere and ordinary words everywhere.
+ORDINARY_WORDS = GENRE_WORDS | frozenset(
+    Path(__file__).with_name("ordinary_words.txt").read_text(encoding="utf-8").split()
 )
 NAMING_WORDS = frozenset(["called", "titled", "named"])
+WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
+SUGGESTING_WORDS = frozenset(["recommend", "recommended", "suggest", "suggested"])
+FILM_WORDS = frozenset(["film", "films", "movie", "movies"])
+CUES = NAMING_WORDS | WATCHING_WORDS | SUGGESTING_WORDS | FILM_WORDS
 ARTICLES = ("the", "a", "an")
 QUOTES = "\"'“”‘’«»*_"
 NEUTRAL = "that film"
 
 _WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
-_TITLE_YEAR = re.compile(r"^(.*\S)\s*\((\d{4})\)\s*$")
+_TITLE_YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
 _YEAR_AFTER = re.compile(r"""["'”’*]?\s*,?\s*(?:\((\d{4})\)|(\d{4})\b)""")
 _BREAK = re.compile(r"[()\[\]\"“”\n;]")
 
@@ -143,6 +116,8 @@ class _Word:
 
 def fold(text: str) -> str:
     """Return the text in lower case without accents; every character keeps its place."""
+    if text.isascii():
+        return text.lower()
     return "".join(unicodedata.normalize("NFD", char)[0].lower()[0] for char in text)
 
 
@@ -157,18 +132,18 @@ def _words(text: str) -> list[_Word]:
 def split_title(title: str) -> tuple[str, int | None]:
     """Return a title's name and year: "Heat (1995)" -> ("Heat", 1995)."""
     match = _TITLE_YEAR.match(title)
-    return (match.group(1), int(match.group(2))) if match else (title.strip(), None)
+    return (match.group(1) or title, int(match.group(2))) if match else (title.strip(), None)
 
 
 def is_ordinary(name: str) -> bool:
     """Tell whether a name could be an ordinary word of a sentence, such as "It" or "2012"."""
     keys = [word.key for word in _words(name)]
-    return len(keys) == 1 and (keys[0] in COMMON_WORDS or len(keys[0]) <= 3 or keys[0].isdigit())
+    return len(keys) == 1 and (keys[0] in ORDINARY_WORDS or len(keys[0]) <= 3 or keys[0].isdigit())
 
 
 def _is_long(name: str) -> bool:
     keys = [word.key for word in _words(name)]
-    return len(keys) >= 3 and any(len(key) > 3 and key not in COMMON_WORDS for key in keys)
+    return len(keys) >= 3 and any(len(key) > 3 and key not in ORDINARY_WORDS for key in keys)
 
 
 def _has_capitals(surface: str, name: str) -> bool:
@@ -295,9 +270,7 @@ class Catalogue:
                 mentions.append(mention)
         return mentions
 
-    def _mention_at(
-        self, text: str, words: list[_Word], index: int
-    ) -> tuple[Mention | None, int]:
+    def _mention_at(self, text: str, words: list[_Word], index: int) -> tuple[Mention | None, int]:
         """Return the longest title that begins at this word, and the word to go on from."""
         node, matches = self._trie, []
         for last in range(index, len(words)):
@@ -321,14 +294,12 @@ class Catalogue:
 
         A mention without a year counts if all items that it may mean are among the titles.
         """
-        wanted = {item for title in titles for item in self._meant(title)}
-        finder = self
-        if not wanted <= set(self.items):
-            finder = Catalogue([*self.items, *wanted])
-        return any(set(mention.items) <= wanted for mention in finder.find(text))
-
-    def _meant(self, title: str) -> tuple[Item, ...]:
-        return self.named(title) or (Item(title, *split_title(title)),)
+        titles = list(titles)
+        wanted = {item for title in titles for item in self.named(title)}
+        if any(set(mention.items) <= wanted for mention in self.find(text)):
+            return True
+        unknown = tuple(title for title in titles if not self.named(title))
+        return bool(unknown and _catalogue_of(unknown).find(text))
 
     def hide(self, text: str, titles: Iterable[str]) -> str:
         """Return the text with the titles replaced by neutral words.
@@ -340,15 +311,21 @@ class Catalogue:
         contain the name ("Spider-Man 2") stay.
         """
         for title in titles:
-            protected = [
+            leaks = _leaks(text, title)
+            others = [
                 (mention.start, mention.end)
-                for mention in self.find(text)
-                if not set(mention.items) & set(self._meant(title))
+                for mention in (self.find(text) if leaks else ())
+                if not set(mention.items) & set(self.named(title))
             ]
-            for start, end in reversed(_leaks(text, title)):
-                if not any(low <= start and end <= high for low, high in protected):
+            for start, end in reversed(leaks):
+                if not any(low <= start and end <= high for low, high in others):
                     text = text[:start] + NEUTRAL + text[end:]
         return text
+
+
+@lru_cache(maxsize=256)
+def _catalogue_of(titles: tuple[str, ...]) -> Catalogue:
+    return Catalogue(Item(title, *split_title(title)) for title in titles)
 
 
 def _judge_match(
@@ -363,15 +340,33 @@ def _judge_match(
             return Mention(start, year.end(), fitting)
         if year.group(1):
             return None
-    surface, name = text[start:end], items[0].name
-    before = words[first - 1].key if first else ""
+    named = _looks_like_title(text, words, first, last, items[0].name)
+    return Mention(start, end, tuple(items)) if named else None
+
+
+def _looks_like_title(text: str, words: list[_Word], first: int, last: int, name: str) -> bool:
+    """Tell whether the words first..last, without a year, stand there as the film of that name."""
+    start, end = words[first].start, words[last].end
+    surface = text[start:end]
     if is_ordinary(name):
-        capital = _has_capitals(surface, name) and not surface.isdigit()
-        named = before in RECOMMENDING_WORDS and words[first].key not in GENRE_WORDS
-        good = (capital and named) or (_is_quoted(text, start, end) and _has_capitals(surface, name))
-    else:
-        good = _is_long(name) or _has_capitals(surface, name)
-    return Mention(start, end, tuple(items)) if good else None
+        cue = first > 0 and not text[words[first - 1].end : start].strip(" " + QUOTES)
+        cue = cue and words[first - 1].key in CUES
+        cue = cue and words[first].key not in GENRE_WORDS and not surface.isdigit()
+        return (cue or _is_quoted(text, start, end)) and _has_capitals(surface, name)
+    if first == last and _is_part_of_name(text, words, first):
+        return False
+    return _is_long(name) or _has_capitals(surface, name)
+
+
+def _is_part_of_name(text: str, words: list[_Word], index: int) -> bool:
+    """Tell whether an uncommon capitalised word stands right beside: "Oliver Stone"."""
+    return any(
+        text[words[beside].start].isupper()
+        and words[beside].key not in ORDINARY_WORDS
+        and text[words[left].end : words[left + 1].start] == " "
+        for beside, left in ((index - 1, index - 1), (index + 1, index))
+        if 0 <= beside < len(words)
+    )
 
 
 def _fitting(items: Sequence[Item], year: int) -> tuple[Item, ...]:
@@ -398,7 +393,7 @@ def _spelling(name: str) -> str:
 
 def _is_telling(part: str) -> bool:
     keys = [word.key for word in _words(part)]
-    return any(len(key) > 3 and key not in COMMON_WORDS and not key.isdigit() for key in keys)
+    return any(len(key) > 3 and key not in ORDINARY_WORDS and not key.isdigit() for key in keys)
 
 
 @lru_cache(maxsize=4096)
@@ -457,7 +452,8 @@ def grade(item: Item | None, targets: Iterable[Item]) -> int:
     """
     if item is None:
         return 0
-    return max((2 if item == target else int(_is_kin(item, target)) for target in targets), default=0)
+    grades = (2 if item == target else int(_is_kin(item, target)) for target in targets)
+    return max(grades, default=0)
 
 
 def _is_kin(item: Item, other: Item) -> bool:
@@ -471,6 +467,13 @@ def genre_word(genre: str) -> str:
     return GENRE_FORMS.get(genre, (genre,))[0]
 
 
+def genre_words(genres: Sequence[str]) -> list[str]:
+    """Return the genres as they stand before "film", in the usual order: "romantic comedy"."""
+    order = list(GENRE_FORMS)
+    known = sorted((genre for genre in genres if genre in GENRE_FORMS), key=order.index)
+    return [genre_word(genre) for genre in (*(g for g in genres if g not in GENRE_FORMS), *known)]
+
+
 def with_article(words: str) -> str:
     """Return the words after "a" or "an"."""
     return f"{'an' if re.match('[aeiou]|8', words, re.IGNORECASE) else 'a'} {words}"
@@ -478,15 +481,11 @@ def with_article(words: str) -> str:
 
 def describe(item: Item) -> str:
     """Return the facts in one clause: "a 1995 crime film by Michael Mann with Al Pacino"."""
-    kind = " ".join([*([str(item.year)] if item.year else []), *map(genre_word, item.genres[:2])])
+    kind = " ".join([*([str(item.year)] if item.year else []), *genre_words(item.genres[:2])])
     text = with_article(f"{kind} film".strip())
     if item.directors:
         text += f" by {item.directors[0]}"
     return f"{text} with {item.lead}" if item.lead else text
-
-
-_DECADE_NAMES = {"50": "fifties", "60": "sixties", "70": "seventies", "80": "eighties",
-                 "90": "nineties"}
 
 
 def rewrite(text: str, old: Item, new: Item) -> str:
@@ -540,11 +539,11 @@ def _swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
         if len(surname) > 3 and surname != person:
             yield f"(?-i:{re.escape(surname)})", _person_swap(person, old, new, surname=True)
     if old.year and old.year != new.year:
-        yield str(old.year), lambda _, found: str(new.year or "another year")
+        yield str(old.year), _always(str(new.year or "another year"))
         if old.decade != new.decade:
             yield from _decade_swaps(old, new)
-    for words, swap in (*_genre_swaps(old, new), *_mood_swaps(old, new)):
-        yield words, swap
+    yield from _genre_swaps(old, new)
+    yield from _mood_swaps(old, new)
 
 
 def _person_swap(person: str, old: Item, new: Item, surname: bool = False) -> _Swap:
@@ -565,17 +564,24 @@ def _person_swap(person: str, old: Item, new: Item, surname: bool = False) -> _S
 
 
 def _decade_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
-    short, new_short = str(old.decade)[2:4], str(new.decade)[2:4] if new.decade else None
-    yield str(old.decade), lambda _, found: new.decade or "another decade"
-    yield f"['’]?{short}s", lambda _, found: (
-        found.replace(short, new_short) if new_short else "another decade"
-    )
-    if short in _DECADE_NAMES and str(old.decade).startswith("19"):
-        yield _DECADE_NAMES[short], lambda _, found: (
-            _DECADE_NAMES.get(new_short or "", new.decade or "another decade")
-            if str(new.decade).startswith("19")
-            else new.decade or "another decade"
-        )
+    """Yield the swaps of "1990s", "90s" and "nineties", each for the new decade's like form."""
+    old_forms, new_forms = _decade_forms(old), _decade_forms(new)
+    for place, form in enumerate(old_forms):
+        word = new_forms[min(place, len(new_forms) - 1)] if new_forms else "another decade"
+        yield ("['’]?" if place == 1 else "") + form, _always(word)
+
+
+def _decade_forms(item: Item) -> list[str]:
+    """Return "1990s", "90s" and "nineties"; "2000s" alone from then on."""
+    if item.decade is None:
+        return []
+    short = item.decade[2:]
+    named = DECADE_NAMES.get(short) if item.decade.startswith("19") else None
+    return [item.decade, short, named] if named else [item.decade]
+
+
+def _always(word: str) -> _Swap:
+    return lambda before, found: word
 
 
 def _genre_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
@@ -583,11 +589,11 @@ def _genre_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
     for place, genre in enumerate(genre for genre in old.genres if genre not in new.genres):
         word = genre_word(others[place % len(others)]) if others else "different"
         forms = sorted(GENRE_FORMS.get(genre, (genre,)), key=len, reverse=True)
-        yield f"(?:{'|'.join(map(re.escape, forms))})", lambda _, found, word=word: word
+        yield f"(?:{'|'.join(map(re.escape, forms))})", _always(word)
 
 
 def _mood_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
     for mood in old.moods:
         if mood not in new.moods:
             word = new.moods[0] if new.moods else "different"
-            yield re.escape(mood), lambda _, found, word=word: word
+            yield re.escape(mood), _always(word)

@@ -84,7 +84,8 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        what = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not UTF-8 text: {what}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:

@@ -2,11 +2,11 @@
 
     python -m usbrec.crs.sample          # writes data/sample/{train,valid,test}.jsonl again
 
-Each dialogue has a hidden target film and wishes (facts of that film: genre, decade, director, star,
-mood; or a genre to avoid) which the seeker reveals little by little. Films are drawn by a popularity
-that falls like Zipf's law; every film occurs in train. No (target, wishes) pair occurs in two splits.
-The facts are in data/sample/items.json, written by hand; nothing here makes them up. Same facts, same
-phrases, same seed: same bytes.
+Each dialogue has a hidden target film and wishes (facts of that film: genre, decade, director,
+star, mood; or a genre to avoid) which the seeker reveals little by little. Films are drawn by a
+popularity that falls like Zipf's law; every film occurs in train. No (target, wishes) pair occurs
+in two splits. The facts are in data/sample/items.json, written by hand; nothing here makes them
+up. Same facts, same phrases, same seed: same bytes.
 """
 
 import json
@@ -18,7 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from usbrec.crs.catalogue import Catalogue, Item, genre_word, with_article
+from usbrec.crs.catalogue import (
+    DECADE_NAMES,
+    Catalogue,
+    Item,
+    genre_word,
+    genre_words,
+    with_article,
+)
 from usbrec.seeds import seed_for
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "sample"
@@ -27,9 +34,8 @@ DIALOGUES = {"train": 960, "valid": 140, "test": 340}
 MAX_WORDS = 18  # of one utterance
 MAX_LINES = 7  # of a context, the empty first one included
 
+NOUNS = ("comedy", "drama", "thriller", "western", "musical")  # genres that need no "film"
 KINDS = ("mood", "genre", "decade", "director", "lead")  # the order of words in a noun phrase
-DECADE_WORDS = {"1950s": "fifties", "1960s": "sixties", "1970s": "seventies", "1980s": "eighties",
-                "1990s": "nineties"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ def facts_of(item: Item) -> list[Wish]:
 
 def _decade_words(rng: random.Random, decade: str) -> str:
     forms = [decade, decade]
-    if decade in DECADE_WORDS:
-        forms += [decade[2:], DECADE_WORDS[decade]]
+    if decade.startswith("19"):
+        forms += [decade[2:], DECADE_NAMES[decade[2:]]]
     return rng.choice(forms)
 
 
@@ -97,7 +103,7 @@ def noun_phrase(
     for wish in wishes:
         if wish.kind in by_kind:
             by_kind[wish.kind].append(wish.value)
-    before = [*by_kind["mood"], *map(genre_word, by_kind["genre"])]
+    before = [*by_kind["mood"], *genre_words(by_kind["genre"])]
     after = []
     for decade in by_kind["decade"]:
         said = decade if plain else _decade_words(rng, decade)
@@ -108,8 +114,10 @@ def noun_phrase(
     rng.shuffle(after)
     if not before and not plural and rng.random() < 0.4:
         return " ".join(["something", *after])
-    head = rng.choice(["film", "movie"]) + ("s" if plural else "")
-    words = " ".join([*before, head, *after])
+    heads = [rng.choice(["film", "movie"]) + ("s" if plural else "")]
+    if not plain and not plural and before and before[-1] in NOUNS and rng.random() < 0.5:
+        heads = []  # "a crime thriller"
+    words = " ".join([*before, *heads, *after])
     return words if plural else with_article(words)
 
 
@@ -149,7 +157,8 @@ def _say_wishes(rng: random.Random, wishes: Sequence[Wish], act: str = "seeker s
         wish = wanted[0]
         value = _decade_words(rng, wish.value) if wish.kind == "decade" else wish.value
         value = genre_word(value) if wish.kind == "genre" else value
-        parts.append(_phrase(rng, f"seeker says {wish.kind}", **{wish.kind: value}))
+        slots: dict[str, Any] = {wish.kind: value}
+        parts.append(_phrase(rng, f"seeker says {wish.kind}", **slots))
     elif wanted:
         parts.append(_phrase(rng, act, wanted))
     for wish in wishes:
@@ -183,9 +192,7 @@ class _Scene:
         """Return the films that can stand beside the target: not named so far, another name."""
         taken = {film.title for film in self.films}
         return [
-            film
-            for film in self.catalogue
-            if film.name != target.name and film.title not in taken
+            film for film in self.catalogue if film.name != target.name and film.title not in taken
         ]
 
     def profile(self) -> str:
@@ -201,7 +208,8 @@ class _Scene:
         dislikes += [film.title for film in self.refused]
         text = f"Likes: {', '.join(likes) or 'nothing said'}."
         text += f" Dislikes: {', '.join(dislikes) or 'nothing said'}."
-        return text + (f" Seen: {', '.join(film.title for film in self.seen)}." if self.seen else "")
+        seen = ", ".join(film.title for film in self.seen)
+        return f"{text} Seen: {seen}." if seen else text
 
 
 def draw_wishes(rng: random.Random, target: Item, catalogue: Catalogue) -> tuple[Wish, ...]:
@@ -210,8 +218,8 @@ def draw_wishes(rng: random.Random, target: Item, catalogue: Catalogue) -> tuple
     rng.shuffle(facts)
     people = [fact for fact in facts if fact.kind in ("director", "lead")]
     rest = [fact for fact in facts if fact.kind not in ("director", "lead")]
-    count = rng.choices([2, 3, 4], [0.3, 0.45, 0.25])[0]
-    persons = rng.choices([0, 1, 2], [0.42, 0.5, 0.08])[0]
+    count = rng.choices([2, 3, 4], [0.4, 0.42, 0.18])[0]
+    persons = rng.choices([0, 1, 2], [0.5, 0.45, 0.05])[0]
     wishes = people[:persons] + rest[: max(1, count - min(persons, len(people)))]
     fitting = [film for film in catalogue if all(wish.fits(film) for wish in wishes)]
     avoidable = sorted({g for film in fitting for g in film.genres} - set(target.genres))
@@ -454,9 +462,10 @@ class SampleMaker:
         """Draw a target and wishes that no other split has used together, and claim them."""
         while True:
             target = rng.choices(targets, [self.weights[item.title] for item in targets])[0]
-            wishes = draw_wishes(rng, target, self.catalogue)
-            if self.used.setdefault((target.title, frozenset(wishes)), split) == split:
-                return target, wishes
+            for _ in range(100):  # before another target is drawn, lest popular ones get rare
+                wishes = draw_wishes(rng, target, self.catalogue)
+                if self.used.setdefault((target.title, frozenset(wishes)), split) == split:
+                    return target, wishes
 
     def _make_dialogue(
         self, rng: random.Random, split: str, dialog_id: str, first: Item | None
@@ -489,7 +498,8 @@ class SampleMaker:
 def make_sample(folder: Path = FOLDER, seed: int = SEED) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each split, made from the facts in the folder's items.json."""
     maker = SampleMaker(Catalogue.load(folder / "items.json"), seed)
-    return {split: maker.make_split(split, count) for split, count in DIALOGUES.items()}
+    made = {split: maker.make_split(split, DIALOGUES[split]) for split in ("test", "valid", "train")}
+    return {split: made[split] for split in DIALOGUES}
 
 
 def main() -> None:
