@@ -69,7 +69,7 @@ NEUTRAL = "that film"
 
 _WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
 _TITLE_YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
-_YEAR_AFTER = re.compile(r"""["'”’*]?\s*,?\s*(?:\((\d{4})\)|(\d{4})\b)""")
+_YEAR_AFTER = re.compile(r"""[!?.]{0,3}["'”’*]?\s*\((\d{4})\)|["'”’*]?,?\s+(\d{4})\b""")
 _BREAK = re.compile(r"[()\[\]\"“”\n;]")
 
 
@@ -301,6 +301,10 @@ class Catalogue:
         unknown = tuple(title for title in titles if not self.named(title))
         return bool(unknown and _catalogue_of(unknown).find(text))
 
+    def grade(self, item: Item | None, titles: Iterable[str]) -> int:
+        """Return `grade` of the item against all items that the titles may mean."""
+        return grade(item, [target for title in titles for target in self.named(title)])
+
     def hide(self, text: str, titles: Iterable[str]) -> str:
         """Return the text with the titles replaced by neutral words.
 
@@ -407,7 +411,7 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
     bare_year = rf"|,?\s+{year}\b" if year else ""
     return re.compile(
         rf"(?<![^\W_])(?P<name>{'|'.join(spellings)})(?![^\W_])"
-        rf"""(?P<year>["'”’*]?\s*\(\d{{4}}\){bare_year})?"""
+        rf"""(?P<year>[!?.]{{0,3}}["'”’*]?\s*\(\d{{4}}\){bare_year})?"""
     )
 
 
@@ -512,7 +516,7 @@ def rewrite(text: str, old: Item, new: Item) -> str:
             right = with_article(words).split()[0]
             right = right.capitalize() if article.group(1)[0].isupper() else right
             result = f"{result[: article.start()]}{right} "
-        elif text[start].isupper() and words[:1].islower():
+        elif re.search(r"(?:^|[.!?] *)$", result) and text[start].isupper():
             words = words[0].upper() + words[1:]
         result, place = result + words, end
     return _merge_repeats(result + text[place:], new)

@@ -112,7 +112,7 @@ def noun_phrase(
     if by_kind["lead"]:
         after.append(rng.choice(["with", "starring"]) + " " + " and ".join(by_kind["lead"]))
     rng.shuffle(after)
-    if not before and not plural and rng.random() < 0.4:
+    if not before and not plural and not plain and rng.random() < 0.4:
         return " ".join(["something", *after])
     heads = [rng.choice(["film", "movie"]) + ("s" if plural else "")]
     if not plain and not plural and before and before[-1] in NOUNS and rng.random() < 0.5:
@@ -149,21 +149,23 @@ def _phrase(rng: random.Random, act: str, wishes: Iterable[Wish] = (), **slots: 
     return text.format(**slots)
 
 
+def _say_kind(rng: random.Random, wish: Wish) -> str:
+    """Return what the seeker says of one wish by a phrase of its kind."""
+    value = _decade_words(rng, wish.value) if wish.kind == "decade" else genre_word(wish.value)
+    act = f"seeker says {wish.kind}"
+    slots = {wish.kind: value, f"a_{wish.kind}": with_article(value), "genre_name": wish.value}
+    return rng.choice(phrases()[act]).format(**slots)
+
+
 def _say_wishes(rng: random.Random, wishes: Sequence[Wish], act: str = "seeker says") -> str:
     """Return what the seeker says to reveal these wishes; what it dislikes is a sentence apart."""
     wanted = [wish for wish in wishes if wish.kind != "dislike"]
     parts = []
     if len(wanted) == 1 and act == "seeker says" and rng.random() < 0.6:
-        wish = wanted[0]
-        value = _decade_words(rng, wish.value) if wish.kind == "decade" else wish.value
-        value = genre_word(value) if wish.kind == "genre" else value
-        slots: dict[str, Any] = {wish.kind: value}
-        parts.append(_phrase(rng, f"seeker says {wish.kind}", **slots))
+        parts.append(_say_kind(rng, wanted[0]))
     elif wanted:
         parts.append(_phrase(rng, act, wanted))
-    for wish in wishes:
-        if wish.kind == "dislike":
-            parts.append(_phrase(rng, "seeker says dislike", dislike=genre_word(wish.value)))
+    parts += [_say_kind(rng, wish) for wish in wishes if wish.kind == "dislike"]
     return " ".join(parts)
 
 

@@ -1,0 +1,370 @@
+"""Titles in text: found, not found in ordinary words, hidden, graded, rewritten."""
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from usbrec.crs.catalogue import (
+    DECADE_NAMES,
+    GENRE_FORMS,
+    Catalogue,
+    Item,
+    describe,
+    grade,
+    read_item,
+    rewrite,
+)
+from usbrec.crs.datasets import load_catalogue, load_examples, read_examples
+from usbrec.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FACTS = (
+    ("Heat (1995)", "crime,thriller", "Michael Mann", "Al Pacino,Robert De Niro", "tense"),
+    ("Up (2009)", "animation,family", "Pete Docter", "Ed Asner", "heartwarming"),
+    ("It (2017)", "horror", "Andy Muschietti", "Bill Skarsgard", "scary"),
+    ("War (2007)", "action", "Philip G. Atwell", "Jet Li", "dark"),
+    ("Her (2013)", "romance,drama", "Spike Jonze", "Joaquin Phoenix", "tender"),
+    ("2012 (2009)", "action,sci-fi", "Roland Emmerich", "John Cusack", "epic"),
+    ("Drama (2010)", "drama", "Matias Lira", "", ""),
+    ("You (2009)", "drama", "Melora Hardin", "", ""),
+    ("Titanic (1997)", "romance,drama", "James Cameron", "Kate Winslet", "sad"),
+    ("Spider-Man (2002)", "action", "Sam Raimi", "Tobey Maguire", "thrilling"),
+    ("Spider-Man 2 (2004)", "action", "Sam Raimi", "Tobey Maguire", "thrilling"),
+    ("Ocean's Eleven (2001)", "crime", "Steven Soderbergh", "George Clooney", "stylish"),
+    ("The Godfather (1972)", "crime,drama", "Francis Ford Coppola", "Al Pacino", "epic"),
+    ("The Silence of the Lambs (1991)", "crime,thriller", "Jonathan Demme", "Jodie Foster", ""),
+    ("Amélie (2001)", "romance,comedy", "Jean-Pierre Jeunet", "Audrey Tautou", "magical"),
+    ("Pride & Prejudice (2005)", "romance", "Joe Wright", "Keira Knightley", "tender"),
+    ("True Grit (1969)", "western", "Henry Hathaway", "John Wayne", "thrilling"),
+    ("True Grit (2010)", "western", "Joel Coen", "Jeff Bridges", "gritty"),
+    ("Stone (2010)", "drama", "John Curran", "Edward Norton", ""),
+    ("Unforgiven (1992)", "western,drama", "Clint Eastwood", "Clint Eastwood", "dark"),
+)
+
+
+def item(title: str, genres: str, director: str, stars: str, mood: str) -> Item:
+    return read_item(
+        {
+            "name": title,
+            "genre": genres.split(","),
+            "director": [director],
+            "star": [star for star in stars.split(",") if star],
+            "mood": [mood] if mood else [],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def films() -> Catalogue:
+    return Catalogue(item(*facts) for facts in FACTS)
+
+
+@pytest.fixture(scope="module")
+def sample() -> Catalogue:
+    return load_catalogue("sample")
+
+
+def found(films: Catalogue, text: str) -> list[str]:
+    """The titles of each mention, joined by | where ambiguous."""
+    return ["|".join(item.title for item in mention.items) for mention in films.find(text)]
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() -> None:
+    redial = read_item(
+        {"name": "Heat (1995)", "genre": ["crime"], "director": ["Mann"], "star": ["A", "B"]}
+    )
+    assert (redial.name, redial.year, redial.decade, redial.lead) == ("Heat", 1995, "1990s", "A")
+    kg = read_item(
+        {
+            "name": "Heat",
+            "year": "1995",
+            "genre": ["Crime Fiction", "Science Fiction", "Animation", "Romance Film", "Romance"],
+            "actor": ["A", "B", "A"],
+        }
+    )
+    assert (kg.title, kg.name, kg.year) == ("Heat", "Heat", 1995)
+    assert kg.genres == ("crime", "sci-fi", "animation", "romance")
+    assert kg.stars == ("A", "B") and kg.directors == ()
+    assert read_item({"name": "Nobody Knows"}).decade is None
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{", "is not JSON"),
+        (b"[]", "object of items"),
+        (b"{}", "object of items"),
+        (b'{"1": {"title": "Heat"}}', "item '1'"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_faulty_catalogue_file_is_one_clear_sentence(
+    tmp_path: Path, content: bytes, fault: str
+) -> None:
+    path = tmp_path / "items.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=fault) as error:
+        Catalogue.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_catalogue_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.json"):
+        Catalogue.load(tmp_path / "nowhere.json")
+
+
+def test_a_year_less_title_counts_only_if_one_item_bears_its_name(films: Catalogue) -> None:
+    assert films.get("Heat").title == "Heat (1995)"
+    assert films.get("heat (1995)").title == "Heat (1995)"
+    assert films.get("True Grit") is None
+    assert len(films.named("True Grit")) == 2
+    assert films.get("True Grit (2010)").year == 2010
+    assert films.get("Heat (1986)") is None
+    assert films.get("Casablanca") is None
+
+
+# --- finding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It was up to you, and war is hell; I love her in the heat of 2012.",
+        "I'd like a Drama or a drama. Drama! Something dramatic.",
+        "You should see what it does to her.",
+        "Up next? Heat and war. It is. You too. Her lover. War films are fine.",
+        "I haven't seen it. What do you recommend? You know me.",
+        "Yes! We loved that movie. It was scary back then.",
+        "It (1990) is another film, and so is Heat (1986).",
+        "Do you know who Oliver Stone is?",
+        "a film from 2012, or 2009",
+        "He has true grit.",
+        "The movie Drama?",
+    ],
+)
+def test_ordinary_words_raise_no_false_alarm(films: Catalogue, text: str) -> None:
+    assert found(films, text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "titles"),
+    [
+        ("You should watch Heat (1995)!", ["Heat (1995)"]),
+        ("try heat (1995) or UP 2009", ["Heat (1995)", "Up (2009)"]),
+        ("Released a year off: Heat (1996).", ["Heat (1995)"]),
+        ('Have you seen "It"? Or “Up”?', ["It (2017)", "Up (2009)"]),
+        ("You should watch Her. I have seen Heat.", ["Her (2013)", "Heat (1995)"]),
+        ("a film called Up", ["Up (2009)"]),
+        ("Titanic was sad, but titanic things are not films.", ["Titanic (1997)"]),
+        ("the silence of the lambs", ["The Silence of the Lambs (1991)"]),
+        ("I love Spider-Man 2, more than Spider-Man", ["Spider-Man 2 (2004)", "Spider-Man (2002)"]),
+        ("Oceans Eleven and Ocean’s Eleven", ["Ocean's Eleven (2001)"] * 2),
+        ("Amelie (2001); Pride and Prejudice", ["Amélie (2001)", "Pride & Prejudice (2005)"]),
+        ("True Grit is fine", ["True Grit (1969)|True Grit (2010)"]),
+        ("true grit (2010) is better", ["True Grit (2010)"]),
+        ("2012 (2009) and not 2012", ["2012 (2009)"]),
+        ('"Heat" (1995) and The Godfather', ["Heat (1995)", "The Godfather (1972)"]),
+        ("I liked Stone.", ["Stone (2010)"]),
+    ],
+)
+def test_titles_are_found_in_order(films: Catalogue, text: str, titles: list[str]) -> None:
+    assert found(films, text) == titles
+
+
+def test_a_mention_tells_where_it_stands(films: Catalogue) -> None:
+    text = "Then watch Heat (1995), please."
+    (mention,) = films.find(text)
+    assert text[mention.start : mention.end] == "Heat (1995)"
+
+
+def test_every_sample_title_is_found_in_a_sentence_as_itself(sample: Catalogue) -> None:
+    for film in sample:
+        assert found(sample, f"You might like {film.title}. It is good.") == [film.title]
+
+
+def test_mentions_needs_all_meant_items_among_the_titles(films: Catalogue) -> None:
+    assert films.mentions("Watch Heat (1995).", ["Heat (1995)", "Up (2009)"])
+    assert not films.mentions("Watch Up (2009).", ["Heat (1995)"])
+    assert not films.mentions("Watch True Grit.", ["True Grit (2010)"])
+    assert films.mentions("Watch True Grit.", ["True Grit (2010)", "True Grit (1969)"])
+    assert films.mentions("Watch Casablanca (1942).", ["Casablanca (1942)"])  # not in there
+    assert not films.mentions("Watch Casablanca (1942).", ["Vertigo (1958)"])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
+def test_titles_in_real_responses_are_those_that_annotators_marked() -> None:
+    catalogue = load_catalogue("redial", SHARED / "redial")
+    right = found_titles = marked = 0
+    for example in read_examples(SHARED / "redial" / "test.jsonl")[::4]:
+        titles = {one.title for m in catalogue.find(example.response) for one in m.items}
+        right += len(titles & set(example.items))
+        found_titles += len(titles)
+        marked += len(set(example.items))
+    assert right / marked > 0.99
+    assert right / found_titles > 0.95  # the rest are mostly titles that nobody marked
+
+
+# --- hiding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "hidden"),
+    [
+        ("I want Heat.", "Heat (1995)", "I want that film."),
+        ("heat (1995), HEAT (1995)", "Heat (1995)", "that film, that film"),
+        ('"heat" or “Heat” (1995)', "Heat (1995)", '"that film" or “that film'),
+        ("In the heat of summer.", "Heat (1995)", "In the heat of summer."),
+        ("Heat!", "Heat (1995)", "that film!"),
+        ("a film called up", "Up (2009)", "a film called that film"),
+        ("It is up to you.", "It (2017)", "It is up to you."),
+        ("Is it It? IT scared me.", "It (2017)", "Is it that film? IT scared me."),
+        ("World War II films, war films", "War (2007)", "World War II films, war films"),
+        ("TITANIC, titanic, Titanic 1997", "Titanic (1997)", "that film, that film, that film"),
+        ("the godfather, or Godfather", "The Godfather (1972)", "that film, or that film"),
+        ("amelie and AMÉLIE", "Amélie (2001)", "that film and that film"),
+        ("pride and prejudice", "Pride & Prejudice (2005)", "that film"),
+        ("oceans eleven", "Ocean's Eleven (2001)", "that film"),
+        ("Spider-Man 2, not spider man", "Spider-Man (2002)", "Spider-Man 2, not that film"),
+        ("Mission Impossible", "Mission: Impossible (1996)", "that film"),
+        ("Is it Fury Road?", "Mad Max: Fury Road (2015)", "Is it that film?"),
+    ],
+)
+def test_a_target_is_kept_out_of_the_seekers_words(
+    films: Catalogue, text: str, title: str, hidden: str
+) -> None:
+    assert films.hide(text, [title]) == hidden
+
+
+def test_no_sample_title_survives_hiding_in_any_case_or_quotes(sample: Catalogue) -> None:
+    for film in sample:
+        for form in (film.title, film.title.lower(), film.title.upper(), f'"{film.name}"'):
+            text = sample.hide(f"Maybe {form} then?", [film.title])
+            assert re.fullmatch('Maybe "?that film[!.]*"? then\\?', text), text
+
+
+def test_hiding_leaves_ordinary_sentences_alone(sample: Catalogue) -> None:
+    text = "It is up to us: the big room, speed, a signal of her ghost, and I saw 1917 men drive."
+    titles = ["It (2017)", "Up (2009)", "Us (2019)", "Big (1988)", "Speed (1994)", "Her (2013)",
+              "Ghost (1990)", "Saw (2004)", "1917 (2019)", "Drive (2011)", "Signs (2002)"]
+    assert all(sample.get(title) for title in titles)
+    assert sample.hide(text, titles) == text
+
+
+# --- facts ------------------------------------------------------------------------------------
+
+
+def test_a_recommendation_is_graded_by_what_it_shares_with_the_target(films: Catalogue) -> None:
+    heat, godfather = films.get("Heat (1995)"), films.get("The Godfather (1972)")
+    titanic, up = films.get("Titanic (1997)"), films.get("Up (2009)")
+    assert grade(heat, [heat]) == 2
+    assert grade(godfather, [heat]) == 1  # a star
+    assert grade(titanic, [films.get("Her (2013)")]) == 1  # genres
+    assert grade(films.get("Spider-Man 2 (2004)"), [films.get("Spider-Man (2002)")]) == 1
+    assert grade(up, [heat]) == 0
+    assert grade(up, [heat, up]) == 2
+    assert grade(None, [heat]) == 0
+    assert films.grade(godfather, ["Heat (1995)"]) == 1
+    nameless = Item("X", "X")
+    assert grade(nameless, [Item("Y", "Y")]) == 0  # no facts, nothing shared
+
+
+def test_a_fifth_to_a_third_of_popular_films_share_something_with_a_random_target(
+    sample: Catalogue,
+) -> None:
+    draws = random.Random(0)
+    popular = [example.items[0] for example in load_examples("sample", "train")]
+    grades = [
+        grade(sample.get(draws.choice(popular)), [draws.choice(sample.items)]) for _ in range(4000)
+    ]
+    assert 0.2 <= grades.count(1) / len(grades) <= 0.37
+
+
+def test_a_film_is_described_by_its_facts(films: Catalogue) -> None:
+    heat = films.get("Heat (1995)")
+    assert describe(heat) == "a 1995 crime thriller film by Michael Mann with Al Pacino"
+    assert describe(Item("X", "X", genres=("action",))) == "an action film"
+    assert describe(Item("X", "X")) == "a film"
+
+
+def test_a_reply_is_rewritten_with_every_attribute(films: Catalogue) -> None:
+    heat, up = films.get("Heat (1995)"), films.get("Up (2009)")
+    text = "Try Heat (1995), a tense crime film from the 90s by Michael Mann with Al Pacino."
+    assert rewrite(text, heat, up) == (
+        "Try Up (2009), a heartwarming animated film from the 2000s by Pete Docter with Ed Asner."
+    )
+    back = rewrite("It's an animated film, Up (2009), from the 2000s with Asner.", up, heat)
+    assert back == "It's a crime film, Heat (1995), from the 1990s with Pacino."
+
+
+def test_director_and_star_of_one_name_become_two_people(films: Catalogue) -> None:
+    old, new = films.get("Unforgiven (1992)"), films.get("Spider-Man (2002)")
+    text = "Unforgiven (1992) is directed by Clint Eastwood and stars Clint Eastwood."
+    assert rewrite(text, old, new) == (
+        "Spider-Man (2002) is directed by Sam Raimi and stars Tobey Maguire."
+    )
+
+
+def test_two_genres_become_one_where_the_new_film_has_one(films: Catalogue) -> None:
+    old, new = films.get("Heat (1995)"), films.get("It (2017)")
+    assert rewrite("a crime thriller film; crime and thriller", old, new) == (
+        "a horror film; horror"
+    )
+
+
+def test_facts_that_the_new_film_lacks_become_neutral_words(films: Catalogue) -> None:
+    text = "A tense 1995 crime film by Michael Mann with Al Pacino."
+    text = rewrite(text, films.get("Heat (1995)"), Item("X", "X"))
+    assert text == "A different another year different film by someone else with someone else."
+
+
+def traces(text: str, old: Item, new: Item, catalogue: Catalogue) -> list[str]:
+    """What of the old film is left in a text rewritten for the new one."""
+    text = text.replace(new.title, "")
+    for name in (*new.directors, *new.stars):
+        text = text.replace(name, "")
+    left = [old.title] if catalogue.mentions(text, [old.title]) else []
+    words = [*old.directors, *old.stars]
+    words += [name.split()[-1] for name in words if len(name.split()[-1]) > 3]
+    if old.year != new.year:
+        words.append(str(old.year))
+    if old.decade != new.decade:
+        words += [old.decade, DECADE_NAMES.get(old.decade[2:], old.decade)]
+    words += [mood for mood in old.moods if mood not in new.moods]
+    for genre in old.genres:
+        words += GENRE_FORMS[genre] if genre not in new.genres else ()
+    return left + [word for word in words if re.search(rf"\b{re.escape(word)}\b", text)]
+
+
+def test_no_trace_of_the_old_film_is_left_in_rewritten_sample_replies(sample: Catalogue) -> None:
+    draws = random.Random(0)
+    changed = 0
+    for example in load_examples("sample", "test"):
+        old = sample.get(example.items[0])
+        for new in draws.sample(sample.items, 4):
+            if new.name == old.name:
+                continue
+            for text in (example.response, example.explanation):
+                other = rewrite(text, old, new)
+                assert traces(other, old, new, sample) == [], (text, other)
+                assert not re.search(r"\b([Aa] [aeiou]|[Aa]n [^aeiouAEIOU8])", other), other
+            assert sample.mentions(rewrite(example.response, old, new), [new.title])
+            changed += 1
+    assert changed > 1000
+
+
+def test_finding_in_thousands_of_titles_takes_milliseconds(tmp_path: Path) -> None:
+    """6,500 titles, 300 replies: one walk over a tree of words, not one search a title."""
+    names = {str(n): {"name": f"Film of Number {n} ({1950 + n % 70})"} for n in range(6500)}
+    (tmp_path / "items.json").write_text(json.dumps(names))
+    catalogue = Catalogue.load(tmp_path / "items.json")
+    start = time.process_time()
+    hits = sum(len(catalogue.find(f"Try Film of Number {n * 7}, it is good.")) for n in range(300))
+    assert hits == 300
+    assert time.process_time() - start < 1.0
