@@ -306,6 +306,7 @@ def test_a_reply_ends_where_the_next_user_would_stand(chat):
     longer, more = ours.render([*closed, Message("user", "no")])
     assert longer[: len(ids)] == ids and more[: len(weights)] == weights
     assert longer.count(user) == 2
+    assert ours.render(closed, closed=False)[0] == ids[:-1]
 
 
 def test_an_unweighted_reply_is_not_closed(chat):

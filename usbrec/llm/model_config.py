@@ -165,7 +165,8 @@ class Settings:
     def refuse_sliding_window(self, model_type: str) -> None:
         """Raise UserError if a window narrower than the context is in use."""
         layer_types = self.settings.get("layer_types") or []
-        if any(kind != "full_attention" for kind in layer_types):
+        full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
+        if not full:
             raise self.unsupported("layer_types")
         # Qwen2 states a window and switches it off by use_sliding_window
         window = None if model_type == "qwen2" else self.settings.get("sliding_window")

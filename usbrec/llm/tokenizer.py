@@ -157,7 +157,7 @@ class ChatTokenizer:
         for an unknown format.
         """
         vocabulary, settings = read_files(Path(path))
-        end_ids = frozenset[int]().union(*(listed(each.get("eos_token_id")) for each in settings))
+        end_ids = frozenset[int]().union(*(end_ids_of(each, Path(path)) for each in settings))
         return cls(vocabulary, pick_format(vocabulary.control, chat_format), end_ids, date)
 
     def encode(self, text: str) -> list[int]:
@@ -169,14 +169,15 @@ class ChatTokenizer:
         return self.vocabulary.decode(ids)
 
     def render(
-        self, messages: Sequence[Message], first: bool = True
+        self, messages: Sequence[Message], first: bool = True, closed: bool = True
     ) -> tuple[list[int], list[float]]:
         """Lay the messages out: (ids, weights of each id's loss).
 
         `first=True` begins a conversation (BOS, default system prompt), `first=False` continues
         one. The weights are those of the messages on their content and end-of-turn token, and 0
         elsewhere. Where the format has no end-of-turn token (ChatGLM3), the next `<|user|>` takes
-        its part: a weighted message at the end of `messages` is closed by one.
+        its part: a weighted message at the end of `messages` is closed by one, unless `closed` is
+        False since more messages will follow.
         """
         row = Row()
         messages = list(messages)
@@ -193,7 +194,7 @@ class ChatTokenizer:
             if message.role == "assistant" or self.chat_format.separate:
                 row.add(self.encode(self._content(message)), message.weight)
             owed = self._lay_end(row, message.weight)
-        if owed:
+        if owed and closed:
             row.add([self.vocabulary.control["<|user|>"]], owed)
         return row.ids, row.weights
 
@@ -328,8 +329,10 @@ def read_files(
     raise UserError(f"{path} has no tokenizer.json (ChatGLM3: tokenizer.model)")
 
 
-def listed(ids: int | list[int] | None) -> list[int]:
-    """Return end ids, which a settings file gives as one number, several, or none, as a list."""
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, list) else [ids]
+def end_ids_of(settings: dict[str, Any], source: Path) -> frozenset[int]:
+    """Return the end ids of a settings file, which gives one number, several, or none."""
+    value = settings.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise UserError(f"{source}: eos_token_id must be token ids, got {value!r}")
+    return frozenset(ids)
