@@ -254,7 +254,9 @@ def _open(scene: _Scene, wishes: Sequence[Wish], target: Item) -> None:
         if not wishes:
             return hello + _phrase(rng, "seeker asks vaguely")
         text = hello + _say_wishes(rng, wishes, "seeker asks")
-        return text + (" " + _phrase(rng, "seeker likes film", film=liked.title) if liked else "")
+        if liked and rng.random() < 0.8:  # not always, so that a long request may go without
+            text += " " + _phrase(rng, "seeker likes film", film=liked.title)
+        return text
 
     scene.lines.append(_short(rng, request))
     scene.said += wishes
@@ -449,12 +451,13 @@ class SampleMaker:
         self.ranked = ranked
 
     def make_split(self, split: str, dialogues: int) -> list[dict[str, Any]]:
-        """Return the rows of a split; in train the first dialogues go once through all films."""
+        """Return the rows of a split; in train every third dialogue goes through all films once."""
         rows: list[dict[str, Any]] = []
+        turns = sorted(self.ranked, key=lambda item: seed_for("cover", self.seed, item.title))
         for number in range(dialogues):
             rng = random.Random(seed_for("sample", self.seed, split, number))
-            covers = split == "train" and number < len(self.ranked)
-            first = self.ranked[number] if covers else None
+            covers = split == "train" and number % 3 == 0 and turns
+            first = turns.pop() if covers else None
             rows += self._make_dialogue(rng, split, f"{split}-{number}", first)
         return rows
 
@@ -500,7 +503,8 @@ class SampleMaker:
 def make_sample(folder: Path = FOLDER, seed: int = SEED) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each split, made from the facts in the folder's items.json."""
     maker = SampleMaker(Catalogue.load(folder / "items.json"), seed)
-    made = {split: maker.make_split(split, DIALOGUES[split]) for split in ("test", "valid", "train")}
+    splits = reversed(DIALOGUES)  # test first: its targets and wishes are drawn freely
+    made = {split: maker.make_split(split, DIALOGUES[split]) for split in splits}
     return {split: made[split] for split in DIALOGUES}
 
 
