@@ -20,6 +20,7 @@ from usbrec.crs.evaluation import (
     most_popular,
 )
 from usbrec.crs.ses import SearchOptions
+from usbrec.seeds import seed_for
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))
@@ -147,6 +148,14 @@ def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> No
         for part, seed in ((EXAMPLES, 1), (EXAMPLES[1:], 1), (EXAMPLES[1:], 2))
     ]
     assert run[0][1] == run[1][0] != run[2][0]
+
+
+def test_no_two_draws_of_a_talk_share_a_seed() -> None:
+    llm = speaker("a", "b", "c")
+    evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=3))
+    seeds = [seed for seeds in llm.seeds for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 2 * 6
+    assert not set(seeds) & {seed_for(0, "ieval", x.dialog_id, x.turn_id) for x in EXAMPLES}
 
 
 def test_rows_survive_json() -> None:

@@ -28,8 +28,8 @@ def row(number: int, score: float | None, *labels: dict[str, Any], grade: int = 
 
 PLAIN = [row(0, 0.0, label(False)), row(1, 1.0, label(False), label(True, repeated=True)),
          row(2, None, label(False))]  # fmt: skip
-TUNED = [replace(PLAIN[0], score=2.0, labels=[label(True)], hit=True, grade=2),
-         replace(PLAIN[1], score=1.5, grade=1), replace(PLAIN[2], score=1.0)]  # fmt: skip
+TUNED = [replace(PLAIN[0], score=1.5, labels=[label(True)], hit=True, grade=2),
+         replace(PLAIN[1], score=2.0, grade=1), replace(PLAIN[2], score=1.0)]  # fmt: skip
 JUDGE = {"skipped": 0, "external": {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "unparsed": 1},
          "internal": {"auc": None, "low": None, "high": None, "n": 0, "unparsed": 9}}  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_means_leave_out_what_was_not_read_and_count_it(report: dict[str, Any]) 
     assert report["methods"]["B/L"]["ieval"]["n"] == 2
     assert report["unparsed"] == {"B/L": pytest.approx(1 / 3), "RL+SES": 0.0}
     gap = report["differences"]["RL+SES - B/L"]["ieval"]
-    assert gap["mean"] == pytest.approx((2.0 + 0.5) / 2) and gap["n"] == 2
+    assert gap["mean"] == pytest.approx((1.5 + 1.0) / 2) and gap["n"] == 2
 
 
 def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> None:
@@ -75,9 +75,9 @@ def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> No
 
 
 def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
-    """RL+SES: scores 2, 1.5, 1 against grades 2, 1, 0."""
+    """RL+SES: scores 1.5, 2, 1 against grades 2, 1, 0: ranks 2 3 1 and 3 2 1, 1 - 6 * 2 / 24."""
     assert report["methods"]["RL+SES"]["judge_and_rules"] == {
-        "auc": 1.0, "spearman": pytest.approx(1.0), "n": 3,
+        "auc": 0.5, "spearman": pytest.approx(0.5), "n": 3,
     }  # fmt: skip
     assert report["methods"]["B/L"]["judge_and_rules"]["auc"] is None
     assert report["methods"]["RL+SES"]["rule_grade"]["mean"] == 1.0
