@@ -102,6 +102,9 @@ def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() 
         (b"[]", "object of items"),
         (b"{}", "object of items"),
         (b'{"1": {"title": "Heat"}}', "item '1'"),
+        (b'{"1": {"name": "Heat", "genre": 3}}', "item '1'.*'genre' must be a list"),
+        (b'{"1": {"name": "Heat", "star": [["x"]]}}', "'star' must be a list"),
+        (b"[" * 100000, "is not JSON"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -251,8 +254,19 @@ def test_no_sample_title_survives_hiding_in_any_case_or_quotes(sample: Catalogue
 
 def test_hiding_leaves_ordinary_sentences_alone(sample: Catalogue) -> None:
     text = "It is up to us: the big room, speed, a signal of her ghost, and I saw 1917 men drive."
-    titles = ["It (2017)", "Up (2009)", "Us (2019)", "Big (1988)", "Speed (1994)", "Her (2013)",
-              "Ghost (1990)", "Saw (2004)", "1917 (2019)", "Drive (2011)", "Signs (2002)"]
+    titles = [
+        "It (2017)",
+        "Up (2009)",
+        "Us (2019)",
+        "Big (1988)",
+        "Speed (1994)",
+        "Her (2013)",
+        "Ghost (1990)",
+        "Saw (2004)",
+        "1917 (2019)",
+        "Drive (2011)",
+        "Signs (2002)",
+    ]
     assert all(sample.get(title) for title in titles)
     assert sample.hide(text, titles) == text
 

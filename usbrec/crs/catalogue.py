@@ -63,6 +63,7 @@ WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"
 SUGGESTING_WORDS = frozenset(["recommend", "recommended", "suggest", "suggested"])
 FILM_WORDS = frozenset(["film", "films", "movie", "movies"])
 CUES = NAMING_WORDS | WATCHING_WORDS | SUGGESTING_WORDS | FILM_WORDS
+LISTS = ("genre", "director", "star", "actor", "mood")  # fields of an entry of items.json
 ARTICLES = ("the", "a", "an")
 QUOTES = "\"'“”‘’«»*_"
 NEUTRAL = "that film"
@@ -231,13 +232,22 @@ class Catalogue:
             raise UserError(f"cannot read the catalogue {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"the catalogue {path} is not UTF-8 text: {error}") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"the catalogue {path} is not JSON: {error}") from error
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"the catalogue {path} must be an object of items, each with a name")
         for key, entry in entries.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
                 raise UserError(f"item {key!r} of the catalogue {path} has no name")
+            for field in LISTS:
+                values = entry.get(field) or []
+                if not isinstance(values, (str, list)) or not all(
+                    isinstance(value, str) for value in values
+                ):
+                    raise UserError(
+                        f"item {key!r} of the catalogue {path}: {field!r} must be a list of"
+                        f" strings, got {values!r:.60}"
+                    )
         return cls(read_item(entry) for entry in entries.values())
 
     def named(self, title: str) -> tuple[Item, ...]:

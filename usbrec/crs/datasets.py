@@ -93,9 +93,20 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from error
+                yield number, _parse(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+
+
+def _parse(text: str) -> Any:
+    """Read JSON whose strings can be written as UTF-8, which half a surrogate pair cannot."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -152,6 +163,9 @@ def read_row(row: Any, where: str) -> Example:
     history = take_turns(_take(row, "context", list, where))
     if not history or history[-1].speaker != "seeker":
         raise UserError(f"{where}: 'context' must end with a line of the seeker's")
+    items, response = _take(row, "rec", list, where), _take(row, "resp", str, where).strip()
+    if not items or not response:
+        raise UserError(f"{where}: 'rec' must name at least one item and 'resp' must say something")
     extra = {key: _take(row, key, str, where) for key in ("profile", "explanation") if key in row}
     if "reactions" in row:
         reactions = row["reactions"]
@@ -162,8 +176,8 @@ def read_row(row: Any, where: str) -> Example:
         str(row["dialog_id"]),
         int(row["turn_id"]),
         history,
-        _take(row, "resp", str, where).strip(),
-        tuple(_take(row, "rec", list, where)),
+        response,
+        tuple(items),
         **extra,
     )
 
@@ -308,8 +322,10 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
     """
     path = Path(path)
     try:
-        whole = json.loads(_read_text(path))
-    except json.JSONDecodeError:
+        whole = _parse(_read_text(path))
+    except UserError:
+        raise
+    except ValueError:
         values = list(_read_jsonl(path))
     else:
         return [_read_messages(whole, str(path))]
