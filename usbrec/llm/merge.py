@@ -26,6 +26,7 @@ from usbrec.llm.adapter_files import read_adapter
 from usbrec.llm.checkpoint import open_weights, parameter_names
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.gguf_file import GgufFile
+from usbrec.llm.hub import find_model
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import config_from
 from usbrec.llm.weights import Weights
@@ -140,12 +141,12 @@ def write_other_files(folder: Path, base: Path, settings: Mapping[str, Any]) -> 
 def main(arguments: list[str] | None = None) -> int:
     """Merge as the flags say; a user's fault is printed as one sentence and ends with 2."""
     parser = argparse.ArgumentParser(description="Merge an adapter into its base model.")
-    parser.add_argument("--model", type=Path, required=True, help="the base: folder or GGUF file")
+    parser.add_argument("--model", required=True, help="the base: folder, GGUF file or hub name")
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
     parser.add_argument("--out", type=Path, required=True, help="the new folder")
     options = parser.parse_args(arguments)
     try:
-        merge(options.model, options.adapter, options.out)
+        merge(find_model(options.model), options.adapter, options.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
