@@ -10,7 +10,6 @@ import pytest
 
 from usbrec.crs.catalogue import (
     DECADE_NAMES,
-    GENRE_FORMS,
     Catalogue,
     Item,
     describe,
@@ -19,6 +18,7 @@ from usbrec.crs.catalogue import (
     rewrite,
 )
 from usbrec.crs.datasets import load_catalogue, load_examples, read_examples
+from usbrec.crs.titles import GENRE_FORMS
 from usbrec.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

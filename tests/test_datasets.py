@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from usbrec.crs import datasets
-from usbrec.crs.catalogue import Catalogue, Item, split_title
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.datasets import (
     audit,
     drop_overlap,
@@ -19,6 +19,7 @@ from usbrec.crs.datasets import (
     take_turns,
 )
 from usbrec.crs.dialogue import Utterance
+from usbrec.crs.titles import split_title
 from usbrec.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

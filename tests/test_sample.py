@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 
 from usbrec.crs import sample
-from usbrec.crs.catalogue import DECADE_NAMES, GENRE_FORMS, Catalogue, grade
+from usbrec.crs.catalogue import DECADE_NAMES, Catalogue, grade
 from usbrec.crs.sample import FOLDER, KINDS, Wish, phrases
+from usbrec.crs.titles import GENRE_FORMS
 
 Rows = dict[str, list[dict]]
 

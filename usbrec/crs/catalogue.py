@@ -1,51 +1,32 @@
 """The catalogue: items, finding their titles in text, keeping targets out of a seeker's words.
 
-How a title is told from an ordinary word (used by `find` and `mentions`):
-- with its year, "Heat (1995)" or "heat 1995", a title counts in any case; a year in brackets may be
-  off by one (release dates differ by country), a year further off names some film we do not have;
-- a long name ("the silence of the lambs": three words or more, one of them uncommon) counts in any
-  case, other names ("The Thing", "Titanic") with their capitals;
-- a name that is an ordinary word ("It", "Up", "War", "Heat", "2012", "Drama") counts only with its
-  year, in quotes with its capital, or with its capital right after a word such as "watch" or
-  "called"; a genre's name not even then;
-- without a year a name counts for an item if exactly one item bears it; a mention of a name that
-  several items bear carries all of them, and is counted as ambiguous by the readers' audit.
+How a title is told from an ordinary word is the matter of titles.py. Without a year a name counts
+for an item if exactly one item bears it; a mention of a name that several items bear carries all
+of them, and is counted as ambiguous by the readers' audit.
 
 What it leaves out: misspellings, translated titles, and abbreviations such as "LOTR".
 """
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from usbrec.crs.titles import (
+    BREAK,
+    GENRE_FORMS,
+    YEAR_AFTER,
+    Word,
+    fold,
+    leaks,
+    looks_like_title,
+    split_title,
+    words_of,
+)
 from usbrec.errors import UserError
-
-# The forms a genre's name takes in text; the first stands before "film". Their order here is the
-# order of several before "film": "romantic comedy film", "sci-fi action film".
-GENRE_FORMS: dict[str, tuple[str, ...]] = {
-    "romance": ("romantic", "romance", "romances"),
-    "animation": ("animated", "animation", "cartoon", "cartoons"),
-    "family": ("family",),
-    "fantasy": ("fantasy",),
-    "sci-fi": ("sci-fi", "science fiction", "scifi"),
-    "crime": ("crime",),
-    "mystery": ("mystery", "mysteries"),
-    "horror": ("horror",),
-    "war": ("war",),
-    "action": ("action",),
-    "adventure": ("adventure", "adventures"),
-    "musical": ("musical", "musicals"),
-    "western": ("western", "westerns"),
-    "drama": ("drama", "dramas", "dramatic"),
-    "thriller": ("thriller", "thrillers"),
-    "comedy": ("comedy", "comedies", "comedic"),
-}
-GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
 
 DECADE_NAMES = {
     "50s": "fifties",
@@ -54,24 +35,8 @@ DECADE_NAMES = {
     "80s": "eighties",
     "90s": "nineties",
 }
-# The commonest words, and those that are films somewhere and ordinary words everywhere.
-ORDINARY_WORDS = GENRE_WORDS | frozenset(
-    Path(__file__).with_name("ordinary_words.txt").read_text(encoding="utf-8").split()
-)
-NAMING_WORDS = frozenset(["called", "titled", "named"])
-WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
-SUGGESTING_WORDS = frozenset(["recommend", "recommended", "suggest", "suggested"])
-FILM_WORDS = frozenset(["film", "films", "movie", "movies"])
-CUES = NAMING_WORDS | WATCHING_WORDS | SUGGESTING_WORDS | FILM_WORDS
 LISTS = ("genre", "director", "star", "actor", "mood")  # fields of an entry of items.json
-ARTICLES = ("the", "a", "an")
-QUOTES = "\"'“”‘’«»*_"
 NEUTRAL = "that film"
-
-_WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
-_TITLE_YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
-_YEAR_AFTER = re.compile(r"""[!?.]{0,3}["'”’*]?\s*\((\d{4})\)|["'”’*]?,?\s+(\d{4})\b""")
-_BREAK = re.compile(r"[()\[\]\"“”\n;]")
 
 
 @dataclass(frozen=True)
@@ -104,62 +69,6 @@ class Mention:
     start: int
     end: int
     items: tuple[Item, ...]
-
-
-@dataclass(frozen=True)
-class _Word:
-    """A word of a text: folded (lower case, no accents, no apostrophes), and where it stands."""
-
-    key: str
-    start: int
-    end: int
-
-
-def fold(text: str) -> str:
-    """Return the text in lower case without accents; every character keeps its place."""
-    if text.isascii():
-        return text.lower()
-    return "".join(unicodedata.normalize("NFD", char)[0].lower()[0] for char in text)
-
-
-def _words(text: str) -> list[_Word]:
-    words = []
-    for match in _WORD.finditer(fold(text)):
-        key = "and" if match.group() == "&" else re.sub("['’]", "", match.group())
-        words.append(_Word(key, match.start(), match.end()))
-    return words
-
-
-def split_title(title: str) -> tuple[str, int | None]:
-    """Return a title's name and year: "Heat (1995)" -> ("Heat", 1995)."""
-    match = _TITLE_YEAR.match(title)
-    return (match.group(1) or title, int(match.group(2))) if match else (title.strip(), None)
-
-
-def is_ordinary(name: str) -> bool:
-    """Tell whether a name could be an ordinary word of a sentence, such as "It" or "2012"."""
-    keys = [word.key for word in _words(name)]
-    return len(keys) == 1 and (keys[0] in ORDINARY_WORDS or len(keys[0]) <= 3 or keys[0].isdigit())
-
-
-def _is_long(name: str) -> bool:
-    keys = [word.key for word in _words(name)]
-    return len(keys) >= 3 and any(len(key) > 3 and key not in ORDINARY_WORDS for key in keys)
-
-
-def _has_capitals(surface: str, name: str) -> bool:
-    """Tell whether every word with a capital (or a digit) in the name has it in the text too."""
-    pairs = zip(_words(name), _words(surface), strict=True)
-    return all(
-        surface[seen.start] == name[word.start] or surface[seen.start].isupper()
-        for word, seen in pairs
-    )
-
-
-def _is_quoted(text: str, start: int, end: int) -> bool:
-    before, after = text[start - 1 : start], text[end : end + 1]
-    opens = bool(before) and before in QUOTES and not text[start - 2 : start - 1].isalnum()
-    return opens and bool(after) and after in QUOTES
 
 
 def _read_people(entry: dict[str, Any], *keys: str) -> tuple[str, ...]:
@@ -205,7 +114,7 @@ class Catalogue:
         self._trie: dict[str, Any] = {}  # word -> trie; "" -> the items whose name ends here
         for item in self.items:
             self._by_title.setdefault(fold(item.title), []).append(item)
-            keys = [word.key for word in _words(item.name)]
+            keys = [word.key for word in words_of(item.name)]
             self._by_name.setdefault(" ".join(keys), []).append(item)
             node = self._trie
             for key in keys:
@@ -256,7 +165,7 @@ class Catalogue:
         if exact:
             return tuple(exact)
         name, year = split_title(title)
-        same_name = self._by_name.get(" ".join(word.key for word in _words(name)), [])
+        same_name = self._by_name.get(" ".join(word.key for word in words_of(name)), [])
         if year is None:
             return tuple(same_name)
         return tuple(item for item in same_name if item.year in (None, year))
@@ -271,7 +180,7 @@ class Catalogue:
 
         The module's docstring has the rules by which a word counts as a title.
         """
-        words = _words(text)
+        words = words_of(text)
         mentions: list[Mention] = []
         index = 0
         while index < len(words):
@@ -280,12 +189,12 @@ class Catalogue:
                 mentions.append(mention)
         return mentions
 
-    def _mention_at(self, text: str, words: list[_Word], index: int) -> tuple[Mention | None, int]:
+    def _mention_at(self, text: str, words: list[Word], index: int) -> tuple[Mention | None, int]:
         """Return the longest title that begins at this word, and the word to go on from."""
         node, matches = self._trie, []
         for last in range(index, len(words)):
             gap = text[words[last - 1].end : words[last].start] if last > index else ""
-            if words[last].key not in node or len(gap) > 3 or _BREAK.search(gap):
+            if words[last].key not in node or len(gap) > 3 or BREAK.search(gap):
                 break
             node = node[words[last].key]
             if "" in node:
@@ -325,13 +234,13 @@ class Catalogue:
         contain the name ("Spider-Man 2") stay.
         """
         for title in titles:
-            leaks = _leaks(text, title)
+            found = leaks(text, title)
             others = [
                 (mention.start, mention.end)
-                for mention in (self.find(text) if leaks else ())
+                for mention in (self.find(text) if found else ())
                 if not set(mention.items) & set(self.named(title))
             ]
-            for start, end in reversed(leaks):
+            for start, end in reversed(found):
                 if not any(low <= start and end <= high for low, high in others):
                     text = text[:start] + NEUTRAL + text[end:]
         return text
@@ -343,44 +252,19 @@ def _catalogue_of(titles: tuple[str, ...]) -> Catalogue:
 
 
 def _judge_match(
-    text: str, words: list[_Word], first: int, last: int, items: Sequence[Item]
+    text: str, words: list[Word], first: int, last: int, items: Sequence[Item]
 ) -> Mention | None:
     """Return the mention if the words first..last, which spell the items' name, mean a title."""
     start, end = words[first].start, words[last].end
-    year = _YEAR_AFTER.match(text, end)
+    year = YEAR_AFTER.match(text, end)
     if year:
         fitting = _fitting(items, int(year.group(1) or year.group(2)))
         if fitting:
             return Mention(start, year.end(), fitting)
         if year.group(1):
             return None
-    named = _looks_like_title(text, words, first, last, items[0].name)
+    named = looks_like_title(text, words, first, last, items[0].name)
     return Mention(start, end, tuple(items)) if named else None
-
-
-def _looks_like_title(text: str, words: list[_Word], first: int, last: int, name: str) -> bool:
-    """Tell whether the words first..last, without a year, stand there as the film of that name."""
-    start, end = words[first].start, words[last].end
-    surface = text[start:end]
-    if is_ordinary(name):
-        cue = first > 0 and not text[words[first - 1].end : start].strip(" " + QUOTES)
-        cue = cue and words[first - 1].key in CUES
-        cue = cue and words[first].key not in GENRE_WORDS and not surface.isdigit()
-        return (cue or _is_quoted(text, start, end)) and _has_capitals(surface, name)
-    if first == last and _is_part_of_name(text, words, first):
-        return False
-    return _is_long(name) or _has_capitals(surface, name)
-
-
-def _is_part_of_name(text: str, words: list[_Word], index: int) -> bool:
-    """Tell whether an uncommon capitalised word stands right beside: "Oliver Stone"."""
-    return any(
-        text[words[beside].start].isupper()
-        and words[beside].key not in ORDINARY_WORDS
-        and text[words[left].end : words[left + 1].start] == " "
-        for beside, left in ((index - 1, index - 1), (index + 1, index))
-        if 0 <= beside < len(words)
-    )
 
 
 def _fitting(items: Sequence[Item], year: int) -> tuple[Item, ...]:
@@ -390,69 +274,6 @@ def _fitting(items: Sequence[Item], year: int) -> tuple[Item, ...]:
         if found:
             return tuple(found)
     return tuple(item for item in items if item.year is None)
-
-
-# --- keeping a title out of a text -----------------------------------------------------------
-
-
-def _spelling(name: str) -> str:
-    """Return a pattern for the name in folded text, whatever stands between its words."""
-    keys = [match.group() for match in _WORD.finditer(fold(name))]
-    words = [
-        "(?:&|and)" if key in ("&", "and") else re.sub("['’]", "['’]?", re.escape(key))
-        for key in keys
-    ]
-    return r"\W{0,3}".join(words) or re.escape(fold(name))
-
-
-def _is_telling(part: str) -> bool:
-    keys = [word.key for word in _words(part)]
-    return any(len(key) > 3 and key not in ORDINARY_WORDS and not key.isdigit() for key in keys)
-
-
-@lru_cache(maxsize=4096)
-def _leak_pattern(title: str) -> re.Pattern[str]:
-    """Return the pattern of all forms of a title in folded text; group `name` without the year."""
-    name, year = split_title(title)
-    forms = [name]
-    stripped = re.sub(rf"^(?:{'|'.join(ARTICLES)})\s+", "", name, flags=re.IGNORECASE)
-    forms += [part for part in (stripped, *name.split(": ")) if part != name and _is_telling(part)]
-    spellings = sorted({_spelling(form) for form in forms}, key=len, reverse=True)
-    bare_year = rf"|,?\s+{year}\b" if year else ""
-    return re.compile(
-        rf"(?<![^\W_])(?P<name>{'|'.join(spellings)})(?![^\W_])"
-        rf"""(?P<year>[!?.]{{0,3}}["'”’*]?\s*\(\d{{4}}\){bare_year})?"""
-    )
-
-
-def _leaks(text: str, title: str) -> list[tuple[int, int]]:
-    """Return where the title stands in the text, by the rules of `Catalogue.hide`."""
-    ordinary = is_ordinary(split_title(title)[0])
-    spans = []
-    for match in _leak_pattern(title).finditer(fold(text)):
-        start, end = match.span("name")
-        if not ordinary or match.group("year") or _is_meant(text, start, end):
-            spans.append(match.span())
-    return spans
-
-
-def _is_meant(text: str, start: int, end: int) -> bool:
-    """Tell whether the ordinary word text[start:end] stands there as a film's title."""
-    before, after = text[:start].rstrip(QUOTES), text[end:].lstrip(QUOTES)
-    previous, following = before.split()[-1:], after.split()[:1]
-    if _is_quoted(text, start, end):
-        return True
-    if previous and previous[0].lower() in NAMING_WORDS:
-        return True
-    opens = not previous or before.rstrip()[-1] in ".!?:"
-    if opens:
-        return bool(re.match(r"\s*(?:[.!?]|$)", after))
-    surface = text[start:end]
-    shouted = surface.isupper() and len(surface) > 1 and previous[0].lower() == "the"
-    lone = not any(
-        word[:1].isupper() and word not in ("I", "I'm", "I've") for word in previous + following
-    )
-    return surface[0].isupper() and lone and not shouted
 
 
 # --- facts: agreement, description, rewriting --------------------------------------------------
@@ -511,7 +332,7 @@ def rewrite(text: str, old: Item, new: Item) -> str:
     """
     spans = [
         (start, end, new.title if re.search(r"\d{4}\)?$", text[start:end]) else new.name)
-        for start, end in _leaks(text, old.title)
+        for start, end in leaks(text, old.title)
     ]
     for pattern, swap in _swaps(old, new):
         for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", text, re.IGNORECASE):

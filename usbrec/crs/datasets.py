@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from usbrec.crs.catalogue import GENRE_WORDS, Catalogue, split_title
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
+from usbrec.crs.titles import GENRE_WORDS, split_title
 from usbrec.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
