@@ -92,17 +92,28 @@ def test_methods_must_have_seen_the_same_dialogues() -> None:
 
 def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> None:
     text = format_report(report)
-    for words in ("B/L", "RL+SES - B/L", "copy-last", "AUC 0.900 [0.800, 1.000] n 9, 1 unparsed",
-                  "internal judge", "33.3%", "turns 2", "test 3", "repeated"):  # fmt: skip
+    expected = (
+        "B/L",
+        "RL+SES - B/L",
+        "copy-last",
+        "AUC 0.900 [0.800, 1.000] n 9, 1 unparsed, 0 skipped",
+        "internal judge",
+        "33.3%",
+        "digits' probability 0.50",
+        "turns 2",
+        "test 3",
+        "repeated",
+    )
+    for words in expected:
         assert words in text, words
     assert "None" not in text and max(map(len, text.splitlines())) < 170
 
 
 def test_a_search_is_drawn_as_a_tree() -> None:
     root = talk("Something dark?")
-    far = (*root, *talk("x", "Try Well.", "Why?", "It is dark.")[1:])
+    far = (*root, *talk("x", "Try\nWell.", "Why?", "It is dark.")[1:])
     leaves = (Leaf(far, Verdict(1.5, 2, 1.0), 1), Leaf(far, Verdict(0.5, 0, 1.0), 2))
-    candidates = (Candidate("", None, ()), Candidate("Try Well.", 1.0, leaves))
+    candidates = (Candidate("", None, ()), Candidate("Try\nWell.", 1.0, leaves))
     text = format_search(SearchResult(root, "likes dark films", candidates, best=1))
     assert text.splitlines() == [
         "Seeker: Something dark?",

@@ -71,8 +71,12 @@ def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
 
 
 def summary_prompt(dialogue: Dialogue) -> Messages:
-    """Return the whole dialogue, its newest line included, as one chat log for the analyst."""
-    log = "\n".join(f"{line.speaker.capitalize()}: {line.text}" for line in dialogue)
+    """Return the whole dialogue, its newest line included, as one chat log for the analyst.
+
+    Each line of the log is one utterance: a line break inside one cannot pass for a speaker.
+    """
+    said = [(line.speaker.capitalize(), " ".join(line.text.split())) for line in dialogue]
+    log = "\n".join(f"{speaker}: {text}" for speaker, text in said)
     return (Message("system", prompt_text("summariser")), Message("user", log))
 
 

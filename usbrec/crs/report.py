@@ -147,7 +147,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _judge_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{name} judge, gold reply against a rewritten one: AUC {interval(found, mean='auc')}, "
-        f"{found['unparsed']} unparsed"
+        f"{found['unparsed']} unparsed, {report['judge'].get('skipped', 0)} skipped"
         for name, found in report["judge"].items()
         if isinstance(found, Mapping)
     ]
@@ -156,6 +156,7 @@ def _judge_lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"judge against rules, {name}: AUC {_number(opinion['auc'])}, "
             f"rank correlation {_number(opinion['spearman'])}, n {opinion['n']}; "
+            f"digits' probability {_number(found['digit_mass'])}, "
             f"empty replies {found['empty_replies']}"
         )
     return lines
@@ -189,12 +190,16 @@ def _table_row(name: str, cells: Sequence[str]) -> str:
 
 def format_dialogue(dialogue: Dialogue) -> str:
     """Return a dialogue with its speakers, a line each."""
-    return "\n".join(f"{line.speaker.capitalize()}: {line.text}" for line in dialogue)
+    return "\n".join(f"{line.speaker.capitalize()}: {_flat(line.text)}" for line in dialogue)
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 def format_search(result: SearchResult) -> str:
     """Return a search as a tree: the dialogue, the profile, each candidate and its leaves."""
-    lines = [format_dialogue(result.root), "", f"Profile: {result.profile}", ""]
+    lines = [format_dialogue(result.root), "", f"Profile: {_flat(result.profile)}", ""]
     for number, candidate in enumerate(result.candidates):
         lines += _candidate_lines(candidate, number == result.best, len(result.root) + 1)
     return "\n".join(lines)
@@ -202,7 +207,7 @@ def format_search(result: SearchResult) -> str:
 
 def _candidate_lines(candidate: Candidate, chosen: bool, start: int) -> list[str]:
     mark = "*" if chosen else " "
-    lines = [f"{mark} {_number(candidate.value)}  {candidate.reply or '(empty)'}"]
+    lines = [f"{mark} {_number(candidate.value)}  {_flat(candidate.reply) or '(empty)'}"]
     for leaf in candidate.leaves:
         last = leaf is candidate.leaves[-1]
         lines += _leaf_lines(leaf, start, "└─" if last else "├─", "  " if last else "│ ")
