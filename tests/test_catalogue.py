@@ -229,6 +229,13 @@ def test_titles_in_real_responses_are_those_that_annotators_marked() -> None:
         ("It is up to you.", "It (2017)", "It is up to you."),
         ("Is it It? IT scared me.", "It (2017)", "Is it that film? IT scared me."),
         ("World War II films, war films", "War (2007)", "World War II films, war films"),
+        (
+            "Was Us made in the US or the UK?",
+            "Us (2019)",
+            "Was that film made in the US or the UK?",
+        ),
+        ("Watch Heat tonight", "Heat (1995)", "Watch that film tonight"),
+        ("I saw Us, made in the US here.", "Us (2019)", "I saw that film, made in the US here."),
         ("TITANIC, titanic, Titanic 1997", "Titanic (1997)", "that film, that film, that film"),
         ("the godfather, or Godfather", "The Godfather (1972)", "that film, or that film"),
         ("amelie and AMÉLIE", "Amélie (2001)", "that film and that film"),
@@ -313,6 +320,7 @@ def test_a_reply_is_rewritten_with_every_attribute(films: Catalogue) -> None:
     assert rewrite(text, heat, up) == (
         "Try Up (2009), a heartwarming animated film from the 2000s by Pete Docter with Ed Asner."
     )
+    assert rewrite("Crime films like Heat (1995)", heat, up) == "Animated films like Up (2009)"
     back = rewrite("It's an animated film, Up (2009), from the 2000s with Asner.", up, heat)
     assert back == "It's a crime film, Heat (1995), from the 1990s with Pacino."
 

@@ -45,6 +45,11 @@ NAMING_WORDS = frozenset(["called", "titled", "named"])
 WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
 SUGGESTING_WORDS = frozenset(["recommend", "recommended", "suggest", "suggested"])
 FILM_WORDS = frozenset(["film", "films", "movie", "movies"])
+# Words that begin a sentence with a capital without being part of a name: "Watch Heat".
+OPENERS = WATCHING_WORDS | frozenset(
+    ["and", "are", "but", "can", "did", "does", "has", "have", "how", "is", "like", "love", "maybe"]
+    + ["no", "not", "or", "perhaps", "so", "then", "was", "were", "what", "why", "yes"]
+)
 CUES = NAMING_WORDS | WATCHING_WORDS | SUGGESTING_WORDS | FILM_WORDS
 ARTICLES = ("the", "a", "an")
 QUOTES = "\"'“”‘’«»*_"
@@ -199,7 +204,8 @@ def _is_meant(text: str, start: int, end: int) -> bool:
         return bool(re.match(r"\s*(?:[.!?]|$)", after))
     surface = text[start:end]
     shouted = surface.isupper() and len(surface) > 1 and previous[0].lower() == "the"
-    lone = not any(
-        word[:1].isupper() and word not in ("I", "I'm", "I've") for word in previous + following
+    part_of_name = any(
+        word[:1].isupper() and word.split("'")[0] != "I" and word.lower() not in OPENERS
+        for word in previous + following
     )
-    return surface[0].isupper() and lone and not shouted
+    return surface[0].isupper() and not part_of_name and not shouted
