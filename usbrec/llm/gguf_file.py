@@ -62,7 +62,9 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
         {**BYTE_LEVEL, "use_regex": False},
     ],
 }
-NORMAL_TOKEN = 1
+# What llama.cpp would compute otherwise: the only values that are honoured here.
+HONOURED = {"expert_count": 0, "attention.sliding_window": 0, "rope.scaling.type": "none"}
+CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 
 
 class GgufFile:
@@ -84,6 +86,11 @@ class GgufFile:
                 f"{path}: GGUF architecture {self.architecture!r} is not supported, "
                 "only llama and qwen2 are"
             )
+        for key, honoured in HONOURED.items():
+            if self.value(f"{{arch}}.{key}", honoured) != honoured:
+                raise UserError(
+                    f"{path}: the GGUF setting {self.architecture}.{key} is not supported"
+                )
         self._tensors = {self._hf_name(t.name): t for t in self._reader.tensors}
         self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
 
@@ -115,7 +122,13 @@ class GgufFile:
         from gguf import dequantize
 
         stored = self._tensors[name]
-        weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
+        try:
+            weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
+        except NotImplementedError as error:
+            kind = stored.tensor_type.name
+            raise UserError(
+                f"{self.path}: {kind} tensors such as {name} cannot be unpacked"
+            ) from error
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
             kind = "head_count" if "q_proj" in name else "head_count_kv"
             weight = unpermute(weight, int(self.value(f"{{arch}}.attention.{kind}")))
@@ -131,6 +144,9 @@ class GgufFile:
         tied = "lm_head.weight" not in self._tensors
         heads = int(self.value("{arch}.attention.head_count"))
         hidden_size = int(self.value("{arch}.embedding_length"))
+        head_dim = int(self.value("{arch}.attention.key_length", hidden_size // heads))
+        if self.value("{arch}.rope.dimension_count", head_dim) != head_dim:
+            raise UserError(f"{self.path}: a GGUF model that turns part of a head is not supported")
         config = {
             "architectures": ["LlamaForCausalLM" if self._is_llama else "Qwen2ForCausalLM"],
             "model_type": self.architecture,
@@ -140,14 +156,14 @@ class GgufFile:
             "num_hidden_layers": int(self.value("{arch}.block_count")),
             "num_attention_heads": heads,
             "num_key_value_heads": int(self.value("{arch}.attention.head_count_kv", heads)),
-            "head_dim": int(self.value("{arch}.attention.key_length", hidden_size // heads)),
+            "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": int(self.value("{arch}.context_length")),
             "rms_norm_eps": self.value("{arch}.attention.layer_norm_rms_epsilon"),
             "rope_theta": self.value("{arch}.rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(),
             "tie_word_embeddings": tied,
-            "bos_token_id": int(self.value("tokenizer.ggml.bos_token_id")),
+            "bos_token_id": self.bos_token_id,
             "eos_token_id": int(self.value("tokenizer.ggml.eos_token_id")),
             "torch_dtype": "bfloat16",
         }
@@ -166,16 +182,23 @@ class GgufFile:
         tokens = self.value("tokenizer.ggml.tokens")
         kinds = self.value("tokenizer.ggml.token_type")
         eos = self.value("tokenizer.ggml.eos_token_id")
-        special = [i for i, kind in enumerate(kinds) if kind != NORMAL_TOKEN]
+        added = {
+            i: kind == CONTROL_TOKEN
+            for i, kind in enumerate(kinds)
+            if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
+        }
+        content = tokenizer_json(tokens, self.value("tokenizer.ggml.merges"), added)
+        content["pre_tokenizer"]["pretokenizers"] = PRE_TOKENIZERS[pre]
+        content["model"]["ignore_merges"] = pre == "llama-bpe"
+        if pre == "qwen2":
+            content["normalizer"] = {"type": "NFC"}
         return {
-            "tokenizer.json": tokenizer_json(
-                tokens, self.value("tokenizer.ggml.merges"), special, PRE_TOKENIZERS[pre]
-            ),
+            "tokenizer.json": content,
             "tokenizer_config.json": {
                 # The class that takes tokenizer.json as it is; GPT2Tokenizer may rebuild its parts.
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "add_prefix_space": False,
-                "bos_token": tokens[self.value("tokenizer.ggml.bos_token_id")],
+                "bos_token": None if self.bos_token_id is None else tokens[self.bos_token_id],
                 "eos_token": tokens[eos],
                 "pad_token": tokens[self.value("tokenizer.ggml.padding_token_id", eos)],
                 "chat_template": self.value("tokenizer.chat_template", ""),
@@ -183,6 +206,12 @@ class GgufFile:
                 "model_max_length": int(self.value("{arch}.context_length")),
             },
         }
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that begins a text; Qwen2 may have none."""
+        found = self.value("tokenizer.ggml.bos_token_id", -1)
+        return None if found == -1 else int(found)
 
     @property
     def _is_llama(self) -> bool:
@@ -199,9 +228,6 @@ class GgufFile:
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         """Llama 3.1's scaling stands in the file as divisors a frequency: find its `factor`."""
-        kind = self.value("{arch}.rope.scaling.type", "none")
-        if kind != "none":
-            raise UserError(f"{self.path}: the GGUF RoPE scaling {kind!r} is not supported")
         if self._rope_factors is None:
             return None
         stored = np.array(self._rope_factors.data, dtype=np.float64)
@@ -237,13 +263,11 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return paired.transpose(1, 2).reshape(weight.shape)
 
 
-def tokenizer_json(
-    tokens: list[str],
-    merges: list[str],
-    special: list[int],
-    pre_tokenizers: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Return a `tokenizers` file of a byte-level BPE whose ids are the places in `tokens`."""
+def tokenizer_json(tokens: list[str], merges: list[str], added: dict[int, bool]) -> dict[str, Any]:
+    """Return a `tokenizers` file of a byte-level BPE whose ids are the places in `tokens`.
+
+    `added` tells of the tokens that no merge makes: id -> whether decoding leaves it out.
+    """
     return {
         "version": "1.0",
         "truncation": None,
@@ -256,12 +280,12 @@ def tokenizer_json(
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": True,
+                "special": special,
             }
-            for i in special
+            for i, special in added.items()
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": []},
         "post_processor": None,
         "decoder": {**BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
         "model": {

@@ -1,0 +1,214 @@
+"""GGUF files read as if they were Hugging Face folders, with transformers as oracle."""
+
+import json
+import random
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from test_checkpoint import LLAMA31_ROPE, logits_of, oracle_of, random_ids
+from test_tokenizer import family_folder, normalized, random_chat, random_text
+from tokenizers import Tokenizer
+
+from usbrec.errors import UserError
+from usbrec.llm.adapter_files import save_adapter
+from usbrec.llm.checkpoint import load_config, load_model
+from usbrec.llm.gguf_file import TENSOR_NAMES, llama3_divisors
+from usbrec.llm.lora import LoraConfig, add_adapter
+from usbrec.llm.merge import merge
+from usbrec.llm.tokenizer import ChatTokenizer
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+KINDS = {"smollm2": "smollm", "llama3.1": "llama-bpe", "qwen2.5": "qwen2"}
+
+
+def permuted(weight, heads):
+    """What llama.cpp's converter does to the rows of q and k in Llama models."""
+    rows = weight.shape[0]
+    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_name(name):
+    names = {theirs: ours for ours, theirs in TENSOR_NAMES.items()}
+    path, _, kind = name.rpartition(".")
+    if path.startswith("model.layers."):
+        number, _, rest = path.removeprefix("model.layers.").partition(".")
+        return f"blk.{number}.{names[rest]}.{kind}"
+    return f"{names[path]}.{kind}"
+
+
+def write_gguf(path, model, tokenizer=None, quantisation="F32", doubled_factor=None, **overrides):
+    """Write transformers' `model` (and a tokenizer's folder) as llama.cpp's converter would."""
+    config = model.config
+    arch = config.model_type
+    writer = gguf.GGUFWriter(path, overrides.pop("architecture", arch))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_eos_token_id(2)
+    for key, value in overrides.items():
+        if isinstance(value, str):
+            writer.add_string(key.replace("__", "."), value)
+        else:
+            writer.add_uint32(key.replace("__", "."), value)
+    if tokenizer:
+        write_tokenizer(writer, *tokenizer)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        data = tensor.numpy()
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            q = "q_proj" in name
+            data = permuted(data, config.num_attention_heads if q else config.num_key_value_heads)
+        kind = gguf.GGMLQuantizationType["F32" if data.ndim == 1 else quantisation]
+        data = data if kind.name == "F32" else gguf.quantize(data, kind)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+    scaling = config.rope_parameters
+    if scaling["rope_type"] == "llama3":
+        factors = llama3_divisors(scaling["rope_theta"], config.head_dim, scaling)
+        if doubled_factor is not None:
+            factors[doubled_factor] *= 2
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_tokenizer(writer, tokenizer, pre):
+    """Write a byte-level BPE's tokens in the order of their ids, its merges and control tokens."""
+    content = json.loads(tokenizer.to_str())
+    added = {token["content"] for token in content["added_tokens"]}
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in added else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+
+
+def oracle(name, **extra):
+    import transformers as hf
+
+    config = oracle_of(name).config
+    rope = dict(LLAMA31_ROPE, original_max_position_embeddings=8192)
+    if name == "llama-3.1":
+        extra["rope_parameters"] = rope
+    settings = {**config.to_dict(), **SIZES, "head_dim": 16, **extra}
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(type(config)(**settings)).eval()
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-tied", "qwen2.5", "qwen2.5-tied"])
+def test_logits_equal_transformers(name, tmp_path):
+    model = oracle(name)
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            parameter.data.normal_(0, 0.3)
+    path = write_gguf(tmp_path / "model.gguf", model)
+    ids = random_ids()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits_of(load_model(path), ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_quantised_tensors_are_unpacked(kind, tmp_path):
+    """Within the step of the quantisation; a wrong order of rows would be far off."""
+    model = oracle("llama-tied")
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, quantisation=kind))
+    steps = {"F16": 1e-3, "BF16": 5e-3, "Q8_0": 0.01, "Q5_0": 0.08, "Q5_1": 0.08}
+    for name, parameter in loaded.named_parameters():
+        expected = model.state_dict()[name]
+        assert (parameter - expected).abs().max() <= steps.get(kind, 0.16) * expected.abs().max()
+
+
+@pytest.fixture(params=["llama3.1", "qwen2.5", "smollm2"])
+def with_tokenizer(request, tmp_path):
+    """(a GGUF file with a family's tokenizer, the family's own folder)."""
+    if request.param == "smollm2":
+        folder = request.getfixturevalue("default_model_folder")
+    else:
+        folder = family_folder(request.param, tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    name = "qwen2.5" if request.param == "qwen2.5" else "llama-tied"
+    model = oracle(name, vocab_size=tokenizer.get_vocab_size())
+    path = tmp_path / "model.gguf"
+    return write_gguf(path, model, (tokenizer, KINDS[request.param])), folder
+
+
+def test_the_tokenizer_inside_equals_the_familys_own(with_tokenizer):
+    path, folder = with_tokenizer
+    ours, expected = ChatTokenizer.from_folder(path), ChatTokenizer.from_folder(folder)
+    assert ours.chat_format == expected.chat_format
+    for seed in range(200):
+        text = random_text(random.Random(seed), 120)
+        assert ours.encode(text) == expected.encode(text)
+        assert ours.decode(ours.encode(text)) == normalized(ours, text)
+        chat = random_chat(random.Random(seed))
+        assert ours.prompt(chat) == expected.prompt(chat)
+
+
+def test_a_gguf_file_merges_into_a_folder_that_transformers_loads(with_tokenizer, tmp_path):
+    import transformers as hf
+
+    path, folder = with_tokenizer
+    model = load_model(path)
+    add_adapter(model, "sft", LoraConfig(r=2), seed=0)
+    save_adapter(model, "sft", tmp_path / "adapter", "base")
+    merge(path, tmp_path / "adapter", tmp_path / "merged")
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.dtype == torch.bfloat16
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    expected = hf.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("a film from 1999 <|im_end|>") == expected("a film from 1999 <|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ({"architecture": "gpt2"}, "gpt2"),
+        ({"llama__expert_count": 8}, "expert_count"),
+        ({"llama__attention__sliding_window": 128}, "sliding_window"),
+        ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type"),
+        ({"llama__rope__dimension_count": 8}, "part of a head"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(tmp_path, overrides, named):
+    path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied"), **overrides)
+    with pytest.raises(UserError, match=named):
+        load_config(path)
+
+
+def test_an_unknown_pre_tokenizer_is_refused_by_name(with_tokenizer, tmp_path, monkeypatch):
+    path, _ = with_tokenizer
+    monkeypatch.setattr("usbrec.llm.gguf_file.PRE_TOKENIZERS", {"other": []})
+    with pytest.raises(UserError, match="pre-tokenizer"):
+        ChatTokenizer.from_folder(path)
+
+
+def test_rope_factors_that_are_not_llama3s_are_refused(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", oracle("llama-3.1"), doubled_factor=3)
+    with pytest.raises(UserError, match="rope_freqs.weight is not Llama 3.1's"):
+        load_config(path)
+
+
+def test_damaged_files_are_one_clear_error(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied"))
+    content = path.read_bytes()
+    for cut in (0, 3, 10, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(UserError, match="model.gguf"):
+            load_model(path)
+    with pytest.raises(UserError, match="no such GGUF file"):
+        load_model(tmp_path / "none.gguf")
