@@ -20,7 +20,7 @@ from usbrec.llm.checkpoint import compare_shapes, stored_module
 from usbrec.llm.files import file_in, read_json, write_json, write_whole
 from usbrec.llm.lora import LoraConfig, LoraLinear, remove_adapter
 from usbrec.llm.model import Decoder
-from usbrec.llm.weights import SafetensorsWeights, refuse_non_finite
+from usbrec.llm.weights import SafetensorsWeights, load_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -145,9 +145,7 @@ def read_adapter(
     weights = SafetensorsWeights.from_file(file_in(folder, WEIGHTS_FILE))
     layers = targeted(linear_layers(model), settings["target_modules"], source)
     compare_shapes(key_shapes(layers, config.r), weights.shapes, weights.path)
-    tensors = {key: weights.read(key).float() for key in weights.shapes}
-    for key, tensor in tensors.items():
-        refuse_non_finite(tensor, key, weights.path)
+    tensors = {key: load_tensor(weights, key, torch.float32) for key in weights.shapes}
     keys = {path: f"{KEY_PREFIX}{path}" for path in layers}
     return config, {
         path: (tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"])

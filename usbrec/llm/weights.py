@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,23 @@ from usbrec.llm.files import file_in, read_json, without_duplicates
 from usbrec.llm.gguf_file import GgufFile
 
 HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # What older checkpoints store beside the weights and the decoder computes itself.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.inv_freq")
+
+
+class Entry(NamedTuple):
+    """A tensor in a safetensors header: `start` and `stop` count bytes behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class Weights(Protocol):
@@ -32,23 +46,42 @@ class Weights(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the CPU, in the dtype in which it is stored."""
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """Copy a tensor into one of its shape, of any dtype, on any device."""
         ...
 
 
 class GgufWeights:
-    """The tensors of a GGUF file under Hugging Face's names."""
+    """The tensors of a GGUF file under Hugging Face's names; torch knows their like as bf16."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GgufFile(path)
         self.shapes = {name: self._file.shape(name) for name in self._file.names}
+        self.dtypes = dict.fromkeys(self.shapes, torch.bfloat16)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, unpacked to fp32."""
-        return self._file.read(name)
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """Unpack a tensor into one of its shape, of any dtype, on any device."""
+        self._file.fill(name, target)
+
+
+def load_tensor(
+    weights: Weights, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return a tensor in memory of its own, allocated once; raises UserError if not finite."""
+    target = torch.empty(weights.shapes[name], dtype=dtype, device=device)
+    weights.fill(name, target)
+    for piece in target.reshape(-1).split(1 << 22):  # in pieces, so with no copy of it
+        if piece.numel():
+            low, high = torch.aminmax(piece)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                kind = str(dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{weights.path}: the tensor {name} holds NaN or infinite values (in {kind})"
+                )
+    return target
 
 
 class SafetensorsWeights:
@@ -61,9 +94,10 @@ class SafetensorsWeights:
         self._open: dict[Path, Any] = {}
         headers = {file: read_header(file) for file in sorted(set(files.values()))}
         check_index(files, headers)
-        self.shapes = {
-            name: headers[file][name] for name, file in files.items() if not name.endswith(COMPUTED)
-        }
+        entries = {name: headers[file][name] for name, file in files.items()}
+        kept = {name: e for name, e in entries.items() if not name.endswith(COMPUTED)}
+        self.shapes = {name: entry.shape for name, entry in kept.items()}
+        self.dtypes = {name: DTYPES[entry.dtype] for name, entry in kept.items()}
 
     @classmethod
     def from_file(cls, path: Path) -> SafetensorsWeights:
@@ -84,8 +118,12 @@ class SafetensorsWeights:
         files = {name: file_in(folder, str(file)) for name, file in weight_map.items()}
         return cls(index, files)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor; its memory is the mapped file's."""
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """Copy a tensor into one of its shape, of any dtype, on any device."""
+        target.copy_(self.mapped(name))
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """Return a tensor whose memory is the file's."""
         file = self._files[name]
         try:
             if file not in self._open:
@@ -107,9 +145,7 @@ def no_weights(folder: Path) -> UserError:
     return UserError(f"{folder} has neither model.safetensors nor its index")
 
 
-def check_index(
-    files: Mapping[str, Path], headers: Mapping[Path, Mapping[str, tuple[int, ...]]]
-) -> None:
+def check_index(files: Mapping[str, Path], headers: Mapping[Path, Mapping[str, Entry]]) -> None:
     """Raise UserError unless every tensor stands in its own file and in no other."""
     for name, file in files.items():
         if name not in headers[file]:
@@ -122,8 +158,8 @@ def check_index(
                 )
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of a safetensors file after checking its header against its size."""
+def read_header(path: Path) -> dict[str, Entry]:
+    """Return what is in a safetensors file, its header checked against its size."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -142,36 +178,34 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def check_entries(header: Mapping[str, Any], data_bytes: int) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape; raises ValueError unless the tensors fill the data without overlap."""
-    shapes, spans = {}, []
-    for name, entry in header.items():
-        shapes[name], span = check_entry(name, entry if isinstance(entry, dict) else {})
-        spans.append(span)
+def check_entries(header: Mapping[str, Any], data_bytes: int) -> dict[str, Entry]:
+    """Return the entries; raises ValueError unless the tensors fill the data without overlap."""
+    entries = {name: check_entry(name, value) for name, value in header.items()}
     end = 0
-    for start, stop in sorted(spans):
+    for start, stop in sorted((entry.start, entry.stop) for entry in entries.values()):
         if start != end:
             raise ValueError("tensors overlap or leave gaps")
         end = stop
     if end != data_bytes:
         raise ValueError(f"{data_bytes} bytes of tensors, expected {end}: truncated?")
-    return shapes
+    return entries
 
 
-def check_entry(name: str, entry: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Return a tensor's shape and where its bytes start and stop; raises ValueError."""
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+def check_entry(name: str, value: Any) -> Entry:
+    """Return one tensor's entry; raises ValueError if it contradicts itself."""
+    value = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not (isinstance(dtype, str) and whole_numbers(shape) and whole_numbers(offsets)):
         raise ValueError(f"the entry of {name} is malformed")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"the offsets of {name} are malformed")
-    start, stop = offsets
+    entry = Entry(dtype, tuple(shape), *offsets)
     if not name.endswith(COMPUTED):
-        if dtype not in ITEM_BYTES:
+        if dtype not in DTYPES:
             raise ValueError(f"{name} has the dtype {dtype}, expected F32, F16 or BF16")
-        if math.prod(shape) * ITEM_BYTES[dtype] != stop - start:
-            raise ValueError(f"{name} has shape {shape} but {stop - start} bytes")
-    return tuple(shape), (start, stop)
+        if math.prod(shape) * DTYPES[dtype].itemsize != entry.stop - entry.start:
+            raise ValueError(f"{name} has shape {shape} but {entry.stop - entry.start} bytes")
+    return entry
 
 
 def whole_numbers(values: Any) -> TypeGuard[list[int]]:
@@ -179,12 +213,3 @@ def whole_numbers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
     )
-
-
-def refuse_non_finite(tensor: torch.Tensor, name: str, source: Path) -> None:
-    """Raise UserError if a weight is NaN or infinite; read in pieces, so with no copy of it."""
-    for piece in tensor.reshape(-1).split(1 << 22):
-        if piece.numel():
-            low, high = torch.aminmax(piece)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise UserError(f"{source}: the tensor {name} holds NaN or infinite values")
