@@ -1,11 +1,11 @@
 """Options: frozen dataclasses whose fields become `--kebab-case` flags, with their help text.
 
-    @dataclass(frozen=True)
-    class SearchOptions:
-        samples: int = option(3, "first responses that are tried")
+@dataclass(frozen=True)
+class SearchOptions:
+    samples: int = option(3, "first responses that are tried")
 
-    add_flags(parser, SearchOptions, "ses")            # --ses-samples
-    options = from_flags(SearchOptions, arguments, "ses")
+add_flags(parser, SearchOptions, "ses")            # --ses-samples
+options = from_flags(SearchOptions, arguments, "ses")
 """
 
 import argparse
@@ -50,6 +50,8 @@ def add_flags(
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(hint) is Literal:
             kind = {"choices": get_args(hint)}
+        elif get_origin(hint) is tuple:
+            kind = {"nargs": "+", "type": get_args(hint)[0]}
         elif get_origin(hint) is not None:  # an optional text or number
             kind = {"type": next(t for t in get_args(hint) if t is not type(None))}
         default = (defaults or {}).get(item.name, item.default)
@@ -63,8 +65,10 @@ def from_flags(options: type[Options], arguments: argparse.Namespace, prefix: st
     """Build the options from parsed flags; a value that they refuse is a UserError."""
     start = prefix.replace("-", "_") + "_" if prefix else ""
     names = [item.name for item in fields(options)]  # type: ignore[arg-type]
+    given = {name: getattr(arguments, start + name) for name in names}
+    given = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
     try:
-        return options(**{name: getattr(arguments, start + name) for name in names})
+        return options(**given)
     except ValueError as error:
         where = f"--{prefix}-...: " if prefix else ""
         raise UserError(f"{where}{error}") from error

@@ -31,7 +31,7 @@ from usbrec.crs.agents import (
     summary_prompt,
 )
 from usbrec.crs.catalogue import Catalogue, Item, describe, genre_word, rewrite
-from usbrec.crs.dialogue import Dialogue, Example, Utterance
+from usbrec.crs.dialogue import Example, Utterance
 from usbrec.seeds import seed_for
 from usbrec.settings import option
 
@@ -186,7 +186,7 @@ def external_lesson(
     example: Example, suggestions: Sequence[Suggestion], options: LessonOptions
 ) -> Lesson:
     """The seeker who knows the target: its lines, its reactions, its scores of explanations."""
-    branches = []
+    branches: list[tuple[Message, ...]] = []
     for made in suggestions:
         explained = (
             Message("user", made.reply),
@@ -197,14 +197,16 @@ def external_lesson(
         )
         branches.append(explained)
     branches.extend(reactions(example, suggestions, options))
-    return Lesson(own_lines(seeker_prompt(example.history, example.items), options), tuple(branches))
+    return Lesson(
+        own_lines(seeker_prompt(example.history, example.items), options), tuple(branches)
+    )
 
 
 def internal_lesson(
     example: Example, suggestions: Sequence[Suggestion], profile: str, options: LessonOptions
 ) -> Lesson:
     """The seeker who knows the profile alone: the same lines, its scores of the replies alone."""
-    branches = []
+    branches: list[tuple[Message, ...]] = []
     for made in suggestions:
         judged = (
             Message("user", made.reply),
@@ -245,8 +247,3 @@ def popularity_of(examples: Sequence[Example]) -> dict[str, int]:
         for title in example.items:
             counts[title] = counts.get(title, 0) + 1
     return dict(sorted(counts.items()))
-
-
-def seeker_lines(dialogue: Dialogue) -> list[str]:
-    """The seeker's words."""
-    return [line.text for line in dialogue if line.speaker == "seeker"]

@@ -204,6 +204,11 @@ class ChatTokenizer:
         self._lay_header(row, Message("assistant", ""), "", 0.0)
         return row.ids
 
+    def reply(self, text: str) -> list[int]:
+        """Return the ids of a reply and of what ends it, as they stand after `prompt`."""
+        ids, weights = self.render([Message("assistant", text, 1.0)], first=False)
+        return [token for token, weight in zip(ids, weights, strict=True) if weight]
+
     def truncate(self, messages: Sequence[Message], max_tokens: int) -> tuple[list[Message], int]:
         """Drop whole turns from the left until the prompt has at most `max_tokens` tokens.
 

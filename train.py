@@ -1,0 +1,420 @@
+"""The main job: `python train.py` makes a better recommender of a language model and measures it.
+
+    simulator   an adapter learns to play the user: seeker, inner seeker, summariser and judge
+    sft         an adapter learns the recommender's turns
+    pairs       PODCS: the recommender's samples are tried on the simulated user
+    simpo       the recommender learns to prefer what won the user over
+    report      B/L, SFT, RL and RL+SES on the same test dialogues, with 95% intervals
+
+A finished stage is used again; an interrupted one goes on. `python infer.py --ses` comes next.
+"""
+
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter as RawTextHelp
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from usbrec.chat import Lesson, Message
+from usbrec.chunks import read_whole_lines, replace_text, run_chunks, write_rows
+from usbrec.crs.agents import Cast
+from usbrec.crs.agreement import agreement, judge_agreement
+from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.datasets import load_catalogue, load_split
+from usbrec.crs.dialogue import Example
+from usbrec.crs.evaluation import EvalRow, EvaluationOptions, baseline_labels, evaluate_method
+from usbrec.crs.lessons import (
+    LessonOptions,
+    popularity_of,
+    recommender_lessons,
+    simulator_lessons,
+)
+from usbrec.crs.podcs import PairOptions, build_pairs, count_reasons, outcome_record
+from usbrec.crs.report import build_report, format_report
+from usbrec.crs.ses import SearchOptions
+from usbrec.errors import UserError
+from usbrec.llm.adapter_files import load_adapter, save_adapter
+from usbrec.llm.engine import Engine
+from usbrec.llm.lora import LoraConfig, add_adapter
+from usbrec.llm.loss import SimpoOptions
+from usbrec.llm.objectives import Objective, Sft, Simpo, pair_tree, usable_lessons, usable_pairs
+from usbrec.llm.packing import Tree, lesson_tree
+from usbrec.llm.training import TrainingOptions, train
+from usbrec.run import RUNS, ModelOptions, Run, as_json, load_engine, pick_rows
+from usbrec.seeds import seed_for
+from usbrec.settings import Parser, add_flags, from_flags, option
+
+STAGES = ("simulator", "sft", "pairs", "simpo", "report")
+MADE = {  # what each stage leaves in the run folder
+    "simulator": ("simulator",),
+    "sft": ("sft",),
+    "pairs": ("samples.jsonl", "samples.options.json", "pairs.jsonl"),
+    "simpo": ("rl",),
+    "report": ("rows.jsonl", "rows.options.json", "report.json", "report.txt"),
+}
+METHODS = {  # the paper's names -> (recommender's adapter, with search)
+    "B/L": (None, False),
+    "SFT": ("sft", False),
+    "RL": ("rl", False),
+    "RL+SES": ("rl", True),
+}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which dialogues, and how many of them each stage takes (0: all)."""
+
+    data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
+    data_dir: str | None = option(None, "the folder of a downloaded dataset")
+    seed: int = option(0, "decides every draw of the run")
+    max_train: int = option(0, "at most so many training rows in every stage")
+    max_simulator: int = option(100, "training rows of the stage simulator")
+    max_sft: int = option(300, "training rows of the stage sft")
+    max_pairs: int = option(100, "training rows that PODCS tries")
+    max_eval: int = option(64, "test dialogues of every method")
+    max_agreement: int = option(100, "test dialogues on which the judges are checked")
+    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time")
+    full: bool = option(False, "take all rows, pairs and dialogues")
+
+    def rows(self, stage: str) -> int:
+        """Return how many rows a stage takes, 0 for all."""
+        if self.full:
+            return 0
+        limits = [getattr(self, f"max_{stage}")]
+        if stage in STAGES:
+            limits.append(self.max_train)
+        return min((limit for limit in limits if limit), default=0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options of a run."""
+
+    data: DataOptions
+    model: ModelOptions
+    lora: LoraConfig
+    lesson: LessonOptions
+    simulator: TrainingOptions
+    sft: TrainingOptions
+    pairs: PairOptions
+    simpo: TrainingOptions
+    simpo_loss: SimpoOptions
+    eval: EvaluationOptions
+    ses: SearchOptions
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """Return the options that decide what a stage makes, those of earlier stages included."""
+        d = self.data
+        common = {"data": d.data, "data-dir": d.data_dir, "seed": d.seed} | as_json(
+            model=self.model, lora=self.lora
+        )
+        rows = {"max-" + name: d.rows(name) for name in ("simulator", "sft", "pairs")}
+        own: dict[str, dict[str, Any]] = {
+            "simulator": {"max-simulator": rows["max-simulator"]}
+            | as_json(lesson=self.lesson, simulator=self.simulator),
+            "sft": {"max-sft": rows["max-sft"]} | as_json(sft=self.sft),
+            "pairs": {"max-pairs": rows["max-pairs"], "chunk-size": d.chunk_size}
+            | as_json(pairs=self.pairs),
+            "simpo": as_json(simpo=self.simpo, simpo_loss=self.simpo_loss),
+            "report": {"max-eval": d.rows("eval"), "max-agreement": d.rows("agreement")}
+            | as_json(eval=self.eval, ses=self.ses),
+        }
+        before = STAGES[: STAGES.index(stage)] if stage != "sft" else ()
+        for name in (*before, stage):
+            common |= own[name]
+        return common
+
+
+@dataclass
+class Work:
+    """What the stages share: the data, the model, and the run folder."""
+
+    settings: Settings
+    run: Run
+    catalogue: Catalogue
+    train: list[Example]
+    test: list[Example]
+    notes: list[str]
+    engine: Engine
+    loaded: set[str] = field(default_factory=set)
+
+    def rows(self, stage: str) -> list[Example]:
+        """Return the training rows of a stage, the same ones in every run of these options."""
+        data = self.settings.data
+        return pick_rows(self.train, data.rows(stage), seed_for(data.seed, stage))
+
+    def use(self, *names: str) -> None:
+        """Have the run's adapters of these names beside the base weights."""
+        missing = [name for name in names if name not in self.loaded]
+        self.run.load_adapters(self.engine, missing)
+        self.loaded.update(missing)
+
+    def learn(
+        self,
+        adapter: str,
+        trees: Sequence[Tree],
+        objective: Objective,
+        options: TrainingOptions,
+        label: str,
+    ) -> None:
+        """Train an adapter that the model has, and save it."""
+        folder = self.run.folder / adapter
+        train(self.engine.model, adapter, trees, objective, options, folder / "training", label)
+        save_adapter(self.engine.model, adapter, folder, base_name(self.settings.model))
+        self.engine.forget()
+        self.loaded.add(adapter)
+
+
+def base_name(options: ModelOptions) -> str:
+    """Return what an adapter's config calls its base."""
+    return options.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def train_simulator(work: Work) -> None:
+    """Teach an adapter to play the user and to judge, from training dialogues alone."""
+    settings, rows = work.settings, work.rows("simulator")
+    popularity = popularity_of(work.train)
+    seed = settings.data.seed
+    lessons = simulator_lessons(rows, work.catalogue, popularity, seed, settings.lesson)
+    add_adapter(work.engine.model, "simulator", settings.lora, seed_for(seed, "simulator"))
+    learn_lessons(work, "simulator", lessons, settings.simulator)
+
+
+def train_sft(work: Work) -> None:
+    """Teach an adapter the recommender's turns."""
+    lessons = recommender_lessons(work.rows("sft"), work.catalogue)
+    seed = seed_for(work.settings.data.seed, "sft")
+    add_adapter(work.engine.model, "sft", work.settings.lora, seed)
+    learn_lessons(work, "sft", lessons, work.settings.sft)
+
+
+def learn_lessons(
+    work: Work, adapter: str, lessons: Sequence[Lesson], options: TrainingOptions
+) -> None:
+    """Lay lessons out in token ids and train on those that fit; say what does not."""
+    trees = [lesson_tree(work.engine.tokenizer, lesson) for lesson in lessons]
+    limit = work.engine.model.config.max_position_embeddings
+    kept, dropped = usable_lessons(trees, limit)
+    say_counts(f"{adapter}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
+    work.learn(adapter, kept, Sft(), options, adapter)
+
+
+def make_pairs(work: Work) -> None:
+    """Try the recommender's samples on the simulated user; keep what won against what lost."""
+    settings, run = work.settings, work.run
+    work.use("simulator", "sft")
+    cast = Cast(recommender="sft", simulator="simulator")
+
+    def try_chunk(chunk: Sequence[Example]) -> list[dict[str, Any]]:
+        seed = settings.data.seed
+        outcomes = build_pairs(work.engine, cast, work.catalogue, chunk, seed, settings.pairs)
+        return [outcome_record(outcome) for outcome in outcomes]
+
+    records = run_chunks(
+        run.folder / "samples.jsonl",
+        work.rows("pairs"),
+        settings.data.chunk_size,
+        try_chunk,
+        "pairs",
+        settings.deciding("pairs"),
+        before_chunk=work.engine.forget,
+    )
+    pairs = [record["pair"] for record in records if record["pair"]]
+    write_rows(run.folder / "pairs.jsonl", pairs)
+    say_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
+
+
+def train_simpo(work: Work) -> None:
+    """Go on from the SFT adapter with the SimPO loss over the pairs."""
+    settings, tokenizer = work.settings, work.engine.tokenizer
+    rows = read_whole_lines(work.run.need("pairs.jsonl", "pairs"))
+    trees = [
+        pair_tree(
+            tokenizer.prompt([Message(**message) for message in row["prompt"]]),
+            tokenizer.reply(row["chosen"][0]["content"]),
+            tokenizer.reply(row["rejected"][0]["content"]),
+        )
+        for row in rows
+    ]
+    kept, dropped = usable_pairs(trees, work.engine.model.config.max_position_embeddings)
+    say_counts(f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens", dropped)
+    load_adapter(work.engine.model, work.run.need("sft", "sft"), "rl")
+    work.learn("rl", kept, Simpo(settings.simpo_loss), settings.simpo, "simpo")
+
+
+def evaluate(work: Work) -> None:
+    """Let every method meet the same test dialogues and the same judge; write the report."""
+    settings, run, d = work.settings, work.run, work.settings.data
+    work.use("simulator", "sft", "rl")
+    count = max(d.rows("eval"), d.rows("agreement")) if d.rows("eval") else 0
+    tests = pick_rows(work.test, count, seed_for(d.seed, "test"), one_a_dialogue=True)
+    judged = {(x.dialog_id, x.turn_id) for x in tests[: d.rows("agreement") or None]}
+    talked = {(x.dialog_id, x.turn_id) for x in tests[: d.rows("eval") or None]}
+    popularity = popularity_of(work.train)
+
+    def talk(chunk: Sequence[Example]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [{} for _ in chunk]
+        places = [(x.dialog_id, x.turn_id) for x in chunk]
+        of_judges = [i for i, place in enumerate(places) if place in judged]
+        cast = Cast(recommender="sft", simulator="simulator")
+        found = judge_agreement(
+            work.engine, cast, work.catalogue, [chunk[i] for i in of_judges], popularity,
+            d.seed, settings.eval,
+        )  # fmt: skip
+        for i, row in zip(of_judges, found, strict=True):
+            rows[i]["agreement"] = row
+        of_methods = [i for i, place in enumerate(places) if place in talked]
+        for name, (adapter, searches) in METHODS.items():
+            talks = evaluate_method(
+                work.engine, Cast(adapter, "simulator"), work.catalogue,
+                [chunk[i] for i in of_methods], d.seed, settings.eval,
+                settings.ses if searches else None,
+            )  # fmt: skip
+            for i, talk in zip(of_methods, talks, strict=True):
+                rows[i][name] = asdict(talk)
+        return rows
+
+    rows = run_chunks(
+        run.folder / "rows.jsonl", tests, d.chunk_size, talk, "report",
+        settings.deciding("report"), before_chunk=work.engine.forget,
+    )  # fmt: skip
+    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in METHODS}
+    talks = [x for x in tests if (x.dialog_id, x.turn_id) in talked]
+    report = build_report(
+        methods,
+        baseline_labels(work.catalogue, talks, popularity),
+        agreement([row["agreement"] for row in rows if "agreement" in row], d.seed),
+        settings.deciding("report"),
+        {"test": len(talks), "train": len(work.train), "notes": work.notes},
+        d.seed,
+    )
+    text = format_report(report)
+    replace_text(run.folder / "report.txt", text + "\n")
+    replace_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    print(text)
+
+
+def gather_metrics(run: Run) -> None:
+    """Write the training stages' metrics into one file, each line with its stage."""
+    rows = []
+    for stage, adapter in (("simulator", "simulator"), ("sft", "sft"), ("simpo", "rl")):
+        path = run.folder / adapter / "training" / "metrics.jsonl"
+        if path.exists():
+            rows += [{"stage": stage, **row} for row in read_whole_lines(path)]
+    write_rows(run.folder / "metrics.jsonl", rows)
+
+
+def say_counts(text: str, counts: dict[str, int]) -> None:
+    """Print a line with the counts that are not zero."""
+    told = [f"{count} {reason}" for reason, count in counts.items() if count]
+    print(f"{text} ({', '.join(told)})" if told else text)
+
+
+TRAINING = {  # found on the sample set's validation dialogues
+    "simulator": {"learning_rate": 2e-3, "batch_size": 8},
+    "sft": {"learning_rate": 2e-3, "batch_size": 8},
+    "simpo": {"learning_rate": 2e-4, "batch_size": 8},
+}
+GROUPS: dict[str, type] = {
+    "lora": LoraConfig,
+    "lesson": LessonOptions,
+    "simulator": TrainingOptions,
+    "sft": TrainingOptions,
+    "pairs": PairOptions,
+    "simpo": TrainingOptions,
+    "simpo_loss": SimpoOptions,
+    "eval": EvaluationOptions,
+    "ses": SearchOptions,
+}
+
+
+DOES: dict[str, Callable[[Work], None]] = {
+    "simulator": train_simulator,
+    "sft": train_sft,
+    "pairs": make_pairs,
+    "simpo": train_simpo,
+    "report": evaluate,
+}
+DONE = {  # the file that a finished stage has left
+    "simulator": "simulator/adapter_model.safetensors",
+    "sft": "sft/adapter_model.safetensors",
+    "pairs": "pairs.jsonl",
+    "simpo": "rl/adapter_model.safetensors",
+    "report": "report.json",
+}
+
+
+def build_parser() -> Parser:
+    """Return the flags: those of the job, and one group for each options dataclass."""
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=RawTextHelp)
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
+        help=f"which of {', '.join(STAGES)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/DATA)")
+    parser.add_argument("--fresh", action="store_true", help="start the chosen stages over")
+    add_flags(parser, DataOptions)
+    add_flags(parser, ModelOptions)
+    for name, options in GROUPS.items():
+        add_flags(parser, options, name.replace("_", "-"), TRAINING.get(name))
+    return parser
+
+
+def run_stages(stages: Sequence[str], run: Run, settings: Settings, fresh: bool) -> None:
+    """Run what is not yet done of the stages, in their order."""
+    if fresh:
+        for stage in stages:
+            run.discard(stage, MADE[stage])
+    for stage in stages:
+        run.claim(stage, settings.deciding(stage), MADE[stage])
+    todo = [stage for stage in stages if not (run.folder / DONE[stage]).exists()]
+    for stage in stages:
+        if stage not in todo:
+            print(f"{stage}: done before, used again")
+    if not todo:
+        return
+    d = settings.data
+    train_split, test_split = (load_split(d.data, s, d.data_dir) for s in ("train", "test"))
+    notes = train_split.notes + test_split.notes
+    for note in notes:
+        print(f"note: {note}")
+    catalogue = load_catalogue(d.data, d.data_dir)
+    work = Work(
+        settings, run, catalogue, train_split.examples, test_split.examples, notes,
+        load_engine(settings.model),
+    )  # fmt: skip
+    for stage in todo:
+        with run.timed(stage):
+            DOES[stage](work)
+        gather_metrics(run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the flags, run the stages; 2 for a user's fault, 130 for Ctrl-C."""
+    flags = build_parser().parse_args(arguments)
+    try:
+        settings = Settings(
+            data=from_flags(DataOptions, flags),
+            model=from_flags(ModelOptions, flags),
+            **{
+                name: from_flags(options, flags, name.replace("_", "-"))
+                for name, options in GROUPS.items()
+            },
+        )
+        folder = flags.run_dir or RUNS / Path(settings.data.data).name
+        stages = [stage for stage in STAGES if stage in flags.stages]
+        run_stages(stages, Run(folder), settings, flags.fresh)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{folder} is ready: python infer.py --ses")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

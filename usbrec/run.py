@@ -1,0 +1,196 @@
+"""A run folder, and the language model behind it: what train.py and infer.py have in common.
+
+runs/sample/
+    options.json     each stage's options, as they decided what it made
+    simulator/ sft/ rl/    adapters under peft's file names; training/ inside holds the state
+    samples.jsonl    what PODCS tried, a line an example      pairs.jsonl    the pairs
+    rows.jsonl       the evaluation, a line a dialogue        report.json, report.txt
+    metrics.jsonl    the training stages' metrics             timings.jsonl  times and memory
+"""
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from usbrec.chunks import append, replace_text
+from usbrec.crs.dialogue import Example
+from usbrec.errors import UserError
+from usbrec.llm.adapter_files import load_adapter
+from usbrec.llm.checkpoint import load_model
+from usbrec.llm.default_model import ensure_default_model
+from usbrec.llm.engine import Engine
+from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.seeds import seed_for
+from usbrec.settings import option
+
+RUNS = Path(__file__).resolve().parents[1] / "runs"
+ADAPTERS = ("simulator", "sft", "rl")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which weights, and what they compute in."""
+
+    model: str | None = option(None, "folder, GGUF file or hub name (default: SmolLM2-135M)")
+    chat_format: str | None = option(None, "chat layout, where the tokenizer does not tell it")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "auto: bfloat16 where the processor has it"
+    )
+    device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; auto is the GPU when there is one."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"--device must name a torch device, got {name!r}") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of this name; auto is bfloat16 where it is quicker than float32."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+            name
+        ]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_engine(options: ModelOptions) -> Engine:
+    """Load the base weights and their tokenizer; the default model is fetched once."""
+    device = pick_device(options.device)
+    path = ensure_default_model() if options.model is None else model_path(options.model)
+    model = load_model(path, pick_dtype(options.dtype, device), device)
+    return Engine(model, ChatTokenizer.from_folder(path, options.chat_format))
+
+
+def model_path(name: str) -> Path:
+    """Return the folder or GGUF file of this name; a hub name is fetched into the usual cache."""
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"--model {name}: no such folder or GGUF file")
+    return path
+
+
+def pick_rows(
+    examples: Sequence[Example], count: int, seed: int, one_a_dialogue: bool = False
+) -> list[Example]:
+    """Return `count` examples (0: all), drawn by a hash that no other example bears on."""
+    order = sorted(examples, key=lambda x: seed_for(seed, "pick", x.dialog_id, x.turn_id))
+    if one_a_dialogue:
+        order = list({x.dialog_id: x for x in reversed(order)}.values())[::-1]
+    return order[:count] if count else order
+
+
+class Run:
+    """A run folder in use: which stages it has finished, and with which options."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes = folder / "options.json"
+        self.stages: dict[str, Any] = {}
+        if self.notes.exists():
+            try:
+                self.stages = json.loads(self.notes.read_text("utf-8"))
+            except ValueError as error:
+                raise UserError(f"{self.notes} is not JSON ({error})") from error
+
+    def claim(self, stage: str, options: Mapping[str, Any], made: Sequence[str]) -> None:
+        """Note that `stage` runs with these options; refuse if it made anything with others."""
+        wanted = json.loads(json.dumps(options))
+        found = self.stages.get(stage)
+        if found is not None and found != wanted and any((self.folder / m).exists() for m in made):
+            name, old, new = first_difference(found, wanted)
+            raise UserError(
+                f"{self.folder}: stage {stage} was made with {name} {old!r}, got {new!r}; "
+                "add --fresh to start it over, or give another --run-dir"
+            )
+        self.stages[stage] = wanted
+        replace_text(self.notes, json.dumps(self.stages, indent=1) + "\n")
+
+    def discard(self, stage: str, made: Sequence[str]) -> None:
+        """Delete what a stage made."""
+        for name in made:
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self.stages.pop(stage, None)
+
+    def need(self, name: str, stage: str) -> Path:
+        """Return a file that an earlier stage must have left."""
+        path = self.folder / name
+        if not path.exists():
+            raise UserError(f"{path} is missing: run the stage {stage} first (--stages {stage})")
+        return path
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Append the seconds and the peak memory of a stage to timings.jsonl."""
+        start = time.perf_counter()
+        yield
+        row = {
+            "stage": stage,
+            "seconds": round(time.perf_counter() - start, 1),
+            "peak_memory_bytes": peak_memory(),
+        }
+        append(self.folder / "timings.jsonl", [row])
+
+    def load_adapters(self, engine: Engine, names: Sequence[str]) -> None:
+        """Put the run's adapters of these names beside the base weights."""
+        for name in names:
+            load_adapter(engine.model, self.need(name, name), name)
+        engine.forget()
+
+
+def peak_memory() -> int:
+    """Return the bytes in use at the worst moment: of the GPU when there is one, or the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def first_difference(found: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any]:
+    """Return where two nested option dicts first differ, and both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *found]:
+            if found.get(key) != wanted.get(key):
+                inner = f"{name}-{key}".strip("-").replace("_", "-")
+                return first_difference(found.get(key), wanted.get(key), inner)
+    return name, found, wanted
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """Return the run folder that was written to last and holds an adapter."""
+    folders = [path.parent for path in runs.glob("*/options.json")]
+    ready = [
+        f
+        for f in folders
+        if any((f / name / "adapter_model.safetensors").exists() for name in ADAPTERS)
+    ]
+    if not ready:
+        raise UserError(
+            f"there is no finished run in {runs}: make one with `python train.py`, "
+            "or go round it with --model and --adapter"
+        )
+    return max(ready, key=lambda folder: (folder / "options.json").stat().st_mtime)
+
+
+def as_json(**groups: Any) -> dict[str, Any]:
+    """Return option dataclasses as nested dicts."""
+    return {name: asdict(group) for name, group in groups.items()}
