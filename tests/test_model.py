@@ -150,7 +150,7 @@ def test_every_adapter_tensor_gets_a_gradient_and_the_base_none(tiny_model: Deco
     parameters = adapter_parameters(tiny_model, "one")
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.normal_(generator=torch.Generator().manual_seed(2))
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     logits_of(tiny_model, [1, 2, 3, 4], [Route("one", 0, 4)]).logsumexp(-1).sum().backward()
     assert len(parameters) == 3 * 7 * 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usbrec.llm.kernels import adapted_product
+from usbrec.settings import option
+
 ALL_LINEAR = "all-linear"
 
 
@@ -31,10 +34,10 @@ class Route(NamedTuple):
 class LoraConfig:
     """Rank, scale and place of an adapter, in peft's names; `target_modules` are last names."""
 
-    r: int = 8
-    lora_alpha: float = 16.0
-    target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    use_rslora: bool = False
+    r: int = option(8, "rank of an adapter")
+    lora_alpha: float = option(16.0, "its scale is lora_alpha / r")
+    target_modules: tuple[str, ...] = option((ALL_LINEAR,), "layers by their last name")
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -58,16 +61,16 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor, routes: Sequence[Route] = ()) -> Tensor:
         """Return W x + b, and on each route's rows its adapter's part. x (T, in) -> (T, out)."""
+        present = [Route(*route) for route in routes if route[0] in self.lora_A]
+        if len(present) == 1 and present[0].stop - present[0].start == len(x):
+            name = present[0].adapter
+            adapter = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            return adapted_product(x, self.weight, self.bias, *adapter)
         out = F.linear(x, self.weight, self.bias)
-        for name, start, stop in routes:
-            if name not in self.lora_A:
-                continue
+        for name, start, stop in present:
             low = F.linear(x[start:stop].to(self.lora_A[name].dtype), self.lora_A[name])  # (t, r)
-            delta = (F.linear(low, self.lora_B[name]) * self.scaling[name]).to(out.dtype)
-            if stop - start == len(x):
-                out = out + delta
-            else:
-                out[start:stop] += delta
+            delta = F.linear(low, self.lora_B[name]) * self.scaling[name]
+            out[start:stop] += delta.to(out.dtype)
         return out
 
     def add(self, name: str, config: LoraConfig, generator: torch.Generator) -> None:

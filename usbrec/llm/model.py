@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usbrec.errors import UserError
+from usbrec.llm.kernels import rms_norm, rotate
 from usbrec.llm.lora import LoraLinear, Route
 
 
@@ -67,9 +68,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -85,18 +84,6 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first 2 * cos.shape[-1] dimensions of each head; x (T, H, d), cos, sin (T, 1, r)."""
-    turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)
 
 
 class SelfAttention(nn.Module):
