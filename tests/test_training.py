@@ -1,7 +1,10 @@
 """The training loop: what is learned, what a step means, and going on after a kill."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,8 +73,8 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def gradient_of(model, objective, items, tokens_per_pass, tmp_path):
-    options = TrainingOptions(tokens_per_pass=tokens_per_pass)
+def gradient_of(model, objective, items, tokens_per_pass, tmp_path, **options):
+    options = TrainingOptions(tokens_per_pass=tokens_per_pass, **options)
     run = training._Run(model, "one", objective, options, tmp_path, items, ())
     loss, means = run.accumulate(items)
     gradient = run.gradient.clone()
@@ -103,6 +106,73 @@ def test_a_shared_prompt_gives_the_loss_and_gradient_of_a_doubled_one(model, tmp
     plain = gradient_of(model, Simpo(), [doubled(tree) for tree in pairs()], 60, tmp_path)
     assert packed[0] == pytest.approx(plain[0], abs=1e-5)
     torch.testing.assert_close(packed[2], plain[2], atol=1e-5, rtol=1e-4)
+
+
+def test_recomputed_activations_give_every_tensor_the_same_gradient(model, tmp_path):
+    kept = gradient_of(model, Sft(), lessons(), 60, tmp_path)[2]
+    recomputed = gradient_of(model, Sft(), lessons(), 60, tmp_path, checkpointing=True)[2]
+    torch.testing.assert_close(recomputed, kept, atol=1e-6, rtol=1e-5)
+    sizes = [p.numel() for p in adapter_parameters(model, "one").values()]
+    assert all(piece.abs().sum() > 0 for piece in recomputed.split(sizes))
+
+
+def test_recomputing_keeps_less(model, tmp_path):
+    """Counted in the bytes that autograd saves for the backward pass."""
+
+    def saved(checkpointing):
+        model.checkpointing = checkpointing
+        for parameter in adapter_parameters(model, "one").values():
+            parameter.requires_grad_()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t
+        ):
+            training.run_pass(model, "one", Sft(), lessons())
+        return sum(sizes)
+
+    assert saved(True) < 0.5 * saved(False)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = sys.argv[4:]
+import test_training as t
+from conftest import TINY, random_decoder
+
+torch.set_num_threads(1)
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+model = random_decoder(TINY)
+t.add_adapter(model, "one", t.LoraConfig(r=2), seed=1)
+t.train(model, "one", t.pairs(), t.Simpo(), t.QUICK, folder / "run", "simpo", t.pairs(3, 9))
+torch.save(t.weights(model), folder / f"adapter{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_curve_and_the_adapter_of_one(tiny_model, tmp_path):
+    """Data parallel over gloo, five steps with validation; equal to rounding."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", PROCESS]
+    rest = ["2", str(tmp_path), str(root / "tests"), str(root)]
+    children = [subprocess.Popen([*command, str(rank), *rest]) for rank in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+
+    add_adapter(tiny_model, "one", LoraConfig(r=2), seed=1)
+    train(tiny_model, "one", pairs(), Simpo(), QUICK, tmp_path / "alone", "simpo", pairs(3, 9))
+    both, alone = rows(tmp_path / "run"), rows(tmp_path / "alone")
+    assert len(both) == len(alone)
+    for got, expected in zip(both, alone, strict=True):
+        assert got == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    first, second = (torch.load(tmp_path / f"adapter{rank}") for rank in range(2))
+    for name, expected in weights(tiny_model).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_every_adapter_tensor_moves_and_the_base_does_not(model, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from usbrec.errors import UserError
 from usbrec.llm.kernels import rms_norm, rotate
@@ -184,6 +185,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # in training: keep no activations inside layers, recompute them
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -216,8 +218,10 @@ class Decoder(nn.Module):
         """Return the hidden states after the last norm: two (T,) rows of ids -> (T, D)."""
         x = self.model.embed_tokens(input_ids)
         turn = self.rotary(position_ids)
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.model.layers):
-            x = layer(x, number, turn, attention, routes)
+            inputs = (x, number, turn, attention, routes)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class TrainingOptions:
     schedule: str = option("cosine", "constant or cosine")
     weight_decay: float = option(0.0, "AdamW's decay")
     max_grad_norm: float = option(1.0, "clip to this norm; 0: never")
+    checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
     seed: int = option(0, "decides the order of the items")
     save_every: int = option(20, "steps between two saved states")
     eval_every: int = option(0, "steps between validations; 0: at end")
@@ -257,6 +258,7 @@ class _Run:
         if not self.parameters:
             raise UserError(f"the model has no adapter {adapter!r} to train")
         model.requires_grad_(False)
+        model.checkpointing = options.checkpointing
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.gradient = _flat_gradient(list(self.parameters.values()))
@@ -370,7 +372,8 @@ class _Run:
         size = sum(self.objective.size(tree) for tree in trees)
         names = self.objective.metrics
         sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64)
-        rows = passes(trees, self.options.tokens_per_pass)
+        share = math.ceil(sum(map(len, trees)) / _world())
+        rows = passes(trees, min(share, self.options.tokens_per_pass))
         for row in rows[_rank() :: _world()]:
             loss, means = run_pass(self.model, self.adapter, self.objective, row)
             if backward:
