@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from usbrec.errors import UserError
 from usbrec.llm.model import Decoder, ModelConfig
-from usbrec.llm.model_config import load_config
+from usbrec.llm.model_config import config_from, load_config
 from usbrec.llm.weights import GgufWeights, SafetensorsWeights, Weights, load_tensor
 
 # ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.
@@ -52,9 +54,36 @@ def stored_name(config: ModelConfig, name: str) -> str:
     return f"{stored_module(config, module)}.{kind}"
 
 
-def open_weights(path: Path) -> Weights:
-    """Open a folder's safetensors or a GGUF file."""
-    return GgufWeights(path) if path.suffix == ".gguf" else SafetensorsWeights.from_folder(path)
+class WithoutInit(TorchFunctionMode):
+    """Leaves initial values out, which on the meta device cost 70 MB and a second of imports."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the tensor as it is where `func` would fill it with random numbers."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """Return a decoder without memory (meta device)."""
+    with torch.device("meta"), WithoutInit():
+        return Decoder(config)
+
+
+def open_model(path: Path) -> tuple[ModelConfig, Weights]:
+    """Open a folder or a GGUF file, whose vocabulary alone takes seconds to read: only once."""
+    if path.suffix == ".gguf":
+        weights = GgufWeights(path)
+        return config_from(weights.settings, path), weights
+    config = load_config(path)
+    return config, SafetensorsWeights.from_folder(path)
 
 
 def load_model(
@@ -68,10 +97,8 @@ def load_model(
     many, of another shape, or not finite; the first is named.
     """
     path = Path(path)
-    config = load_config(path)
-    weights = open_weights(path)
-    with torch.device("meta"):
-        model = Decoder(config)
+    config, weights = open_model(path)
+    model = empty_decoder(config)
     names = parameter_names(model, weights)
     for ours, theirs in names.items():
         set_parameter(model, ours, load_tensor(weights, theirs, dtype, device))

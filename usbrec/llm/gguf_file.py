@@ -75,7 +75,11 @@ class GgufFile:
 
         self.path = path
         try:
-            self._reader = GGUFReader(path)
+            reader = GGUFReader(path)
+            # kept as plain values: the package's own views of a vocabulary take 150 MB
+            self._values = {key: field.contents() for key, field in reader.fields.items()}
+            tensors = list(reader.tensors)
+            reader.fields.clear()
         except FileNotFoundError as error:
             raise UserError(f"no such GGUF file: {path}") from error
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
@@ -91,19 +95,16 @@ class GgufFile:
                 raise UserError(
                     f"{path}: the GGUF setting {self.architecture}.{key} is not supported"
                 )
-        self._tensors = {self._hf_name(t.name): t for t in self._reader.tensors}
+        self._tensors = {self._hf_name(t.name): t for t in tensors}
         self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return one metadata value; `{arch}` in the key stands for the architecture's name."""
         if "{arch}" in key:
             key = key.replace("{arch}", self.architecture)
-        field = self._reader.get_field(key)
-        if field is None:
-            if default is None:
-                raise UserError(f"{self.path}: the GGUF field {key} is missing")
-            return default
-        content = field.contents()
+        content = self._values.get(key, default)
+        if content is None:
+            raise UserError(f"{self.path}: the GGUF field {key} is missing")
         if isinstance(content, float):  # stored as fp32: 9.99999974e-06 is meant as 1e-05
             return float(str(np.float32(content)))
         return content

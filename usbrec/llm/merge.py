@@ -24,12 +24,10 @@ from torch import Tensor
 
 from usbrec.errors import UserError
 from usbrec.llm.adapter_files import read_adapter
-from usbrec.llm.checkpoint import open_weights, parameter_names
+from usbrec.llm.checkpoint import empty_decoder, open_model, parameter_names
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.hub import find_model
-from usbrec.llm.model import Decoder
-from usbrec.llm.model_config import config_from
 from usbrec.llm.weights import Weights, load_tensor
 
 MERGED = "merged_adapter"  # the key in config.json that tells of a merge
@@ -53,17 +51,16 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
             f"{base} has the adapter {settings[MERGED]} merged into it already; merge into the "
             "base that the adapter was trained on"
         )
-    weights = open_weights(base)
-    with torch.device("meta"):
-        model = Decoder(config_from(settings, base))
+    config, weights = open_model(base)
+    model = empty_decoder(config)
     parameter_names(model, weights)  # the base itself must be whole
-    config, matrices = read_adapter(model, adapter)
+    lora_config, matrices = read_adapter(model, adapter)
     deltas = {f"{path}.weight": pair for path, pair in matrices.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         made = Path(work) / out.name
         made.mkdir()
-        write_shards(made, weights, deltas, config.scaling, shard_bytes)
+        write_shards(made, weights, deltas, lora_config.scaling, shard_bytes)
         write_other_files(made, base, {**settings, MERGED: str(adapter)})
         made.rename(out)
 

@@ -23,7 +23,7 @@ SIZE_LIMIT = 1 << 24
 HONOURED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
-    "hidden_act": ("silu",),
+    "hidden_act": (None, "silu"),
     "mlp_bias": (None, False),
     "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1.0),
@@ -41,14 +41,14 @@ HONOURED: dict[str, tuple[Any, ...]] = {
 HONOURED_CHATGLM: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "quantization_bit": (None, 0),
-    "add_bias_linear": (False,),
+    "add_bias_linear": (None, False),
     "add_qkv_bias": (True,),
-    "apply_residual_connection_post_layernorm": (False,),
+    "apply_residual_connection_post_layernorm": (None, False),
     "fp32_residual_connection": (None, False),
     "multi_query_attention": (True,),
     "original_rope": (None, True),
     "post_layer_norm": (None, True),
-    "rmsnorm": (True,),
+    "rmsnorm": (None, True),
     "pre_seq_len": (None,),
     "prefix_projection": (None, False),
 }

@@ -59,6 +59,7 @@ class GgufWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GgufFile(path)
+        self.settings = self._file.config()  # what config.json would hold
         self.shapes = {name: self._file.shape(name) for name in self._file.names}
         self.dtypes = dict.fromkeys(self.shapes, torch.bfloat16)
 
