@@ -54,9 +54,24 @@ class Tree:
 
 def lesson_tree(tokenizer: ChatTokenizer, lesson: Lesson) -> Tree:
     """Lay a lesson out in token ids: its trunk first, then every branch after the trunk."""
-    trunk = Branch(*tokenizer.render(lesson.trunk))
+    trunk = Branch(*tokenizer.render(lesson.trunk, closed=not lesson.branches))
     branches = [Branch(*tokenizer.render(b, first=False), 0) for b in lesson.branches]
     return Tree([trunk, *branches])
+
+
+def plain_layout(tree: Tree) -> Tree:
+    """Give every branch that is learned from a copy of its whole path; the others become empty.
+
+    Branches keep their numbers and their supervised tokens. For comparison with the packed layout.
+    """
+    paths: list[tuple[list[int], list[float]]] = []
+    branches = []
+    for branch in tree.branches:
+        past, zeros = ([], []) if branch.parent is None else paths[branch.parent]
+        ids, weights = past + list(branch.ids), zeros + list(branch.weights)
+        paths.append((ids, [0.0] * len(ids)))
+        branches.append(Branch(ids, weights) if any(branch.weights) else Branch([], []))
+    return Tree(branches)
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,14 @@ def tree_windows(first: int, paths: Sequence[Sequence[int]], device: torch.devic
         own += n
     parts = math.ceil(size / CPU_WINDOW) if device.type == "cpu" else 1
     edges = [size * i // parts for i in range(parts + 1)]
-    return [
-        Window(first, first + start, first + stop, visible[start:stop, :stop].to(device))
-        for start, stop in itertools.pairwise(edges)
-    ]
+    windows = []
+    for start, stop in itertools.pairwise(edges):
+        skipped = int(
+            visible[start:stop].any(0).int().argmax()
+        )  # before the first key that is seen
+        seen = visible[start:stop, skipped:stop].to(device)
+        windows.append(Window(first + skipped, first + start, first + stop, seen))
+    return windows
 
 
 def causal_tail(block: Block) -> Tensor:

@@ -30,7 +30,7 @@ from usbrec.llm.lora import Route, adapter_parameters
 from usbrec.llm.loss import token_logps
 from usbrec.llm.model import Decoder
 from usbrec.llm.objectives import Mean, Objective
-from usbrec.llm.packing import Tree, pack
+from usbrec.llm.packing import Tree, pack, plain_layout
 from usbrec.llm.run_state import append_line, load_state, save_state, write_atomically
 from usbrec.seeds import seed_for
 from usbrec.settings import option
@@ -49,6 +49,7 @@ class TrainingOptions:
     steps: int = option(0, "stop after so many steps; 0: by epochs")
     batch_size: int = option(16, "items a step")
     tokens_per_pass: int = option(1024, "tokens laid into one row")
+    packing: bool = option(True, "lay a shared beginning out once; off: once a branch")
     warmup: float = option(0.1, "share of the steps that warm up")
     schedule: str = option("cosine", "constant or cosine")
     weight_decay: float = option(0.0, "AdamW's decay")
@@ -169,6 +170,11 @@ def passes(trees: Sequence[Tree], tokens_per_pass: int) -> list[list[Tree]]:
     return rows
 
 
+def plain_rows(trees: Sequence[Tree]) -> list[Tree]:
+    """Return the trees in the plain layout, in which nothing is shared."""
+    return [plain_layout(tree) for tree in trees]
+
+
 def run_pass(
     model: Decoder, adapter: str, objective: Objective, trees: Sequence[Tree]
 ) -> tuple[Tensor, list[Mean]]:
@@ -250,7 +256,8 @@ class _Run:
     ) -> None:
         self.model, self.adapter = model, adapter
         self.objective, self.options = objective, options
-        self.items, self.validation, self.folder = items, validation, folder
+        lay = list if options.packing else plain_rows
+        self.items, self.validation, self.folder = lay(items), lay(validation), folder
         self.steps = step_count(options, len(items))
         self.progress = Progress()
         self.history: list[dict[str, float]] = []
