@@ -14,12 +14,13 @@ from test_adapter_files import adapted_logits, randomise
 from test_checkpoint import logits_of, random_ids
 from test_tokenizer import LETTERS, plain, random_chat, random_text
 
-from usbrec.chat import Message
+from usbrec.chat import Lesson, Message
 from usbrec.errors import UserError
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_config, load_model
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.merge import merge
+from usbrec.llm.packing import lesson_tree
 from usbrec.llm.tokenizer import ChatTokenizer
 
 SETTINGS = {
@@ -307,6 +308,16 @@ def test_a_reply_ends_where_the_next_user_would_stand(chat):
     assert longer[: len(ids)] == ids and more[: len(weights)] == weights
     assert longer.count(user) == 2
     assert ours.render(closed, closed=False)[0] == ids[:-1]
+
+
+def test_a_lessons_branches_continue_its_trunk_without_a_second_user_token(chat):
+    ours, _ = chat
+    trunk = (Message("user", "Hi"), Message("assistant", "a film", weight=1.0))
+    branch = (Message("user", "no"), Message("assistant", "bye", weight=1.0))
+    tree = lesson_tree(ours, Lesson(trunk, (branch,)))
+    assert [i for b in tree.branches for i in b.ids] == ours.render([*trunk, *branch])[0]
+    whole = lesson_tree(ours, Lesson(trunk)).branches[0]
+    assert (whole.ids, whole.weights) == ours.render(trunk)
 
 
 def test_an_unweighted_reply_is_not_closed(chat):

@@ -208,5 +208,5 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="neither a model's folder nor a GGUF file"):
         find_model(tmp_path / "file")
-    with pytest.raises(UserError, match="no such model folder"):
+    with pytest.raises(UserError, match="--model ./missing/model: no such folder"):
         find_model("./missing/model")

@@ -27,6 +27,7 @@ from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
 from usbrec.llm.engine import Engine
+from usbrec.llm.hub import find_model
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.seeds import seed_for
 from usbrec.settings import option
@@ -73,17 +74,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_engine(options: ModelOptions) -> Engine:
     """Load the base weights and their tokenizer; the default model is fetched once."""
     device = pick_device(options.device)
-    path = ensure_default_model() if options.model is None else model_path(options.model)
+    path = ensure_default_model() if options.model is None else find_model(options.model)
     model = load_model(path, pick_dtype(options.dtype, device), device)
     return Engine(model, ChatTokenizer.from_folder(path, options.chat_format))
-
-
-def model_path(name: str) -> Path:
-    """Return the folder or GGUF file of this name; a hub name is fetched into the usual cache."""
-    path = Path(name)
-    if not path.exists():
-        raise UserError(f"--model {name}: no such folder or GGUF file")
-    return path
 
 
 def pick_rows(

@@ -35,9 +35,9 @@ def find_model(name: str | Path) -> Path:
     if path.is_dir() or path.suffix == ".gguf":
         return path
     if path.exists():
-        raise UserError(f"{path} is neither a model's folder nor a GGUF file")
+        raise UserError(f"--model {name}: neither a model's folder nor a GGUF file")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        raise UserError(f"no such model folder: {path}")
+        raise UserError(f"--model {name}: no such folder or GGUF file")
     return fetch(str(name))
 
 
