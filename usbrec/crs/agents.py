@@ -65,8 +65,7 @@ def seeker_prompt(dialogue: Dialogue, targets: Sequence[str]) -> Messages:
 
 def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
     """Return the dialogue as the internal seeker, who knows only the summary, sees it."""
-    known = profile.strip().rstrip(".") or "unknown"
-    persona = prompt_text("internal_seeker").replace("{profile}", known)
+    persona = prompt_text("internal_seeker").replace("{profile}", known(profile))
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 
@@ -80,14 +79,24 @@ def summary_prompt(dialogue: Dialogue) -> Messages:
     return (Message("system", prompt_text("summariser")), Message("user", log))
 
 
-def external_question() -> Message:
-    """Return the external judge's question: a voice of its own, glued to no speaker's words."""
-    return Message("system", prompt_text("judge_external"))
+def external_question(targets: Sequence[str]) -> Message:
+    """Return the external judge's question: a voice of its own, glued to no speaker's words.
+
+    It repeats the targets: a small model judges by what stands close to the answer.
+    """
+    question = prompt_text("judge_external").replace("{targets}", "; ".join(targets))
+    return Message("system", question)
 
 
-def internal_question() -> Message:
-    """Return the internal judge's question."""
-    return Message("system", prompt_text("judge_internal"))
+def internal_question(profile: str) -> Message:
+    """Return the internal judge's question, which repeats the profile."""
+    question = prompt_text("judge_internal").replace("{profile}", known(profile))
+    return Message("system", question)
+
+
+def known(profile: str) -> str:
+    """Return a profile as it stands within a sentence; "unknown" where it is empty."""
+    return profile.strip().rstrip(".") or "unknown"
 
 
 def asked_to_explain(dialogue: Dialogue) -> Dialogue:
@@ -98,12 +107,12 @@ def asked_to_explain(dialogue: Dialogue) -> Dialogue:
 def external_judge_prompt(dialogue: Dialogue, explanation: str, targets: Sequence[str]) -> Messages:
     """Return the seeker's chat up to the explanation of the last reply, then the question."""
     explained = say(asked_to_explain(dialogue), "recommender", explanation)
-    return (*seeker_prompt(explained, targets), external_question())
+    return (*seeker_prompt(explained, targets), external_question(targets))
 
 
 def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
     """Return the internal seeker's chat up to the last reply, then the question."""
-    return (*internal_seeker_prompt(dialogue, profile), internal_question())
+    return (*internal_seeker_prompt(dialogue, profile), internal_question(profile))
 
 
 def say(dialogue: Dialogue, speaker: Speaker, text: str) -> Dialogue:

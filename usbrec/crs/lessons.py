@@ -167,69 +167,81 @@ def simulator_lessons(
     seed: int,
     options: LessonOptions,
 ) -> list[Lesson]:
-    """Return up to three lessons an example: seeker, internal seeker, summariser."""
+    """Return up to three lessons an example: seeker, internal seeker, summariser.
+
+    To spare tokens a lesson holds the gold reply and, by turns, some of the others: the external
+    judge sees one other, the internal one both; one lesson in four has the reply without a film;
+    the two seekers take turns at accepting and refusing.
+    """
     draws = Suggestions(catalogue, popularity)
     lessons = []
     for example in examples:
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
-        suggestions = draws.draw(example, key)
-        if suggestions:
+        made = draws.draw(example, key)
+        if made:
+            gold, *others, question = made
+            asked = [question] if key % 4 == 0 else []
+            other = others[key // 4 % len(others)] if others else question
             profile = profile_of(example, catalogue)
-            lessons.append(external_lesson(example, suggestions, options))
-            lessons.append(internal_lesson(example, suggestions, profile, options))
-            summary = (Message("assistant", profile, options.line_weight),)
-            lessons.append(Lesson((*summary_prompt(example.history), *summary)))
+            reacted = [gold, other] if key % 2 else [other, gold]
+            shown = [gold, other, *asked]
+            lessons.append(external_lesson(example, shown, reacted[0], options))
+            shown = [gold, *others, *asked]
+            lessons.append(internal_lesson(example, shown, reacted[1], profile, options))
+            summary = Message("assistant", profile, options.line_weight)
+            lessons.append(Lesson((*summary_prompt(example.history), summary)))
     return lessons
 
 
 def external_lesson(
-    example: Example, suggestions: Sequence[Suggestion], options: LessonOptions
+    example: Example,
+    judged: Sequence[Suggestion],
+    reacted: Suggestion,
+    options: LessonOptions,
 ) -> Lesson:
-    """The seeker who knows the target: its lines, its reactions, its scores of explanations."""
-    branches: list[tuple[Message, ...]] = []
-    for made in suggestions:
-        explained = (
+    """The seeker who knows the target: its lines, a reaction, its scores of explanations."""
+    scores = [
+        (
             Message("user", made.reply),
             Message("assistant", EXPLAIN),
             Message("user", made.explanation),
-            external_question(),
+            external_question(example.items),
             Message("assistant", str(made.score), options.score_weight),
         )
-        branches.append(explained)
-    branches.extend(reactions(example, suggestions, options))
-    return Lesson(
-        own_lines(seeker_prompt(example.history, example.items), options), tuple(branches)
-    )
+        for made in judged
+    ]
+    trunk = own_lines(seeker_prompt(example.history, example.items), options)
+    return Lesson(trunk, (*scores, *reaction(example, reacted, options)))
 
 
 def internal_lesson(
-    example: Example, suggestions: Sequence[Suggestion], profile: str, options: LessonOptions
+    example: Example,
+    judged: Sequence[Suggestion],
+    reacted: Suggestion,
+    profile: str,
+    options: LessonOptions,
 ) -> Lesson:
-    """The seeker who knows the profile alone: the same lines, its scores of the replies alone."""
-    branches: list[tuple[Message, ...]] = []
-    for made in suggestions:
-        judged = (
+    """The seeker who knows the profile alone: the same, but its scores are of the replies alone."""
+    scores = [
+        (
             Message("user", made.reply),
-            internal_question(),
+            internal_question(profile),
             Message("assistant", str(made.score), options.score_weight),
         )
-        branches.append(judged)
-    branches.extend(reactions(example, suggestions, options))
-    trunk = internal_seeker_prompt(example.history, profile)
-    return Lesson(own_lines(trunk, options), tuple(branches))
+        for made in judged
+    ]
+    trunk = own_lines(internal_seeker_prompt(example.history, profile), options)
+    return Lesson(trunk, (*scores, *reaction(example, reacted, options)))
 
 
-def reactions(
-    example: Example, suggestions: Sequence[Suggestion], options: LessonOptions
-) -> list[tuple[Message, ...]]:
-    """What the seeker says to the gold reply, and to one that names another film."""
-    said = {2: example.accept, 0: example.refuse, 1: example.refuse}
-    branches: list[tuple[Message, ...]] = []
-    for made in suggestions[:2]:
-        if text := said[made.score]:
-            line = Message("assistant", text, options.line_weight)
-            branches.append((Message("user", made.reply), line))
-    return branches
+def reaction(
+    example: Example, made: Suggestion, options: LessonOptions
+) -> tuple[tuple[Message, Message], ...]:
+    """What the seeker says to a reply, where the dataset tells it."""
+    text = example.accept if made.score == 2 else example.refuse
+    if not text:
+        return ()
+    return ((Message("user", made.reply), Message("assistant", text, options.line_weight)),)
 
 
 def own_lines(prompt: Sequence[Message], options: LessonOptions) -> tuple[Message, ...]:
