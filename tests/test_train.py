@@ -1,0 +1,288 @@
+"""The main job as a user starts it: once on the real model, else on a small random one."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_small_model
+
+import infer
+import train
+from usbrec.chunks import read_whole_lines
+
+METHODS = ["B/L", "SFT", "RL", "RL+SES"]
+WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The small model and dataset, as flags."""
+    place = tmp_path_factory.mktemp("inputs")
+    model = write_small_model(place / "model")
+    data = write_small_data(place / "data", test_word=WORD)
+    return {"--model": model, "--data": data, "--dtype": "float32", **STAGE_FLAGS}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the small model that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train.main(["--run-dir", str(folder), *flags(inputs)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Start train.py with what it must refuse: exit code 2, one sentence on stderr, returned."""
+    try:
+        code = train.main(arguments)
+    except SystemExit as stop:  # argparse's way
+        code = stop.code
+    told = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(told) == 1 and told[0].startswith("train.py: "), told
+    return told[0]
+
+
+def check_report(folder: Path, dialogues: int, judged: int) -> None:
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    assert list(report["methods"]) == METHODS
+    for found in report["methods"].values():
+        for key in ("ieval", "recall@1", "hit"):
+            assert {"mean", "low", "high", "n"} <= found[key].keys()
+            assert found[key]["low"] <= found[key]["mean"] <= found[key]["high"]
+        assert found["hit"]["n"] == dialogues
+    for name in ("RL+SES - B/L", "SFT - B/L"):
+        for key in ("ieval", "recall@1"):
+            assert {"mean", "low", "high"} <= report["differences"][name][key].keys()
+    assert set(report["baselines"]) == {"copy-last", "most-popular"}
+    for name in ("external", "internal"):
+        assert {"auc", "low", "high", "n"} <= report["judge"][name].keys()
+        assert report["judge"][name]["n"] == judged
+    assert set(report["unparsed"]) == set(METHODS)
+    assert report["options"]["eval"]["turns"] == 1
+    assert report["counts"]["test"] == dialogues
+
+
+def check_files(folder: Path) -> None:
+    for adapter in ("simulator", "sft", "rl"):
+        config = json.loads((folder / adapter / "adapter_config.json").read_text("utf-8"))
+        assert config["peft_type"] == "LORA"
+        assert (folder / adapter / "adapter_model.safetensors").stat().st_size > 0
+    assert list(json.loads((folder / "options.json").read_text("utf-8"))) == list(train.STAGES)
+    fields = {
+        "prompt", "chosen", "rejected", "chosen_score", "rejected_score",
+        "chosen_from", "rejected_from",
+    }  # fmt: skip
+    for pair in read_whole_lines(folder / "pairs.jsonl"):
+        assert set(pair) == fields
+        for side in ("prompt", "chosen", "rejected"):
+            assert all(set(message) == {"role", "content"} for message in pair[side])
+    stages = [row["stage"] for row in read_whole_lines(folder / "metrics.jsonl")]
+    assert list(dict.fromkeys(stages)) == ["simulator", "sft", "simpo"]
+    timed = read_whole_lines(folder / "timings.jsonl")
+    assert [row["stage"] for row in timed] == list(train.STAGES)
+    assert all(row["seconds"] >= 0 and row["peak_memory_bytes"] > 0 for row in timed)
+
+
+def test_the_default_model_goes_through_all_stages_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's two commands on the real model with a handful of rows."""
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    monkeypatch.setattr(infer, "RUNS", tmp_path)
+    few = STAGE_FLAGS | {"--max-simulator": 1, "--max-pairs": 2, "--max-eval": 2}
+    assert train.main([*flags(few), "--pairs-worst", "below-two"]) == 0
+    check_files(tmp_path / "sample")
+    check_report(tmp_path / "sample", dialogues=2, judged=2)
+    assert "RL+SES" in capsys.readouterr().out
+    short = ["--ses-max-new-tokens", "8", "--ses-summary-tokens", "8", "--ses-samples", "2"]
+    assert infer.main(["--ses", "--json", "--ses-turns", "1", *short]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    answer = json.loads(line)
+    assert answer["reply"] in [c["reply"] for c in answer["search"]["candidates"]]
+
+
+def test_a_run_of_a_small_model_leaves_all_files(finished: Path) -> None:
+    check_files(finished)
+    check_report(finished, dialogues=3, judged=2)
+
+
+def test_a_second_start_uses_finished_stages(
+    run: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def load_engine(options: object) -> None:
+        raise AssertionError("a finished run needs no model")
+
+    monkeypatch.setattr(train, "load_engine", load_engine)
+    before = bytes_of(run)
+    assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
+    assert bytes_of(run) == before
+    said = capsys.readouterr().out
+    assert all(f"{stage}: done before" in said for stage in train.STAGES)
+
+
+def test_a_missing_stage_alone_is_made_again_with_the_same_bytes(
+    run: Path, finished: Path, inputs: dict[str, Any]
+) -> None:
+    shutil.rmtree(run / "rl")
+    (run / "report.json").unlink()
+    assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
+    assert bytes_of(run) == bytes_of(finished)
+
+
+def test_fresh_starts_the_chosen_stages_over(run: Path, inputs: dict[str, Any]) -> None:
+    before = bytes_of(run)
+    other = flags(inputs | {"--ses-samples": 3})
+    assert train.main(["--run-dir", str(run), *other, "--stages", "report", "--fresh"]) == 0
+    after = bytes_of(run)
+    changed = {name for name in before if before[name] != after[name]}
+    of_report = {"options.json", "report.json", "report.txt", "rows.jsonl", "rows.options.json"}
+    assert {"report.json", "rows.jsonl"} <= changed <= of_report
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(
+    inputs: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the second chunk of PODCS, then before the second chunk of the report."""
+    run = tmp_path / "run"
+    for name in ("build_pairs", "judge_agreement"):
+        whole, calls = getattr(train, name), []
+
+        def stopped(*arguments: Any, whole: Any = whole, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return whole(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, stopped)
+            assert train.main(["--run-dir", str(run), *flags(inputs)]) == 130
+    assert len(read_whole_lines(run / "rows.jsonl")) == 2
+    assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
+    assert bytes_of(run) == bytes_of(finished)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"--max-sft": 3}, "stage sft was made with max-sft 2, got 3"),
+        ({"--lora-r": 4}, "stage simulator was made with lora-r 8, got 4"),
+        ({"--ses-turns": 2}, "stage report was made with ses-turns 1, got 2"),
+        ({"--seed": 1}, "stage simulator was made with seed 0, got 1"),
+    ],
+)
+def test_other_options_are_refused_and_nothing_is_lost(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str],
+    other: dict[str, Any], named: str,
+) -> None:  # fmt: skip
+    before = bytes_of(run)
+    told = refused(["--run-dir", str(run), *flags(inputs | other)], capsys)
+    assert named in told and "--fresh" in told
+    assert bytes_of(run) == before
+    assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0  # the old options still do
+
+
+def test_test_dialogues_enter_no_lesson_and_no_pair(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word marks all test rows: the report meets it, what is trained on never does."""
+    lessons = []
+    plain = train.lesson_tree
+    monkeypatch.setattr(
+        train, "lesson_tree", lambda tokenizer, x: lessons.append(x) or plain(tokenizer, x)
+    )
+    options = inputs | {
+        "--max-simulator": 0,
+        "--max-sft": 0,
+        "--max-pairs": 0,
+        "--run-dir": tmp_path,
+    }
+    assert train.main(flags(options)) == 0
+    assert len(lessons) >= 12
+    assert WORD not in str(lessons)
+    assert WORD in (tmp_path / "rows.jsonl").read_text("utf-8")
+    for name in ("samples.jsonl", "pairs.jsonl"):
+        text = (tmp_path / name).read_text("utf-8")
+        assert text and WORD not in text
+
+
+def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished: Path) -> None:
+    data = Path(json.loads((finished / "options.json").read_text("utf-8"))["pairs"]["data"])
+    gold = {row["resp"] for row in read_whole_lines(data / "train.jsonl")}
+    records = read_whole_lines(finished / "samples.jsonl")
+    assert len(records) == 4
+    for pair in read_whole_lines(finished / "pairs.jsonl"):
+        for side in ("chosen", "rejected"):
+            if pair[f"{side}_from"] == "gold":
+                assert pair[side][0]["content"] in gold
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stages", "sleep"], "sleep"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--dtype", "int3"], "int3"),
+        (["--lora-r", "0"], "rank"),
+        (["--eval-turns", "0"], "turns"),
+        (["--simpo-schedule", "square"], "square"),
+        (["--data", "netflix"], "netflix"),
+        (["--data", "redial", "--data-dir", "/no/such"], "/no/such"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in refused(["--run-dir", str(tmp_path / "run"), *arguments], capsys)
+
+
+def spoil(folder: Path, name: str, fault: str) -> None:
+    """Put a fault into a copy of the small model or dataset."""
+    path = folder / name
+    if fault == "missing":
+        path.unlink()
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        lines = path.read_text("utf-8").splitlines()
+        path.write_text("\n".join([*lines[:2], fault, *lines[3:]]) + "\n", "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "fault", "named"),
+    [
+        ("--model", "config.json", "missing", r"config\.json"),
+        ("--model", "tokenizer.json", "missing", r"tokenizer\.json"),
+        ("--model", "model.safetensors", "truncated", r"model\.safetensors"),
+        ("--data", "items.json", "missing", r"items\.json"),
+        ("--data", "test.jsonl", "missing", r"test\.jsonl"),
+        ("--data", "train.jsonl", "{broken", r"train\.jsonl, line 3: not JSON"),
+        ("--data", "test.jsonl", '{"dialog_id": "x"}', r"test\.jsonl, line 3: .*turn_id"),
+    ],
+)
+def test_a_faulty_file_is_one_sentence_that_names_it(
+    inputs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    flag: str, name: str, fault: str, named: str,
+) -> None:  # fmt: skip
+    copy = shutil.copytree(inputs[flag], tmp_path / "copy")
+    spoil(Path(copy), name, fault)
+    told = refused(["--run-dir", str(tmp_path / "run"), *flags(inputs | {flag: copy})], capsys)
+    assert re.search(named, told)
+
+
+def test_a_stage_without_the_one_before_says_which_to_run(
+    inputs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(["--run-dir", str(tmp_path), *flags(inputs), "--stages", "simpo"], capsys)
+    assert "--stages pairs" in told
