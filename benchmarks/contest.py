@@ -1,0 +1,169 @@
+"""What simpo.py and sft.py share: the same start for both contestants, each in its own process."""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from usbrec.llm.adapter_files import save_adapter  # noqa: E402
+from usbrec.llm.checkpoint import load_model  # noqa: E402
+from usbrec.llm.default_model import ensure_default_model  # noqa: E402
+from usbrec.llm.lora import LoraConfig, add_adapter  # noqa: E402
+from usbrec.llm.model import ModelConfig  # noqa: E402
+from usbrec.llm.objectives import Objective  # noqa: E402
+from usbrec.llm.packing import Tree  # noqa: E402
+from usbrec.llm.training import TrainingOptions, step_items, train  # noqa: E402
+
+LEARNING_RATE = 1e-4
+
+
+def random_ids(generator: torch.Generator, length: int) -> list[int]:
+    """Ids of ordinary tokens; their times are those of words, and no data set is needed."""
+    return torch.randint(20, 49000, (length,), generator=generator).tolist()
+
+
+def product_peak() -> float:
+    """Return the FLOP/s of a large bf16 matrix product on this machine, now."""
+    a = torch.randn(2048, 2048).bfloat16()
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def model_flops(config: ModelConfig, tokens: int, supervised: int) -> float:
+    """Return the products of one training pass: forward and input gradient, none for weights.
+
+    Attention, adapters and everything recomputed are not counted.
+    """
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = config.hidden_size * config.head_dim * (heads + config.num_attention_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    layers = config.num_hidden_layers * (attention + mlp)
+    return 4.0 * (tokens * layers + supervised * config.vocab_size * config.hidden_size)
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def options_for(steps: int, batch: int) -> TrainingOptions:
+    """AdamW at a constant rate, gradients clipped to 1, as for the other contestant."""
+    return TrainingOptions(
+        learning_rate=LEARNING_RATE,
+        steps=steps,
+        batch_size=batch,
+        warmup=0,
+        schedule="constant",
+        save_every=steps,
+    )
+
+
+def in_our_order(items: Sequence[Any], steps: int, batch: int) -> list[Any]:
+    """Return the items one after the other as our steps take them."""
+    options = options_for(steps, batch)
+    return [items[i] for step in range(steps) for i in step_items(options, len(items), step)]
+
+
+def run_ours(
+    trees: Sequence[Tree], objective: Objective, steps: int, batch: int, adapter: Path, rank: int
+) -> dict[str, Any]:
+    """Train from the adapter's start; return seconds and losses by step and the peak memory."""
+    model = load_model(ensure_default_model(), torch.bfloat16)
+    add_adapter(model, "a", LoraConfig(r=rank), seed=0)
+    save_adapter(model, "a", adapter, str(ensure_default_model()))
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, "a", trees, objective, options_for(steps, batch), Path(folder), "ours")
+        losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
+        timings = [json.loads(line) for line in (Path(folder) / "timings.jsonl").open()]
+    return {
+        "losses": losses,
+        "seconds": [row["seconds"] for row in timings],
+        "memory": peak_memory(),
+        "peak": product_peak(),
+    }
+
+
+def run_trl(
+    make_trainer: Callable[..., Any], steps: int, batch: int, adapter: Path, settings: dict
+) -> dict[str, Any]:
+    """The same with a trainer of trl's over peft's adapter, which starts from our file."""
+    from peft import PeftModel
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.began: list[float] = []
+            self.ended: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.ended.append(time.perf_counter())
+
+    folder = ensure_default_model()
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as work:
+        common = {
+            "output_dir": work,
+            "per_device_train_batch_size": batch,
+            "max_steps": steps,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,  # the weights are bf16 themselves, as ours; autocast took longer
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        trainer = make_trainer(
+            model, AutoTokenizer.from_pretrained(folder), common | settings, clock
+        )
+        trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
+        trainer.train()
+    return {
+        "losses": [float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
+        "seconds": [b - a for a, b in zip(clock.began, clock.ended, strict=True)],
+        "memory": peak_memory(),
+    }
+
+
+def in_own_process(script: str, *arguments: str) -> dict[str, Any]:
+    """Run the script anew, so that each contestant has memory of its own; read its last line."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def best_step(result: dict[str, Any]) -> float:
+    """Return the fastest step's seconds, the first one (warm-up) left out when there are more."""
+    return min(result["seconds"][1:] or result["seconds"])
+
+
+def show(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
+    """Print a table."""
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
