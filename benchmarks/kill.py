@@ -1,0 +1,120 @@
+"""Claim: train.py killed at any moment and started again ends with the same bytes.
+
+    python benchmarks/kill.py [--kills 20] [--model default]
+
+A handful of rows through all five stages, once left alone and then killed (SIGKILL) at random
+moments, started anew with the same command each time; when a run finishes before all kills are
+spent, another begins. Every file is compared, `timings.jsonl` alone left out. The model is a small
+random one; `--model default` takes the real default model.
+"""
+
+import argparse
+import collections
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_small_model  # noqa: E402
+
+OFTEN = {
+    f"--{stage}-{name}": value
+    for stage in ("simulator", "sft", "simpo")
+    for name, value in (("save-every", 1), ("batch-size", 1), ("epochs", 4))
+}
+ENDS = (  # what stands in a run folder when a stage is over
+    ("simulator", "simulator/adapter_model.safetensors"),
+    ("sft", "sft/adapter_model.safetensors"),
+    ("pairs", "pairs.jsonl"),
+    ("simpo", "rl/adapter_model.safetensors"),
+    ("report", "report.json"),
+)
+
+
+def command_for(work: Path, model: str) -> list[str]:
+    """Return train.py's command line without its run folder."""
+    base = [sys.executable, str(ROOT / "train.py")]
+    if model != "default":
+        base += ["--model", str(write_small_model(work / "model"))]
+    data = write_small_data(work / "data")
+    return [*base, "--data", str(data), *flags(STAGE_FLAGS | OFTEN), "--run-dir"]
+
+
+def stage_of(folder: Path) -> str:
+    """Return the stage that a run folder is in."""
+    return next((stage for stage, end in ENDS if not (folder / end).exists()), "finished")
+
+
+def run(command: list[str], folder: Path, limit: float | None = None) -> bool:
+    """Run until the end, or kill after `limit` seconds; return whether it came to its end."""
+    log = folder.with_suffix(".log")
+    with log.open("ab") as out:
+        child = subprocess.Popen([*command, str(folder)], stdout=out, stderr=out)
+        try:
+            code = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            return False
+    if code:
+        raise SystemExit(f"train.py ended with {code}:\n{log.read_text()[-3000:]}")
+    return True
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Return the files that differ between two run folders."""
+    first, second = bytes_of(one), bytes_of(other)
+    return sorted(name for name in first | second if first.get(name) != second.get(name))
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """Return how long the action took."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def kill_test(work: Path, kills: int, seed: int, model: str = "small") -> dict[str, object]:
+    """Return how many kills fell in which stage, and which files differed in the end."""
+    command = command_for(work, model)
+    idle = seconds_of(lambda: subprocess.run([*command[:2], "--help"], capture_output=True))
+    busy = max(seconds_of(lambda: run(command, work / "whole")) - idle, 0.0)
+    draw = random.Random(seed)
+    met: collections.Counter[str] = collections.Counter()
+    wrong: list[str] = []
+    runs = 0
+    while met.total() < kills:
+        runs += 1
+        folder = work / f"killed{runs}"
+        while met.total() < kills:
+            # Counted from the end of the imports; half the moments fall into the first quarter.
+            if run(command, folder, idle + busy * draw.random() ** 2):
+                break
+            met[stage_of(folder)] += 1
+        else:
+            run(command, folder)
+        wrong += [f"{folder.name}/{name}" for name in differences(work / "whole", folder)]
+    return {"kills": met.total(), "stages": dict(met), "runs": runs, "different": wrong}
+
+
+def main() -> None:
+    """Print one line of JSON; exit 1 when bytes differ."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", choices=("small", "default"), default="small")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        result = kill_test(Path(work), arguments.kills, arguments.seed, arguments.model)
+    print(json.dumps({"claim": "the same bytes after kills", **result}))
+    sys.exit(bool(result["different"]))
+
+
+if __name__ == "__main__":
+    main()
