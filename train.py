@@ -13,7 +13,7 @@ import json
 import sys
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,7 @@ class Work:
     ) -> None:
         """Train an adapter that the model has, and save it."""
         folder = self.run.folder / adapter
+        options = replace(options, seed=seed_for(self.settings.data.seed, label, "order"))
         train(self.engine.model, adapter, trees, objective, options, folder / "training", label)
         save_adapter(self.engine.model, adapter, folder, base_name(self.settings.model))
         self.engine.forget()
@@ -358,7 +359,7 @@ def build_parser() -> Parser:
     add_flags(parser, DataOptions)
     add_flags(parser, ModelOptions)
     for name, options in GROUPS.items():
-        add_flags(parser, options, name.replace("_", "-"), TRAINING.get(name))
+        add_flags(parser, options, name.replace("_", "-"), TRAINING.get(name), skip=["seed"])
     return parser
 
 

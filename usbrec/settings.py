@@ -10,7 +10,7 @@ options = from_flags(SearchOptions, arguments, "ses")
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import field, fields
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -38,11 +38,14 @@ def add_flags(
     options: type,
     prefix: str = "",
     defaults: Mapping[str, Any] | None = None,
+    skip: Container[str] = (),
 ) -> None:
-    """Give the parser one flag a field; `defaults` replaces the dataclass's own."""
+    """Give the parser one flag a field not in `skip`; `defaults` replaces the dataclass's own."""
     group = parser.add_argument_group(f"{prefix or 'run'}", (options.__doc__ or "").split("\n")[0])
     hints = get_type_hints(options)
     for item in fields(options):
+        if item.name in skip:
+            continue
         flag = "--" + "-".join(filter(None, [prefix, item.name])).replace("_", "-")
         hint = hints[item.name]
         kind: dict[str, Any] = {"type": hint}
@@ -65,7 +68,7 @@ def from_flags(options: type[Options], arguments: argparse.Namespace, prefix: st
     """Build the options from parsed flags; a value that they refuse is a UserError."""
     start = prefix.replace("-", "_") + "_" if prefix else ""
     names = [item.name for item in fields(options)]  # type: ignore[arg-type]
-    given = {name: getattr(arguments, start + name) for name in names}
+    given = {n: getattr(arguments, start + n) for n in names if hasattr(arguments, start + n)}
     given = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
     try:
         return options(**given)

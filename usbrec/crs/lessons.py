@@ -15,6 +15,7 @@ film deserves 0. Where a dataset has no profiles, explanations or reactions, the
 stand in for them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,13 @@ QUESTIONS = (
     "Happy to help! Tell me a bit more about what you enjoy.",
     "I'm here to help. What would you like to watch?",
 )
+EMPTY_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "likes dislikes seen nothing said mood a an the i it you this that is by with from made of "
+        "for to in and movie film starring directed",
+    )
+)
 TRIES = 40  # draws in search of a film of a wanted grade
 
 
@@ -48,8 +56,8 @@ TRIES = 40  # draws in search of a film of a wanted grade
 class LessonOptions:
     """How much the parts of a lesson weigh."""
 
-    score_weight: float = option(5.0, "weight of a score's token against a word's in the loss")
-    line_weight: float = option(0.5, "weight of the seeker's words in the loss")
+    score_weight: float = option(10.0, "weight of a score's token against a word's in the loss")
+    line_weight: float = option(0.3, "weight of the seeker's words in the loss")
 
     def __post_init__(self) -> None:
         for name in ("score_weight", "line_weight"):
@@ -159,6 +167,21 @@ class Suggestions:
         question = QUESTIONS[int(generator.integers(len(QUESTIONS)))]
         return [*found.values(), Suggestion(question, question, 0)]
 
+    def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
+        """Return the reply for up to two films that have nothing of the target or the profile."""
+        generator = np.random.default_rng(seed_for(seed, "unlike"))
+        gold = [self.catalogue.get(title) for title in example.items]
+        found: list[Suggestion] = []
+        for place in generator.choice(len(self.pool), TRIES, p=self.shares):
+            item = self.pool[place][0]
+            reply = example.response
+            for old in gold:
+                reply = rewrite(reply, old, item) if old else reply
+            fits = self.catalogue.grade(item, example.items) or words_of(reply) & words_of(profile)
+            if not fits and reply != example.response and len(found) < 2:
+                found.append(Suggestion(reply, "", 0))
+        return found
+
 
 def simulator_lessons(
     examples: Sequence[Example],
@@ -167,71 +190,69 @@ def simulator_lessons(
     seed: int,
     options: LessonOptions,
 ) -> list[Lesson]:
-    """Return up to three lessons an example: seeker, internal seeker, summariser.
+    """Return the simulator's lessons, in the order in which they must be learned.
 
-    To spare tokens a lesson holds the gold reply and, by turns, some of the others: the external
-    judge sees one other, the internal one both; one lesson in four has the reply without a film;
-    the two seekers take turns at accepting and refusing.
+    First the external judge: to find the target's title in a reply is the easiest comparison, and
+    a small model that has learned it learns from a few dozen dialogues to compare a reply with a
+    profile, which it does not learn alone. Then each example's internal seeker and summary, and
+    every third example's external seeker once more, with other films.
     """
     draws = Suggestions(catalogue, popularity)
-    lessons = []
-    for example in examples:
+    first, then = [], []
+    for number, example in enumerate(examples):
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
-        made = draws.draw(example, key)
-        if made:
-            gold, *others, question = made
-            asked = [question] if key % 4 == 0 else []
-            other = others[key // 4 % len(others)] if others else question
+        if made := draws.draw(example, key):
+            first.append(external_lesson(example, made, options))
             profile = profile_of(example, catalogue)
-            reacted = [gold, other] if key % 2 else [other, gold]
-            shown = [gold, other, *asked]
-            lessons.append(external_lesson(example, shown, reacted[0], options))
-            shown = [gold, *others, *asked]
-            lessons.append(internal_lesson(example, shown, reacted[1], profile, options))
+            unlike = draws.unlike(example, profile, key)
+            then.append(internal_lesson(example, made, unlike, profile, options))
             summary = Message("assistant", profile, options.line_weight)
-            lessons.append(Lesson((*summary_prompt(example.history), summary)))
-    return lessons
+            then.append(Lesson((*summary_prompt(example.history), summary)))
+            if number % 3 == 0:
+                again = draws.draw(example, seed_for(key, "again"))
+                then.append(external_lesson(example, again, options))
+    return first + then
 
 
-def external_lesson(
-    example: Example,
-    judged: Sequence[Suggestion],
-    reacted: Suggestion,
-    options: LessonOptions,
-) -> Lesson:
+def external_lesson(example: Example, made: Sequence[Suggestion], options: LessonOptions) -> Lesson:
     """The seeker who knows the target: its lines, a reaction, its scores of explanations."""
     scores = [
         (
-            Message("user", made.reply),
+            Message("user", each.reply),
             Message("assistant", EXPLAIN),
-            Message("user", made.explanation),
+            Message("user", each.explanation),
             external_question(example.items),
-            Message("assistant", str(made.score), options.score_weight),
+            Message("assistant", str(each.score), options.score_weight),
         )
-        for made in judged
+        for each in made
     ]
     trunk = own_lines(seeker_prompt(example.history, example.items), options)
-    return Lesson(trunk, (*scores, *reaction(example, reacted, options)))
+    return Lesson(trunk, (*scores, *reaction(example, made[0], options)))
 
 
 def internal_lesson(
     example: Example,
-    judged: Sequence[Suggestion],
-    reacted: Suggestion,
+    made: Sequence[Suggestion],
+    unlike: Sequence[Suggestion],
     profile: str,
     options: LessonOptions,
 ) -> Lesson:
-    """The seeker who knows the profile alone: the same, but its scores are of the replies alone."""
+    """The seeker who knows the profile alone: its lines, a reaction, its scores of replies.
+
+    The gold reply deserves 2, one of a kindred film 1, those that share no word with the profile 0.
+    """
+    kindred = [each for each in made if each.score == 1]
     scores = [
         (
-            Message("user", made.reply),
+            Message("user", each.reply),
             internal_question(profile),
-            Message("assistant", str(made.score), options.score_weight),
+            Message("assistant", str(each.score), options.score_weight),
         )
-        for made in judged
+        for each in (made[0], *kindred, *unlike, made[-1])
     ]
     trunk = own_lines(internal_seeker_prompt(example.history, profile), options)
-    return Lesson(trunk, (*scores, *reaction(example, reacted, options)))
+    refused = (*unlike, made[-1])[0]
+    return Lesson(trunk, (*scores, *reaction(example, refused, options)))
 
 
 def reaction(
@@ -250,6 +271,11 @@ def own_lines(prompt: Sequence[Message], options: LessonOptions) -> tuple[Messag
         Message(m.role, m.content, options.line_weight) if m.role == "assistant" else m
         for m in prompt
     )
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a reply or a profile that tell something of a film."""
+    return set(re.findall(r"[a-z0-9']+", text.lower())) - EMPTY_WORDS
 
 
 def popularity_of(examples: Sequence[Example]) -> dict[str, int]:

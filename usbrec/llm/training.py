@@ -55,6 +55,7 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "AdamW's decay")
     max_grad_norm: float = option(1.0, "clip to this norm; 0: never")
     checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
+    shuffle: bool = option(True, "a new order every epoch; off: the order given")
     seed: int = option(0, "decides the order of the items")
     save_every: int = option(20, "steps between two saved states")
     eval_every: int = option(0, "steps between validations; 0: at end")
@@ -135,7 +136,9 @@ def step_items(options: TrainingOptions, items: int, step: int) -> list[int]:
     chosen = []
     for epoch in range(start // items, (stop - 1) // items + 1):
         generator = torch.Generator().manual_seed(seed_for("order", options.seed, epoch))
-        order = torch.randperm(items, generator=generator).tolist()
+        order = list(range(items))
+        if options.shuffle:
+            order = torch.randperm(items, generator=generator).tolist()
         chosen += order[max(start - epoch * items, 0) : stop - epoch * items]
     return chosen
 
