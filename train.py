@@ -70,12 +70,12 @@ class DataOptions:
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run")
     max_train: int = option(0, "at most so many training rows in every stage")
-    max_simulator: int = option(100, "training rows of the stage simulator")
-    max_sft: int = option(300, "training rows of the stage sft")
-    max_pairs: int = option(100, "training rows that PODCS tries")
+    max_simulator: int = option(76, "training rows of the stage simulator")
+    max_sft: int = option(200, "training rows of the stage sft")
+    max_pairs: int = option(80, "training rows that PODCS tries")
     max_eval: int = option(64, "test dialogues of every method")
     max_agreement: int = option(100, "test dialogues on which the judges are checked")
-    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time")
+    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time")
     full: bool = option(False, "take all rows, pairs and dialogues")
 
     def rows(self, stage: str) -> int:
@@ -314,9 +314,14 @@ def say_counts(text: str, counts: dict[str, int]) -> None:
 
 
 TRAINING = {  # found on the sample set's validation dialogues
-    "simulator": {"learning_rate": 2e-3, "batch_size": 8},
-    "sft": {"learning_rate": 2e-3, "batch_size": 8},
-    "simpo": {"learning_rate": 2e-4, "batch_size": 8},
+    "simulator": {
+        "learning_rate": 2e-3,
+        "batch_size": 1,
+        "warmup": 0.03,
+        "shuffle": False,  # the lessons' order is a curriculum
+    },
+    "sft": {"learning_rate": 1e-3, "batch_size": 4},
+    "simpo": {"learning_rate": 1e-4, "batch_size": 8},
 }
 GROUPS: dict[str, type] = {
     "lora": LoraConfig,

@@ -78,9 +78,9 @@ def test_no_target_with_the_same_wishes_occurs_in_two_splits(rows: Rows) -> None
 def test_every_film_occurs_in_train_and_some_are_popular(rows: Rows, catalogue: Catalogue) -> None:
     counts = Counter(row["target"] for row in rows["train"])
     assert set(counts) == {film.title for film in catalogue}
-    assert counts.most_common(1)[0][1] >= 15
+    assert counts.most_common(1)[0][1] >= 50
     beginning = {row["target"] for row in rows["train"][:300]}
-    assert len(beginning) > 150  # a part of train is as varied as the whole
+    assert len(beginning) > 120  # a part of train is as varied as the whole
 
 
 def test_a_row_is_read_from_its_end_and_names_the_target(rows: Rows, catalogue: Catalogue) -> None:
@@ -128,7 +128,7 @@ def test_copying_the_last_film_or_the_most_popular_one_rarely_hits(rows: Rows) -
     assert 0.1 <= repeated <= 0.15
     assert 0.04 <= last < repeated
     popular = Counter(row["target"] for row in rows["train"]).most_common(1)[0][0]
-    assert 0 < sum(row["target"] == popular for row in test) / len(test) < 0.05
+    assert 0.03 < sum(row["target"] == popular for row in test) / len(test) < 0.1
 
 
 def test_language_varies(rows: Rows) -> None:

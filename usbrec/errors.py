@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A wrong flag, file, key or length: what, got, expected, where. `main()` prints it, exits 2."""
+    """A wrong flag, file, key or length: what, got, expected, where; `main()` exits with 2."""

@@ -32,7 +32,7 @@ from usbrec.settings import option
 class EvaluationOptions:
     """How long the talk is, when it is judged, and how warm the speakers are."""
 
-    turns: int = option(2, "recommender turns of an evaluated talk (N)")
+    turns: int = option(1, "recommender turns of an evaluated talk (N)")
     judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last")
     temperature: float = option(0.0, "temperature of plain replies and explanations")
     seeker_temperature: float = option(0.1, "temperature of the seeker's replies")

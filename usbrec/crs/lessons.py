@@ -192,29 +192,37 @@ def simulator_lessons(
 ) -> list[Lesson]:
     """Return the simulator's lessons, in the order in which they must be learned.
 
-    First the external judge: to find the target's title in a reply is the easiest comparison, and
-    a small model that has learned it learns from a few dozen dialogues to compare a reply with a
-    profile, which it does not learn alone. Then each example's internal seeker and summary, and
-    every third example's external seeker once more, with other films.
+    First comes the external judge, from every other example: to find the target's title in a reply
+    is the easiest comparison. A small model that has learned it learns to compare a reply with a
+    profile, which it does not learn from the start. Then each example's internal seeker, and by
+    turns its summary, or the external seeker again. Rarer branches are left out by turns, too.
     """
     draws = Suggestions(catalogue, popularity)
     first, then = [], []
     for number, example in enumerate(examples):
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
-        if made := draws.draw(example, key):
-            first.append(external_lesson(example, made, options))
-            profile = profile_of(example, catalogue)
-            unlike = draws.unlike(example, profile, key)
-            then.append(internal_lesson(example, made, unlike, profile, options))
+        made = draws.draw(example, key)
+        if not made:
+            continue
+        *named, question = made
+        profile = profile_of(example, catalogue)
+        kindred = [each for each in named if each.score == 1 and number % 3 == 0]
+        judged = [named[0], *draws.unlike(example, profile, key), *kindred]
+        judged += [question] if number % 8 == 0 else []
+        then.append(internal_lesson(example, judged, profile, options))
+        if number % 2 == 0:
+            asked = [question] if number % 8 == 0 else []
+            first.append(external_lesson(example, [*named, *asked], options))
             summary = Message("assistant", profile, options.line_weight)
             then.append(Lesson((*summary_prompt(example.history), summary)))
-            if number % 3 == 0:
-                again = draws.draw(example, seed_for(key, "again"))
-                then.append(external_lesson(example, again, options))
+        elif number % 6 == 1:
+            then.append(external_lesson(example, named, options))
     return first + then
 
 
-def external_lesson(example: Example, made: Sequence[Suggestion], options: LessonOptions) -> Lesson:
+def external_lesson(
+    example: Example, judged: Sequence[Suggestion], options: LessonOptions
+) -> Lesson:
     """The seeker who knows the target: its lines, a reaction, its scores of explanations."""
     scores = [
         (
@@ -224,16 +232,15 @@ def external_lesson(example: Example, made: Sequence[Suggestion], options: Lesso
             external_question(example.items),
             Message("assistant", str(each.score), options.score_weight),
         )
-        for each in made
+        for each in judged
     ]
     trunk = own_lines(seeker_prompt(example.history, example.items), options)
-    return Lesson(trunk, (*scores, *reaction(example, made[0], options)))
+    return Lesson(trunk, (*scores, *reaction(example, judged[0], options)))
 
 
 def internal_lesson(
     example: Example,
-    made: Sequence[Suggestion],
-    unlike: Sequence[Suggestion],
+    judged: Sequence[Suggestion],
     profile: str,
     options: LessonOptions,
 ) -> Lesson:
@@ -241,18 +248,16 @@ def internal_lesson(
 
     The gold reply deserves 2, one of a kindred film 1, those that share no word with the profile 0.
     """
-    kindred = [each for each in made if each.score == 1]
     scores = [
         (
             Message("user", each.reply),
             internal_question(profile),
             Message("assistant", str(each.score), options.score_weight),
         )
-        for each in (made[0], *kindred, *unlike, made[-1])
+        for each in judged
     ]
     trunk = own_lines(internal_seeker_prompt(example.history, profile), options)
-    refused = (*unlike, made[-1])[0]
-    return Lesson(trunk, (*scores, *reaction(example, refused, options)))
+    return Lesson(trunk, (*scores, *reaction(example, judged[-1], options)))
 
 
 def reaction(

@@ -17,7 +17,7 @@ from usbrec.llm.model import Decoder
 from usbrec.llm.sampling import DecodeAttention, decoding, draw, prefill, routes_of, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer
 
-MEMORY_BYTES = 2 * 1024**3
+MEMORY_BYTES = 1024**3
 MAX_ROWS = 256  # rows decoded together; more wait for the next wave
 LEAVE_SHARE = 0.75  # done rows leave the batch once no more than this share of it goes on
 
