@@ -326,10 +326,12 @@ def test_a_results_file_of_other_options_is_refused_and_kept(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "replies.jsonl"
-    answers(["--limit", "2", "--out", str(out)], capsys)
+    same = ["--ses", "--limit", "2", "--out", str(out)]
+    answers(same, capsys)
     before = out.read_bytes()
-    for other in (["--seed", "1"], ["--ses"], ["--adapter", "none"], ["--temperature", "1"]):
-        assert str(out) in refused(["--limit", "2", "--out", str(out), *other], capsys)
+    others = ["--seed 1", "--no-ses", "--adapter none", "--ses-samples 3", "--temperature 1"]
+    for other in others:
+        assert str(out) in refused([*same, *other.split()], capsys)
     assert out.read_bytes() == before
 
 
