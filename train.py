@@ -11,11 +11,14 @@ A finished stage is used again; an interrupted one goes on. `python infer.py --s
 
 import json
 import sys
+import warnings
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from usbrec.chat import Lesson, Message
 from usbrec.chunks import read_whole_lines, replace_text, run_chunks, write_rows
@@ -75,7 +78,7 @@ class DataOptions:
     max_pairs: int = option(80, "training rows that PODCS tries")
     max_eval: int = option(64, "test dialogues of every method")
     max_agreement: int = option(100, "test dialogues on which the judges are checked")
-    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time")
+    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time")
     full: bool = option(False, "take all rows, pairs and dialogues")
 
     def rows(self, stage: str) -> int:
@@ -241,6 +244,11 @@ def train_simpo(work: Work) -> None:
     ]
     kept, dropped = usable_pairs(trees, work.engine.model.config.max_position_embeddings)
     say_counts(f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens", dropped)
+    if not kept:
+        raise UserError(
+            f"{work.run.folder / 'pairs.jsonl'} holds no pair to learn from: try more rows "
+            "(--max-pairs), more samples (--pairs-samples) or a longer simulator stage"
+        )
     load_adapter(work.engine.model, work.run.need("sft", "sft"), "rl")
     work.learn("rl", kept, Simpo(settings.simpo_loss), settings.simpo, "simpo")
 
@@ -400,6 +408,7 @@ def run_stages(stages: Sequence[str], run: Run, settings: Settings, fresh: bool)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the flags, run the stages; 2 for a user's fault, 130 for Ctrl-C."""
     flags = build_parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
     try:
         settings = Settings(
             data=from_flags(DataOptions, flags),

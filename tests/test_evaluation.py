@@ -65,7 +65,7 @@ def test_a_talk_is_turns_then_an_explanation_then_one_score() -> None:
 
 def test_each_side_speaks_with_its_adapter_and_temperature() -> None:
     llm = speaker("a", "b")
-    options = EvaluationOptions(temperature=0.0, seeker_temperature=0.3)
+    options = EvaluationOptions(turns=2, temperature=0.0, seeker_temperature=0.3)
     evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, options)
     assert [chats[0].adapter for chats in llm.generated] == ["rl", "simulator", "rl", "rl"]
     assert [hows[0].temperature for hows in llm.samplings] == [0.0, 0.3, 0.0, 0.0]
@@ -76,13 +76,13 @@ def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_up_to_the_j
     None
 ):
     llm = speaker("Red Loft (2001) or Dark Well (1999)?", "Night Ferry (1950)")
-    first, second = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions())
+    first, second = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2))
     assert first.labels == [{"title": WELL.title, "repeated": False, "found": False}]
     assert second.labels == [{"title": LOFT.title, "repeated": True, "found": True}]
     assert (first.hit, second.hit) == (True, True)
     assert first.items == [[LOFT.title, WELL.title], [OLD.title]]
     late = speaker("Who knows?", "Dark Well (1999)")
-    row = evaluate_method(late, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions())[0]
+    row = evaluate_method(late, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(turns=2))[0]
     assert row.hit and row.grade == 2 and not row.labels[0]["found"]
 
 
@@ -106,7 +106,7 @@ def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
 def test_search_takes_over_from_its_start_turn() -> None:
     llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Later")
     searching = SearchOptions(start_turn=2, samples=2, turns=1)
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(), searching)
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2), searching)
     assert [len(chats) for chats in llm.generated] == [2, 2, 2 * 3, 2]
     assert [len(chats) for chats in llm.scored] == [2, 2]
     for row in rows:
@@ -117,7 +117,7 @@ def test_search_takes_over_from_its_start_turn() -> None:
 
 def test_gold_words_and_targets_reach_no_prompt_of_the_recommender_or_the_inner_agents() -> None:
     llm = speaker("a", "b", "c")
-    evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(), SearchOptions())
+    evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(turns=2), SearchOptions())
     for chat in [chat for chats in llm.generated + llm.scored for chat in chats]:
         text = " ".join(message.content for message in chat.messages)
         assert "gold words" not in text
@@ -128,7 +128,7 @@ def test_gold_words_and_targets_reach_no_prompt_of_the_recommender_or_the_inner_
 def test_a_score_that_cannot_be_read_is_none() -> None:
     llm = speaker("a", "b")
     llm.logprobs = lambda chat: [-math.inf] * 3
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions())
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2))
     assert [row.score for row in rows] == [None, None]
 
 
@@ -144,7 +144,7 @@ def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> No
         return str(seed)
 
     run = [
-        evaluate_method(Scripted(noisy), CAST, FILMS, part, seed, EvaluationOptions())
+        evaluate_method(Scripted(noisy), CAST, FILMS, part, seed, EvaluationOptions(turns=2))
         for part, seed in ((EXAMPLES, 1), (EXAMPLES[1:], 1), (EXAMPLES[1:], 2))
     ]
     assert run[0][1] == run[1][0] != run[2][0]
@@ -160,7 +160,7 @@ def test_no_two_draws_of_a_talk_share_a_seed() -> None:
 
 def test_rows_survive_json() -> None:
     llm = speaker("Red Loft (2001)", "b", "c")
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(), SearchOptions())
+    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions())
     for row in rows:
         assert EvalRow(**json.loads(json.dumps(asdict(row)))) == row
 

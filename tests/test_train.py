@@ -99,7 +99,8 @@ def test_the_default_model_goes_through_all_stages_and_answers(
     """The README's two commands on the real model with a handful of rows."""
     monkeypatch.setattr(train, "RUNS", tmp_path)
     monkeypatch.setattr(infer, "RUNS", tmp_path)
-    few = STAGE_FLAGS | {"--max-simulator": 1, "--max-pairs": 2, "--max-eval": 2}
+    few = STAGE_FLAGS | {"--max-simulator": 2, "--max-pairs": 3, "--max-eval": 2}
+    few |= {"--simulator-steps": 8, "--pairs-max-new-tokens": 12}
     assert train.main([*flags(few), "--pairs-worst", "below-two"]) == 0
     check_files(tmp_path / "sample")
     check_report(tmp_path / "sample", dialogues=2, judged=2)

@@ -206,7 +206,7 @@ def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
             "the policy unlearns what it should prefer; lower the learning rate or add NLL"
         )
     first, last = change("repetition")
-    if last - first > RISE_OF_REPETITION:
+    if "logps/chosen" in history[-1] and last - first > RISE_OF_REPETITION:
         found.append(
             f"predictions that repeat a recent token grew from {first:.2f} to {last:.2f}: "
             "the policy may be degenerating; lower the learning rate"
