@@ -160,7 +160,9 @@ def test_no_two_draws_of_a_talk_share_a_seed() -> None:
 
 def test_rows_survive_json() -> None:
     llm = speaker("Red Loft (2001)", "b", "c")
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions())
+    rows = evaluate_method(
+        llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions()
+    )
     for row in rows:
         assert EvalRow(**json.loads(json.dumps(asdict(row)))) == row
 

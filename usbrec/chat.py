@@ -89,8 +89,6 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def choice_logprobs(
-        self, chats: Sequence[Chat], choices: Sequence[str]
-    ) -> list[list[float]]:
+    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
         """Return for each chat the unnormalised log-probability of each choice as its reply."""
         ...
