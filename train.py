@@ -14,7 +14,7 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,14 @@ class DataOptions:
     max_agreement: int = option(100, "test dialogues on which the judges are checked")
     chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time")
     full: bool = option(False, "take all rows, pairs and dialogues")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.startswith("max_") and value < 0:
+                raise ValueError(f"{item.name} must be 0 (all) or more, got {value}")
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
 
     def rows(self, stage: str) -> int:
         """Return how many rows a stage takes, 0 for all."""

@@ -52,9 +52,11 @@ def pick_device(name: str) -> torch.device:
     """Return the device of this name; auto is the GPU when there is one."""
     if name != "auto":
         try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise UserError(f"--device must name a torch device, got {name!r}") from error
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
+            raise UserError(f"--device {name}: no such device here") from error
+        return device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

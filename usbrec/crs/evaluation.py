@@ -47,6 +47,8 @@ class EvaluationOptions:
             raise ValueError(
                 f"judged turn must lie in 1 to {self.turns} (0: the last), got {self.judged_turn}"
             )
+        for degrees in (self.temperature, self.seeker_temperature, self.vote_temperature):
+            Sampling(self.max_new_tokens, degrees)
         if self.votes < 0:
             raise ValueError(f"evaluation votes must be 0 or more, got {self.votes}")
 

@@ -53,6 +53,8 @@ class PairOptions:
         for name in ("samples", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pairs {name} must be at least 1, got {getattr(self, name)}")
+        for degrees in (self.temperature, self.rollout_temperature, self.vote_temperature):
+            Sampling(self.max_new_tokens, degrees)
         if self.votes < 0:
             raise ValueError(f"pairs votes must be 0 (closed form) or more, got {self.votes}")
         if self.worst not in ("zero", "below-two"):

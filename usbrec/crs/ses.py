@@ -56,6 +56,9 @@ class SearchOptions:
         for name in ("samples", "turns", "start_turn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"search {name} must be at least 1, got {getattr(self, name)}")
+        for degrees in (self.temperature, self.rollout_temperature, self.vote_temperature):
+            Sampling(self.max_new_tokens, degrees)
+        Sampling(self.summary_tokens)
         if self.votes < 0:
             raise ValueError(f"search votes must be 0 (closed form) or more, got {self.votes}")
         if self.mode not in ("chain", "tree"):
