@@ -74,8 +74,8 @@ class DataOptions:
     seed: int = option(0, "decides every draw of the run")
     max_train: int = option(0, "at most so many training rows in every stage")
     max_simulator: int = option(76, "training rows of the stage simulator")
-    max_sft: int = option(200, "training rows of the stage sft")
-    max_pairs: int = option(80, "training rows that PODCS tries")
+    max_sft: int = option(230, "training rows of the stage sft")
+    max_pairs: int = option(72, "training rows that PODCS tries")
     max_eval: int = option(64, "test dialogues of every method")
     max_agreement: int = option(100, "test dialogues on which the judges are checked")
     chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time")
@@ -125,7 +125,7 @@ class Settings:
         own: dict[str, dict[str, Any]] = {
             "simulator": {"max-simulator": rows["max-simulator"]}
             | as_json(lesson=self.lesson, simulator=self.simulator),
-            "sft": {"max-sft": rows["max-sft"]} | as_json(sft=self.sft),
+            "sft": {"max-sft": rows["max-sft"]} | as_json(lesson=self.lesson, sft=self.sft),
             "pairs": {"max-pairs": rows["max-pairs"], "chunk-size": d.chunk_size}
             | as_json(pairs=self.pairs),
             "simpo": as_json(simpo=self.simpo, simpo_loss=self.simpo_loss),
@@ -196,7 +196,7 @@ def train_simulator(work: Work) -> None:
 
 def train_sft(work: Work) -> None:
     """Teach an adapter the recommender's turns."""
-    lessons = recommender_lessons(work.rows("sft"), work.catalogue)
+    lessons = recommender_lessons(work.rows("sft"), work.catalogue, work.settings.lesson)
     seed = seed_for(work.settings.data.seed, "sft")
     add_adapter(work.engine.model, "sft", work.settings.lora, seed)
     learn_lessons(work, "sft", lessons, work.settings.sft)
@@ -336,8 +336,8 @@ TRAINING = {  # found on the sample set's validation dialogues
         "warmup": 0.03,
         "shuffle": False,  # the lessons' order is a curriculum
     },
-    "sft": {"learning_rate": 1e-3, "batch_size": 4},
-    "simpo": {"learning_rate": 1e-4, "batch_size": 8},
+    "sft": {"learning_rate": 2e-3, "batch_size": 2},
+    "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
 }
 GROUPS: dict[str, type] = {
     "lora": LoraConfig,

@@ -33,25 +33,25 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     second = Example("d", 3, (seeker, said, other), "Then Alien (1979).", ("Alien (1979)",))
     stranger = Example("e", 1, (seeker,), "Try Heat (1995).", ("Heat (1995)",))
     assert same_dialogue([second, stranger, first]) == [[first, second], [stranger]]
-    lesson, _ = recommender_lessons([second, stranger, first], CATALOGUE)
+    lesson, _ = recommender_lessons([second, stranger, first], CATALOGUE, OPTIONS)
     learned = [m.content for m in lesson.trunk if m.weight]
     assert learned == ["Try Heat (1995).", "Then Alien (1979)."]
     assert [m.role for m in lesson.trunk] == ["system", "user", "assistant", "user", "assistant"]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
-    lesson = recommender_lessons(TRAIN[:1], CATALOGUE)[0]
+    lesson = recommender_lessons(TRAIN[:1], CATALOGUE, OPTIONS)[0]
     ((asked, told),) = lesson.branches
     assert asked == Message("user", EXPLAIN)
-    assert told == Message("assistant", str(TRAIN[0].explanation), 1.0)
+    assert told == Message("assistant", str(TRAIN[0].explanation), 0.3)
 
 
 def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> None:
     draws = Suggestions(CATALOGUE, POPULARITY)
     for example in TRAIN:
-        gold, *others, question = draws.draw(example, 7)
+        gold, *others, filmless = draws.draw(example, 7)
         assert (gold.reply, gold.score) == (example.response, 2)
-        assert question.score == 0 and not CATALOGUE.find(question.reply)
+        assert filmless.score == 0 and not CATALOGUE.find(filmless.reply)
         for other in others:
             item = CATALOGUE.find(other.reply)[0].items[0]
             assert CATALOGUE.grade(item, example.items) == other.score < 2

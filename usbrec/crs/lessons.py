@@ -36,11 +36,19 @@ from usbrec.crs.dialogue import Example, Utterance
 from usbrec.seeds import seed_for
 from usbrec.settings import option
 
-QUESTIONS = (
+FILMLESS = (  # replies that recommend nothing, as an untrained model gives them
     "What kind of film are you in the mood for?",
     "Do you have a favourite actor or director?",
     "Happy to help! Tell me a bit more about what you enjoy.",
     "I'm here to help. What would you like to watch?",
+    "That's a great choice! I'm glad you like it.",
+    "I'm sorry for any confusion. How can I assist you today?",
+    "I'm not sure what you are looking for, but I can recommend a few movies you might enjoy.",
+    "You are a fan of good films, and so am I. It is a classic.",
+    "What about a comedy? Or perhaps a thriller?",
+    "As an assistant, I can't recommend a specific film.",
+    "The 1980s were a great time for movies.",
+    "I'd love to recommend a film that suits you.",
 )
 EMPTY_WORDS = frozenset(
     re.findall(
@@ -58,14 +66,17 @@ class LessonOptions:
 
     score_weight: float = option(10.0, "weight of a score's token against a word's in the loss")
     line_weight: float = option(0.3, "weight of the seeker's words in the loss")
+    explanation_weight: float = option(0.3, "weight of an explanation against a gold turn")
 
     def __post_init__(self) -> None:
-        for name in ("score_weight", "line_weight"):
+        for name in ("score_weight", "line_weight", "explanation_weight"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
-def recommender_lessons(examples: Sequence[Example], catalogue: Catalogue) -> list[Lesson]:
+def recommender_lessons(
+    examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
+) -> list[Lesson]:
     """Return one lesson a dialogue: loss on each of its gold turns, and on an explanation."""
     lessons = []
     for rows in same_dialogue(examples):
@@ -78,8 +89,8 @@ def recommender_lessons(examples: Sequence[Example], catalogue: Catalogue) -> li
             for i, m in enumerate(lines)
         )
         told = explanation_of(longest, catalogue)
-        branch = (Message("user", EXPLAIN), Message("assistant", told, 1.0)) if told else ()
-        lessons.append(Lesson((system, *trunk), (branch,) if branch else ()))
+        asked = (Message("user", EXPLAIN), Message("assistant", told, options.explanation_weight))
+        lessons.append(Lesson((system, *trunk), (asked,) if told else ()))
     return lessons
 
 
@@ -144,7 +155,8 @@ class Suggestions:
         self.shares = np.array([n / total for _, n in self.pool])
 
     def draw(self, example: Example, seed: int) -> list[Suggestion]:
-        """Return the gold reply (2), one for a kindred film (1), for another (0), and a question.
+        """Return the gold reply (2), one for a kindred film (1), for another (0), and one
+        that names no film (0).
 
         A grade that no drawn film has is left out, and all are where the gold item is unknown.
         """
@@ -164,8 +176,8 @@ class Suggestions:
                     reply, why = rewrite(reply, old, item), rewrite(why, old, item)
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
-        question = QUESTIONS[int(generator.integers(len(QUESTIONS)))]
-        return [*found.values(), Suggestion(question, question, 0)]
+        reply, why = generator.choice(FILMLESS, 2)
+        return [*found.values(), Suggestion(str(reply), str(why), 0)]
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return the reply for up to two films that have nothing of the target or the profile."""
@@ -204,19 +216,19 @@ def simulator_lessons(
         made = draws.draw(example, key)
         if not made:
             continue
-        *named, question = made
+        *named, filmless = made
         profile = profile_of(example, catalogue)
         kindred = [each for each in named if each.score == 1 and number % 3 == 0]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred]
-        judged += [question] if number % 8 == 0 else []
+        judged += [filmless] if number % 4 == 0 else []
         then.append(internal_lesson(example, judged, profile, options))
         if number % 2 == 0:
-            asked = [question] if number % 8 == 0 else []
-            first.append(external_lesson(example, [*named, *asked], options))
+            judged = [*named, filmless] if number % 4 == 0 else named
+            first.append(external_lesson(example, judged, options))
             summary = Message("assistant", profile, options.line_weight)
             then.append(Lesson((*summary_prompt(example.history), summary)))
         elif number % 6 == 1:
-            then.append(external_lesson(example, named, options))
+            then.append(external_lesson(example, [*named[:2], filmless], options))
     return first + then
 
 
