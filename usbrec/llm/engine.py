@@ -14,7 +14,7 @@ from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
 from usbrec.llm.model import Decoder
-from usbrec.llm.sampling import DecodeAttention, decoding, draw, prefill, routes_of, uniform_numbers
+from usbrec.llm.sampling import DecodeAttention, draw, prefill, routes_of, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer
 
 MEMORY_BYTES = 1024**3
@@ -171,7 +171,8 @@ class Engine:
         rows = sorted(rows, key=lambda row: row.adapter or "")  # adapters lie together
         prompts = [(row.adapter, row.prompt) for row in rows]
         paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
-        attention = decoding(self.cache, paths, max(r.sampling.max_new_tokens for r in rows))
+        new_tokens = max(row.sampling.max_new_tokens for row in rows)
+        attention = DecodeAttention(self.cache, paths, new_tokens)
         hidden = torch.cat(states)  # (B, D)
         while True:
             self.draw(rows, hidden)

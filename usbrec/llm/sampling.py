@@ -145,11 +145,10 @@ class DecodeAttention:
     query length. Tails are right-aligned where decoding starts, so a step writes one column.
     """
 
-    def __init__(
-        self, cache: PrefixCache, paths: Sequence[Path], groups: Sequence[Group], new_tokens: int
-    ) -> None:
+    def __init__(self, cache: PrefixCache, paths: Sequence[Path], new_tokens: int) -> None:
         self.cache = cache
         self.scale = cache.k.shape[-1] ** -0.5
+        groups = share_groups(paths)
         rests = [0] * len(paths)  # the tokens of each row's prompt beyond its group's beginning
         for group in groups:
             for row in group.rows:
@@ -171,7 +170,7 @@ class DecodeAttention:
                 self.v[:, row, :, self.first - rest : self.first] = cache.v[:, slots].transpose(
                     1, 2
                 )
-        self.groups, self.paths = list(groups), list(paths)
+        self.groups, self.paths = groups, list(paths)
         self.buckets = self.make_buckets()
 
     def make_buckets(self) -> list[Bucket]:
@@ -296,8 +295,3 @@ def truncate(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 def uniform_numbers(seed: int, count: int) -> np.ndarray:
     """Return the `count` uniform numbers of one row, by its own seed."""
     return np.random.Generator(np.random.Philox(seed)).random(count)
-
-
-def decoding(cache: PrefixCache, paths: Sequence[Path], new_tokens: int) -> DecodeAttention:
-    """Make ready to decode up to `new_tokens` after each path."""
-    return DecodeAttention(cache, paths, share_groups(paths), new_tokens)
