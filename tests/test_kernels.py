@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from usbrec.llm.kernels import Window, adapted_product, rms_norm, rotate, window_attention
+from usbrec.llm.kernels import (
+    Window,
+    adapted_product,
+    ordered,
+    ordered_product,
+    rms_norm,
+    rotate,
+    window_attention,
+)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -118,3 +126,21 @@ def test_one_window_serves_two_dtypes():
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         q = random(3, 2, 8, dtype=dtype)
         assert window_attention(q, q[:, :1], q[:, :1], [window]).dtype == dtype
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_a_weight_in_the_processors_order_gives_the_same_product(rows: int) -> None:
+    weight, bias = torch.randn(48, 32).bfloat16(), torch.randn(48).bfloat16()
+    order = ordered(weight)
+    if order is None:  # a processor without bf16 kernels keeps the plain weight
+        assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return
+    x = torch.randn(rows, 32).bfloat16()
+    plain = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    torch.testing.assert_close(
+        ordered_product(x, order, bias).float(), plain, rtol=2**-7, atol=2**-5
+    )
+
+
+def test_weights_of_other_dtypes_have_no_order_of_their_own() -> None:
+    assert ordered(torch.randn(48, 32)) is None

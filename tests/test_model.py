@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
+from usbrec.llm.lora import (
+    FEW_ROWS,
+    LoraConfig,
+    LoraLinear,
+    Route,
+    adapter_parameters,
+    add_adapter,
+)
 from usbrec.llm.model import Decoder, ModelConfig
 from usbrec.llm.packing import Branch, Tree, pack
 
@@ -155,3 +162,21 @@ def test_every_adapter_tensor_gets_a_gradient_and_the_base_none(tiny_model: Deco
     assert len(parameters) == 3 * 7 * 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
     assert all(p.grad is None for n, p in tiny_model.named_parameters() if "lora" not in n)
+
+
+@pytest.mark.parametrize("rows", [3, 2 * FEW_ROWS])
+def test_an_adapter_over_a_bf16_layer_adds_its_part_to_its_own_rows_alone(rows: int) -> None:
+    """Few rows go through fp32, many through bf16; with gradients every piece is bf16."""
+    layer = LoraLinear(32, 48).bfloat16()
+    layer.add("one", LoraConfig(r=4), torch.Generator().manual_seed(0))
+    layer.lora_B["one"].data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(rows + 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = x.float() @ layer.weight.float().T
+    wanted[2 : rows + 2] += x[2 : rows + 2].float() @ layer.delta_weight("one").T
+    routes = [Route("one", 2, rows + 2), Route("elsewhere", 0, 2)]
+    with torch.no_grad():
+        layer.order()
+        out = layer(x, routes)
+    torch.testing.assert_close(out.float(), wanted, rtol=2**-6, atol=2**-4)
+    assert torch.equal(out[:2], layer.product(x)[:2])
+    torch.testing.assert_close(layer(x, routes).float(), wanted, rtol=2**-6, atol=2**-4)

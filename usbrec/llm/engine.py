@@ -4,7 +4,7 @@ Whoever asks for many replies that begin alike pays for the common beginning onc
 and across calls; nothing in the callers mentions keys, values or batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,14 @@ from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
 from usbrec.llm.model import Decoder
-from usbrec.llm.sampling import DecodeAttention, draw, prefill, routes_of, uniform_numbers
+from usbrec.llm.sampling import (
+    DecodeAttention,
+    draw,
+    neighbours,
+    prefill,
+    routes_of,
+    uniform_numbers,
+)
 from usbrec.llm.tokenizer import ChatTokenizer
 
 MEMORY_BYTES = 1024**3
@@ -64,6 +71,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.cache = PrefixCache(model.config, model.dtype, model.device, memory_bytes)
         self.usage = Usage()
+        model.order_weights()
 
     def forget(self) -> None:
         """Drop all cached states: to be called whenever an adapter's weights change."""
@@ -89,6 +97,7 @@ class Engine:
             self.decode([rows[i] for i in wave])
         return [Reply(row.text, tuple(self.spoken(row)), row.finished) for row in rows]
 
+    @torch.no_grad()
     def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
         """Return for each chat the unnormalised log-probability of each choice as its reply.
 
@@ -97,30 +106,25 @@ class Engine:
         """
         variants = [self.variants(choice) for choice in choices]
         flat = [ids for group in variants for ids in group]
+        beginnings = list(dict.fromkeys(tuple(ids[:-1]) for ids in flat))  # () for single tokens
         scores: list[list[float]] = [[] for _ in chats]
         prompts = [self.prompt(chat, max(map(len, flat))) for chat in chats]
         for wave in self.waves([sum(len(p) + len(ids) for ids in flat) for p in prompts]):
-            rows = [(chats[i].adapter, prompts[i] + ids[:-1]) for i in wave for ids in flat]
-            since = [len(prompts[i]) - 1 for i in wave for _ in flat]
+            rows = [(chats[i].adapter, [*prompts[i], *said]) for i in wave for said in beginnings]
+            since = [len(prompts[i]) - 1 for i in wave for _ in beginnings]
             _, states = self.prefill(rows, since)
+            logits = self.model.lm_head(torch.cat(states)).split([len(rows) for rows in states])
             for at, i in enumerate(wave):
-                logps = iter(self.score(states[at * len(flat) : (at + 1) * len(flat)], flat))
+                own = logits[at * len(beginnings) : (at + 1) * len(beginnings)]
+                logps = {
+                    said: rows.float().log_softmax(-1).cpu()
+                    for said, rows in zip(beginnings, own, strict=True)
+                }
                 scores[i] = [
-                    float(torch.logsumexp(torch.stack([next(logps) for _ in group]), 0))
+                    float(torch.logsumexp(torch.stack([total(logps, ids) for ids in group]), 0))
                     for group in variants
                 ]
         return scores
-
-    @torch.no_grad()
-    def score(self, states: Sequence[Tensor], ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Sum the log-probabilities of each token sequence after the states that predict it."""
-        logps = torch.log_softmax(self.model.logits(torch.cat(list(states))), dim=-1)
-        totals, at = [], 0
-        for tokens in ids:
-            rows = torch.arange(at, at + len(tokens), device=logps.device)
-            totals.append(logps[rows, torch.tensor(tokens, device=logps.device)].sum().cpu())
-            at += len(tokens)
-        return totals
 
     def variants(self, choice: str) -> list[list[int]]:
         """The distinct token sequences that render a choice at the start of a reply."""
@@ -168,12 +172,12 @@ class Engine:
     @torch.no_grad()
     def decode(self, rows: list[Row]) -> None:
         """Draw the replies of one wave."""
-        rows = sorted(rows, key=lambda row: row.adapter or "")  # adapters lie together
         prompts = [(row.adapter, row.prompt) for row in rows]
         paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
-        new_tokens = max(row.sampling.max_new_tokens for row in rows)
-        attention = DecodeAttention(self.cache, paths, new_tokens)
-        hidden = torch.cat(states)  # (B, D)
+        order = neighbours(paths)
+        rows = [rows[i] for i in order]
+        attention = DecodeAttention(self.cache, [paths[i] for i in order])
+        hidden = torch.cat([states[i] for i in order])  # (B, D)
         while True:
             self.draw(rows, hidden)
             going = [i for i, row in enumerate(rows) if not row.done]
@@ -181,8 +185,7 @@ class Engine:
                 break
             if len(going) <= LEAVE_SHARE * len(rows):
                 self.remember(rows, attention)
-                attention.keep(going)
-                rows = [rows[i] for i in going]
+                rows = [rows[i] for i in attention.keep(going)]
             hidden = self.step(rows, attention)
         self.remember(rows, attention)
 
@@ -191,7 +194,7 @@ class Engine:
         going = [i for i, row in enumerate(rows) if not row.done]
         live = [rows[i] for i in going]
         uniforms = torch.stack([row.uniforms[len(row.tokens)] for row in live])
-        logits = self.model.logits(hidden[going])
+        logits = self.model.lm_head(hidden[going])
         for row, token in zip(
             live, draw(logits, [r.sampling for r in live], uniforms).tolist(), strict=True
         ):
@@ -216,6 +219,7 @@ class Engine:
 
     def step(self, rows: Sequence[Row], attention: DecodeAttention) -> Tensor:
         """Feed every row's newest token; a row that is done feeds its last again. -> (B, D)."""
+        attention.open_column()
         at = attention.column - attention.first
         ids = torch.tensor([row.tokens[-1] for row in rows], device=self.model.device)
         positions = torch.tensor([len(row.prompt) + at for row in rows], device=self.model.device)
@@ -240,3 +244,9 @@ class Engine:
         if seats:
             self.cache.k[:, torch.cat(slots)] = attention.k[:, seats, :, columns].transpose(0, 1)
             self.cache.v[:, torch.cat(slots)] = attention.v[:, seats, :, columns].transpose(0, 1)
+
+
+def total(logps: Mapping[tuple[int, ...], Tensor], ids: Sequence[int]) -> Tensor:
+    """Sum the log-probabilities of `ids`; `logps` holds the rows after each beginning's states."""
+    rows = logps[tuple(ids[:-1])]
+    return torch.stack([rows[i, token] for i, token in enumerate(ids)]).sum()

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usbrec.llm.kernels import adapted_product
+from usbrec.llm.kernels import adapted_product, ordered, ordered_product
 from usbrec.settings import option
 
 ALL_LINEAR = "all-linear"
+FEW_ROWS = 64
+ORDERED_ROWS = 256  # of more rows a product reads a weight as quickly in its usual order
 
 
 class Route(NamedTuple):
@@ -49,12 +51,34 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-class LoraLinear(nn.Linear):
-    """A frozen linear layer with any number of named adapters beside it."""
+class FrozenLinear(nn.Linear):
+    """A linear layer without gradients of its own, quick at products of few rows."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.requires_grad_(False)
+        self.ordered: Tensor | None = None
+
+    def order(self) -> None:
+        """Keep a copy of the weight in the processor's own order, where it has one."""
+        self.ordered = ordered(self.weight)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return W x + b. x (T, in) -> (T, out)."""
+        if self.ordered is None or len(x) > ORDERED_ROWS or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        return ordered_product(x, self.ordered, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out)."""
+        return self.product(x)
+
+
+class LoraLinear(FrozenLinear):
+    """A frozen linear layer with any number of named adapters beside it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
@@ -62,16 +86,32 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor, routes: Sequence[Route] = ()) -> Tensor:
         """Return W x + b, and on each route's rows its adapter's part. x (T, in) -> (T, out)."""
         present = [Route(*route) for route in routes if route[0] in self.lora_A]
-        if len(present) == 1 and present[0].stop - present[0].start == len(x):
-            name = present[0].adapter
-            adapter = self.lora_A[name], self.lora_B[name], self.scaling[name]
-            return adapted_product(x, self.weight, self.bias, *adapter)
-        out = F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled():
+            return self.differentiable(x, present)
+        out = self.product(x)
         for name, start, stop in present:
-            low = F.linear(x[start:stop].to(self.lora_A[name].dtype), self.lora_A[name])  # (t, r)
-            delta = F.linear(low, self.lora_B[name]) * self.scaling[name]
-            out[start:stop] += delta.to(out.dtype)
+            # a few rows times a thin matrix are quicker in fp32, many in the base's dtype
+            dtype = torch.float32 if stop - start <= FEW_ROWS else x.dtype
+            A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+            low = F.linear(x[start:stop].to(dtype), A)  # (t, r)
+            if dtype == x.dtype:
+                out[start:stop].addmm_(low, B.T, alpha=self.scaling[name])
+            else:
+                out[start:stop].add_(F.linear(low, B), alpha=self.scaling[name])
         return out
+
+    def differentiable(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
+        """The same, piece by piece, with gradients for the adapters and for x."""
+        pieces, at = [], 0
+        for name, start, stop in routes:
+            if at < start:
+                pieces.append(self.product(x[at:start]))
+            adapter = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            pieces.append(adapted_product(x[start:stop], self.weight, self.bias, *adapter))
+            at = stop
+        if at < len(x):
+            pieces.append(self.product(x[at:]))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def add(self, name: str, config: LoraConfig, generator: torch.Generator) -> None:
         """Put the fresh adapter `name` beside the weight: A uniform as in peft, B zero."""

@@ -1,10 +1,12 @@
 """Prefill, decode, draw: passes over the shared memory, and one token a row from its logits."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from usbrec.chat import Sampling
@@ -13,7 +15,9 @@ from usbrec.llm.lora import Route
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Block, attend, causal_tail
 
-TOKENS_PER_PASS = 4096  # bounds the memory of a prefill's activations
+TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
+DRAWN_AT_ONCE = 16  # rows; their fp32 probabilities take 3 MB
+COLUMNS = 16  # added to the rows' tails at a time
 
 
 @dataclass(frozen=True)
@@ -125,150 +129,171 @@ def run_pass(model: Decoder, cache: PrefixCache, spans: Sequence[Span]) -> Tenso
     return model(input_ids, position_ids.to(model.device), attention, routes)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bucket:
-    """Groups of about equal size, whose shared beginnings are read as one batched product."""
+    """Neighbouring groups of `n` rows each, whose shared beginnings are one batched product."""
 
+    rows: slice  # G groups of n rows
+    n: int
     k: Tensor  # (layers, G, H_kv, P, d)
     v: Tensor
-    bias: Tensor  # (G, 1, 1, P) fp32: 0 where a group's beginning goes, -inf past its end
-    rows: Tensor  # (G * n,) the row whose query stands there; padded with any row
-    seats: Tensor  # (rows in the bucket,) where each of its rows sits among the G * n
-    members: Tensor  # (rows in the bucket,) those rows
+    bias: Tensor  # (G * n, 1, 1, P + C) fp32: -inf where a beginning or a tail has no key
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Lay a group's rows beside one another: (G n, H_kv, g, x) -> (G, H_kv, n g, x)."""
+        return x.unflatten(0, (-1, self.n)).transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """Undo `fold`."""
+        return x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
 
 
 class DecodeAttention:
-    """One new token a row: a product with the group's beginning, one with the row's own tail.
+    """One new token a row: a product with its group's beginning, one with the row's own tail.
 
-    Both softmaxes are exact parts of one: with their log-sums a and b, the first part's share is
-    sigmoid(a - b). Query heads of one key head, and the siblings of a group, are folded into the
-    query length. Tails are right-aligned where decoding starts, so a step writes one column.
+    One exact softmax runs over both. Query heads of one key head, and the siblings of a group, are
+    folded into the query length. Tails are right-aligned where decoding starts, so a step writes
+    one column; columns are added `COLUMNS` at a time and masked until they are written, because a
+    product with a part of the columns would copy it first. Rows of a group, and groups of one
+    size, must be neighbours: `neighbours` orders them so.
     """
 
-    def __init__(self, cache: PrefixCache, paths: Sequence[Path], new_tokens: int) -> None:
+    def __init__(self, cache: PrefixCache, paths: Sequence[Path]) -> None:
         self.cache = cache
         self.scale = cache.k.shape[-1] ** -0.5
-        groups = share_groups(paths)
+        self.paths, self.groups = list(paths), sorted(share_groups(paths), key=lambda g: g.rows)
         rests = [0] * len(paths)  # the tokens of each row's prompt beyond its group's beginning
-        for group in groups:
+        for group in self.groups:
             for row in group.rows:
                 rests[row] = len(paths[row].slots) - group.length
         self.column = self.first = max(rests)
         L, _, H_kv, d = cache.k.shape
-        shape = (L, len(paths), H_kv, self.first + new_tokens, d)
-        self.k, self.v = (
-            torch.zeros(shape, dtype=x.dtype, device=x.device) for x in (cache.k,) * 2
-        )
-        self.bias = torch.zeros(len(paths), 1, 1, shape[3], device=cache.k.device)
+        device = cache.k.device
+        shape = (L, len(paths), H_kv, self.first + COLUMNS, d)
+        self.k = torch.zeros(shape, dtype=cache.k.dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.bias = torch.full((len(paths), 1, 1, shape[3]), -torch.inf, device=device)
         for row, rest in enumerate(rests):
-            self.bias[row, ..., : self.first - rest] = -torch.inf
             if rest:
-                slots = paths[row].slots[-rest:].to(cache.k.device)
-                self.k[:, row, :, self.first - rest : self.first] = cache.k[:, slots].transpose(
-                    1, 2
-                )
-                self.v[:, row, :, self.first - rest : self.first] = cache.v[:, slots].transpose(
-                    1, 2
-                )
-        self.groups, self.paths = groups, list(paths)
+                slots = paths[row].slots[-rest:].to(device)
+                own = slice(self.first - rest, self.first)
+                self.bias[row, ..., own] = 0
+                self.k[:, row, :, own] = cache.k[:, slots].transpose(1, 2)
+                self.v[:, row, :, own] = cache.v[:, slots].transpose(1, 2)
         self.buckets = self.make_buckets()
 
-    def make_buckets(self) -> list[Bucket]:
-        """Gather the beginnings of groups of 1, 2, 3-4, 5-8, ... rows."""
-        sizes: dict[int, list[Group]] = {}
-        for group in self.groups:
-            sizes.setdefault((len(group.rows) - 1).bit_length(), []).append(group)
-        return [self.make_bucket(groups) for groups in sizes.values()]
+    def open_column(self) -> None:
+        """Let the next column be written and read."""
+        if self.column == self.k.shape[3]:
+            room = self.k.new_zeros(*self.k.shape[:3], COLUMNS, self.k.shape[4])
+            self.k, self.v = torch.cat([self.k, room], 3), torch.cat([self.v, room], 3)
+            self.bias = F.pad(self.bias, (0, COLUMNS), value=-torch.inf)
+            self.buckets = [
+                replace(b, bias=F.pad(b.bias, (0, COLUMNS), value=-torch.inf)) for b in self.buckets
+            ]
+        self.bias[..., self.column] = 0
+        for bucket in self.buckets:
+            bucket.bias[..., bucket.k.shape[3] + self.column] = 0
 
-    def make_bucket(self, groups: Sequence[Group]) -> Bucket:
-        """Pad the groups' beginnings to the longest and their rows to the largest."""
-        device = self.cache.k.device
-        P, n = max(g.length for g in groups), max(len(g.rows) for g in groups)
+    def make_buckets(self) -> list[Bucket]:
+        """Gather the beginnings of neighbouring groups of one size."""
+        buckets: list[Bucket] = []
+        for n, run in itertools.groupby(self.groups, key=lambda group: len(group.rows)):
+            buckets.append(self.make_bucket(n, list(run)))
+        places = [row for bucket in buckets for row in range(bucket.rows.start, bucket.rows.stop)]
+        assert places == list(range(len(self.paths))), "groups of one size must be neighbours"
+        return buckets
+
+    def make_bucket(self, n: int, groups: Sequence[Group]) -> Bucket:
+        """Pad the groups' beginnings to the longest."""
+        rows = slice(groups[0].rows[0], groups[-1].rows[-1] + 1)
+        P = max(group.length for group in groups)
         slots = torch.zeros(len(groups), P, dtype=torch.long)
-        bias = torch.zeros(len(groups), 1, 1, P)
+        bias = torch.zeros(len(groups), 1, 1, 1, P)
         for i, group in enumerate(groups):
             slots[i, : group.length] = self.paths[group.rows[0]].slots[: group.length]
             bias[i, ..., group.length :] = -torch.inf
-        flat = slots.flatten().to(device)
+        flat = slots.flatten().to(self.cache.k.device)
         k, v = (
             x[:, flat].unflatten(1, slots.shape).transpose(2, 3).contiguous()
             for x in (self.cache.k, self.cache.v)
         )  # (L, G, H_kv, P, d)
-        seats = [i * n + j for i, group in enumerate(groups) for j in range(len(group.rows))]
-        rows = torch.zeros(len(groups) * n, dtype=torch.long)
-        members = torch.tensor([row for group in groups for row in group.rows])
-        rows[seats] = members
-        return Bucket(
-            k,
-            v,
-            bias.to(device),
-            rows.to(device),
-            torch.tensor(seats, device=device),
-            members.to(device),
-        )
+        shared = bias.expand(-1, n, -1, -1, -1).flatten(0, 1).to(self.bias.device)
+        return Bucket(rows, n, k, v, torch.cat([shared, self.bias[rows]], -1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d), k and v (B, H_kv, d) of the rows' newest tokens -> (B, H, d)."""
-        tail_k, tail_v = self.k[layer], self.v[layer]  # (B, H_kv, C, d)
-        tail_k[:, :, self.column], tail_v[:, :, self.column] = k, v
-        q = q.unflatten(1, (k.shape[1], -1)) * self.scale  # (B, H_kv, g, d)
-        end = self.column + 1
-        tail, tail_sum = part(q, tail_k[:, :, :end], tail_v[:, :, :end], self.bias[..., :end])
-        head, head_sum = torch.empty_like(tail), torch.empty_like(tail_sum)
-        for bucket in self.buckets:
-            G, H_kv, _, d = bucket.k[layer].shape
-            folded = q[bucket.rows].view(G, -1, H_kv, q.shape[2], d).transpose(1, 2)
-            n = folded.shape[2]
-            out, log_sum = part(
-                folded.flatten(2, 3), bucket.k[layer], bucket.v[layer], bucket.bias
-            )  # (G, H_kv, n * g, d)
-            out, log_sum = (
-                x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)[bucket.seats]
-                for x in (out, log_sum)
-            )
-            head[bucket.members], head_sum[bucket.members] = out, log_sum
-        share = torch.sigmoid(head_sum - tail_sum).to(tail.dtype)
-        return (tail + (head - tail) * share).flatten(1, 2)
+        self.k[layer, :, :, self.column], self.v[layer, :, :, self.column] = k, v
+        q = (q * self.scale).unflatten(1, (k.shape[1], -1))  # (B, H_kv, g, d)
+        out = [self.read(layer, q[bucket.rows], bucket) for bucket in self.buckets]
+        return (out[0] if len(out) == 1 else torch.cat(out)).flatten(1, 2)
 
-    def keep(self, live: Sequence[int]) -> None:
-        """Let only the rows `live` go on; their order is their new number."""
-        number = {row: i for i, row in enumerate(live)}
-        index = torch.tensor(live, device=self.k.device)
-        self.k, self.v, self.bias = self.k[:, index], self.v[:, index], self.bias[index]
-        self.paths = [self.paths[row] for row in live]
-        remaining = [
-            Group([number[r] for r in group.rows if r in number], group.length)
+    def read(self, layer: int, q: Tensor, bucket: Bucket) -> Tensor:
+        """Let a bucket's rows read their beginnings and tails: q (G n, H_kv, g, d), scaled."""
+        tail_k, tail_v = self.k[layer, bucket.rows], self.v[layer, bucket.rows]
+        head_k, head_v = bucket.k[layer], bucket.v[layer]
+        P = head_k.shape[2]
+        of_head = bucket.unfold(bucket.fold(q) @ head_k.transpose(-1, -2))  # (G n, H_kv, g, P)
+        of_tail = q @ tail_k.transpose(-1, -2)  # (G n, H_kv, g, C)
+        scores = torch.cat([of_head, of_tail], -1) + bucket.bias  # fp32
+        probs = scores.softmax(-1).to(q.dtype)
+        head = bucket.unfold(bucket.fold(probs[..., :P]) @ head_v)
+        return head + probs[..., P:] @ tail_v
+
+    def keep(self, live: Sequence[int]) -> list[int]:
+        """Let only the rows `live` go on; return them in their new order."""
+        wanted = set(live)
+        groups = [
+            Group([row for row in group.rows if row in wanted], group.length)
             for group in self.groups
         ]
-        self.groups = [group for group in remaining if group.rows]
+        order: list[int] = []
+        self.groups = []
+        for group in sorted(filter(lambda g: g.rows, groups), key=lambda g: len(g.rows)):
+            start = len(order)
+            order += group.rows
+            self.groups.append(Group(list(range(start, len(order))), group.length))
+        index = torch.tensor(order, device=self.k.device)
+        self.k, self.v, self.bias = self.k[:, index], self.v[:, index], self.bias[index]
+        self.paths = [self.paths[row] for row in order]
         self.buckets = self.make_buckets()
+        return order
 
 
-def part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys, and the log of its softmax's denominator.
-
-    q (N, H_kv, m, d) scaled, k and v (N, H_kv, S, d), bias (N, 1, 1, S) -> (N, H_kv, m, d) and
-    (N, H_kv, m, 1) in fp32.
-    """
-    scores = (q @ k.transpose(-1, -2)).float() + bias
-    log_sum = scores.logsumexp(-1, keepdim=True)
-    return (scores - log_sum).exp().to(v.dtype) @ v, log_sum
+def neighbours(paths: Sequence[Path]) -> list[int]:
+    """Return an order of the rows in which groups, and groups of one size, lie together."""
+    groups = sorted(share_groups(paths), key=lambda group: len(group.rows))
+    return [row for group in groups for row in group.rows]
 
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
-    """Draw one token a row: logits (B, V) in fp32, uniforms (B,) in [0, 1) -> (B,).
+    """Draw one token a row: logits (B, V), uniforms (B,) in [0, 1) -> (B,).
 
     One uniform number a row against the cumulative sum of its probabilities; temperature 0 takes
-    the most probable token, the lowest id on a tie.
+    the most probable token, the lowest id on a tie. Some rows at a time, so that the processor's
+    cache holds what every pass over them reads again.
     """
-    tokens = logits.argmax(-1)
+    tokens = [
+        draw_some(logits[i : i + DRAWN_AT_ONCE], samplings[i : i + DRAWN_AT_ONCE],
+                  uniforms[i : i + DRAWN_AT_ONCE])
+        for i in range(0, len(logits), DRAWN_AT_ONCE)
+    ]  # fmt: skip
+    return torch.cat(tokens)
+
+
+def draw_some(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
+    """Draw for a few rows: (b, V), (b,) -> (b,)."""
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     hot = [i for i, s in enumerate(samplings) if s.temperature > 0]
+    cold = [i for i, s in enumerate(samplings) if s.temperature == 0]
+    if cold:
+        tokens[cold] = logits[cold].argmax(-1)
     if not hot:
         return tokens
     rows = torch.tensor(hot, device=logits.device)
     chosen = [samplings[i] for i in hot]
     temperatures = torch.tensor([s.temperature for s in chosen], device=logits.device)
-    probs = torch.softmax(logits[rows] / temperatures[:, None], dim=-1)
+    probs = torch.softmax(logits[rows].float() / temperatures[:, None], dim=-1)
     if any(s.top_k or s.top_p < 1 for s in chosen):
         probs = truncate(probs, chosen)
     cumulative = probs.cumsum(-1)
