@@ -74,11 +74,11 @@ class DataOptions:
     seed: int = option(0, "decides every draw of the run")
     max_train: int = option(0, "at most so many training rows in every stage")
     max_simulator: int = option(76, "training rows of the stage simulator")
-    max_sft: int = option(230, "training rows of the stage sft")
+    max_sft: int = option(480, "training rows of the stage sft")
     max_pairs: int = option(72, "training rows that PODCS tries")
-    max_eval: int = option(64, "test dialogues of every method")
+    max_eval: int = option(128, "test dialogues of every method")
     max_agreement: int = option(100, "test dialogues on which the judges are checked")
-    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time")
+    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time")
     full: bool = option(False, "take all rows, pairs and dialogues")
 
     def __post_init__(self) -> None:
@@ -265,7 +265,8 @@ def evaluate(work: Work) -> None:
     """Let every method meet the same test dialogues and the same judge; write the report."""
     settings, run, d = work.settings, work.run, work.settings.data
     work.use("simulator", "sft", "rl")
-    count = max(d.rows("eval"), d.rows("agreement")) if d.rows("eval") else 0
+    counts = d.rows("eval"), d.rows("agreement")
+    count = max(counts) if all(counts) else 0  # 0: all
     tests = pick_rows(work.test, count, seed_for(d.seed, "test"), one_a_dialogue=True)
     judged = {(x.dialog_id, x.turn_id) for x in tests[: d.rows("agreement") or None]}
     talked = {(x.dialog_id, x.turn_id) for x in tests[: d.rows("eval") or None]}
@@ -329,14 +330,16 @@ def say_counts(text: str, counts: dict[str, int]) -> None:
     print(f"{text} ({', '.join(told)})" if told else text)
 
 
-TRAINING = {  # found on the sample set's validation dialogues
+DEFAULTS = {  # found on the sample set's validation dialogues
+    "lora": {"r": 32, "lora_alpha": 32.0},
     "simulator": {
         "learning_rate": 2e-3,
         "batch_size": 1,
         "warmup": 0.03,
         "shuffle": False,  # the lessons' order is a curriculum
+        "save_every": 50,
     },
-    "sft": {"learning_rate": 2e-3, "batch_size": 2},
+    "sft": {"learning_rate": 1.5e-3, "batch_size": 1, "save_every": 50},
     "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
 }
 GROUPS: dict[str, type] = {
@@ -380,7 +383,7 @@ def build_parser() -> Parser:
     add_flags(parser, DataOptions)
     add_flags(parser, ModelOptions)
     for name, options in GROUPS.items():
-        add_flags(parser, options, name.replace("_", "-"), TRAINING.get(name), skip=["seed"])
+        add_flags(parser, options, name.replace("_", "-"), DEFAULTS.get(name), skip=["seed"])
     return parser
 
 

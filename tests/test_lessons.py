@@ -103,3 +103,10 @@ def test_a_dataset_without_profiles_gets_one_from_what_the_seeker_named() -> Non
     profile = profile_of(example, CATALOGUE)
     assert profile.startswith("Likes: horror") and profile.endswith("Alien (1979).")
     assert "Psycho" not in profile
+
+
+def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
+    lessons = recommender_lessons(TRAIN[:9], CATALOGUE, LessonOptions(explain_every=4))
+    assert [bool(lesson.branches) for lesson in lessons] == [
+        i % 4 == 0 for i in range(len(lessons))
+    ]

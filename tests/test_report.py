@@ -10,7 +10,7 @@ from scripted import talk
 
 from usbrec.crs.agents import Verdict
 from usbrec.crs.evaluation import EvalRow
-from usbrec.crs.report import build_report, format_report, format_search, save_plot
+from usbrec.crs.report import build_report, format_report, format_search, main, save_plot
 from usbrec.crs.ses import Candidate, Leaf, SearchResult
 
 
@@ -129,10 +129,16 @@ def test_a_search_is_drawn_as_a_tree() -> None:
     ]
 
 
-def test_a_plot_is_saved(report: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    save_plot(report, tmp_path / "report.png")
+def test_a_plot_is_saved(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report), "utf-8")
+    assert main([str(path)]) == 0
     assert (tmp_path / "report.png").stat().st_size > 1000
+    path.write_text("{", "utf-8")
+    assert main([str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_plot_says_so(

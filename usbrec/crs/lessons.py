@@ -67,9 +67,10 @@ class LessonOptions:
     score_weight: float = option(10.0, "weight of a score's token against a word's in the loss")
     line_weight: float = option(0.3, "weight of the seeker's words in the loss")
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn")
+    explain_every: int = option(4, "one in so many dialogues also teaches to explain")
 
     def __post_init__(self) -> None:
-        for name in ("score_weight", "line_weight", "explanation_weight"):
+        for name in ("score_weight", "line_weight", "explanation_weight", "explain_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -77,9 +78,9 @@ class LessonOptions:
 def recommender_lessons(
     examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
 ) -> list[Lesson]:
-    """Return one lesson a dialogue: loss on each of its gold turns, and on an explanation."""
+    """Return one lesson a dialogue: loss on each of its gold turns, at times on an explanation."""
     lessons = []
-    for rows in same_dialogue(examples):
+    for number, rows in enumerate(same_dialogue(examples)):
         longest = rows[-1]
         gold = {len(row.history): row.response for row in rows}
         dialogue = (*longest.history, Utterance("recommender", longest.response))
@@ -88,7 +89,7 @@ def recommender_lessons(
             Message(m.role, m.content, 1.0) if gold.get(i) == m.content else m
             for i, m in enumerate(lines)
         )
-        told = explanation_of(longest, catalogue)
+        told = "" if number % options.explain_every else explanation_of(longest, catalogue)
         asked = (Message("user", EXPLAIN), Message("assistant", told, options.explanation_weight))
         lessons.append(Lesson((system, *trunk), (asked,) if told else ()))
     return lessons

@@ -1,9 +1,13 @@
 """What a run found: the report as one dict, as a table to read, as a picture, and a search drawn.
 
 Every number stands beside its 95% interval and its n; a score that could not be read is counted
-under `unparsed` and never enters a mean. Nothing here prints or asks a model.
+under `unparsed` and never enters a mean. Nothing here asks a model.
+
+    python -m usbrec.crs.report runs/sample/report.json      # draws report.png beside it
 """
 
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +19,7 @@ from usbrec.crs.intervals import auc, mean_interval, paired_difference, rank_cor
 from usbrec.crs.ses import Candidate, Leaf, SearchResult
 from usbrec.errors import UserError
 from usbrec.seeds import seed_for
+from usbrec.settings import Parser
 
 METHODS = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES")  # the order of the paper's table
 Labels = Sequence[Mapping[str, Any]]
@@ -240,3 +245,21 @@ def save_plot(report: Mapping[str, Any], path: Path) -> None:
         axis.bar(list(found), means, yerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
         axis.set_title(f"{key}, 95% interval")
     figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw a report; a user's fault is printed as one sentence and ends with 2."""
+    parser = Parser(prog="report", description="Draw a report's methods with their intervals.")
+    parser.add_argument("report", type=Path, help="a run's report.json")
+    path = parser.parse_args(arguments).report
+    try:
+        save_plot(json.loads(path.read_text("utf-8")), path.with_suffix(".png"))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"report: {path}: {error}", file=sys.stderr)
+        return 2
+    print(path.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Claim: a searched turn costs a tenth (chain) or twentieth (tree) of calling a model one by one.
+
+    python benchmarks/ses.py [--quick]          # needs requirements-dev.txt
+
+The same search of one dialogue, 3 samples, 2 turns, 10 sampled votes at each leaf, asked of our
+engine and of transformers' `generate`, one call a reply, as the authors' release asks. The default
+model in bf16, every text forced to 32 tokens and every vote to 2, no adapters. `over_plain` is a
+chain turn with closed-form votes over one plain reply of our own engine (3.5 is the floor: summary
+and three dependent replies of 32 tokens against one).
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from contest import show
+from race import WORDS, finish, medians, our_engine, their_model
+
+from usbrec.chat import Chat, Reply, Sampling
+from usbrec.crs import agents
+from usbrec.crs.agents import Cast
+from usbrec.crs.dialogue import Dialogue, Utterance
+from usbrec.crs.ses import SearchOptions, search
+from usbrec.llm.engine import Engine
+
+TOKENS, VOTE_TOKENS, VOTES = 32, 2, 10
+REACH = {"chain": 10.0, "tree": 20.0, "over_plain": 5.0}
+
+
+class OneByOne:
+    """transformers' `generate`, one call a reply."""
+
+    def __init__(self, model: Any, engine: Engine) -> None:
+        self.model, self.tokenizer = model, engine.tokenizer
+        self.calls = 0
+
+    def generate(
+        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
+    ) -> list[Reply]:
+        """Return one reply a chat."""
+        samplings = [sampling] * len(chats) if isinstance(sampling, Sampling) else list(sampling)
+        return [self.reply(chat, how) for chat, how in zip(chats, samplings, strict=True)]
+
+    def reply(self, chat: Chat, how: Sampling) -> Reply:
+        """Make one call."""
+        self.calls += 1
+        ids = torch.tensor([self.tokenizer.prompt(chat.messages)])
+        warm = {"do_sample": True, "temperature": how.temperature} if how.temperature else {}
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=how.max_new_tokens,
+            min_new_tokens=how.max_new_tokens,
+            pad_token_id=0,
+            **(warm or {"do_sample": False}),
+        )
+        new = out[0, ids.shape[1] :].tolist()
+        return Reply(self.tokenizer.decode(new), tuple(new), False)
+
+    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
+        """The release has no closed-form votes."""
+        raise NotImplementedError
+
+
+def dialogue() -> Dialogue:
+    """Five lines of 16 words."""
+    return tuple(
+        Utterance("recommender" if i % 2 else "seeker", " ".join(WORDS[i:] + WORDS[:i])[:80])
+        for i in range(5)
+    )
+
+
+def main() -> None:
+    """Print the table and the claim."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="texts of 4 tokens and one round")
+    quick = parser.parse_args().quick
+    tokens, rounds = (4, 1) if quick else (TOKENS, 3)
+    agents.VOTE_TOKENS = VOTE_TOKENS
+    engine = our_engine()
+    serial = OneByOne(their_model(), engine)
+    root, cast = dialogue(), Cast()
+
+    def turn(llm: Any, mode: Any, votes: int) -> None:
+        engine.forget()
+        options = SearchOptions(
+            mode=mode, votes=votes, max_new_tokens=tokens, summary_tokens=tokens
+        )
+        search(llm, cast, [root], [0], options)
+
+    def plain() -> None:
+        engine.forget()
+        engine.generate([cast.recommends(agents.recommender_prompt(root))], Sampling(tokens), [0])
+
+    rows, ratios = [], {}
+    for mode in ("chain", "tree"):
+        before = serial.calls
+        seconds = medians(
+            {
+                "transformers": lambda mode=mode: turn(serial, mode, VOTES),
+                "ours": lambda mode=mode: turn(engine, mode, VOTES),
+            },
+            rounds,
+        )
+        ratios[mode] = seconds["transformers"] / seconds["ours"]
+        calls = (serial.calls - before) // (rounds + 1)
+        rows.append([mode, calls, *(f"{s:.1f}" for s in seconds.values()), f"{ratios[mode]:.1f}"])
+    show(rows, ["search", "calls", "transformers, s", "ours, s", "ratio"])
+    seconds = medians({"plain": plain, "search": lambda: turn(engine, "chain", 0)}, 2 * rounds)
+    ratios["over_plain"] = seconds["search"] / seconds["plain"]
+    print(f"a plain reply {seconds['plain']:.2f} s, a searched one {seconds['search']:.2f} s")
+    finish("ses", ratios, REACH)
+
+
+if __name__ == "__main__":
+    main()
