@@ -177,7 +177,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(
     ("other", "named"),
     [
         ({"--max-sft": 3}, "stage sft was made with max-sft 2, got 3"),
-        ({"--lora-r": 4}, "stage simulator was made with lora-r 8, got 4"),
+        ({"--lora-r": 3}, f"was made with lora-r {train.DEFAULTS['lora']['r']}, got 3"),
         ({"--ses-turns": 2}, "stage report was made with ses-turns 1, got 2"),
         ({"--seed": 1}, "stage simulator was made with seed 0, got 1"),
     ],
