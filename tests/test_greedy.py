@@ -16,7 +16,7 @@ class NumberTokenizer:
 
     stop_ids = frozenset({2})
 
-    def encode(self, text):
+    def encode(self, text, continued=False):
         return [int(word) for word in text.split()]
 
     def decode(self, ids):
