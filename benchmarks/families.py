@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_checkpoint import FAMILIES, logits_of, random_ids  # noqa: E402
-from test_greedy import NumberTokenizer, family, greedy  # noqa: E402
+from test_greedy import CHATGLM_ROPE_RATIOS, NumberTokenizer, family, greedy  # noqa: E402
 
 from usbrec.chat import Chat, Message, Sampling  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
@@ -26,13 +26,18 @@ from usbrec.llm.engine import Engine  # noqa: E402
 
 PROMPTS, NEW_TOKENS, LENGTH = 20, 32, 200
 TITLES = {
-    "llama-3.1": "Llama 3.1 (llama3 RoPE scaling, untied head)",
-    "llama-tied": "Llama, SmolLM2 (tied head)",
-    "llama-wide-head": "Llama with head_dim of its own",
+    "llama-2": "Llama 2 (no grouped heads, untied)",
+    "llama-3": "Llama 3, TinyLlama (grouped heads, untied)",
+    "llama-3.1": "Llama 3.1 (`llama3` RoPE scaling, untied)",
+    "llama-3.2": "Llama 3.2 (`llama3` RoPE scaling, tied)",
+    "llama-tied": "SmolLM2 (tied)",
+    "llama-wide-head": "Llama with a `head_dim` of its own",
     "mistral": "Mistral without sliding window",
-    "qwen2.5": "Qwen2.5 (q/k/v bias, untied)",
-    "qwen2.5-tied": "Qwen2.5 (q/k/v bias, tied)",
+    "qwen2.5": "Qwen2, Qwen2.5 (q/k/v bias, untied)",
+    "qwen2.5-tied": "Qwen2, Qwen2.5 (q/k/v bias, tied)",
     "chatglm3": "ChatGLM3 (against Glm)",
+    "chatglm3-32k": "ChatGLM3, `rope_ratio` 50 (against Glm)",
+    "chatglm3-128k": "ChatGLM3, `rope_ratio` 500 (against Glm)",
     "default": "SmolLM2-135M-Instruct itself",
 }
 
@@ -63,7 +68,7 @@ def main() -> None:
 
     rows = {}
     with tempfile.TemporaryDirectory() as work:
-        for name in [*FAMILIES, "chatglm3"]:
+        for name in [*FAMILIES, *CHATGLM_ROPE_RATIOS]:
             folder = Path(work) / name
             folder.mkdir()
             oracle = family(name, folder)

@@ -122,6 +122,24 @@ def test_a_saved_adapter_loads_as_the_same(llama, tmp_path):
     assert all(parameter.requires_grad for parameter in after.values())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pefts_adapter_saved_again_is_what_it_was(base, layout, tmp_path):
+    """Rank, alpha and rsLoRA as they came; peft computes the same from the second file."""
+    import peft
+
+    folder, name = base
+    oracle = peft_adapter(name, layout, tmp_path / "theirs")
+    model = load_model(folder)
+    load_adapter(model, tmp_path / "theirs", "adapter")
+    save_adapter(model, "adapter", tmp_path / "ours", str(folder))
+    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    for key in ("r", "lora_alpha", "use_rslora"):
+        assert settings[key] == LAYOUTS[layout].get(key, False)
+    again = peft.PeftModel.from_pretrained(oracle_of(name), tmp_path / "ours").eval()
+    ids = random_ids(40)
+    assert torch.equal(oracle_logits(again, ids), oracle_logits(oracle, ids))
+
+
 def test_loading_over_a_name_replaces_the_adapter(llama, tmp_path):
     model = our_adapter(llama, tmp_path, r=4)
     ids = random_ids(10)

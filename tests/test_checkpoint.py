@@ -39,7 +39,13 @@ def oracle_of(name):
 
     torch.manual_seed(0)
     kinds = {
+        "llama-2": (hf.LlamaForCausalLM, hf.LlamaConfig, {"num_key_value_heads": 6}),
+        "llama-3": (hf.LlamaForCausalLM, hf.LlamaConfig, {"rope_theta": 500000.0}),
         "llama-3.1": (hf.LlamaForCausalLM, hf.LlamaConfig, {"rope_parameters": LLAMA31_ROPE}),
+        "llama-3.2": (
+            *(hf.LlamaForCausalLM, hf.LlamaConfig),
+            {"rope_parameters": {**LLAMA31_ROPE, "factor": 32.0}, "tie_word_embeddings": True},
+        ),
         "llama-tied": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
         "llama-wide-head": (hf.LlamaForCausalLM, hf.LlamaConfig, {"head_dim": 16}),
         "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": None}),
@@ -54,7 +60,8 @@ def oracle_of(name):
     return model
 
 
-FAMILIES = ["llama-3.1", "llama-tied", "llama-wide-head", "mistral", "qwen2.5", "qwen2.5-tied"]
+LLAMAS = ["llama-2", "llama-3", "llama-3.1", "llama-3.2", "llama-tied", "llama-wide-head"]
+FAMILIES = [*LLAMAS, "mistral", "qwen2.5", "qwen2.5-tied"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -155,6 +162,7 @@ def edit_config(folder, **changes):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 10000.0, "factor": 8.0}}, "factor"),
         ({"model_type": "mistral", "sliding_window": 128}, "sliding_window"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),

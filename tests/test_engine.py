@@ -24,7 +24,7 @@ class LetterTokenizer:
 
     stop_ids = frozenset({STOP})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continued: bool = False) -> list[int]:
         return [ord(c) % 128 for c in text]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
 from usbrec.llm.engine import Engine
 from usbrec.llm.hub import find_model
-from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.seeds import seed_for
 from usbrec.settings import option
 
@@ -42,6 +42,7 @@ class ModelOptions:
 
     model: str | None = option(None, "folder, GGUF file or hub name (default: SmolLM2-135M)")
     chat_format: str | None = option(None, "chat layout, where the tokenizer does not tell it")
+    chat_date: str = option(LLAMA31_DATE, "what Llama 3.1's system prompt calls today")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "auto: bfloat16 where the processor has it"
     )
@@ -78,7 +79,8 @@ def load_engine(options: ModelOptions) -> Engine:
     device = pick_device(options.device)
     path = ensure_default_model() if options.model is None else find_model(options.model)
     model = load_model(path, pick_dtype(options.dtype, device), device)
-    return Engine(model, ChatTokenizer.from_folder(path, options.chat_format))
+    tokenizer = ChatTokenizer.from_folder(path, options.chat_format, options.chat_date)
+    return Engine(model, tokenizer)
 
 
 def pick_rows(

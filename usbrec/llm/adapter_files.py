@@ -82,17 +82,16 @@ def peft_settings(
     model: Decoder, name: str, layers: Mapping[str, LoraLinear], base_name: str
 ) -> dict[str, Any]:
     """Return the content of adapter_config.json."""
-    layer = next(iter(layers.values()))
-    r = layer.lora_A[name].shape[0]
-    lora_alpha = layer.scaling[name] * r
+    config = next(iter(layers.values())).configs[name]
+    alpha = config.lora_alpha
     last_names = {path.rpartition(".")[2] for path in layers}
     covered = {p for p in linear_layers(model) if p.rpartition(".")[2] in last_names}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": r,
-        "lora_alpha": int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha,
+        "r": config.r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "target_modules": sorted(last_names if covered == set(layers) else layers),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -101,7 +100,7 @@ def peft_settings(
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": config.use_rslora,
     }
 
 

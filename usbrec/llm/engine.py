@@ -130,7 +130,7 @@ class Engine:
         """The distinct token sequences that render a choice at the start of a reply."""
         found: list[list[int]] = []
         for text in (choice, " " + choice):
-            ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text, continued=True)
             if ids not in found:
                 found.append(ids)
         return found

@@ -81,7 +81,7 @@ class LoraLinear(FrozenLinear):
         super().__init__(in_features, out_features, bias=bias)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
-        self.scaling: dict[str, float] = {}
+        self.configs: dict[str, LoraConfig] = {}
 
     def forward(self, x: Tensor, routes: Sequence[Route] = ()) -> Tensor:
         """Return W x + b, and on each route's rows its adapter's part. x (T, in) -> (T, out)."""
@@ -95,9 +95,9 @@ class LoraLinear(FrozenLinear):
             A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
             low = F.linear(x[start:stop].to(dtype), A)  # (t, r)
             if dtype == x.dtype:
-                out[start:stop].addmm_(low, B.T, alpha=self.scaling[name])
+                out[start:stop].addmm_(low, B.T, alpha=self.configs[name].scaling)
             else:
-                out[start:stop].add_(F.linear(low, B), alpha=self.scaling[name])
+                out[start:stop].add_(F.linear(low, B), alpha=self.configs[name].scaling)
         return out
 
     def differentiable(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
@@ -106,7 +106,7 @@ class LoraLinear(FrozenLinear):
         for name, start, stop in routes:
             if at < start:
                 pieces.append(self.product(x[at:start]))
-            adapter = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            adapter = self.lora_A[name], self.lora_B[name], self.configs[name].scaling
             pieces.append(adapted_product(x[start:stop], self.weight, self.bias, *adapter))
             at = stop
         if at < len(x):
@@ -122,11 +122,11 @@ class LoraLinear(FrozenLinear):
         )
         self.lora_A[name] = nn.Parameter(lora_A.to(device))
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
-        self.scaling[name] = config.scaling
+        self.configs[name] = config
 
     def delta_weight(self, name: str) -> Tensor:
         """Return scaling * B A in fp32, (out, in): what merging adds to the weight."""
-        return self.lora_B[name].data @ self.lora_A[name].data * self.scaling[name]
+        return self.lora_B[name].data @ self.lora_A[name].data * self.configs[name].scaling
 
 
 def lora_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, LoraLinear]]:
@@ -156,7 +156,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     """Take the adapter `name` away; without it the model is its base again."""
     for module in model.modules():
         if isinstance(module, LoraLinear) and name in module.lora_A:
-            del module.lora_A[name], module.lora_B[name], module.scaling[name]
+            del module.lora_A[name], module.lora_B[name], module.configs[name]
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -146,6 +146,8 @@ class Settings:
         if inner.settings.get("partial_rotary_factor") not in (None, 1.0):
             raise inner.unsupported("partial_rotary_factor")
         if kind == "default":
+            if "factor" in scaling:  # which no type says how to use
+                raise inner.unsupported("factor")
             return theta, None
         if kind != "llama3":
             raise UserError(f"{self.source}: the RoPE type {kind!r} is not supported")

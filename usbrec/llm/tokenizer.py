@@ -4,7 +4,8 @@ No text is rendered and searched again: a control token comes from the format al
 content is always encoded as plain text. The layouts are those of the models' published templates
 (`smollm2`, `qwen2.5`, `llama3.1`, ...), token for token, with one exception: an assistant's
 content is never merged with the newline of its header, since a reply's tokens come after that
-newline one by one. Which format a model wants is read off its control tokens.
+newline one by one. Which format a model wants is read off its control tokens; `zephyr` (TinyLlama),
+`llama2`, `mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few, are named by the user.
 
     tokenizer = ChatTokenizer.from_folder(Path("models/smollm2-135m-instruct"))
     ids = tokenizer.prompt([Message("user", "Hello")])
@@ -31,19 +32,25 @@ class ChatFormat:
     """How a family writes a message: header, content, end. `{role}` stands for the role.
 
     A piece of `begin`, `header` or `end` that is a control token of the model is that token; any
-    other piece is text.
+    other piece is text. A format with `user_header` has no system role: a system prompt stands
+    inside the first user's message, and later system messages are users'.
     """
 
     name: str
     marks: tuple[str, ...]  # the control tokens by which the format is recognised
     header: tuple[str, ...]
-    end: tuple[str, ...]  # its first piece is the end-of-turn token; empty: the next header ends it
+    end: tuple[str, ...]  # its control token is the end of turn; empty: the next header ends it
     begin: tuple[str, ...] = ()
     default_system: str | None = None  # put first where the chat has no system prompt
     system_prefix: str = ""  # put before the first system prompt's content; {date} is pinned
     trim: bool = False  # the template strips white space around the content
     separate: bool = False  # header and content are encoded apart for every role
     stops: tuple[str, ...] = ()  # control tokens that end a reply besides the end of turn
+    user_header: tuple[str, ...] = ()  # `header` and `end` are then the assistant's alone
+    user_end: tuple[str, ...] = ()
+    system: str = ""  # how a system prompt is written before the first user's content
+    reply_prefix: str = ""  # stands before an assistant's content and is a part of the reply
+    by_name: bool = False  # its marks tell nothing: taken only where the user names it
 
 
 CHATML_HEADER = ("<|im_start|>", "{role}\n")
@@ -108,6 +115,49 @@ FORMATS = (
         separate=True,
         stops=("<|user|>", "<|observation|>"),
     ),
+    ChatFormat(
+        name="zephyr",
+        marks=("</s>",),
+        header=("<|{role}|>\n",),
+        end=("</s>", "\n"),
+        by_name=True,
+    ),
+    ChatFormat(
+        name="llama2",
+        marks=("<s>", "</s>"),
+        header=(),
+        end=(" ", "</s>"),
+        user_header=("<s>", "[INST] "),
+        user_end=(" [/INST]",),
+        system="<<SYS>>\n{}\n<</SYS>>\n\n",
+        reply_prefix=" ",
+        trim=True,
+        by_name=True,
+    ),
+    ChatFormat(
+        name="mistral",
+        marks=("<s>", "</s>"),
+        begin=("<s>",),
+        header=(),
+        end=("</s>",),
+        user_header=(" [INST] ",),
+        user_end=(" [/INST]",),
+        system="{}\n\n",
+        reply_prefix=" ",
+        by_name=True,
+    ),
+    ChatFormat(
+        name="mistral-v3",
+        marks=("<s>", "</s>", "[INST]", "[/INST]"),
+        begin=("<s>",),
+        header=(),
+        end=("</s>",),
+        user_header=("[INST]", " "),
+        user_end=("[/INST]",),
+        system="{}\n\n",
+        reply_prefix=" ",
+        by_name=True,
+    ),
 )
 
 
@@ -143,7 +193,8 @@ class ChatTokenizer:
                 f"the chat format {chat_format.name} needs the control token {missing[0]}, "
                 "which this tokenizer lacks"
             )
-        stops = {*chat_format.end[:1], *chat_format.stops} & vocabulary.control.keys()
+        self._ends_in_text = not {*chat_format.end[-1:]} <= vocabulary.control.keys()
+        stops = {*chat_format.end, *chat_format.stops} & vocabulary.control.keys()
         self.stop_ids = end_ids | {vocabulary.control[token] for token in stops}
 
     @classmethod
@@ -160,9 +211,9 @@ class ChatTokenizer:
         end_ids = frozenset[int]().union(*(end_ids_of(each, Path(path)) for each in settings))
         return cls(vocabulary, pick_format(vocabulary.control, chat_format), end_ids, date)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text: what looks like a control token stays text."""
-        return self.vocabulary.encode(text)
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Return the ids of plain text, `continued` behind other text: never a control token."""
+        return self.vocabulary.encode(text, continued)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -186,14 +237,15 @@ class ChatTokenizer:
             if not (messages and messages[0].role == "system"):
                 default = self.chat_format.default_system
                 messages[:0] = [] if default is None else [Message("system", default)]
+        if self.chat_format.user_header:
+            messages = self._without_system(messages, first)
         prefix = self.chat_format.system_prefix.format(date=self.date) if first else ""
         owed = 0.0  # the weight of a message whose end is the next message's <|user|>
         for number, message in enumerate(messages):
             is_system_prompt = number == 0 and message.role == "system"
-            self._lay_header(row, message, prefix if is_system_prompt else "", owed)
-            if message.role == "assistant" or self.chat_format.separate:
-                row.add(self.encode(self._content(message)), message.weight)
-            owed = self._lay_end(row, message.weight)
+            header = self._lay_header(row, message.role, owed, begins=first and number == 0)
+            content = (prefix if is_system_prompt else "") + self._content(message)
+            owed = self._lay_content(row, message, header, content)
         if owed and closed:
             row.add([self.vocabulary.control["<|user|>"]], owed)
         return row.ids, row.weights
@@ -201,7 +253,7 @@ class ChatTokenizer:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids after which the assistant's reply begins."""
         row = Row(self.render(messages)[0])
-        self._lay_header(row, Message("assistant", ""), "", 0.0)
+        row.add(self.encode(*self._lay_header(row, "assistant", 0.0, begins=not messages)))
         return row.ids
 
     def reply(self, text: str) -> list[int]:
@@ -233,31 +285,57 @@ class ChatTokenizer:
     def _content(self, message: Message) -> str:
         return message.content.strip() if self.chat_format.trim else message.content
 
-    def _lay_header(self, row: Row, message: Message, prefix: str, owed: float) -> None:
-        """Lay out the header and, unless it is the assistant's, the content that merges with it."""
+    def _without_system(self, messages: list[Message], first: bool) -> list[Message]:
+        """Hand the text of system messages to users, a leading one to the first user's message."""
+        users = [Message("user", m.content) if m.role == "system" else m for m in messages]
+        if first and messages and messages[0].role == "system":
+            content = self.chat_format.system.format(messages[0].content)
+            if len(users) > 1 and users[1].role == "user":
+                content += users.pop(1).content
+            users[0] = Message("user", content)
+        return users
+
+    def _frame(self, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the header and the end of a message."""
+        if role == "user" and self.chat_format.user_header:
+            return self.chat_format.user_header, self.chat_format.user_end
+        return self.chat_format.header, self.chat_format.end
+
+    def _lay_header(self, row: Row, role: str, owed: float, begins: bool) -> tuple[str, bool]:
+        """Lay out a header up to its last control token.
+
+        Returns the text that stands behind that, and whether it goes on where other text ended.
+        """
         control = self.vocabulary.control
-        text = ""
-        for piece in self.chat_format.header:
-            piece = piece.replace("{role}", message.role)
+        text, continued = "", self._ends_in_text and not begins
+        for piece in self._frame(role)[0]:
+            piece = piece.replace("{role}", role)
             if piece in control:
-                row.add(self.encode(text) if text else [])
+                row.add(self.encode(text, continued))
                 row.add([control[piece]], owed if piece == "<|user|>" else 0.0)
-                text = ""
+                text, continued = "", False
             else:
                 text += piece
-        if not (message.role == "assistant" or self.chat_format.separate):
-            text += prefix + self._content(message)
-        row.add(self.encode(text))
+        return text, continued
 
-    def _lay_end(self, row: Row, weight: float) -> float:
-        """Lay out the end of a turn; return the weight that its end-of-turn token is still owed."""
-        if not self.chat_format.end:
-            return weight
-        end, *rest = self.chat_format.end
-        row.add([self.vocabulary.control[end]], weight)
-        for text in rest:
-            row.add(self.encode(text))
-        return 0.0
+    def _lay_content(
+        self, row: Row, message: Message, header: tuple[str, bool], content: str
+    ) -> float:
+        """Lay out a content and its end; return the weight that the end of turn is still owed."""
+        control = self.vocabulary.control
+        text, continued = header
+        end = self._frame(message.role)[1]
+        at = next((i for i, piece in enumerate(end) if piece in control), len(end))
+        content += "".join(end[:at])
+        if message.role == "assistant" or self.chat_format.separate:
+            row.add(self.encode(text, continued))
+            content = self.chat_format.reply_prefix + content
+            row.add(self.encode(content, continued=True), message.weight)
+        else:
+            row.add(self.encode(text + content, continued))
+        row.add([control[piece] for piece in end[at : at + 1]], message.weight)
+        row.add(self.encode("".join(end[at + 1 :])))
+        return 0.0 if end else message.weight
 
 
 class StreamDecoder:
@@ -301,7 +379,8 @@ def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
     """Return the named format, or else the first whose marks are among the control tokens."""
     choices = ", ".join(each.name for each in FORMATS)
     for each in FORMATS:
-        if each.name == name or (name is None and all(mark in control for mark in each.marks)):
+        told = not each.by_name and all(mark in control for mark in each.marks)
+        if each.name == name or (name is None and told):
             return each
     if name is not None:
         raise UserError(f"unknown chat format {name!r}; the choices are {choices}")

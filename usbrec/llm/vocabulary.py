@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from usbrec.errors import UserError
 
+SPACE = "\u2581"  # how sentencepiece writes it
 CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(
     f"<|{role}|>" for role in ("system", "user", "assistant", "observation")
 )
@@ -35,10 +36,22 @@ class TokenizersVocabulary:
         except Exception as error:  # the package raises bare Exceptions for a malformed file
             raise UserError(f"{source}: not a tokenizer that can be read: {error}") from error
         self._control_ids = frozenset(self.control.values())
+        # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
+        # first of a whole conversation, which here is BOS
+        self._spaces = self._plain.encode("a").tokens[0].startswith(SPACE)
+        split = content.get("pre_tokenizer") or {}
+        self._spaces_first_only = split.get("prepend_scheme") == "first"
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, in which no added token is recognised."""
-        ids: list[int] = self._plain.encode(mended(text), add_special_tokens=False).ids
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Return the ids of `text`, in which no added token is recognised.
+
+        A text that is `continued` stands behind other text: no space is put before it.
+        """
+        text, skip = mended(text), 0
+        if self._spaces and (continued or self._spaces_first_only):
+            # no piece of these vocabularies contains a line's end and anything besides
+            text, skip = f"\n{text}", len(self._plain.encode("\n").ids)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids[skip:]
         if not self._control_ids.isdisjoint(ids):
             raise UserError(f"{self._source}: this tokenizer turns plain text into control tokens")
         return ids
@@ -62,8 +75,11 @@ class SentencePieceVocabulary:
         self._size = self._pieces.vocab_size()
         self.control = {token: self._size + i for i, token in enumerate(CHATGLM3_CONTROL)}
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; the control tokens are unknown to the sentencepiece model."""
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Return the ids of `text`; the control tokens are unknown to the sentencepiece model.
+
+        ChatGLM3 encodes every text on its own, so it makes no difference if one is `continued`.
+        """
         ids: list[int] = self._pieces.encode(mended(text))
         return ids
 
