@@ -284,6 +284,19 @@ def test_chats_are_laid_out_as_published(chat):
         assert ours.prompt(messages) == expected + header
 
 
+def test_a_turns_prompt_and_reply_begin_the_next_turns_prompt(chat):
+    ours, _ = chat
+    for seed in range(100):
+        rng = random.Random(seed)
+        messages, so_far = [Message("system", random_text(rng))], []
+        for _ in range(rng.randrange(2, 6)):
+            messages.append(Message("user", random_text(rng)))
+            prompt = ours.prompt(messages)
+            assert prompt[: len(so_far)] == so_far
+            messages.append(Message("assistant", random_text(rng).strip()))
+            so_far = prompt + ours.encode(messages[-1].content)
+
+
 def test_the_control_tokens_have_chatglm3s_numbers():
     """Its sentencepiece model has 64789 pieces; the control tokens are numbered after them."""
     from usbrec.llm.vocabulary import CHATGLM3_CONTROL

@@ -179,15 +179,18 @@ def test_control_text_round_trips_as_text(family):
 
 def test_a_turns_prompt_and_reply_begin_the_next_turns_prompt(family):
     ours, _ = family
+    end = ours.vocabulary.control[ours.chat_format.end[0]]
     for seed in range(100):
         rng = random.Random(seed)
-        chat = [Message("user", random_text(rng)), Message("assistant", random_text(rng).strip())]
-        chat += [Message("user", random_text(rng))]
-        end = ours.vocabulary.control[ours.chat_format.end[0]]
-        reply = ours.encode(chat[1].content)
-        so_far = ours.prompt(chat[:1]) + reply + [end]
-        assert ours.prompt(chat)[: len(so_far)] == so_far
-        assert ours.render(chat[:2])[0][: len(so_far)] == so_far
+        chat = [Message("system", random_text(rng))] if rng.random() < 0.5 else []
+        so_far = []
+        for _ in range(rng.randrange(2, 6)):
+            chat.append(Message("user", random_text(rng)))
+            prompt = ours.prompt(chat)
+            assert prompt[: len(so_far)] == so_far
+            chat.append(Message("assistant", random_text(rng).strip()))
+            so_far = prompt + ours.encode(chat[-1].content) + [end]
+            assert ours.render(chat)[0][: len(so_far)] == so_far
 
 
 def test_continuing_a_conversation_equals_rendering_it_at_once(family):
