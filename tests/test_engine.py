@@ -15,6 +15,7 @@ from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.llm.sampling import draw, uniform_numbers
+from usbrec.llm.tokenizer import StreamDecoder
 
 STOP = 7
 
@@ -29,6 +30,9 @@ class LetterTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self)  # type: ignore[arg-type]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         return [i for m in messages for i in [3, *self.encode(m.content), 1]] + [2]
