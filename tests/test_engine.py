@@ -226,7 +226,7 @@ def test_an_eviction_in_the_middle_of_a_search_changes_no_result() -> None:
         return texts, [leaf.verdict.expectation for leaf in leaves], len(evicted)
 
     texts, values, none = found(40000)
-    same_texts, same_values, some = found(2600)
+    same_texts, same_values, some = found(1300)
     assert same_texts == texts and same_values == pytest.approx(values, abs=1e-4)
     assert none == 0 and some > 0
 
