@@ -17,9 +17,9 @@ import sys
 import time
 from argparse import Namespace
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from usbrec.crs.report import format_dialogue, format_search, interval
 from usbrec.crs.ses import Candidate, Leaf, SearchOptions, SearchResult, search
 from usbrec.errors import UserError
 from usbrec.llm.adapter_files import load_adapter
-from usbrec.llm.engine import Engine
-from usbrec.run import RUNS, ModelOptions, Run, load_engine, newest_run, pick_rows
+from usbrec.llm.engine import Engine, Usage
+from usbrec.run import RUNS, ModelOptions, Run, costs, load_engine, newest_run, pick_rows
 from usbrec.seeds import seed_for
 from usbrec.settings import Parser, add_flags, from_flags, option
 
@@ -99,6 +99,14 @@ class Recommender:
     catalogue: Catalogue
     options: ReplyOptions
     searching: SearchOptions
+    verbose: bool
+
+    def spent(self, before: Usage) -> dict[str, int]:
+        """Return the tokens computed, reused and decoded since then; --verbose tells them."""
+        spent = self.engine.usage.since(before)
+        if self.verbose:
+            tell(costs(spent))
+        return spent
 
     def answer(self, dialogues: Sequence[Dialogue]) -> list[Row]:
         """Return for each dialogue `reply`, `items` (the catalogue's titles in it), `seconds`.
@@ -195,7 +203,9 @@ def read_run(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     return {role: folder / name for role, name in roles.items()}, made_with
 
 
-def assemble(setup: Setup, options: ReplyOptions, searching: SearchOptions) -> Recommender:
+def assemble(
+    setup: Setup, options: ReplyOptions, searching: SearchOptions, verbose: bool
+) -> Recommender:
     """Load the weights, put the adapters beside them, and say on stderr what there is."""
     catalogue = load_catalogue(setup.data, setup.data_dir)
     engine = load_engine(setup.model)
@@ -204,7 +214,7 @@ def assemble(setup: Setup, options: ReplyOptions, searching: SearchOptions) -> R
     for role in ("recommender", "simulator"):
         tell(f"{role}: {setup.adapters.get(role, 'the base weights as they are')}")
     cast = Cast(**{role: role for role in setup.adapters})
-    return Recommender(engine, cast, catalogue, options, searching)
+    return Recommender(engine, cast, catalogue, options, searching, verbose)
 
 
 def digest_of(adapter: Path) -> str:
@@ -242,16 +252,18 @@ def load_rows(setup: Setup, name: str) -> list[Example]:
     return split.examples
 
 
-def reply_to(recommender: Recommender, asked: Sequence[Asked]) -> list[Row]:
-    """Return a row a dialogue; a dataset's row is named in it, with its gold titles."""
+def reply_to(recommender: Recommender, asked: Sequence[Asked]) -> tuple[list[Row], dict[str, int]]:
+    """Return a row a dialogue, and the tokens spent; a dataset's row is named, with its gold."""
+    before = replace(recommender.engine.usage)
     rows = recommender.answer([x.dialogue for x in asked])
+    spent = recommender.spent(before)
     named: list[Row] = [
         {"dialog_id": x.example.dialog_id, "turn_id": x.example.turn_id, "gold": x.example.items}
         if x.example
         else {}
         for x in asked
     ]
-    return [{**name, **row} for name, row in zip(named, rows, strict=True)]
+    return [{**name, **row} for name, row in zip(named, rows, strict=True)], spent
 
 
 def reply_into(
@@ -259,17 +271,19 @@ def reply_into(
 ) -> list[Row]:
     """Append the rows to a results file, chunk by chunk, and go on from what it holds.
 
-    Their seconds go to FILE.timings.jsonl: the results are the same bytes however often the work
-    was interrupted.
+    Their seconds and equal shares of a chunk's tokens go to FILE.timings.jsonl: the results are
+    the same bytes however often the work was interrupted.
     """
     times = path.with_suffix(".timings.jsonl")
     if times.exists():
         write_rows(times, read_whole_lines(times))  # without the line that a kill has torn
 
     def reply_chunk(chunk: Sequence[tuple[int, Asked]]) -> list[Row]:
-        rows = reply_to(recommender, [x for _, x in chunk])
+        rows, spent = reply_to(recommender, [x for _, x in chunk])
+        share = {name: round(count / len(chunk), 1) for name, count in spent.items()}
         took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
-        append(times, [{"place": place, "seconds": seconds} for (place, _), seconds in took])
+        lines = [{"place": place, "seconds": seconds, **share} for (place, _), seconds in took]
+        append(times, lines)
         return rows
 
     rows = run_chunks(
@@ -301,7 +315,7 @@ def reply_all(
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
         chunk = asked[start : start + size]
-        for x, row in zip(chunk, reply_to(recommender, chunk), strict=True):
+        for x, row in zip(chunk, reply_to(recommender, chunk)[0], strict=True):
             show(x.dialogue, row, flags.json)
 
 
@@ -318,7 +332,11 @@ def name_for(value: Any) -> str:
 
 
 def talk(recommender: Recommender, as_json: bool) -> None:
-    """Converse in the terminal until an empty line or the end of the input."""
+    """Converse in the terminal until an empty line or the end of the input.
+
+    A reply that is not searched is printed as it is drawn.
+    """
+    streamed = not (as_json or recommender.options.ses)
     dialogue: Dialogue = ()
     prompt = "Seeker: " if sys.stdin.isatty() and not as_json else ""
     tell("Say what you would like to watch; an empty line ends the conversation.")
@@ -330,8 +348,14 @@ def talk(recommender: Recommender, as_json: bool) -> None:
         if not line:
             break
         dialogue = say(dialogue, "seeker", line)
+        before = replace(recommender.engine.usage)
+        recommender.engine.listener = printer() if streamed else None
         [row] = recommender.answer([dialogue])
-        show((), row, as_json)
+        if streamed:
+            show_facts(row)
+        else:
+            show((), row, as_json)
+        recommender.spent(before)
         dialogue = say(dialogue, "recommender", row["reply"])
 
 
@@ -347,7 +371,28 @@ def show(dialogue: Dialogue, row: Row, as_json: bool) -> None:
         print(format_search(search_of(dialogue, row["search"])).strip() + "\n")
     elif dialogue:
         print(format_dialogue(dialogue) + "\n")
-    print(f"Recommender: {' '.join(row['reply'].split()) or '(nothing)'}")
+    printer()(row["reply"])
+    show_facts(row)
+
+
+def printer() -> Callable[[str], None]:
+    """Return what prints a reply in one line, piece by piece."""
+    text, shown = "", 0
+    print("Recommender: ", end="", flush=True)
+
+    def hear(piece: str) -> None:
+        nonlocal text, shown
+        text += piece
+        line = " ".join(text.split())  # a piece more only makes it longer
+        print(line[shown:], end="", flush=True)
+        shown = len(line)
+
+    return hear
+
+
+def show_facts(row: Row) -> None:
+    """Print what stands below a reply."""
+    print("" if row["reply"].split() else "(nothing)")
     print(f"  titles: {'; '.join(row['items']) or 'none of the catalogue'}")
     if "gold" in row:
         print(f"  gold title, which no speaker knew: {'; '.join(row['gold'])}")
@@ -390,10 +435,13 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     out = flags.out or results_file(setup, f"{split}-judges", deciding)
 
     def judge_chunk(chunk: Sequence[Example]) -> list[Row]:
-        return judge_agreement(
+        before = replace(recommender.engine.usage)
+        judged = judge_agreement(
             recommender.engine, recommender.cast, recommender.catalogue, chunk, popularity,
             seed, options,
         )  # fmt: skip
+        recommender.spent(before)
+        return judged
 
     found = run_chunks(
         out, rows, recommender.options.chunk_size, judge_chunk, "validate", deciding,
@@ -428,6 +476,7 @@ def build_parser() -> Parser:
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
     what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")
     what.add_argument("--out", type=Path, metavar="FILE", help="results file; goes on from there")
+    what.add_argument("--verbose", action="store_true", help="tell the tokens of every call")
     what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
     who = parser.add_argument_group("who answers")
     who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
@@ -458,12 +507,12 @@ def answer(flags: Namespace) -> None:
     searching = from_flags(SearchOptions, flags, "ses")
     setup = set_up(flags)
     if flags.chat:
-        talk(assemble(setup, options, searching), flags.json)
+        talk(assemble(setup, options, searching, flags.verbose), flags.json)
     elif flags.validate_simulator:
-        validate_simulator(assemble(setup, options, searching), flags, setup)
+        validate_simulator(assemble(setup, options, searching, flags.verbose), flags, setup)
     else:
         asked = read_asked(flags, setup, options.seed)
-        reply_all(assemble(setup, options, searching), asked, flags, setup)
+        reply_all(assemble(setup, options, searching, flags.verbose), asked, flags, setup)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

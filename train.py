@@ -379,6 +379,7 @@ def build_parser() -> Parser:
         help=f"which of {', '.join(STAGES)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/DATA)")
+    parser.add_argument("--verbose", action="store_true", help="tell the tokens of every stage")
     parser.add_argument("--fresh", action="store_true", help="start the chosen stages over")
     add_flags(parser, DataOptions)
     add_flags(parser, ModelOptions)
@@ -387,7 +388,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_stages(stages: Sequence[str], run: Run, settings: Settings, fresh: bool) -> None:
+def run_stages(
+    stages: Sequence[str], run: Run, settings: Settings, fresh: bool, verbose: bool
+) -> None:
     """Run what is not yet done of the stages, in their order."""
     if fresh:
         for stage in stages:
@@ -411,7 +414,7 @@ def run_stages(stages: Sequence[str], run: Run, settings: Settings, fresh: bool)
         load_engine(settings.model),
     )  # fmt: skip
     for stage in todo:
-        with run.timed(stage):
+        with run.timed(stage, work.engine.usage, verbose):
             DOES[stage](work)
         gather_metrics(run)
 
@@ -431,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         folder = flags.run_dir or RUNS / Path(settings.data.data).name
         stages = [stage for stage in STAGES if stage in flags.stages]
-        run_stages(stages, Run(folder), settings, flags.fresh)
+        run_stages(stages, Run(folder), settings, flags.fresh, flags.verbose)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

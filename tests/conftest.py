@@ -22,6 +22,11 @@ TINY = ModelConfig(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--soak 500` makes the soak of the engine longer."""
+    parser.addoption("--soak", type=int, default=50, help="random calls of the engine's soak")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tests share the machine with one another; their results must not depend on thread counts."""

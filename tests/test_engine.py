@@ -6,15 +6,20 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import TINY, random_decoder
+from scripted import talk
 
 from usbrec.chat import Chat, Message, Sampling
+from usbrec.crs.agents import Cast
+from usbrec.crs.ses import SearchOptions, search
 from usbrec.errors import UserError
+from usbrec.llm import engine as engine_module
 from usbrec.llm.cache import Path, PrefixCache, share_groups
-from usbrec.llm.engine import Engine
+from usbrec.llm.engine import Engine, Row
 from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.llm.sampling import draw, uniform_numbers
+from usbrec.llm.tokenizer import StreamDecoder
 
 STOP = 7
 
@@ -29,6 +34,9 @@ class LetterTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self)  # type: ignore[arg-type]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         return [i for m in messages for i in [3, *self.encode(m.content), 1]] + [2]
@@ -158,13 +166,14 @@ def test_the_same_prompt_of_another_adapter_or_of_newer_weights_reuses_nothing()
     assert e.generate([CHATS[0]], sampling, [0])[0] == base
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_soak_of_forks_evictions_and_adapters_equals_the_plain_reference(seed: int) -> None:
-    """A memory of 260 tokens evicts in nearly every call; no result changes."""
-    rng = random.Random(seed)
-    e = engine(capacity=260)
-    texts = ["start"]
-    for _ in range(12):
+def test_a_soak_of_forks_evictions_and_adapters_equals_the_plain_reference(
+    request: pytest.FixtureRequest,
+) -> None:
+    """A memory of 260 tokens evicts in nearly every call; no result changes (more: --soak 500)."""
+    rng, e, texts = random.Random(0), engine(capacity=260), ["start"]
+    for call in range(request.config.getoption("--soak")):
+        if call % 12 == 0:
+            texts = ["start"]
         asked = [
             chat(rng.choice(texts), rng.choice([None, "one", "two"]))
             for _ in range(rng.randint(1, 6))
@@ -175,6 +184,90 @@ def test_a_soak_of_forks_evictions_and_adapters_equals_the_plain_reference(seed:
         for c, s, reply in zip(asked, seeds, replies, strict=True):
             assert ids_of(reply) == plain_reply(e.model, c, sampling, s)
         texts.append(rng.choice(texts)[:40] + rng.choice(["abc", "d", "efghij"]))
+
+
+@pytest.mark.parametrize("capacity", [4000, 130])
+def test_waiting_rows_join_and_nothing_changes(
+    capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 rows of 1 to 12 tokens at four places, or in a memory of about two rows."""
+    monkeypatch.setattr(engine_module, "MAX_ROWS", 4)
+    e, joined = engine(capacity), []
+    plain = Engine.join
+
+    def noted(self: Engine, rows: list[Row], joining: list[Row]) -> object:
+        joined.append((len(rows), len(joining)))
+        return plain(self, rows, joining)
+
+    monkeypatch.setattr(Engine, "join", noted)
+    samplings = [Sampling(max_new_tokens=1 + i % 12, temperature=0.9) for i in range(18)]
+    replies = e.generate(CHATS * 3, samplings, range(18))
+    for i, reply in enumerate(replies):
+        assert ids_of(reply) == plain_reply(e.model, (CHATS * 3)[i], samplings[i], i)
+    assert sum(new for _, new in joined) == 18 and any(old for old, _ in joined)
+    assert all(old <= 3 and old + new <= 4 for old, new in joined)  # at least one had left
+    assert e.usage.calls == 1 and e.usage.decoded_tokens == sum(len(ids_of(r)) for r in replies)
+
+
+def test_an_eviction_in_the_middle_of_a_search_changes_no_result() -> None:
+    """A large memory holds the whole search, a small one not: the same texts, values to 1e-4."""
+
+    def found(capacity: int) -> tuple[list[object], list[float], int]:
+        e, evicted = engine(capacity), []
+        plain = e.cache.evict
+        e.cache.evict = lambda n: (evicted.append(n), plain(n))  # type: ignore[assignment]
+        options = SearchOptions(mode="tree", max_new_tokens=6, summary_tokens=6)
+        roots = [talk("A comedy."), talk("War!")]
+        results = search(e, Cast("one", "two"), roots, [1, 2], options)
+        candidates = [c for result in results for c in result.candidates]
+        leaves = [leaf for c in candidates for leaf in c.leaves]
+        texts = [(r.root, r.profile) for r in results] + [c.reply for c in candidates]
+        texts += [(leaf.dialogue, leaf.weight, leaf.verdict.label) for leaf in leaves]
+        return texts, [leaf.verdict.expectation for leaf in leaves], len(evicted)
+
+    texts, values, none = found(40000)
+    same_texts, same_values, some = found(1300)
+    assert same_texts == texts and same_values == pytest.approx(values, abs=1e-4)
+    assert none == 0 and some > 0
+
+
+def test_log_probabilities_are_the_models_own_before_any_warping() -> None:
+    e = engine()
+    how = Sampling(max_new_tokens=8, temperature=0.5, top_k=9, repetition_penalty=1.3,
+                   logprobs=True)  # fmt: skip
+    for c, reply in zip(CHATS, e.generate(CHATS, how, range(len(CHATS))), strict=True):
+        prompt = LetterTokenizer().prompt(c.messages)
+        logps = plain_logits(e.model, prompt + list(reply.token_ids), c.adapter).log_softmax(-1)
+        expected = [float(logps[len(prompt) - 1 + i, t]) for i, t in enumerate(reply.token_ids)]
+        assert reply.logprobs == pytest.approx(expected, abs=1e-4)
+    assert e.generate(CHATS[:1], Sampling(max_new_tokens=2), [0])[0].logprobs is None
+
+
+def test_stop_ids_are_a_rows_own() -> None:
+    e = engine()
+    free = e.generate([CHATS[0]], Sampling(max_new_tokens=12, temperature=1.0), [1])[0]
+    how = Sampling(max_new_tokens=12, temperature=1.0, stop_ids=(free.token_ids[3],))
+    plain = Sampling(max_new_tokens=12, temperature=1.0)
+    stopped, other = e.generate([CHATS[0]] * 2, [how, plain], [1, 1])
+    assert stopped.finished and other == free
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3])]
+
+
+def test_a_listener_hears_the_reply_and_no_part_of_a_stop_string() -> None:
+    """Whatever the stop string's length, what is heard is the reply's text, in several pieces."""
+    e = engine()
+    sampling = Sampling(max_new_tokens=12, temperature=1.0)
+    text = e.generate([CHATS[0]], sampling, [1])[0].text
+    for end in range(5, 9):
+        heard: list[str] = []
+        e.listener = heard.append
+        how = Sampling(max_new_tokens=12, temperature=1.0, stop=(text[4:end], "never"))
+        reply = e.generate([CHATS[0]], how, [1])[0]
+        assert "".join(heard) == reply.text == text[: text.index(text[4:end])]
+        assert len([piece for piece in heard if piece]) > 1
+    heard.clear()
+    e.generate([CHATS[0]] * 2, sampling, [1, 2])
+    assert heard == []  # two rows would be mixed up
 
 
 def test_a_call_that_cannot_fit_says_so() -> None:

@@ -277,6 +277,31 @@ def test_a_chat_ends_with_its_input_and_shows_the_search(
     assert text.startswith("Profile: ") and "└─" in text and "Seeker: Hello." not in text
 
 
+def test_a_chat_prints_the_reply_as_it_is_drawn(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chat(*more: str) -> tuple[str, str]:
+        lines = iter(["Hello.", ""])
+        monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+        assert infer.main(["--chat", *SHORT, *more]) == 0
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    pieces: list[str] = []
+    plain = infer.printer
+
+    def noted() -> Any:
+        hear = plain()
+        return lambda piece: (pieces.append(piece), hear(piece))
+
+    monkeypatch.setattr(infer, "printer", noted)
+    text, told = chat("--verbose")
+    reply = json.loads(chat("--json")[0])["reply"]
+    assert text.splitlines()[0] == f"Recommender: {' '.join(reply.split())}"
+    assert "".join(pieces).strip() == reply and len(pieces) > 1
+    assert "1 calls, prompt tokens 0 reused and " in told and " tokens decoded" in told
+
+
 # --- results files ----------------------------------------------------------------------------
 
 
@@ -289,6 +314,8 @@ def test_rows_of_a_split_go_to_a_results_file_of_their_options(
     kept = read_whole_lines(path)
     assert [{**row, "seconds": None} for row in rows] == [{**row, "seconds": None} for row in kept]
     assert "seconds" not in kept[0]
+    costs = read_whole_lines(path.with_suffix(".timings.jsonl"))
+    assert all(line["computed_tokens"] > 0 and line["decoded_tokens"] > 0 for line in costs)
     answers(["--limit", "3", "--temperature", "1"], capsys)
     assert len(list((run / "infer").glob("*.options.json"))) == 2
 

@@ -91,6 +91,8 @@ def check_files(folder: Path) -> None:
     timed = read_whole_lines(folder / "timings.jsonl")
     assert [row["stage"] for row in timed] == list(train.STAGES)
     assert all(row["seconds"] >= 0 and row["peak_memory_bytes"] > 0 for row in timed)
+    asked = {row["stage"] for row in timed if row["decoded_tokens"] and row["computed_tokens"]}
+    assert asked == {"pairs", "report"}
 
 
 def test_the_default_model_goes_through_all_stages_and_answers(

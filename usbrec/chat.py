@@ -47,13 +47,23 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+    """How a reply is drawn. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 leave all tokens in.
+
+    The steps are transformers', in its order: `repetition_penalty` weighs down the tokens of prompt
+    and reply so far (greedy too), then temperature, then top_k, top_p, and min_p, the least share
+    of the likeliest token's probability. `stop` strings and `stop_ids` end a reply, as the model's
+    own end tokens do, and are left out of it. `logprobs` asks for `Reply.logprobs`.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -64,15 +74,26 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A drawn reply: its text, its tokens, and whether it ended by itself within the limit."""
+    """A drawn reply: its text, its tokens, and whether it ended by itself within the limit.
+
+    `logprobs`, where asked for, holds a natural log-probability a token of `token_ids`: the model's
+    own, before penalty, temperature and truncation, so that replies drawn in other ways compare.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finished: bool
+    logprobs: tuple[float, ...] | None = None
 
 
 class LanguageModel(Protocol):

@@ -5,16 +5,17 @@ runs/sample/
     simulator/ sft/ rl/    adapters under peft's file names; training/ inside holds the state
     samples.jsonl    what PODCS tried, a line an example      pairs.jsonl    the pairs
     rows.jsonl       the evaluation, a line a dialogue        report.json, report.txt
-    metrics.jsonl    the training stages' metrics             timings.jsonl  times and memory
+    metrics.jsonl    the training stages' metrics             timings.jsonl  times, memory, tokens
 """
 
 import json
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from usbrec.errors import UserError
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
-from usbrec.llm.engine import Engine
+from usbrec.llm.engine import Engine, Usage
 from usbrec.llm.hub import find_model
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.seeds import seed_for
@@ -137,14 +138,18 @@ class Run:
         return path
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Append the seconds and the peak memory of a stage to timings.jsonl."""
-        start = time.perf_counter()
+    def timed(self, stage: str, usage: Usage, verbose: bool) -> Iterator[None]:
+        """Append a stage's seconds, peak memory and generated tokens to timings.jsonl."""
+        start, before = time.perf_counter(), replace(usage)
         yield
+        spent = usage.since(before)
+        if verbose:
+            print(f"{stage}: {costs(spent)}", file=sys.stderr)
         row = {
             "stage": stage,
             "seconds": round(time.perf_counter() - start, 1),
             "peak_memory_bytes": peak_memory(),
+            **spent,
         }
         append(self.folder / "timings.jsonl", [row])
 
@@ -153,6 +158,14 @@ class Run:
         for name in names:
             load_adapter(engine.model, self.need(name, name), name)
         engine.forget()
+
+
+def costs(spent: Mapping[str, int]) -> str:
+    """Return the engine's figures as one line of text."""
+    return (
+        f"{spent['calls']} calls, prompt tokens {spent['reused_tokens']} reused and "
+        f"{spent['computed_tokens']} computed, {spent['decoded_tokens']} tokens decoded"
+    )
 
 
 def peak_memory() -> int:

@@ -74,21 +74,25 @@ class PrefixCache:
         Raises UserError where the arena cannot hold what the present call uses.
         """
         ids = list(ids)
+        node, found, known = self.find(key, ids)
+        if known < len(ids):
+            slots = self.allocate(len(ids) - known)
+            node.children[ids[known]] = Node(ids[known:], slots, node, last_used=self.clock)
+            found.append(slots)
+        return Path(torch.cat(found), known)
+
+    def find(self, key: Hashable, ids: list[int]) -> tuple[Node, list[Tensor], int]:
+        """Mark what the tree has of a row as used: the last node, the slots, how many tokens."""
         node = self.roots.setdefault(key, Node([], torch.empty(0, dtype=torch.long), None))
-        found, at = [], 0
+        slots, at = [node.slots], 0
         while at < len(ids) and ids[at] in node.children:
             child = node.children[ids[at]]
             common = shared_length(child.ids, ids[at:])
             node = self.split(child, common) if common < len(child.ids) else child
             node.last_used = self.clock
-            found.append(node.slots)
+            slots.append(node.slots)
             at += common
-        known = at
-        if at < len(ids):
-            slots = self.allocate(len(ids) - at)
-            node.children[ids[at]] = Node(ids[at:], slots, node, last_used=self.clock)
-            found.append(slots)
-        return Path(torch.cat(found), known)
+        return node, slots, at
 
     def split(self, node: Node, length: int) -> Node:
         """Cut a node after `length` tokens; the upper part takes its place and is returned."""

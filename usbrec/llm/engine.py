@@ -4,7 +4,8 @@ Whoever asks for many replies that begin alike pays for the common beginning onc
 and across calls; nothing in the callers mentions keys, values or batches.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,15 +19,16 @@ from usbrec.llm.sampling import (
     DecodeAttention,
     draw,
     neighbours,
+    penalise,
     prefill,
     routes_of,
     uniform_numbers,
 )
-from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.llm.tokenizer import ChatTokenizer, StreamDecoder
 
 MEMORY_BYTES = 1024**3
-MAX_ROWS = 256  # rows decoded together; more wait for the next wave
-LEAVE_SHARE = 0.75  # done rows leave the batch once no more than this share of it goes on
+MAX_ROWS = 256  # rows decoded together; more wait until rows have left
+LEAVE_SHARE = 0.75  # rows leave and join once no more than this share of the batch goes on
 
 
 @dataclass
@@ -43,6 +45,11 @@ class Usage:
         """Prompt tokens whose keys and values were there already."""
         return self.prompt_tokens - self.computed_tokens
 
+    def since(self, before: "Usage") -> dict[str, int]:
+        """Return what came after a copy of these figures was made."""
+        names = ("calls", "prompt_tokens", "reused_tokens", "computed_tokens", "decoded_tokens")
+        return {name: getattr(self, name) - getattr(before, name) for name in names}
+
 
 @dataclass
 class Row:
@@ -52,14 +59,34 @@ class Row:
     prompt: list[int]
     sampling: Sampling
     uniforms: Tensor  # (max_new_tokens,)
+    ends: frozenset[int]  # the token ids that end it
+    stream: StreamDecoder | None  # follows the text where stop strings or a listener ask for it
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finished: bool = False  # ended by itself
     text: str = ""
+    heard: int = 0  # how much of the text the listener has
 
     @property
     def done(self) -> bool:
         """Whether nothing more is to be drawn."""
         return self.finished or len(self.tokens) >= self.sampling.max_new_tokens
+
+    @property
+    def size(self) -> int:
+        """The most tokens it may come to."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def spoken(self) -> list[int]:
+        """What was drawn, without the end token."""
+        return self.tokens[:-1] if self.tokens and self.tokens[-1] in self.ends else self.tokens
+
+    def reply(self) -> Reply:
+        """Return the reply, now that it is done."""
+        ids = tuple(self.spoken)
+        logprobs = tuple(self.logprobs[: len(ids)]) if self.sampling.logprobs else None
+        return Reply(self.text, ids, self.finished, logprobs)
 
 
 class Engine:
@@ -71,6 +98,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.cache = PrefixCache(model.config, model.dtype, model.device, memory_bytes)
         self.usage = Usage()
+        # hears a reply's text as it is drawn, where a call asks for one alone
+        self.listener: Callable[[str], None] | None = None
         model.order_weights()
 
     def forget(self) -> None:
@@ -89,13 +118,17 @@ class Engine:
         """
         samplings = [sampling] * len(chats) if isinstance(sampling, Sampling) else list(sampling)
         assert len(chats) == len(samplings) == len(seeds), "one sampling and one seed a chat"
+        self.usage.calls += 1
+        listened = self.listener is not None and len(chats) == 1
         rows = []
         for chat, how, seed in zip(chats, samplings, seeds, strict=True):
+            prompt = self.prompt(chat, how.max_new_tokens)
             uniforms = torch.from_numpy(uniform_numbers(seed, how.max_new_tokens))
-            rows.append(Row(chat.adapter, self.prompt(chat, how.max_new_tokens), how, uniforms))
-        for wave in self.waves([len(r.prompt) + r.sampling.max_new_tokens for r in rows]):
-            self.decode([rows[i] for i in wave])
-        return [Reply(row.text, tuple(self.spoken(row)), row.finished) for row in rows]
+            ends = self.tokenizer.stop_ids | set(how.stop_ids)
+            stream = self.tokenizer.stream() if how.stop or listened else None
+            rows.append(Row(chat.adapter, prompt, how, uniforms, ends, stream))
+        self.decode(rows)
+        return [row.reply() for row in rows]
 
     @torch.no_grad()
     def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
@@ -104,12 +137,14 @@ class Engine:
         A choice is scored as the token sequences that can render it, with and without a leading
         space; their probabilities add up.
         """
+        self.usage.calls += 1
         variants = [self.variants(choice) for choice in choices]
         flat = [ids for group in variants for ids in group]
         beginnings = list(dict.fromkeys(tuple(ids[:-1]) for ids in flat))  # () for single tokens
         scores: list[list[float]] = [[] for _ in chats]
         prompts = [self.prompt(chat, max(map(len, flat))) for chat in chats]
         for wave in self.waves([sum(len(p) + len(ids) for ids in flat) for p in prompts]):
+            self.cache.tick()
             rows = [(chats[i].adapter, [*prompts[i], *said]) for i in wave for said in beginnings]
             since = [len(prompts[i]) - 1 for i in wave for _ in beginnings]
             _, states = self.prefill(rows, since)
@@ -146,104 +181,151 @@ class Engine:
             )
         return ids
 
-    def waves(self, sizes: Sequence[int]) -> list[list[int]]:
+    def waves(self, sizes: Sequence[int]) -> Iterator[range]:
         """Cut rows of these token counts into waves that fit the memory, in their order."""
-        waves: list[list[int]] = []
-        room = 0
-        for i, size in enumerate(sizes):
-            if not waves or len(waves[-1]) == MAX_ROWS or size > room:
-                waves.append([])
-                room = self.cache.capacity
-            waves[-1].append(i)
-            room -= size
-        return waves
+        start = 0
+        while start < len(sizes):
+            stop = start + max(1, fitting(sizes[start:], self.cache.capacity, MAX_ROWS))
+            yield range(start, stop)
+            start = stop
+
+    def room(self, rows: Sequence[Row], waiting: Sequence[Row]) -> int:
+        """Return how many of the waiting rows may join; a batch without rows takes one at least."""
+        tokens = self.cache.capacity - sum(row.size for row in rows)
+        count = fitting([row.size for row in waiting], tokens, MAX_ROWS - len(rows))
+        return count if rows else max(1, count)
 
     def prefill(
         self, rows: Sequence[tuple[str | None, list[int]]], since: Sequence[int]
     ) -> tuple[list[Path], list[Tensor]]:
-        """Run `sampling.prefill` as one call of the cache, and count."""
-        self.cache.tick()
+        """Run `sampling.prefill`, and count."""
         paths, states, computed = prefill(self.model, self.cache, rows, since)
-        self.usage.calls += 1
         self.usage.prompt_tokens += sum(len(ids) for _, ids in rows)
         self.usage.computed_tokens += computed
         return paths, states
 
     @torch.no_grad()
-    def decode(self, rows: list[Row]) -> None:
-        """Draw the replies of one wave."""
-        prompts = [(row.adapter, row.prompt) for row in rows]
-        paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
+    def decode(self, waiting: Sequence[Row]) -> None:
+        """Draw all replies; rows that wait for a place join when enough others have ended."""
+        rows: list[Row] = []
+        while rows or waiting:
+            count = self.room(rows, waiting)
+            rows, attention = self.join(rows, waiting[:count])
+            waiting = waiting[count:]
+            rows = self.advance(rows, attention, waiting)
+
+    def join(
+        self, rows: Sequence[Row], joining: Sequence[Row]
+    ) -> tuple[list[Row], DecodeAttention]:
+        """Make one batch of rows on their way, whose fed tokens are all cached, and of new ones.
+
+        Every row of it has drawn a token that is yet to be fed.
+        """
+        self.cache.tick()
+        paths = [self.cache.insert(row.adapter, row.prompt + row.tokens[:-1]) for row in rows]
+        prompts = [(row.adapter, row.prompt) for row in joining]
+        new, states = self.prefill(prompts, [len(row.prompt) - 1 for row in joining])
+        self.draw(joining, torch.cat(states))
+        rows, paths = [*rows, *joining], paths + new
         order = neighbours(paths)
-        rows = [rows[i] for i in order]
-        attention = DecodeAttention(self.cache, [paths[i] for i in order])
-        hidden = torch.cat([states[i] for i in order])  # (B, D)
+        return [rows[i] for i in order], DecodeAttention(self.cache, [paths[i] for i in order])
+
+    def advance(
+        self, rows: list[Row], attention: DecodeAttention, waiting: Sequence[Row]
+    ) -> list[Row]:
+        """Draw until all are done or waiting rows can join; return those that go on.
+
+        A batch is built anew only where a quarter of it has ended, so seldom.
+        """
         while True:
-            self.draw(rows, hidden)
             going = [i for i, row in enumerate(rows) if not row.done]
-            if not going:
-                break
             if len(going) <= LEAVE_SHARE * len(rows):
-                self.remember(rows, attention)
+                if not going or (waiting and self.room([rows[i] for i in going], waiting)):
+                    break
+                self.remember(rows, attention, [i for i, row in enumerate(rows) if row.done])
                 rows = [rows[i] for i in attention.keep(going)]
-            hidden = self.step(rows, attention)
-        self.remember(rows, attention)
+            self.draw(rows, self.step(rows, attention))
+        self.remember(rows, attention, range(len(rows)))
+        return [rows[i] for i in going]
 
     def draw(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """Add one token to each row that is not done, from its hidden state; hidden (B, D)."""
         going = [i for i, row in enumerate(rows) if not row.done]
         live = [rows[i] for i in going]
+        samplings = [row.sampling for row in live]
         uniforms = torch.stack([row.uniforms[len(row.tokens)] for row in live])
-        logits = self.model.lm_head(hidden[going])
-        for row, token in zip(
-            live, draw(logits, [r.sampling for r in live], uniforms).tolist(), strict=True
-        ):
+        logits = warped = self.model.lm_head(hidden[going])
+        penalties = [how.repetition_penalty for how in samplings]
+        if any(penalty != 1 for penalty in penalties):
+            warped = penalise(logits, penalties, [row.prompt + row.tokens for row in live])
+        tokens = draw(warped, samplings, uniforms).tolist()
+        for i, how in enumerate(samplings):
+            if how.logprobs:
+                live[i].logprobs.append(float(logits[i].float().log_softmax(-1)[tokens[i]]))
+        self.usage.decoded_tokens += len(tokens)
+        for row, token in zip(live, tokens, strict=True):
             row.tokens.append(token)
-            self.usage.decoded_tokens += 1
             self.read(row)
 
     def read(self, row: Row) -> None:
         """Notice an end token or a stop string in what the row has drawn, and set its text."""
-        row.finished = row.tokens[-1] in self.tokenizer.stop_ids
-        if row.done or row.sampling.stop:
-            row.text = self.tokenizer.decode(self.spoken(row))
-            ends = [row.text.find(stop) for stop in row.sampling.stop]
-            if any(end >= 0 for end in ends):
-                row.text = row.text[: min(end for end in ends if end >= 0)]
-                row.finished = True
-
-    def spoken(self, row: Row) -> list[int]:
-        """What the row has drawn, without the end token."""
-        ended = bool(row.tokens) and row.tokens[-1] in self.tokenizer.stop_ids
-        return row.tokens[:-1] if ended else row.tokens
+        row.finished = row.tokens[-1] in row.ends
+        if row.stream is None:
+            if row.done:
+                row.text = self.tokenizer.decode(row.spoken)
+            return
+        before = len(row.text)
+        if not row.finished:
+            row.text += row.stream.push(row.tokens[-1:])
+        if row.done:
+            row.text += row.stream.finish()
+        # a stop string ends in the new text and may begin before it
+        found = [row.text.find(x, max(0, before - len(x) + 1)) for x in row.sampling.stop]
+        if any(at >= 0 for at in found):
+            row.text = row.text[: min(at for at in found if at >= 0)]
+            row.finished = True
+        if self.listener is not None:
+            end = len(row.text) if row.done else unstopped(row.text, row.sampling.stop)
+            self.listener(row.text[row.heard : end])
+            row.heard = end
 
     def step(self, rows: Sequence[Row], attention: DecodeAttention) -> Tensor:
         """Feed every row's newest token; a row that is done feeds its last again. -> (B, D)."""
         attention.open_column()
-        at = attention.column - attention.first
         ids = torch.tensor([row.tokens[-1] for row in rows], device=self.model.device)
-        positions = torch.tensor([len(row.prompt) + at for row in rows], device=self.model.device)
         routes = routes_of([row.adapter for row in rows], [1] * len(rows))
-        hidden = self.model(ids, positions, attention, routes)
-        attention.column += 1
+        hidden = self.model(ids, attention.positions, attention, routes)
+        attention.close_column()
         return hidden
 
-    def remember(self, rows: Sequence[Row], attention: DecodeAttention) -> None:
-        """Keep the keys and values of what done rows have drawn, so that a next turn finds them."""
+    def remember(
+        self, rows: Sequence[Row], attention: DecodeAttention, seats: Sequence[int]
+    ) -> None:
+        """Keep the keys and values that the rows at `seats` have fed, so that others find them."""
         slots: list[Tensor] = []
-        seats: list[int] = []
-        columns: list[int] = []
-        for seat, row in enumerate(rows):
-            if row.done:
-                fed = min(attention.column - attention.first, len(row.tokens))
-                path = self.cache.insert(row.adapter, row.prompt + row.tokens[:fed])
-                slots.append(path.slots[path.known :])
-                new = range(path.known - len(row.prompt), fed)
-                seats.extend([seat] * len(new))
-                columns.extend(attention.first + i for i in new)
-        if seats:
-            self.cache.k[:, torch.cat(slots)] = attention.k[:, seats, :, columns].transpose(0, 1)
-            self.cache.v[:, torch.cat(slots)] = attention.v[:, seats, :, columns].transpose(0, 1)
+        places: list[tuple[int, int]] = []  # seat and column of each slot
+        for seat in seats:
+            row, start = rows[seat], len(attention.paths[seat].slots)
+            ids = row.prompt + row.tokens
+            fed = min(start + attention.column - attention.first, len(ids))
+            path = self.cache.insert(row.adapter, ids[:fed])
+            slots.append(path.slots[path.known :])
+            places += [(seat, attention.first + i - start) for i in range(path.known, fed)]
+        if places:
+            seated, columns = (list(numbers) for numbers in zip(*places, strict=True))
+            self.cache.k[:, torch.cat(slots)] = attention.k[:, seated, :, columns].transpose(0, 1)
+            self.cache.v[:, torch.cat(slots)] = attention.v[:, seated, :, columns].transpose(0, 1)
+
+
+def fitting(sizes: Sequence[int], tokens: int, places: int) -> int:
+    """Return how many rows of these sizes, from the first on, fit into tokens and places."""
+    return sum(total <= tokens for total in itertools.accumulate(sizes[:places]))
+
+
+def unstopped(text: str, stops: Sequence[str]) -> int:
+    """Return where the longest end of the text begins that a stop string may begin with."""
+    held = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return len(text) - max(held, default=0)
 
 
 def total(logps: Mapping[tuple[int, ...], Tensor], ids: Sequence[int]) -> Tensor:

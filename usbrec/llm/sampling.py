@@ -17,6 +17,7 @@ from usbrec.llm.packing import Block, attend, causal_tail
 
 TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
 DRAWN_AT_ONCE = 16  # rows; their fp32 probabilities take 3 MB
+LEAST_TEMPERATURE = 1e-6
 COLUMNS = 16  # added to the rows' tails at a time
 
 
@@ -81,6 +82,8 @@ def prefill(
     and the number of tokens computed. A wanted position that is already cached is computed again,
     since only keys and values are kept.
     """
+    for adapter, ids in rows:
+        cache.find(adapter, ids)  # so that no row drives out what a later one shall use
     paths = [cache.insert(adapter, ids) for adapter, ids in rows]
     spans: list[Span] = []
     where: dict[int, int] = {}  # slot -> position in the concatenated hidden states
@@ -167,6 +170,8 @@ class DecodeAttention:
             for row in group.rows:
                 rests[row] = len(paths[row].slots) - group.length
         self.column = self.first = max(rests)
+        lengths = [len(path.slots) for path in paths]
+        self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
         L, _, H_kv, d = cache.k.shape
         device = cache.k.device
         shape = (L, len(paths), H_kv, self.first + COLUMNS, d)
@@ -194,6 +199,11 @@ class DecodeAttention:
         self.bias[..., self.column] = 0
         for bucket in self.buckets:
             bucket.bias[..., bucket.k.shape[3] + self.column] = 0
+
+    def close_column(self) -> None:
+        """Go on to the next column, now that every layer has written this one."""
+        self.column += 1
+        self.positions += 1
 
     def make_buckets(self) -> list[Bucket]:
         """Gather the beginnings of neighbouring groups of one size."""
@@ -255,6 +265,7 @@ class DecodeAttention:
             self.groups.append(Group(list(range(start, len(order))), group.length))
         index = torch.tensor(order, device=self.k.device)
         self.k, self.v, self.bias = self.k[:, index], self.v[:, index], self.bias[index]
+        self.positions = self.positions[index]
         self.paths = [self.paths[row] for row in order]
         self.buckets = self.make_buckets()
         return order
@@ -292,9 +303,10 @@ def draw_some(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -
         return tokens
     rows = torch.tensor(hot, device=logits.device)
     chosen = [samplings[i] for i in hot]
-    temperatures = torch.tensor([s.temperature for s in chosen], device=logits.device)
+    floor = LEAST_TEMPERATURE  # as good as greedy; quotients beyond fp32 would not be numbers
+    temperatures = torch.tensor([max(s.temperature, floor) for s in chosen], device=logits.device)
     probs = torch.softmax(logits[rows].float() / temperatures[:, None], dim=-1)
-    if any(s.top_k or s.top_p < 1 for s in chosen):
+    if any(s.top_k or s.top_p < 1 or s.min_p for s in chosen):
         probs = truncate(probs, chosen)
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
@@ -306,15 +318,32 @@ def draw_some(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -
 
 
 def truncate(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Zero what top_k and top_p leave out, (B, V) -> (B, V); top_p keeps the token that crosses."""
-    V = probs.shape[-1]
+    """Zero what top_k, then top_p, then min_p leave out, (B, V) -> (B, V).
+
+    top_p is a share of what top_k left, and keeps the token that crosses it.
+    """
+    V, device = probs.shape[-1], probs.device
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([s.top_k or V for s in samplings], device=probs.device)
-    top_p = torch.tensor([s.top_p for s in samplings], device=probs.device)
+    top_k = torch.tensor([s.top_k or V for s in samplings], device=device)[:, None]
+    top_p = torch.tensor([s.top_p for s in samplings], device=device)[:, None]
+    min_p = torch.tensor([s.min_p for s in samplings], device=device)[:, None]
+    ordered = ordered * (torch.arange(V, device=device) < top_k)
     before = ordered.cumsum(-1) - ordered
-    keep = torch.arange(V, device=probs.device) < top_k[:, None]
-    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep = (before < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1)
+    keep &= ordered >= min_p * ordered[:, :1]
     return torch.zeros_like(probs).scatter(1, index, ordered * keep)
+
+
+def penalise(logits: Tensor, penalties: Sequence[float], texts: Sequence[Sequence[int]]) -> Tensor:
+    """Make the tokens of a row's text less likely, (B, V) -> (B, V) fp32 (arXiv 1909.05858).
+
+    A positive logit is divided by the row's penalty, a negative one multiplied; once a token.
+    """
+    out = logits.to(torch.float32, copy=True)
+    for row, penalty, ids in zip(out, penalties, texts, strict=True):
+        held = torch.tensor(sorted(set(ids)), device=out.device)
+        row[held] = torch.where(row[held] < 0, row[held] * penalty, row[held] / penalty)
+    return out
 
 
 def uniform_numbers(seed: int, count: int) -> np.ndarray:

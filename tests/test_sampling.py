@@ -1,0 +1,51 @@
+"""Drawing against transformers' logits processors: the same tokens are left, the same shares."""
+
+import pytest
+import torch
+from transformers.generation import logits_process as theirs
+
+from usbrec.chat import Sampling
+from usbrec.llm.sampling import draw, penalise, truncate
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(0, 0.8, 0.0), (7, 0.8, 0.0), (0, 1.0, 0.1), (20, 0.9, 0.05)]
+)
+def test_what_is_left_of_a_distribution_is_what_transformers_leaves(top_k, top_p, min_p):
+    logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * 2
+    expected = theirs.TemperatureLogitsWarper(0.7)(None, logits)
+    if top_k:
+        expected = theirs.TopKLogitsWarper(top_k)(None, expected)
+    expected = theirs.TopPLogitsWarper(top_p)(None, expected)
+    if min_p:
+        expected = theirs.MinPLogitsWarper(min_p)(None, expected)
+    how = Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = truncate((logits / 0.7).softmax(-1), [how] * 5)
+    torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected.softmax(-1))
+
+
+def test_a_repetition_penalty_is_transformers_and_each_rows_own():
+    logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    texts = [[3, 5, 3, 9], [1], [60, 61, 62, 62]]
+    found = penalise(logits, [1.5, 1.0, 0.8], texts)
+    for row, (penalty, ids) in enumerate(zip([1.5, 1.0, 0.8], texts, strict=True)):
+        processor = theirs.RepetitionPenaltyLogitsProcessor(penalty)
+        expected = processor(torch.tensor([ids]), logits[row : row + 1].clone())
+        torch.testing.assert_close(found[row : row + 1], expected)
+
+
+def test_the_coldest_draw_is_the_greedy_one():
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * 50
+    uniforms = torch.tensor([0.0, 0.3, 0.7, 0.999])
+    greedy = draw(logits, [Sampling(temperature=0)] * 4, uniforms)
+    for temperature in (1e-3, 1e-12, 1e-300):
+        cold = draw(logits, [Sampling(temperature=temperature)] * 4, uniforms)
+        assert cold.tolist() == greedy.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"stop": ("",)}]
+)
+def test_wrong_samplings_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
