@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import Sampling
-from usbrec.chunks import append, dump, read_whole_lines, run_chunks, write_rows
+from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast, Verdict, recommender_turn, say
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
@@ -35,6 +35,7 @@ from usbrec.crs.lessons import popularity_of
 from usbrec.crs.report import format_dialogue, format_search, interval
 from usbrec.crs.ses import Candidate, Leaf, SearchOptions, SearchResult, search
 from usbrec.errors import UserError
+from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.engine import Engine
 from usbrec.run import RUNS, ModelOptions, Run, load_engine, newest_run, pick_rows
@@ -269,7 +270,7 @@ def reply_into(
     def reply_chunk(chunk: Sequence[tuple[int, Asked]]) -> list[Row]:
         rows = reply_to(recommender, [x for _, x in chunk])
         took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
-        append(times, [{"place": place, "seconds": seconds} for (place, _), seconds in took])
+        append_rows(times, [{"place": place, "seconds": seconds} for (place, _), seconds in took])
         return rows
 
     rows = run_chunks(

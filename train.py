@@ -9,7 +9,6 @@
 A finished stage is used again; an interrupted one goes on. `python infer.py --ses` comes next.
 """
 
-import json
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
@@ -21,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from usbrec.chat import Lesson, Message
-from usbrec.chunks import read_whole_lines, replace_text, run_chunks, write_rows
+from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
@@ -38,6 +37,7 @@ from usbrec.crs.podcs import PairOptions, build_pairs, count_reasons, outcome_re
 from usbrec.crs.report import build_report, format_report
 from usbrec.crs.ses import SearchOptions
 from usbrec.errors import UserError
+from usbrec.files import write_json, write_rows, write_whole
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.lora import LoraConfig, add_adapter
@@ -309,8 +309,8 @@ def evaluate(work: Work) -> None:
         d.seed,
     )
     text = format_report(report)
-    replace_text(run.folder / "report.txt", text + "\n")
-    replace_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_whole(run.folder / "report.txt", (text + "\n").encode())
+    write_json(run.folder / "report.json", report)
     print(text)
 
 

@@ -320,13 +320,16 @@ def test_a_broken_state_is_named_and_left_alone(model, tmp_path):
 
 def test_a_full_disk_keeps_the_last_good_state(model, tmp_path, monkeypatch):
     def full(descriptor):
-        if (tmp_path / "state.safetensors.tmp").exists() and len(rows(tmp_path)) > 3:
+        if (tmp_path / "state.safetensors.part").exists() and len(rows(tmp_path)) > 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_state.os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device.*is kept"):
+    monkeypatch.setattr("usbrec.files.os.fsync", full)
+    with pytest.raises(
+        UserError,
+        match=r"state.* be written: No space left on device.* is kept",
+    ):
         train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
-    assert not (tmp_path / "state.safetensors.tmp").exists()
+    assert not (tmp_path / "state.safetensors.part").exists()
     assert run_state.load_state(tmp_path / "state.safetensors")[1]["progress"]["step"] == 2
 
 

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from usbrec.chunks import append, replace_text
 from usbrec.crs.dialogue import Example
 from usbrec.errors import UserError
+from usbrec.files import append_rows, write_json
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
@@ -115,7 +115,7 @@ class Run:
                 "add --fresh to start it over, or give another --run-dir"
             )
         self.stages[stage] = wanted
-        replace_text(self.notes, json.dumps(self.stages, indent=1) + "\n")
+        write_json(self.notes, self.stages)
 
     def discard(self, stage: str, made: Sequence[str]) -> None:
         """Delete what a stage made."""
@@ -144,7 +144,7 @@ class Run:
             "seconds": round(time.perf_counter() - start, 1),
             "peak_memory_bytes": peak_memory(),
         }
-        append(self.folder / "timings.jsonl", [row])
+        append_rows(self.folder / "timings.jsonl", [row])
 
     def load_adapters(self, engine: Engine, names: Sequence[str]) -> None:
         """Put the run's adapters of these names beside the base weights."""
