@@ -360,7 +360,7 @@ def test_fuzzed_adapter_settings_are_read_or_refused(original, tmp_path):
     for seed in range(300):
         rng = random.Random(seed)
         changed = {**settings, rng.choice(list(settings)): random_value(rng)}
-        write_json(tmp_path / "adapter_config.json", changed)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(changed), "utf-8")
         try:
             load_adapter(model, tmp_path, "sft")
         except UserError as error:
