@@ -38,7 +38,15 @@ from usbrec.errors import UserError
 from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.engine import Engine
-from usbrec.run import RUNS, ModelOptions, Run, load_engine, newest_run, pick_rows
+from usbrec.run import (
+    RUNS,
+    ModelOptions,
+    Run,
+    load_engine,
+    newest_run,
+    pick_rows,
+    shortened_line,
+)
 from usbrec.seeds import seed_for
 from usbrec.settings import Parser, add_flags, from_flags, option
 
@@ -434,7 +442,7 @@ def build_parser() -> Parser:
     who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
     who.add_argument("--adapter", help="the recommender's adapter folder, or none")
     who.add_argument("--simulator", help="the simulator's adapter folder, or none")
-    add_flags(parser, ModelOptions, defaults=dict.fromkeys(("dtype", "device")))
+    add_flags(parser, ModelOptions, defaults=dict.fromkeys(("dtype", "device", "max_length")))
     add_flags(parser, ReplyOptions)
     add_flags(parser, SearchOptions, "ses")
     return parser
@@ -458,13 +466,16 @@ def answer(flags: Namespace) -> None:
     options = from_flags(ReplyOptions, flags)
     searching = from_flags(SearchOptions, flags, "ses")
     setup = set_up(flags)
+    asked = [] if flags.chat or flags.validate_simulator else read_asked(flags, setup, options.seed)
+    recommender = assemble(setup, options, searching)
     if flags.chat:
-        talk(assemble(setup, options, searching), flags.json)
+        talk(recommender, flags.json)
     elif flags.validate_simulator:
-        validate_simulator(assemble(setup, options, searching), flags, setup)
+        validate_simulator(recommender, flags, setup)
     else:
-        asked = read_asked(flags, setup, options.seed)
-        reply_all(assemble(setup, options, searching), asked, flags, setup)
+        reply_all(recommender, asked, flags, setup)
+    if told := shortened_line(recommender.engine):
+        tell(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

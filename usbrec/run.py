@@ -45,6 +45,9 @@ class ModelOptions:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "auto: bfloat16 where the processor has it"
     )
+    max_length: int = option(
+        0, "tokens of a prompt and its reply; longer ones lose their oldest turns; 0: the model's"
+    )
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
 
 
@@ -78,7 +81,17 @@ def load_engine(options: ModelOptions) -> Engine:
     device = pick_device(options.device)
     path = ensure_default_model() if options.model is None else find_model(options.model)
     model = load_model(path, pick_dtype(options.dtype, device), device)
-    return Engine(model, ChatTokenizer.from_folder(path, options.chat_format))
+    tokenizer = ChatTokenizer.from_folder(path, options.chat_format)
+    return Engine(model, tokenizer, max_length=options.max_length)
+
+
+def shortened_line(engine: Engine) -> str:
+    """Return how many prompts lost their oldest turns, as a line for people; "" if none did."""
+    count = engine.usage.shortened
+    told = (
+        f"{count} prompts were too long for {engine.max_length} tokens and lost their oldest turns"
+    )
+    return told if count else ""
 
 
 def pick_rows(
