@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import Sampling
-from usbrec.chunks import append, dump, read_whole_lines, run_chunks, write_rows
+from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast, Verdict, recommender_turn, say
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
@@ -35,9 +35,19 @@ from usbrec.crs.lessons import popularity_of
 from usbrec.crs.report import format_dialogue, format_search, interval
 from usbrec.crs.ses import Candidate, Leaf, SearchOptions, SearchResult, search
 from usbrec.errors import UserError
+from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.engine import Engine, Usage
-from usbrec.run import RUNS, ModelOptions, Run, costs, load_engine, newest_run, pick_rows
+from usbrec.run import (
+    RUNS,
+    ModelOptions,
+    Run,
+    costs,
+    load_engine,
+    newest_run,
+    pick_rows,
+    shortened_line,
+)
 from usbrec.seeds import seed_for
 from usbrec.settings import Parser, add_flags, from_flags, option
 
@@ -283,7 +293,7 @@ def reply_into(
         share = {name: round(count / len(chunk), 1) for name, count in spent.items()}
         took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
         lines = [{"place": place, "seconds": seconds, **share} for (place, _), seconds in took]
-        append(times, lines)
+        append_rows(times, lines)
         return rows
 
     rows = run_chunks(
@@ -482,7 +492,8 @@ def build_parser() -> Parser:
     who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
     who.add_argument("--adapter", help="the recommender's adapter folder, or none")
     who.add_argument("--simulator", help="the simulator's adapter folder, or none")
-    add_flags(parser, ModelOptions, defaults=dict.fromkeys(("chat_date", "dtype", "device")))
+    inherited = ("chat_date", "dtype", "device", "max_length")
+    add_flags(parser, ModelOptions, defaults=dict.fromkeys(inherited))
     add_flags(parser, ReplyOptions)
     add_flags(parser, SearchOptions, "ses")
     return parser
@@ -506,13 +517,16 @@ def answer(flags: Namespace) -> None:
     options = from_flags(ReplyOptions, flags)
     searching = from_flags(SearchOptions, flags, "ses")
     setup = set_up(flags)
+    asked = [] if flags.chat or flags.validate_simulator else read_asked(flags, setup, options.seed)
+    recommender = assemble(setup, options, searching, flags.verbose)
     if flags.chat:
-        talk(assemble(setup, options, searching, flags.verbose), flags.json)
+        talk(recommender, flags.json)
     elif flags.validate_simulator:
-        validate_simulator(assemble(setup, options, searching, flags.verbose), flags, setup)
+        validate_simulator(recommender, flags, setup)
     else:
-        asked = read_asked(flags, setup, options.seed)
-        reply_all(assemble(setup, options, searching, flags.verbose), asked, flags, setup)
+        reply_all(recommender, asked, flags, setup)
+    if told := shortened_line(recommender.engine):
+        tell(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@
 A finished stage is used again; an interrupted one goes on. `python infer.py --ses` comes next.
 """
 
-import json
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
@@ -21,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from usbrec.chat import Lesson, Message
-from usbrec.chunks import read_whole_lines, replace_text, run_chunks, write_rows
+from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
@@ -38,14 +37,24 @@ from usbrec.crs.podcs import PairOptions, build_pairs, count_reasons, outcome_re
 from usbrec.crs.report import build_report, format_report
 from usbrec.crs.ses import SearchOptions
 from usbrec.errors import UserError
+from usbrec.files import write_json, write_rows, write_whole
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
+from usbrec.llm.limits import fit_lesson, fit_prompt, prompt_room
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.objectives import Objective, Sft, Simpo, pair_tree, usable_lessons, usable_pairs
 from usbrec.llm.packing import Tree, lesson_tree
 from usbrec.llm.training import TrainingOptions, train
-from usbrec.run import RUNS, ModelOptions, Run, as_json, load_engine, pick_rows
+from usbrec.run import (
+    RUNS,
+    ModelOptions,
+    Run,
+    as_json,
+    load_engine,
+    pick_rows,
+    shortened_line,
+)
 from usbrec.seeds import seed_for
 from usbrec.settings import Parser, add_flags, from_flags, option
 
@@ -205,11 +214,17 @@ def train_sft(work: Work) -> None:
 def learn_lessons(
     work: Work, adapter: str, lessons: Sequence[Lesson], options: TrainingOptions
 ) -> None:
-    """Lay lessons out in token ids and train on those that fit; say what does not."""
-    trees = [lesson_tree(work.engine.tokenizer, lesson) for lesson in lessons]
-    limit = work.engine.model.config.max_position_embeddings
+    """Lay lessons out in token ids and train on what fits of them; say what does not."""
+    tokenizer, limit = work.engine.tokenizer, work.engine.max_length
+    fitted = [fit_lesson(tokenizer, lesson, limit) for lesson in lessons]
+    trees = [lesson_tree(tokenizer, piece) for pieces in fitted for piece in pieces]
     kept, dropped = usable_lessons(trees, limit)
-    say_counts(f"{adapter}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
+    dropped["dropped as too long"] += fitted.count([])
+    changed = sum(pieces not in ([], [x]) for pieces, x in zip(fitted, lessons, strict=True))
+    say_counts(
+        f"{adapter}: {len(kept)} lessons, {sum(map(len, kept))} tokens",
+        {"shortened": changed, **dropped},
+    )
     work.learn(adapter, kept, Sft(), options, adapter)
 
 
@@ -242,16 +257,19 @@ def train_simpo(work: Work) -> None:
     """Go on from the SFT adapter with the SimPO loss over the pairs."""
     settings, tokenizer = work.settings, work.engine.tokenizer
     rows = read_whole_lines(work.run.need("pairs.jsonl", "pairs"))
-    trees = [
-        pair_tree(
-            tokenizer.prompt([Message(**message) for message in row["prompt"]]),
-            tokenizer.reply(row["chosen"][0]["content"]),
-            tokenizer.reply(row["rejected"][0]["content"]),
-        )
-        for row in rows
-    ]
-    kept, dropped = usable_pairs(trees, work.engine.model.config.max_position_embeddings)
-    say_counts(f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens", dropped)
+    limit = work.engine.max_length
+    trees, shortened = [], 0
+    for row in rows:
+        messages = [Message(**message) for message in row["prompt"]]
+        prompt, was_shortened = fit_prompt(tokenizer, messages, prompt_room(limit))
+        chosen, rejected = (tokenizer.reply(row[x][0]["content"]) for x in ("chosen", "rejected"))
+        trees.append(pair_tree(prompt, chosen, rejected))
+        shortened += was_shortened
+    kept, dropped = usable_pairs(trees, limit)
+    say_counts(
+        f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens",
+        {"shortened": shortened, **dropped},
+    )
     if not kept:
         raise UserError(
             f"{work.run.folder / 'pairs.jsonl'} holds no pair to learn from: try more rows "
@@ -309,8 +327,8 @@ def evaluate(work: Work) -> None:
         d.seed,
     )
     text = format_report(report)
-    replace_text(run.folder / "report.txt", text + "\n")
-    replace_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_whole(run.folder / "report.txt", (text + "\n").encode())
+    write_json(run.folder / "report.json", report)
     print(text)
 
 
@@ -417,6 +435,8 @@ def run_stages(
         with run.timed(stage, work.engine.usage, verbose):
             DOES[stage](work)
         gather_metrics(run)
+    if told := shortened_line(work.engine):
+        print(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

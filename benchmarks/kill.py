@@ -2,21 +2,21 @@
 
     python benchmarks/kill.py [--kills 20] [--model default]
 
-A handful of rows through all five stages, once left alone and then killed (SIGKILL) at random
-moments, started anew with the same command each time; when a run finishes before all kills are
-spent, another begins. Every file is compared, `timings.jsonl` alone left out. The model is a small
-random one; `--model default` takes the real default model.
+A handful of rows through all five stages, once left alone and then killed (SIGKILL) at a random
+moment of each stage, started anew with the same command each time; when a run has finished, another
+begins until all kills are spent. Every file is compared, `timings.jsonl` alone left out. The model
+is a small random one; `--model default` takes the real default model.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,7 @@ ENDS = (  # what stands in a run folder when a stage is over
     ("simpo", "rl/adapter_model.safetensors"),
     ("report", "report.json"),
 )
+STAGES = (*(stage for stage, _ in ENDS), "finished")
 
 
 def command_for(work: Path, model: str) -> list[str]:
@@ -48,23 +49,42 @@ def command_for(work: Path, model: str) -> list[str]:
 
 def stage_of(folder: Path) -> str:
     """Return the stage that a run folder is in."""
-    return next((stage for stage, end in ENDS if not (folder / end).exists()), "finished")
+    return next((stage for stage, end in ENDS if not (folder / end).exists()), STAGES[-1])
 
 
-def run(command: list[str], folder: Path, limit: float | None = None) -> bool:
-    """Run until the end, or kill after `limit` seconds; return whether it came to its end."""
+def run(command: list[str], folder: Path) -> None:
+    """Run until the end."""
     log = folder.with_suffix(".log")
     with log.open("ab") as out:
-        child = subprocess.Popen([*command, str(folder)], stdout=out, stderr=out)
-        try:
-            code = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            return False
+        code = subprocess.run([*command, str(folder)], stdout=out, stderr=out).returncode
     if code:
         raise SystemExit(f"train.py ended with {code}:\n{log.read_text()[-3000:]}")
-    return True
+
+
+def run_and_kill(command: list[str], folder: Path, stage: str, seconds: float) -> str | None:
+    """Kill the run `seconds` after `stage` began or went on; None if it had ended before.
+
+    Returns the stage that was under way.
+    """
+    before = begun(folder)
+    with folder.with_suffix(".log").open("ab") as out:
+        child = subprocess.Popen([*command, str(folder)], stdout=out, stderr=out)
+        while child.poll() is None and (
+            begun(folder) == before or STAGES.index(stage_of(folder)) < STAGES.index(stage)
+        ):
+            time.sleep(0.002)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+        met = stage_of(folder) if child.poll() is None else None
+        child.kill()
+        child.wait()
+    return met
+
+
+def begun(folder: Path) -> int:
+    """Return a number that changes when train.py has read its options and begins to work."""
+    notes = folder / "options.json"
+    return notes.stat().st_mtime_ns if notes.exists() else 0
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -73,18 +93,12 @@ def differences(one: Path, other: Path) -> list[str]:
     return sorted(name for name in first | second if first.get(name) != second.get(name))
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    """Return how long the action took."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def kill_test(work: Path, kills: int, seed: int, model: str = "small") -> dict[str, object]:
     """Return how many kills fell in which stage, and which files differed in the end."""
     command = command_for(work, model)
-    idle = seconds_of(lambda: subprocess.run([*command[:2], "--help"], capture_output=True))
-    busy = max(seconds_of(lambda: run(command, work / "whole")) - idle, 0.0)
+    run(command, work / "whole")
+    lines = (work / "whole" / "timings.jsonl").read_text().splitlines()
+    seconds = {row["stage"]: row["seconds"] for row in map(json.loads, lines)}
     draw = random.Random(seed)
     met: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
@@ -92,13 +106,11 @@ def kill_test(work: Path, kills: int, seed: int, model: str = "small") -> dict[s
     while met.total() < kills:
         runs += 1
         folder = work / f"killed{runs}"
-        while met.total() < kills:
-            # Counted from the end of the imports; half the moments fall into the first quarter.
-            if run(command, folder, idle + busy * draw.random() ** 2):
-                break
-            met[stage_of(folder)] += 1
-        else:
-            run(command, folder)
+        for stage in STAGES[:-1]:
+            if met.total() < kills:
+                where = run_and_kill(command, folder, stage, seconds[stage] * draw.random())
+                met.update([where] if where else [])
+        run(command, folder)
         wrong += [f"{folder.name}/{name}" for name in differences(work / "whole", folder)]
     return {"kills": met.total(), "stages": dict(met), "runs": runs, "different": wrong}
 

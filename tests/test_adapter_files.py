@@ -163,11 +163,10 @@ def test_an_interrupted_save_leaves_the_old_adapter(llama, tmp_path, monkeypatch
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     randomise(p for p in adapter_parameters(model, "sft").values())
 
-    def interrupted(tensors, path, **options):
-        path.write_bytes(b"half")
+    def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("usbrec.llm.adapter_files.save_file", interrupted)
+    monkeypatch.setattr("usbrec.files.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, "sft", tmp_path, "base")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from usbrec.chunks import run_chunks, write_rows
+from usbrec.chunks import run_chunks
 from usbrec.errors import UserError
+from usbrec.files import write_rows
 
 ITEMS = list(range(7))
 OPTIONS = {"seed": 1}

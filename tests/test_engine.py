@@ -275,9 +275,22 @@ def test_a_call_that_cannot_fit_says_so() -> None:
         engine(capacity=20).generate([CHATS[5]], Sampling(max_new_tokens=4), [0])
 
 
-def test_a_prompt_beyond_the_model_says_so() -> None:
-    with pytest.raises(UserError, match="2048 positions"):
+def test_a_last_line_beyond_the_limit_says_so() -> None:
+    with pytest.raises(UserError, match="exceed the limit of 2048"):
         engine().generate([chat("x" * 2050)], Sampling(max_new_tokens=4), [0])
+
+
+def test_an_over_long_chat_is_answered_as_its_newest_turns_would_be_and_counted() -> None:
+    """40 positions, 30 for a prompt: a turn of 14 letters takes 17, two take 33."""
+    turns = [Message("user", letter * 14) for letter in "ab"]
+    e = Engine(model_with_adapters(), LetterTokenizer(), max_length=40)
+    sampling = Sampling(max_new_tokens=4)
+    long, short = e.generate([Chat(tuple(turns)), Chat((turns[1],))], sampling, [0, 0])
+    assert long == short
+    assert e.usage.shortened == 1
+    for wrong in (-1, 2049):
+        with pytest.raises(UserError, match="--max-length must lie in"):
+            Engine(model_with_adapters(), LetterTokenizer(), max_length=wrong)
 
 
 def test_stop_strings_end_a_row_wherever_tokens_split_them() -> None:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config, oracle_of
 
 from usbrec.errors import UserError
+from usbrec.files import write_json
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_config, load_model
-from usbrec.llm.files import file_in, write_json
+from usbrec.llm.files import file_in
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.model_config import config_from
 from usbrec.llm.tokenizer import ChatTokenizer
@@ -359,7 +360,7 @@ def test_fuzzed_adapter_settings_are_read_or_refused(original, tmp_path):
     for seed in range(300):
         rng = random.Random(seed)
         changed = {**settings, rng.choice(list(settings)): random_value(rng)}
-        write_json(tmp_path / "adapter_config.json", changed)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(changed), "utf-8")
         try:
             load_adapter(model, tmp_path, "sft")
         except UserError as error:

@@ -261,32 +261,6 @@ def test_llama_date_line_is_pinned_and_can_be_set(tmp_path):
     assert "Today Date: 01 Jan 2030\n" in other.decode(other.prompt(chat))
 
 
-def numbered_chat(turns, system="Be brief."):
-    chat = [Message("system", system)]
-    for number in range(turns):
-        chat += [Message("user", f"question {number}"), Message("assistant", f"reply {number}")]
-    return chat[:-1]
-
-
-def test_truncation_drops_whole_turns_and_keeps_system_and_last_turn(default_model_folder):
-    ours = ChatTokenizer.from_folder(default_model_folder)
-    chat = numbered_chat(5)
-    length = len(ours.prompt(chat))
-    assert ours.truncate(chat, length) == (chat, 0)
-    kept, dropped = ours.truncate(chat, length - 1)
-    assert (kept, dropped) == (chat[:1] + chat[3:], 2)
-    assert len(ours.prompt(kept)) <= length - 1
-    kept, dropped = ours.truncate(chat, 1)
-    assert (kept, dropped) == ([chat[0], chat[-1]], 8)
-
-
-def test_truncation_keeps_what_follows_the_last_user_turn(default_model_folder):
-    ours = ChatTokenizer.from_folder(default_model_folder)
-    opening = [Message("assistant", "Welcome!")]
-    chat = opening + numbered_chat(2)[1:] + [Message("system", "How good was it? 0, 1 or 2.")]
-    assert ours.truncate(chat, 1) == (chat[-2:], 3)
-
-
 def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
     ours, _ = family
     for seed in range(100):

@@ -1,8 +1,12 @@
 """The main job as a user starts it: once on the real model, else on a small random one."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,24 @@ from usbrec.chunks import read_whole_lines
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
+DIES = """
+import os, runpy, signal, sys
+
+whole, path, left = os.write, sys.argv[1], int(sys.argv[2])
+
+def write(descriptor, data):
+    global left
+    if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        left -= 1
+        if not left:
+            whole(descriptor, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+    return whole(descriptor, data)
+
+os.write = write
+sys.argv[:3] = []
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # train.py, killed when half of the n-th write to a file is done
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +45,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("inputs")
     model = write_small_model(place / "model")
     data = write_small_data(place / "data", test_word=WORD)
-    return {"--model": model, "--data": data, "--dtype": "float32", **STAGE_FLAGS}
+    often = {"--simulator-save-every": 2}
+    return {"--model": model, "--data": data, "--dtype": "float32", **STAGE_FLAGS, **often}
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +194,31 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(
             patch.setattr(train, name, stopped)
             assert train.main(["--run-dir", str(run), *flags(inputs)]) == 130
     assert len(read_whole_lines(run / "rows.jsonl")) == 2
+    assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
+    assert bytes_of(run) == bytes_of(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("simulator/training/state.safetensors.part", 3),
+        ("samples.jsonl", 2),
+        ("report.json.part", 1),
+    ],
+)
+def test_a_run_killed_in_the_midst_of_a_write_goes_on_to_the_same_bytes(
+    inputs: dict[str, Any], finished: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    """SIGKILL with a file half written: a state of the simulator, a chunk of PODCS, the report."""
+    run = tmp_path / "run"
+    command = [str(train.__file__), "--run-dir", str(run), *flags(inputs)]
+    child = subprocess.run(
+        [sys.executable, "-c", DIES, str(run / name), str(count), *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert bytes_of(run)[name] != bytes_of(finished).get(name)
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
     assert bytes_of(run) == bytes_of(finished)
 

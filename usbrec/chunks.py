@@ -9,13 +9,13 @@ with which options it was made; results made with others are refused, never mixe
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from usbrec.errors import UserError
+from usbrec.files import append_rows, write_json
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ def run_chunks(
             chunk = items[start : start + chunk_size]
             made = [json.loads(json.dumps(row)) for row in work(chunk)]
             assert len(made) == len(chunk), f"{label}: {len(made)} rows for {len(chunk)} items"
-            append(path, made)
+            append_rows(path, made)
             rows += made
             bar.update(len(chunk))
     return rows
@@ -58,12 +58,12 @@ def run_chunks(
 def claim(path: Path, wanted: Mapping[str, Any]) -> list[Row]:
     """Return the complete rows at `path`, having seen or noted that they are made with `wanted`."""
     note = path.with_suffix(".options.json")
-    text = json.dumps(dict(wanted), indent=1, sort_keys=True) + "\n"
+    content = json.loads(json.dumps(dict(wanted), sort_keys=True))
     if path.exists():
-        _compare(path, note, json.loads(text))
+        _compare(path, note, content)
         return read_whole_lines(path)
-    replace_text(note, text)
-    append(path, [])
+    write_json(note, content)
+    append_rows(path, [])
     return []
 
 
@@ -85,54 +85,6 @@ def read_whole_lines(path: Path) -> list[Row]:
             raise UserError(f"{path}, line {number}: expected a JSON object, got {row!r:.60}")
         rows.append(row)
     return rows
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows in one write and wait for the disk; on a failure leave the file as it was."""
-    data = "".join(dump(row) + "\n" for row in rows).encode()
-    try:
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                _write(file.fileno(), data)
-            except OSError:
-                os.ftruncate(file.fileno(), size)
-                raise
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}; rows so far are kept"
-        ) from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a whole file so that a reader finds the old text or the new, never a part."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb", buffering=0) as file:
-            _write(file.fileno(), text.encode())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a JSONL file whole."""
-    replace_text(path, "".join(dump(row) + "\n" for row in rows))
-
-
-def dump(row: Row) -> str:
-    """Return a row as one line of JSON; a number that is not finite is a fault, never written."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.fsync(descriptor)
 
 
 def _compare(path: Path, note: Path, wanted: dict[str, Any]) -> None:

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from usbrec.chunks import append, replace_text
 from usbrec.crs.dialogue import Example
 from usbrec.errors import UserError
+from usbrec.files import append_rows, write_json
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
@@ -46,6 +46,9 @@ class ModelOptions:
     chat_date: str = option(LLAMA31_DATE, "what Llama 3.1's system prompt calls today")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "auto: bfloat16 where the processor has it"
+    )
+    max_length: int = option(
+        0, "tokens of a prompt and its reply; longer ones lose their oldest turns; 0: the model's"
     )
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
 
@@ -81,7 +84,16 @@ def load_engine(options: ModelOptions) -> Engine:
     path = ensure_default_model() if options.model is None else find_model(options.model)
     model = load_model(path, pick_dtype(options.dtype, device), device)
     tokenizer = ChatTokenizer.from_folder(path, options.chat_format, options.chat_date)
-    return Engine(model, tokenizer)
+    return Engine(model, tokenizer, max_length=options.max_length)
+
+
+def shortened_line(engine: Engine) -> str:
+    """Return how many prompts lost their oldest turns, as a line for people; "" if none did."""
+    count = engine.usage.shortened
+    told = (
+        f"{count} prompts were too long for {engine.max_length} tokens and lost their oldest turns"
+    )
+    return told if count else ""
 
 
 def pick_rows(
@@ -118,7 +130,7 @@ class Run:
                 "add --fresh to start it over, or give another --run-dir"
             )
         self.stages[stage] = wanted
-        replace_text(self.notes, json.dumps(self.stages, indent=1) + "\n")
+        write_json(self.notes, self.stages)
 
     def discard(self, stage: str, made: Sequence[str]) -> None:
         """Delete what a stage made."""
@@ -151,7 +163,7 @@ class Run:
             "peak_memory_bytes": peak_memory(),
             **spent,
         }
-        append(self.folder / "timings.jsonl", [row])
+        append_rows(self.folder / "timings.jsonl", [row])
 
     def load_adapters(self, engine: Engine, names: Sequence[str]) -> None:
         """Put the run's adapters of these names beside the base weights."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from usbrec.errors import UserError
+from usbrec.files import write_json, write_whole
 from usbrec.llm.checkpoint import compare_shapes, stored_module
-from usbrec.llm.files import file_in, read_json, write_json, write_whole
+from usbrec.llm.files import file_in, read_json
 from usbrec.llm.lora import LoraConfig, LoraLinear, remove_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.weights import SafetensorsWeights, load_tensor
@@ -46,7 +47,7 @@ WITHOUT_EFFECT = (
 def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> None:
     """Write the adapter `name` to `folder` as peft would; `base_name` names the base in it.
 
-    Each file is written whole or not at all, the weights first.
+    Each file is written whole or not at all, the weights last: where they stand, all is there.
     """
     folder = Path(folder)
     layers = adapter_layers(model, name)
@@ -57,11 +58,8 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
         for path, layer in layers.items()
         for half in ("lora_A", "lora_B")
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})
-    )
     write_json(folder / CONFIG_FILE, peft_settings(model, name, layers, base_name))
+    write_whole(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
 
 
 def adapter_layers(model: Decoder, name: str) -> dict[str, LoraLinear]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
+from usbrec.llm.limits import fit_prompt, prompt_room
 from usbrec.llm.model import Decoder
 from usbrec.llm.sampling import (
     DecodeAttention,
@@ -36,6 +37,7 @@ class Usage:
     """What the engine did since it was made: tokens computed, taken from memory, and decoded."""
 
     calls: int = 0
+    shortened: int = 0  # prompts that lost their oldest turns
     prompt_tokens: int = 0
     computed_tokens: int = 0
     decoded_tokens: int = 0
@@ -93,9 +95,20 @@ class Engine:
     """`usbrec.chat.LanguageModel` over a decoder in this process."""
 
     def __init__(
-        self, model: Decoder, tokenizer: ChatTokenizer, memory_bytes: int = MEMORY_BYTES
+        self,
+        model: Decoder,
+        tokenizer: ChatTokenizer,
+        memory_bytes: int = MEMORY_BYTES,
+        max_length: int = 0,
     ) -> None:
+        """`max_length` is of a prompt and its reply; 0: the model's positions."""
+        positions = model.config.max_position_embeddings
+        if not 0 <= max_length <= positions:
+            raise UserError(
+                f"--max-length must lie in 0 (all) to the model's {positions}, got {max_length}"
+            )
         self.model, self.tokenizer = model, tokenizer
+        self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, memory_bytes)
         self.usage = Usage()
         # hears a reply's text as it is drawn, where a call asks for one alone
@@ -114,7 +127,8 @@ class Engine:
     ) -> list[Reply]:
         """Return one reply a chat; a row depends on its own chat, sampling and seed alone.
 
-        Raises UserError where a prompt and its reply exceed the model's positions.
+        An over-long chat loses its oldest turns. Raises UserError where its last one and the reply
+        find no room.
         """
         samplings = [sampling] * len(chats) if isinstance(sampling, Sampling) else list(sampling)
         assert len(chats) == len(samplings) == len(seeds), "one sampling and one seed a chat"
@@ -171,14 +185,16 @@ class Engine:
         return found
 
     def prompt(self, chat: Chat, new_tokens: int) -> list[int]:
-        """Return a chat's token ids up to where its reply begins."""
-        ids = self.tokenizer.prompt(chat.messages)
-        limit = self.model.config.max_position_embeddings
-        if len(ids) + new_tokens > limit:
+        """Return a chat's token ids up to where its reply begins, without what finds no room."""
+        room = min(prompt_room(self.max_length), self.max_length - new_tokens)
+        ids, was_shortened = fit_prompt(self.tokenizer, chat.messages, room)
+        if len(ids) + new_tokens > self.max_length:
             raise UserError(
-                f"a prompt of {len(ids)} tokens and a reply of up to {new_tokens} exceed the "
-                f"model's {limit} positions: shorten the dialogue or --max-new-tokens"
+                f"a prompt whose last turn alone has {len(ids)} tokens and a reply of up to "
+                f"{new_tokens} exceed the limit of {self.max_length} (--max-length, or the "
+                "model's positions): shorten the last line or --max-new-tokens"
             )
+        self.usage.shortened += was_shortened
         return ids
 
     def waves(self, sizes: Sequence[int]) -> Iterator[range]:

@@ -154,15 +154,15 @@ def longest_path(tree: Tree) -> int:
 def usable_lessons(trees: Sequence[Tree], max_length: int) -> tuple[list[Tree], dict[str, int]]:
     """Return the trees that can be learned from, and how many were dropped for which reason.
 
-    Nothing is cut here: shorten conversations by whole turns where they are laid out.
+    Nothing is cut here: `limits.py` shortens conversations before they are laid out.
     """
-    dropped = {"too long": 0, "nothing to learn": 0}
+    dropped = {"dropped as too long": 0, "dropped with nothing to learn": 0}
     kept = []
     for tree in trees:
         if longest_path(tree) > max_length:
-            dropped["too long"] += 1
+            dropped["dropped as too long"] += 1
         elif Sft().size(tree) <= 0:
-            dropped["nothing to learn"] += 1
+            dropped["dropped with nothing to learn"] += 1
         else:
             kept.append(tree)
     return kept, dropped
@@ -173,16 +173,20 @@ def usable_pairs(trees: Sequence[Tree], max_length: int) -> tuple[list[Tree], di
 
     A response of fewer than two tokens has nothing before its end-of-turn token: it is empty.
     """
-    dropped = {"too long": 0, "empty response": 0, "equal responses": 0}
+    dropped = {
+        "dropped as too long": 0,
+        "dropped for an empty response": 0,
+        "dropped for equal responses": 0,
+    }
     kept = []
     for tree in trees:
         prompt, chosen, rejected = tree.branches
         if longest_path(tree) > max_length:
-            dropped["too long"] += 1
+            dropped["dropped as too long"] += 1
         elif not prompt.ids or min(len(chosen.ids), len(rejected.ids)) < 2:
-            dropped["empty response"] += 1
+            dropped["dropped for an empty response"] += 1
         elif list(chosen.ids) == list(rejected.ids):
-            dropped["equal responses"] += 1
+            dropped["dropped for equal responses"] += 1
         else:
             kept.append(tree)
     return kept, dropped

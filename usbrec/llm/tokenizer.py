@@ -261,23 +261,6 @@ class ChatTokenizer:
         ids, weights = self.render([Message("assistant", text, 1.0)], first=False)
         return [token for token, weight in zip(ids, weights, strict=True) if weight]
 
-    def truncate(self, messages: Sequence[Message], max_tokens: int) -> tuple[list[Message], int]:
-        """Drop whole turns from the left until the prompt has at most `max_tokens` tokens.
-
-        Returns what is left and the number of messages dropped. A turn is a user's message and all
-        up to the next one. The system prompt and the last turn stay, even if they are too long.
-        """
-        start = 1 if messages and messages[0].role == "system" else 0
-        head, turns = list(messages[:start]), turns_of(messages[start:])
-        lengths = [len(self.render(turn, first=False)[0]) for turn in turns]
-        length = len(self.prompt(head)) + sum(lengths)
-        dropped = 0
-        while length > max_tokens and dropped < len(turns) - 1:
-            length -= lengths[dropped]
-            dropped += 1
-        rest = [message for turn in turns[dropped:] for message in turn]
-        return head + rest, len(messages) - len(head) - len(rest)
-
     def stream(self) -> StreamDecoder:
         """Return a decoder for tokens that arrive one by one."""
         return StreamDecoder(self)
@@ -363,16 +346,6 @@ class StreamDecoder:
     def _text(self) -> str:
         before = self._tokenizer.decode(self._said)
         return self._tokenizer.decode(self._said + self._waiting)[len(before) :]
-
-
-def turns_of(messages: Sequence[Message]) -> list[list[Message]]:
-    """Split messages before each user's message."""
-    turns: list[list[Message]] = []
-    for message in messages:
-        if message.role == "user" or not turns:
-            turns.append([])
-        turns[-1].append(message)
-    return turns
 
 
 def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:

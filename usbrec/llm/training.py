@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from usbrec.errors import UserError
+from usbrec.files import append_rows, write_whole
 from usbrec.llm.lora import Route, adapter_parameters
 from usbrec.llm.loss import token_logps
 from usbrec.llm.model import Decoder
 from usbrec.llm.objectives import Mean, Objective
 from usbrec.llm.packing import Tree, pack, plain_layout
-from usbrec.llm.run_state import append_line, load_state, save_state, write_atomically
+from usbrec.llm.run_state import load_state, save_state
 from usbrec.seeds import seed_for
 from usbrec.settings import option
 
@@ -332,7 +333,7 @@ class _Run:
             )
         rows = [json.loads(line) for line in content[:length].splitlines()]
         self.history = [row for row in rows if "loss" in row]
-        write_atomically(path, content[:length])
+        write_whole(path, content[:length])
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the state's tensors where they belong."""
@@ -413,7 +414,7 @@ class _Run:
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_bytes": _peak_memory(self.model.device),
             }
-            append_line(self.folder / "timings.jsonl", row)
+            append_rows(self.folder / "timings.jsonl", [row])
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -428,7 +429,7 @@ class _Run:
     def write(self, row: Mapping[str, float]) -> None:
         """Append a line to the metrics."""
         if _rank() == 0:
-            append_line(self.metrics_path, row)
+            append_rows(self.metrics_path, [row])
 
     def save(self) -> None:
         """Replace the state by the present one; the metrics up to here are on the disk before."""
