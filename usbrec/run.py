@@ -46,6 +46,9 @@ class ModelOptions:
         "auto", "auto: bfloat16 where the processor has it"
     )
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
+    quantise: Literal["none", "int8", "int4"] = option(
+        "none", "round the base weights: quicker replies one at a time on the CPU, no training"
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -78,6 +81,8 @@ def load_engine(options: ModelOptions) -> Engine:
     device = pick_device(options.device)
     path = ensure_default_model() if options.model is None else find_model(options.model)
     model = load_model(path, pick_dtype(options.dtype, device), device)
+    if options.quantise != "none":
+        model.quantise_weights(options.quantise)
     return Engine(model, ChatTokenizer.from_folder(path, options.chat_format))
 
 
