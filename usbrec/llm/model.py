@@ -204,14 +204,15 @@ class Decoder(nn.Module):
         return self.lm_head.weight.dtype
 
     def quantise_weights(self, kind: Kind) -> None:
-        """Round all matrices to 8 or 4 bits: quicker decoding of few rows, on the CPU.
+        """Round the layers' matrices to 8 or 4 bits: quicker decoding of few rows, on the CPU.
 
-        A tied head takes the embeddings along. Raises UserError, with nothing rounded, where the
-        kernels do not work.
+        The head, and embeddings tied to it, stay as they are: the default model's in int4 costs 2%
+        of perplexity, and in int8 is no quicker than in the processor's order. Raises UserError,
+        with nothing rounded, where the kernels do not work.
         """
         if self.device.type != "cpu":
             raise UserError(f"{kind} weights work on the CPU only, the model is on {self.device}")
-        layers = {path: m for path, m in self.named_modules() if isinstance(m, FrozenLinear)}
+        layers = {path: m for path, m in self.named_modules() if isinstance(m, LoraLinear)}
         for path, layer in layers.items():
             if kind == "int4" and not fits_int4(layer.weight):
                 raise UserError(
