@@ -492,7 +492,7 @@ def build_parser() -> Parser:
     who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
     who.add_argument("--adapter", help="the recommender's adapter folder, or none")
     who.add_argument("--simulator", help="the simulator's adapter folder, or none")
-    inherited = ("chat_date", "dtype", "device", "max_length")
+    inherited = ("chat_date", "dtype", "device", "max_length", "quantise")
     add_flags(parser, ModelOptions, defaults=dict.fromkeys(inherited))
     add_flags(parser, ReplyOptions)
     add_flags(parser, SearchOptions, "ses")

@@ -59,6 +59,7 @@ from usbrec.seeds import seed_for
 from usbrec.settings import Parser, add_flags, from_flags, option
 
 STAGES = ("simulator", "sft", "pairs", "simpo", "report")
+LEARNING = ("simulator", "sft", "simpo")  # the stages that change an adapter
 MADE = {  # what each stage leaves in the run folder
     "simulator": ("simulator",),
     "sft": ("sft",),
@@ -410,6 +411,12 @@ def run_stages(
     stages: Sequence[str], run: Run, settings: Settings, fresh: bool, verbose: bool
 ) -> None:
     """Run what is not yet done of the stages, in their order."""
+    learning = [stage for stage in stages if stage in LEARNING]
+    if learning and settings.model.quantise != "none":
+        raise UserError(
+            f"--quantise {settings.model.quantise} is for stages that learn nothing, "
+            f"and {', '.join(learning)} would learn on rounded weights: name others (--stages)"
+        )
     if fresh:
         for stage in stages:
             run.discard(stage, MADE[stage])

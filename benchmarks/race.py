@@ -16,6 +16,7 @@ from usbrec.chat import Chat, Message, Sampling  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
 from usbrec.llm.default_model import ensure_default_model  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
+from usbrec.llm.quantised import Kind  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
 
 WORDS = [
@@ -34,11 +35,14 @@ class Endless:
         return getattr(self.tokenizer, name)
 
 
-def our_engine() -> Engine:
-    """The default model in bf16 behind our engine."""
+def our_engine(quantise: Kind | None = None) -> Engine:
+    """The default model in bf16, its weights rounded or not, behind our engine."""
     folder = ensure_default_model()
+    model = load_model(folder, torch.bfloat16)
+    if quantise is not None:
+        model.quantise_weights(quantise)
     tokenizer: Any = Endless(ChatTokenizer.from_folder(folder))
-    return Engine(load_model(folder, torch.bfloat16), tokenizer)
+    return Engine(model, tokenizer)
 
 
 def their_model() -> Any:

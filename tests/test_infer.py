@@ -421,6 +421,8 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--ses-temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--device", "abacus"], "abacus"),
+        (["--quantise", "int2"], "int2"),
+        (["--quantise", "int4"], "down_proj"),  # its 48 inputs are no groups of 32
         (["--ses-mode", "star"], "star"),
         (["--no-such-flag"], "--no-such-flag"),
     ],

@@ -243,6 +243,19 @@ def test_other_options_are_refused_and_nothing_is_lost(
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0  # the old options still do
 
 
+def test_rounded_weights_serve_the_report_and_are_learned_on_by_no_stage(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounded = ["--run-dir", str(run), *flags(inputs | {"--quantise": "int8"})]
+    before = bytes_of(run)
+    told = refused([*rounded, "--stages", "sft", "pairs", "simpo", "--fresh"], capsys)
+    assert "--quantise int8" in told and "sft, simpo would learn" in told
+    assert bytes_of(run) == before
+    assert "model-quantise 'none'" in refused([*rounded, "--stages", "report"], capsys)
+    assert train.main([*rounded, "--stages", "report", "--fresh"]) == 0
+    assert bytes_of(run)["rows.jsonl"] != before["rows.jsonl"]
+
+
 def test_test_dialogues_enter_no_lesson_and_no_pair(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

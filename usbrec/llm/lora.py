@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usbrec.llm.kernels import adapted_product, ordered, ordered_product
+from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
 from usbrec.settings import option
 
 ALL_LINEAR = "all-linear"
 FEW_ROWS = 64
 ORDERED_ROWS = 256  # of more rows a product reads a weight as quickly in its usual order
+QUANTISED_ROWS = 4  # with more rows the kernels for rounded weights are the slower ones
 
 
 class Route(NamedTuple):
@@ -52,22 +54,41 @@ class LoraConfig:
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer without gradients of its own, quick at products of few rows."""
+    """A linear layer without gradients of its own, quick at products of few rows.
+
+    The fewer the rows, the more a product's time is that of reading the weight; so the weight may
+    lie here in further forms, and a product reads the form that is quickest for its rows.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.requires_grad_(False)
         self.ordered: Tensor | None = None
+        self.quantised: QuantisedWeight | None = None
 
     def order(self) -> None:
         """Keep a copy of the weight in the processor's own order, where it has one."""
         self.ordered = ordered(self.weight)
 
+    @torch.no_grad()
+    def quantise(self, kind: Kind) -> None:
+        """Round the weight for good, and keep a copy of it in the rounded form.
+
+        The weight itself becomes what the rounded form stands for: all products see the same one.
+        """
+        assert self.ordered is None, "a weight is rounded before it is ordered"
+        self.quantised, rounded = quantised(self.weight, kind)
+        self.weight.copy_(rounded)
+
     def product(self, x: Tensor) -> Tensor:
         """Return W x + b. x (T, in) -> (T, out)."""
-        if self.ordered is None or len(x) > ORDERED_ROWS or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        return ordered_product(x, self.ordered, self.bias)
+        if not torch.is_grad_enabled():
+            if self.quantised is not None and len(x) <= QUANTISED_ROWS:
+                out = self.quantised.product(x)
+                return out if self.bias is None else out.add_(self.bias)
+            if self.ordered is not None and len(x) <= ORDERED_ROWS:
+                return ordered_product(x, self.ordered, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out)."""

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from usbrec.errors import UserError
 from usbrec.llm.kernels import rms_norm, rotate
 from usbrec.llm.lora import FrozenLinear, LoraLinear, Route
+from usbrec.llm.quantised import GROUP, INT4_OUTPUTS, Kind, fits_int4
 
 
 class Attention(Protocol):
@@ -201,6 +202,26 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the base computes in."""
         return self.lm_head.weight.dtype
+
+    def quantise_weights(self, kind: Kind) -> None:
+        """Round the layers' matrices to 8 or 4 bits: quicker decoding of few rows, on the CPU.
+
+        The head, and embeddings tied to it, stay as they are: the default model's in int4 costs 2%
+        of perplexity, and in int8 is no quicker than in the processor's order. Raises UserError,
+        with nothing rounded, where the kernels do not work.
+        """
+        if self.device.type != "cpu":
+            raise UserError(f"{kind} weights work on the CPU only, the model is on {self.device}")
+        layers = {path: m for path, m in self.named_modules() if isinstance(m, LoraLinear)}
+        for path, layer in layers.items():
+            if kind == "int4" and not fits_int4(layer.weight):
+                raise UserError(
+                    f"int4 weights need inputs in groups of {GROUP} and outputs in groups of "
+                    f"{INT4_OUTPUTS}, and {path} has {layer.in_features} and {layer.out_features}: "
+                    "take int8"
+                )
+        for layer in layers.values():
+            layer.quantise(kind)
 
     def order_weights(self) -> None:
         """Keep the weights once more as the processor's kernels read them: quicker decoding."""
