@@ -6,6 +6,7 @@ Without further flags the newest run of train.py answers a test dialogue of its 
     python infer.py --chat --ses                     a conversation in the terminal
     python infer.py --dialogue FILE --json           dialogues from JSON or JSONL
     python infer.py --data redial --limit 200        rows of a split, with a results file
+    python infer.py --limit 0 --rank 50              the catalogue ranked, Recall@1, 10 and 50
     python infer.py --model FOLDER --adapter none    round the run folder
     python infer.py --validate-simulator             how well the judges agree with the truth
 """
@@ -25,19 +26,21 @@ from typing import Any
 
 from usbrec.chat import Sampling
 from usbrec.chunks import read_whole_lines, run_chunks
-from usbrec.crs.agents import Cast, Verdict, recommender_turn, say
+from usbrec.crs.agents import Cast, Verdict, recommender_prompt, recommender_turn, say
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.crs.evaluation import EvaluationOptions, search_record, titles_in
 from usbrec.crs.lessons import popularity_of
+from usbrec.crs.recall import announce, format_recall, ranked_recall
 from usbrec.crs.report import format_dialogue, format_search, interval
 from usbrec.crs.ses import Candidate, Leaf, SearchOptions, SearchResult, search
 from usbrec.errors import UserError
 from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.engine import Engine, Usage
+from usbrec.llm.ranking import WIDTH, Ranking
 from usbrec.run import (
     RUNS,
     ModelOptions,
@@ -65,9 +68,14 @@ class ReplyOptions:
     max_new_tokens: int = option(48, "longest plain reply, in tokens")
     seed: int = option(0, "decides every draw, and which rows of a dataset are taken")
     chunk_size: int = option(32, "dialogues answered together; results come a chunk at a time")
+    rank: int = option(0, "also rank the catalogue and give so many titles, best first")
+    rank_width: int = option(WIDTH, "beam of the ranking; 0: an exact search, slow but for rank 1")
 
     def __post_init__(self) -> None:
         Sampling(self.max_new_tokens, self.temperature)
+        for name in ("rank", "rank_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
 
@@ -110,6 +118,7 @@ class Recommender:
     options: ReplyOptions
     searching: SearchOptions
     verbose: bool
+    ranking: Ranking | None = None  # of the catalogue, with --rank
 
     def spent(self, before: Usage) -> dict[str, int]:
         """Return the tokens computed, reused and decoded since then; --verbose tells them."""
@@ -121,8 +130,9 @@ class Recommender:
     def answer(self, dialogues: Sequence[Dialogue]) -> list[Row]:
         """Return for each dialogue `reply`, `items` (the catalogue's titles in it), `seconds`.
 
-        With --ses also `search`, which is None before the search's `start_turn`. `seconds` are
-        equal shares of the time that the dialogues took together.
+        With --ses also `search`, which is None before the search's `start_turn`; with --rank also
+        `ranked` and `proven`. `seconds` are equal shares of the time that the dialogues took
+        together.
         """
         start, o = time.perf_counter(), self.options
         seeds = [seed_for(o.seed, "reply", format_dialogue(d)) for d in dialogues]
@@ -138,15 +148,31 @@ class Recommender:
         )  # fmt: skip
         replies = dict(zip(plain, said, strict=True))
         replies |= {i: result.reply for i, result in zip(searched, found, strict=True)}
+        ranked = self.rank(dialogues)
         seconds = round((time.perf_counter() - start) / len(dialogues), 3)
         rows: list[Row] = [
-            {"reply": x, "items": titles_in(self.catalogue, x), "seconds": seconds}
-            for _, x in sorted(replies.items())
-        ]
+            {"reply": replies[i], "items": titles_in(self.catalogue, replies[i]), **more,
+             "seconds": seconds}
+            for i, more in enumerate(ranked)
+        ]  # fmt: skip
         if o.ses:
             searches = dict(zip(searched, map(search_record, found), strict=True))
             rows = [{**row, "search": searches.get(i)} for i, row in enumerate(rows)]
         return rows
+
+    def rank(self, dialogues: Sequence[Dialogue]) -> list[Row]:
+        """Return for each dialogue `ranked`, titles with the log-probability of their announcement,
+        and `proven`, how many of the first are surely the best; nothing without --rank.
+        """
+        if self.ranking is None:
+            return [{} for _ in dialogues]
+        chats = [self.cast.recommends(recommender_prompt(d)) for d in dialogues]
+        titles = [item.title for item in self.catalogue]
+        return [
+            {"ranked": [{"title": titles[i], "logprob": logprob} for i, logprob in best.texts],
+             "proven": best.proven}
+            for best in self.ranking.best(chats, self.options.rank, self.options.rank_width)
+        ]  # fmt: skip
 
     def search_is_due(self, dialogue: Dialogue) -> bool:
         """Tell whether the recommender's next turn, counted from 1, is one that is searched."""
@@ -224,7 +250,9 @@ def assemble(
     for role in ("recommender", "simulator"):
         tell(f"{role}: {setup.adapters.get(role, 'the base weights as they are')}")
     cast = Cast(**{role: role for role in setup.adapters})
-    return Recommender(engine, cast, catalogue, options, searching, verbose)
+    titles = [announce(item.title) for item in catalogue]
+    ranking = Ranking(engine, titles) if options.rank else None
+    return Recommender(engine, cast, catalogue, options, searching, verbose, ranking)
 
 
 def digest_of(adapter: Path) -> str:
@@ -319,14 +347,29 @@ def reply_all(
     if out is None and len(asked) > 1 and flags.dialogue is None:
         out = results_file(setup, f"{flags.split or 'test'}-replies", deciding)
     if out is not None:
-        for x, row in zip(asked, reply_into(out, recommender, asked, deciding), strict=True):
+        rows = reply_into(out, recommender, asked, deciding)
+        for x, row in zip(asked, rows, strict=True):
             show(x.dialogue, row, flags.json)
+        if recommender.options.rank and flags.dialogue is None:
+            tell_recall(recommender, [x.example for x in asked if x.example], rows, setup)
         return
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
         chunk = asked[start : start + size]
         for x, row in zip(chunk, reply_to(recommender, chunk)[0], strict=True):
             show(x.dialogue, row, flags.json)
+
+
+def tell_recall(
+    recommender: Recommender, examples: Sequence[Example], rows: Sequence[Row], setup: Setup
+) -> None:
+    """Tell how often the gold titles of a split's rows are among the best, beside baselines."""
+    ranked = [[best["title"] for best in row["ranked"]] for row in rows]
+    popularity = popularity_of(load_rows(setup, "train"))
+    found = ranked_recall(
+        recommender.catalogue, examples, ranked, popularity, recommender.options.seed
+    )
+    tell(format_recall(found))
 
 
 def results_file(setup: Setup, kind: str, deciding: dict[str, Any]) -> Path:
@@ -404,6 +447,8 @@ def show_facts(row: Row) -> None:
     """Print what stands below a reply."""
     print("" if row["reply"].split() else "(nothing)")
     print(f"  titles: {'; '.join(row['items']) or 'none of the catalogue'}")
+    for place, best in enumerate(row.get("ranked", ()), 1):
+        print(f"  {place:>3}. {best['title']}  {best['logprob']:.2f}")
     if "gold" in row:
         print(f"  gold title, which no speaker knew: {'; '.join(row['gold'])}")
     print(f"  {row['seconds']} s\n", flush=True)

@@ -320,6 +320,25 @@ def test_rows_of_a_split_go_to_a_results_file_of_their_options(
     assert len(list((run / "infer").glob("*.options.json"))) == 2
 
 
+def test_a_ranked_split_ends_with_its_recall_beside_the_baselines(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer.main(["--json", *SHORT, "--limit", "3", "--rank", "10"]) == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    for row in rows:
+        scores = [best["logprob"] for best in row["ranked"]]
+        assert set(row) == PLAIN | {"ranked", "proven"} and len(scores) == 10
+        assert scores == sorted(scores, reverse=True) and 0 <= row["proven"] <= 10
+    for line in ("ranked @1 ", "ranked @10 ", "copy-last @10 ", "most-popular @10 "):
+        assert f"\n{line}" in said.err
+    assert "@50" not in said.err
+    [again] = answers(["--limit", "1", "--rank", "2", "--rank-width", "0"], capsys)
+    assert again["proven"] == 2 and len(again["ranked"]) == 2
+    assert infer.main([*SHORT, "--limit", "1", "--rank", "2"]) == 0
+    assert f"    1. {again['ranked'][0]['title']}" in capsys.readouterr().out
+
+
 def test_interrupted_results_go_on_to_the_same_bytes(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -417,6 +436,8 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--chunk-size", "0"], "chunk_size"),
+        (["--rank", "-1"], "rank"),
+        (["--rank-width", "-1"], "rank_width"),
         (["--ses-samples", "0"], "samples"),
         (["--ses-temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),

@@ -1,0 +1,94 @@
+"""Ranking against brute force: every text scored by a full pass of its own."""
+
+import pytest
+import torch
+from test_engine import CHATS, LetterTokenizer, engine, plain_logits
+
+from usbrec.chat import Chat
+from usbrec.llm.engine import Engine
+from usbrec.llm.ranking import Ranking
+
+TITLES = [
+    "Heat", "Heat (1995)", "Heat (1986)", "The Heat", "It", "It (1990)", "It Follows", "Up",
+    "Up in the Air", "Her", "Hero", "Heroes", "Léon", "Amélie", "Amelia", "七人の侍", "七人",
+    "Heat (1995)", "2012", "2001: A Space Odyssey", "Zodiac", "Z", "", "What?", "What? No",
+]  # fmt: skip
+LED = [f"Try {title}." for title in TITLES]  # one beginning for all
+
+
+def brute_force(e: Engine, chat: Chat, texts: list[str]) -> list[tuple[int, float]]:
+    """All texts by their scores, equals in their order."""
+    prompt = e.tokenizer.prompt(chat.messages)
+    scores = []
+    for text in texts:
+        ids = LetterTokenizer().encode(text)
+        logps = plain_logits(e.model, prompt + ids, chat.adapter).log_softmax(-1)
+        rows = range(len(prompt) - 1, len(prompt) - 1 + len(ids))
+        scores.append(float(logps[rows, ids].double().sum()))
+    return sorted(enumerate(scores), key=lambda pair: -pair[1])
+
+
+def assert_equal(found: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    assert [i for i, _ in found] == [i for i, _ in expected]
+    assert [s for _, s in found] == pytest.approx([s for _, s in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("texts", [TITLES, LED], ids=["bare", "with a lead"])
+@pytest.mark.parametrize("width", [0, len(TITLES)])
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_the_best_texts_are_those_of_brute_force(texts: list[str], width: int, k: int) -> None:
+    """Six unequal prompts and three adapters in one call; prefixes, equals, an empty text."""
+    e = engine()
+    found = Ranking(e, texts).best(CHATS, k, width)
+    for chat, ranked in zip(CHATS, found, strict=True):
+        assert_equal(ranked.texts, brute_force(e, chat, texts)[:k])
+        assert ranked.proven == len(ranked.texts)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_narrow_beam_has_exact_scores_and_proves_what_it_claims(width: int) -> None:
+    e = engine()
+    proven = []
+    for chat, ranked in zip(CHATS, Ranking(e, LED).best(CHATS, 6, width), strict=True):
+        expected = brute_force(e, chat, LED)
+        scores = dict(expected)
+        assert ranked.texts and all(
+            s == pytest.approx(scores[i], abs=1e-4) for i, s in ranked.texts
+        )
+        assert_equal(ranked.texts[: ranked.proven], expected[: ranked.proven])
+        proven.append(ranked.proven)
+    assert min(proven) < 6  # so narrow a beam misses some
+
+
+def test_a_chats_ranking_does_not_depend_on_the_others() -> None:
+    together = Ranking(engine(), LED).best(CHATS, 5, 4)
+    alone = [Ranking(engine(), LED).best([chat], 5, 4)[0] for chat in reversed(CHATS)][::-1]
+    for one, other in zip(together, alone, strict=True):
+        assert_equal(one.texts, other.texts)
+        assert one.proven == other.proven
+
+
+def test_a_memory_that_holds_one_prompt_at_a_time_changes_nothing() -> None:
+    small = Ranking(engine(capacity=90), LED).best(CHATS, 5)
+    large = Ranking(engine(), LED).best(CHATS, 5)
+    for one, other in zip(small, large, strict=True):
+        assert_equal(one.texts, other.texts)
+
+
+def test_the_exact_search_opens_only_what_may_win() -> None:
+    """The best text is one of sixty letters, so none of the words that begin with them is run."""
+    e = engine()
+    letters = [chr(40 + i) for i in range(60)]
+    texts = letters + [letter + "abcdefgh" for letter in letters]
+    [ranked] = Ranking(e, texts).best(CHATS[:1], 1, 0)
+    prompt = e.tokenizer.prompt(CHATS[0].messages)
+    assert e.usage.computed_tokens <= len(prompt) + len(letters)
+    assert_equal(ranked.texts, brute_force(e, CHATS[0], texts)[:1])
+
+
+def test_one_text_and_equal_texts_are_ranked_too() -> None:
+    e = engine()
+    assert_equal(Ranking(e, ["Up."]).best(CHATS[:1], 3)[0].texts, brute_force(e, CHATS[0], ["Up."]))
+    ranked = Ranking(e, ["Up.", "Up."]).best(CHATS[:1], 1)[0]
+    assert [i for i, _ in ranked.texts] == [0]
+    assert torch.isfinite(torch.tensor(ranked.texts[0][1]))
