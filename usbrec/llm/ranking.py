@@ -152,6 +152,7 @@ class Ranking:
         prompts = [engine.prompt(chat, self.longest) for chat in chats]
         ranked: list[Ranked] = []
         for wave in engine.waves([len(ids) + len(beginning) for ids in prompts]):
+            engine.cache.tick()
             rows = [(chats[i].adapter, prompts[i] + beginning) for i in wave]
             paths, states = engine.prefill(rows, [len(prompts[i]) - 1 for i in wave])
             for (adapter, _), path, state in zip(rows, paths, states, strict=True):
