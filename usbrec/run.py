@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from usbrec import parallel
 from usbrec.chunks import append, replace_text
 from usbrec.crs.dialogue import Example
 from usbrec.errors import UserError
@@ -49,7 +50,7 @@ class ModelOptions:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this name; auto is the GPU when there is one."""
+    """Return the device of this name; auto is the process's own GPU when there is one."""
     if name != "auto":
         try:
             device = torch.device(name)
@@ -57,7 +58,13 @@ def pick_device(name: str) -> torch.device:
         except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
             raise UserError(f"--device {name}: no such device here") from error
         return device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    if parallel.local_rank() >= count > 0:
+        raise UserError(
+            f"there are more processes than this machine's {count} GPUs: start one for each GPU, "
+            "or add --device cpu"
+        )
+    return torch.device("cuda" if count else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -73,11 +80,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_engine(options: ModelOptions) -> Engine:
-    """Load the base weights and their tokenizer; the default model is fetched once."""
+def load_engine(options: ModelOptions, sharded: bool = False) -> Engine:
+    """Load the base weights and their tokenizer; what has to be fetched is fetched once."""
     device = pick_device(options.device)
-    path = ensure_default_model() if options.model is None else find_model(options.model)
-    model = load_model(path, pick_dtype(options.dtype, device), device)
+    name = options.model
+    path = parallel.one_then_all(ensure_default_model if name is None else lambda: find_model(name))
+    model = load_model(path, pick_dtype(options.dtype, device), device, sharded)
     return Engine(model, ChatTokenizer.from_folder(path, options.chat_format))
 
 
@@ -139,6 +147,8 @@ class Run:
         """Append the seconds and the peak memory of a stage to timings.jsonl."""
         start = time.perf_counter()
         yield
+        if parallel.rank() > 0:
+            return
         row = {
             "stage": stage,
             "seconds": round(time.perf_counter() - start, 1),

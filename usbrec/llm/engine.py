@@ -23,6 +23,7 @@ from usbrec.llm.sampling import (
     uniform_numbers,
 )
 from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.parallel import as_first
 
 MEMORY_BYTES = 1024**3
 MAX_ROWS = 256  # rows decoded together; more wait for the next wave
@@ -124,7 +125,14 @@ class Engine:
                     float(torch.logsumexp(torch.stack([total(logps, ids) for ids in group]), 0))
                     for group in variants
                 ]
-        return scores
+        return self.agreed(torch.tensor(scores, dtype=torch.float64)).tolist()
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Over sharded weights, return the first process's numbers, so that all go on alike.
+
+        Rounding that differs between processes would otherwise let one wait for ever for the rest.
+        """
+        return as_first(numbers) if self.model.sharded else numbers
 
     def variants(self, choice: str) -> list[list[int]]:
         """The distinct token sequences that render a choice at the start of a reply."""
@@ -195,9 +203,8 @@ class Engine:
         live = [rows[i] for i in going]
         uniforms = torch.stack([row.uniforms[len(row.tokens)] for row in live])
         logits = self.model.lm_head(hidden[going])
-        for row, token in zip(
-            live, draw(logits, [r.sampling for r in live], uniforms).tolist(), strict=True
-        ):
+        tokens = self.agreed(draw(logits, [row.sampling for row in live], uniforms))
+        for row, token in zip(live, tokens.tolist(), strict=True):
             row.tokens.append(token)
             self.usage.decoded_tokens += 1
             self.read(row)
