@@ -7,6 +7,7 @@
     report      B/L, SFT, RL and RL+SES on the same test dialogues, with 95% intervals
 
 A finished stage is used again; an interrupted one goes on. `python infer.py --ses` comes next.
+`torchrun --nproc-per-node N train.py` does the same in N processes, one for each GPU.
 """
 
 import json
