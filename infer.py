@@ -576,9 +576,8 @@ def answer(flags: Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the flags, answer; 2 for a user's fault, 130 for Ctrl-C."""
-    flags = build_parser().parse_args(arguments)
     try:
-        answer(flags)
+        answer(build_parser().parse_args(arguments))
     except UserError as error:
         tell(f"infer.py: {error}")
         return 2

@@ -7,10 +7,12 @@
     report      B/L, SFT, RL and RL+SES on the same test dialogues, with 95% intervals
 
 A finished stage is used again; an interrupted one goes on. `python infer.py --ses` comes next.
+`torchrun --nproc-per-node N train.py` does the same in N processes, one for each GPU.
 """
 
 import sys
 import warnings
+from argparse import Namespace
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from usbrec import parallel
 from usbrec.chat import Lesson, Message
 from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast
@@ -184,7 +187,8 @@ class Work:
         folder = self.run.folder / adapter
         options = replace(options, seed=seed_for(self.settings.data.seed, label, "order"))
         train(self.engine.model, adapter, trees, objective, options, folder / "training", label)
-        save_adapter(self.engine.model, adapter, folder, base_name(self.settings.model))
+        if parallel.rank() == 0:
+            save_adapter(self.engine.model, adapter, folder, base_name(self.settings.model))
         self.engine.forget()
         self.loaded.add(adapter)
 
@@ -248,9 +252,11 @@ def make_pairs(work: Work) -> None:
         "pairs",
         settings.deciding("pairs"),
         before_chunk=work.engine.forget,
+        spread=not work.engine.model.sharded,
     )
     pairs = [record["pair"] for record in records if record["pair"]]
-    write_rows(run.folder / "pairs.jsonl", pairs)
+    if parallel.rank() == 0:
+        write_rows(run.folder / "pairs.jsonl", pairs)
     say_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
 
 
@@ -316,7 +322,10 @@ def evaluate(work: Work) -> None:
     rows = run_chunks(
         run.folder / "rows.jsonl", tests, d.chunk_size, talk, "report",
         settings.deciding("report"), before_chunk=work.engine.forget,
+        spread=not work.engine.model.sharded,
     )  # fmt: skip
+    if parallel.rank() > 0:
+        return
     methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in METHODS}
     talks = [x for x in tests if (x.dialog_id, x.turn_id) in talked]
     report = build_report(
@@ -400,6 +409,10 @@ def build_parser() -> Parser:
     parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/DATA)")
     parser.add_argument("--verbose", action="store_true", help="tell the tokens of every stage")
     parser.add_argument("--fresh", action="store_true", help="start the chosen stages over")
+    parser.add_argument(
+        "--shard", action="store_true",
+        help="spread the frozen weights over torchrun's processes: for what one GPU cannot hold",
+    )  # fmt: skip
     add_flags(parser, DataOptions)
     add_flags(parser, ModelOptions)
     for name, options in GROUPS.items():
@@ -407,10 +420,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_stages(
-    stages: Sequence[str], run: Run, settings: Settings, fresh: bool, verbose: bool
-) -> None:
-    """Run what is not yet done of the stages, in their order."""
+def claim_stages(stages: Sequence[str], run: Run, settings: Settings, fresh: bool) -> list[str]:
+    """Note the stages' options in the run folder; return the stages that are not yet done."""
     learning = [stage for stage in stages if stage in LEARNING]
     if learning and settings.model.quantise != "none":
         raise UserError(
@@ -422,7 +433,12 @@ def run_stages(
             run.discard(stage, MADE[stage])
     for stage in stages:
         run.claim(stage, settings.deciding(stage), MADE[stage])
-    todo = [stage for stage in stages if not (run.folder / DONE[stage]).exists()]
+    return [stage for stage in stages if not (run.folder / DONE[stage]).exists()]
+
+
+def run_stages(stages: Sequence[str], run: Run, settings: Settings, flags: Namespace) -> None:
+    """Run what is not yet done of the stages, in their order."""
+    todo = parallel.from_first(lambda: claim_stages(stages, run, settings, flags.fresh))
     for stage in stages:
         if stage not in todo:
             print(f"{stage}: done before, used again")
@@ -436,40 +452,41 @@ def run_stages(
     catalogue = load_catalogue(d.data, d.data_dir)
     work = Work(
         settings, run, catalogue, train_split.examples, test_split.examples, notes,
-        load_engine(settings.model),
+        load_engine(settings.model, flags.shard),
     )  # fmt: skip
     for stage in todo:
-        with run.timed(stage, work.engine.usage, verbose):
+        with run.timed(stage, work.engine.usage, flags.verbose):
             DOES[stage](work)
-        gather_metrics(run)
+        if parallel.rank() == 0:
+            gather_metrics(run)
+        parallel.meet()  # the next stage reads what the first process has written
     if told := shortened_line(work.engine):
         print(told)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the flags, run the stages; 2 for a user's fault, 130 for Ctrl-C."""
+def work_through(arguments: Sequence[str] | None) -> None:
+    """Parse the flags and run the stages."""
     flags = build_parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
-    try:
-        settings = Settings(
-            data=from_flags(DataOptions, flags),
-            model=from_flags(ModelOptions, flags),
-            **{
-                name: from_flags(options, flags, name.replace("_", "-"))
-                for name, options in GROUPS.items()
-            },
-        )
-        folder = flags.run_dir or RUNS / Path(settings.data.data).name
-        stages = [stage for stage in STAGES if stage in flags.stages]
-        run_stages(stages, Run(folder), settings, flags.fresh, flags.verbose)
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    settings = Settings(
+        data=from_flags(DataOptions, flags),
+        model=from_flags(ModelOptions, flags),
+        **{
+            name: from_flags(options, flags, name.replace("_", "-"))
+            for name, options in GROUPS.items()
+        },
+    )
+    if flags.shard and parallel.world() == 1:
+        raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
+    folder = flags.run_dir or RUNS / Path(settings.data.data).name
+    stages = [stage for stage in STAGES if stage in flags.stages]
+    run_stages(stages, Run(folder), settings, flags)
     print(f"{folder} is ready: python infer.py --ses")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the flags say; 2 for a user's fault, 130 for Ctrl-C."""
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
+    return parallel.run_together("train.py", lambda: work_through(arguments))
 
 
 if __name__ == "__main__":

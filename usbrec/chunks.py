@@ -2,8 +2,10 @@
 
 A results file holds one JSON line an item. A chunk is appended in one write; started again, whole
 chunks are kept, what a kill left of another is cut off, and that chunk is done again whole, so
-that the final bytes are those of an uninterrupted run. Beside FILE.jsonl, FILE.options.json tells
-with which options it was made; results made with others are refused, never mixed or overwritten.
+that the final bytes are those of an uninterrupted run. Several processes (parallel.py) do as many
+chunks at a time and the first appends them in order, so that their number changes no byte either.
+Beside FILE.jsonl, FILE.options.json tells with which options it was made; results made with others
+are refused, never mixed or overwritten.
 """
 
 import json
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from usbrec import parallel
 from usbrec.errors import UserError
 from usbrec.files import append_rows, write_json
 
@@ -29,29 +32,44 @@ def run_chunks(
     label: str,
     options: Mapping[str, Any],
     before_chunk: Callable[[], None] | None = None,
+    spread: bool = True,
 ) -> list[Row]:
     """Return one row an item, from `path` as far as it reaches, else from `work`, chunk by chunk.
 
     `options` (JSON's own types) are all that decides the rows; `before_chunk` runs before each
-    chunk that is done (an empty cache). Raises UserError where `path` was made with other options
-    or cannot be written, with the chunks so far kept.
+    chunk that is done (an empty cache). Without `spread` all processes do every chunk together.
+    Raises UserError where `path` was made with other options or cannot be written, with the chunks
+    so far kept.
     """
     assert chunk_size > 0, "a chunk holds at least one item"
     wanted = {"items": len(items), "chunk_size": chunk_size, **options}
-    rows = claim(path, wanted)
-    keep = len(rows) if len(rows) == len(items) else len(rows) - len(rows) % chunk_size
-    rows = rows[:keep]
-    _cut(path, keep)
-    with tqdm(total=len(items), initial=keep, desc=label, unit="row") as bar:
-        for start in range(keep, len(items), chunk_size):
-            if before_chunk is not None:
+    rows = parallel.from_first(lambda: whole_chunks(path, wanted))
+    chunks = [items[i : i + chunk_size] for i in range(len(rows), len(items), chunk_size)]
+    width = parallel.world() if spread else 1
+    first = parallel.rank() == 0
+    bar = tqdm(total=len(items), initial=len(rows), desc=label, unit="row", disable=not first)
+    with bar:
+        for start in range(0, len(chunks), width):
+            own = chunks[start + parallel.rank() % width :][:1]
+            if own and before_chunk is not None:
                 before_chunk()
-            chunk = items[start : start + chunk_size]
-            made = [json.loads(json.dumps(row)) for row in work(chunk)]
-            assert len(made) == len(chunk), f"{label}: {len(made)} rows for {len(chunk)} items"
-            append_rows(path, made)
-            rows += made
-            bar.update(len(chunk))
+            made = [json.loads(json.dumps(row)) for chunk in own for row in work(chunk)]
+            asked = sum(map(len, own))
+            assert len(made) == asked, f"{label}: {len(made)} rows for {asked} items"
+            for part in parallel.gather(made)[:width]:
+                if first:
+                    append_rows(path, part)
+                rows += part
+                bar.update(len(part))
+    return rows
+
+
+def whole_chunks(path: Path, wanted: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of the chunks that are whole at `path`, and cut off what follows them."""
+    rows = claim(path, wanted)
+    torn = len(rows) % wanted["chunk_size"] if len(rows) < wanted["items"] else 0
+    rows = rows[: len(rows) - torn]
+    _cut(path, len(rows))
     return rows
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from usbrec import parallel
 from usbrec.crs.dialogue import Example
 from usbrec.errors import UserError
 from usbrec.files import append_rows, write_json
@@ -57,7 +58,7 @@ class ModelOptions:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this name; auto is the GPU when there is one."""
+    """Return the device of this name; auto is the process's own GPU when there is one."""
     if name != "auto":
         try:
             device = torch.device(name)
@@ -65,7 +66,13 @@ def pick_device(name: str) -> torch.device:
         except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
             raise UserError(f"--device {name}: no such device here") from error
         return device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    if parallel.local_rank() >= count > 0:
+        raise UserError(
+            f"there are more processes than this machine's {count} GPUs: start one for each GPU, "
+            "or add --device cpu"
+        )
+    return torch.device("cuda" if count else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -81,11 +88,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_engine(options: ModelOptions) -> Engine:
-    """Load the base weights and their tokenizer; the default model is fetched once."""
+def load_engine(options: ModelOptions, sharded: bool = False) -> Engine:
+    """Load the base weights and their tokenizer; what has to be fetched is fetched once."""
     device = pick_device(options.device)
-    path = ensure_default_model() if options.model is None else find_model(options.model)
-    model = load_model(path, pick_dtype(options.dtype, device), device)
+    name = options.model
+    path = parallel.one_then_all(ensure_default_model if name is None else lambda: find_model(name))
+    model = load_model(path, pick_dtype(options.dtype, device), device, sharded)
     if options.quantise != "none":
         model.quantise_weights(options.quantise)
     tokenizer = ChatTokenizer.from_folder(path, options.chat_format, options.chat_date)
@@ -159,6 +167,8 @@ class Run:
         """Append a stage's seconds, peak memory and generated tokens to timings.jsonl."""
         start, before = time.perf_counter(), replace(usage)
         yield
+        if parallel.rank() > 0:
+            return
         spent = usage.since(before)
         if verbose:
             print(f"{stage}: {costs(spent)}", file=sys.stderr)

@@ -9,7 +9,6 @@ options = from_flags(SearchOptions, arguments, "ses")
 """
 
 import argparse
-import sys
 from collections.abc import Container, Mapping
 from dataclasses import field, fields
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -25,12 +24,11 @@ def option(default: Any, help: str) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a wrong flag with one sentence and exit code 2."""
+    """A parser for which a wrong flag is a UserError."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the fault and where help is; argparse would print every flag there is."""
-        sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
-        raise SystemExit(2)
+        """Tell the fault and where help is; argparse would print every flag there is."""
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def add_flags(

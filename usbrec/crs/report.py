@@ -251,8 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw a report; a user's fault is printed as one sentence and ends with 2."""
     parser = Parser(prog="report", description="Draw a report's methods with their intervals.")
     parser.add_argument("report", type=Path, help="a run's report.json")
-    path = parser.parse_args(arguments).report
+    path = Path("report.json")
     try:
+        path = parser.parse_args(arguments).report
         save_plot(json.loads(path.read_text("utf-8")), path.with_suffix(".png"))
     except (OSError, ValueError, KeyError) as error:
         print(f"report: {path}: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from usbrec.errors import UserError
 from usbrec.llm.model import Decoder, ModelConfig
 from usbrec.llm.model_config import config_from, load_config
 from usbrec.llm.weights import GgufWeights, SafetensorsWeights, Weights, load_tensor
+from usbrec.parallel import part_of, shard
 
 # ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.
 CHATGLM_NAMES = {
@@ -90,9 +91,12 @@ def load_model(
     path: Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    sharded: bool = False,
 ) -> Decoder:
     """Return the decoder of a folder or GGUF file, its weights in `dtype` on `device`.
 
+    `sharded` leaves this process its part of each layer's weights alone (parallel.py); nowhere does
+    more than a tensor beyond that part come to lie in memory.
     Raises UserError for unsupported settings, damaged files, and a parameter that is missing, too
     many, of another shape, or not finite; the first is named.
     """
@@ -100,6 +104,9 @@ def load_model(
     config, weights = open_model(path)
     model = empty_decoder(config)
     names = parameter_names(model, weights)
+    if sharded:
+        shard(model, model.model.layers, torch.device(device))
+        model.sharded = True
     for ours, theirs in names.items():
         set_parameter(model, ours, load_tensor(weights, theirs, dtype, device))
     if config.tie_word_embeddings:
@@ -153,6 +160,8 @@ def check_tied(model: Decoder, weights: Weights) -> None:
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a frozen parameter in the place of the one without memory."""
+    """Put a frozen parameter, or this process's part, in the place of the one without memory."""
     module, _, kind = name.rpartition(".")
-    setattr(model.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+    owner = model.get_submodule(module)
+    own = part_of(value, getattr(owner, kind))
+    setattr(owner, kind, nn.Parameter(own, requires_grad=False))

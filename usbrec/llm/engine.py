@@ -26,6 +26,7 @@ from usbrec.llm.sampling import (
     uniform_numbers,
 )
 from usbrec.llm.tokenizer import ChatTokenizer, StreamDecoder
+from usbrec.parallel import as_first
 
 MEMORY_BYTES = 1024**3
 MAX_ROWS = 256  # rows decoded together; more wait until rows have left
@@ -173,7 +174,14 @@ class Engine:
                     float(torch.logsumexp(torch.stack([total(logps, ids) for ids in group]), 0))
                     for group in variants
                 ]
-        return scores
+        return self.agreed(torch.tensor(scores, dtype=torch.float64)).tolist()
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Over sharded weights, return the first process's numbers, so that all go on alike.
+
+        Rounding that differs between processes would otherwise let one wait for ever for the rest.
+        """
+        return as_first(numbers) if self.model.sharded else numbers
 
     def variants(self, choice: str) -> list[list[int]]:
         """The distinct token sequences that render a choice at the start of a reply."""
@@ -274,7 +282,7 @@ class Engine:
         penalties = [how.repetition_penalty for how in samplings]
         if any(penalty != 1 for penalty in penalties):
             warped = penalise(logits, penalties, [row.prompt + row.tokens for row in live])
-        tokens = draw(warped, samplings, uniforms).tolist()
+        tokens = self.agreed(draw(warped, samplings, uniforms)).tolist()
         for i, how in enumerate(samplings):
             if how.logprobs:
                 live[i].logprobs.append(float(logits[i].float().log_softmax(-1)[tokens[i]]))

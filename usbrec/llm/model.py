@@ -187,6 +187,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # in training: keep no activations inside layers, recompute them
+        self.sharded = False  # each process holds a part of every layer: they compute together
         self.model = Trunk(config)
         self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -224,7 +225,12 @@ class Decoder(nn.Module):
             layer.quantise(kind)
 
     def order_weights(self) -> None:
-        """Keep the weights once more as the processor's kernels read them: quicker decoding."""
+        """Keep the weights once more as the processor's kernels read them: quicker decoding.
+
+        Sharded ones stay as they are: they are not here but while their layer computes.
+        """
+        if self.sharded:
+            return
         for module in self.modules():
             if isinstance(module, FrozenLinear):
                 module.order()

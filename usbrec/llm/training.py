@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from usbrec import parallel
 from usbrec.errors import UserError
 from usbrec.files import append_rows, write_whole
 from usbrec.llm.lora import Route, adapter_parameters
@@ -114,7 +114,7 @@ def train(
     try:
         run.resume()
         steps = range(run.progress.step, step_count(options, len(items)))
-        bar = tqdm(steps, label, steps.stop, initial=steps.start, disable=_rank() != 0)
+        bar = tqdm(steps, label, steps.stop, initial=steps.start, disable=parallel.rank() != 0)
         for step in bar:
             bar.set_postfix(loss=f"{run.step(step):.3f}")
         return run.finish()
@@ -174,6 +174,19 @@ def passes(trees: Sequence[Tree], tokens_per_pass: int) -> list[list[Tree]]:
     return rows
 
 
+def own_rows(rows: Sequence[list[Tree]], sharded: bool) -> list[tuple[list[Tree], float]]:
+    """Return the rows of this process, each with weight 1.
+
+    Over sharded weights all processes take the same number of passes: one that has a row fewer than
+    others takes the shortest once more, with weight 0.
+    """
+    rank, world = parallel.rank(), parallel.world()
+    own = [(row, 1.0) for row in rows[rank::world]]
+    if sharded and len(own) * world < len(rows):
+        own.append((rows[-1], 0.0))
+    return own
+
+
 def plain_rows(trees: Sequence[Tree]) -> list[Tree]:
     """Return the trees in the plain layout, in which nothing is shared."""
     return [plain_layout(tree) for tree in trees]
@@ -215,14 +228,6 @@ def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
     return found
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def _flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Give the parameters gradients that are pieces of one vector, and return it."""
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -237,12 +242,6 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 class _Run:
@@ -319,7 +318,7 @@ class _Run:
             offset = facts["metrics_bytes"]
             self.progress = Progress(**facts["progress"])
             self.restore(tensors)
-        if _rank() == 0:
+        if parallel.rank() == 0:
             self.cut_metrics(offset)
 
     def cut_metrics(self, length: int) -> None:
@@ -375,7 +374,7 @@ class _Run:
         """Leave the gradient of the trees' loss in `self.gradient`; return loss and metrics."""
         self.gradient.zero_()
         loss, means = self.measure(trees, backward=True)
-        _sum_over_processes(self.gradient)
+        parallel.total(self.gradient)
         return loss, means
 
     def measure(self, trees: Sequence[Tree], backward: bool) -> tuple[float, dict[str, float]]:
@@ -383,15 +382,15 @@ class _Run:
         size = sum(self.objective.size(tree) for tree in trees)
         names = self.objective.metrics
         sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64)
-        share = math.ceil(sum(map(len, trees)) / _world())
+        share = math.ceil(sum(map(len, trees)) / parallel.world())
         rows = passes(trees, min(share, self.options.tokens_per_pass))
-        for row in rows[_rank() :: _world()]:
+        for row, weight in own_rows(rows, self.model.sharded):
             loss, means = run_pass(self.model, self.adapter, self.objective, row)
             if backward:
-                (loss / size).backward()
+                (loss * (weight / size)).backward()
             flat = [loss.detach(), *(part for mean in means for part in mean)]
-            sums += torch.stack([part.double() for part in flat]).cpu()
-        loss_sum, *parts = _sum_over_processes(sums.to(self.model.device)).tolist()
+            sums += weight * torch.stack([part.double() for part in flat]).cpu()
+        loss_sum, *parts = parallel.total(sums.to(self.model.device)).tolist()
         pairs = zip(names, parts[::2], parts[1::2], strict=True)
         return loss_sum / size, {name: total / max(number, 1) for name, total, number in pairs}
 
@@ -401,12 +400,12 @@ class _Run:
         last = step == self.steps
         if self.validation and (last or options.eval_every and step % options.eval_every == 0):
             self.validate()
-        if _rank() == 0 and (last or step % max(self.steps // 10, 1) == 0):
+        if parallel.rank() == 0 and (last or step % max(self.steps // 10, 1) == 0):
             for text in collapse_warnings(self.history):
                 warnings.warn(f"step {step}: {text}", stacklevel=2)
         if last or step % options.save_every == 0:
             self.save()
-        if _rank() == 0:
+        if parallel.rank() == 0:
             row = {
                 "step": step,
                 "seconds": seconds,
@@ -428,12 +427,12 @@ class _Run:
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a line to the metrics."""
-        if _rank() == 0:
+        if parallel.rank() == 0:
             append_rows(self.metrics_path, [row])
 
     def save(self) -> None:
         """Replace the state by the present one; the metrics up to here are on the disk before."""
-        if _rank() != 0:
+        if parallel.rank() != 0:
             return
         best = self.best if self.progress.best_step else {}
         tensors = {f"best.{name}": tensor for name, tensor in best.items()}
