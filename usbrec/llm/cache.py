@@ -42,14 +42,17 @@ class Path:
 
 
 class PrefixCache:
-    """The arena of keys and values, (layers, slots, H_kv, d) each, and the trees over it."""
+    """The arena of keys and values, (layers, H_kv, slots, d) each, and the trees over it.
+
+    Slots lie within a head, so that a product can read a stretch of them where it is.
+    """
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, budget_bytes: int
     ) -> None:
         L, H_kv, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.capacity = budget_bytes // (2 * L * H_kv * d * dtype.itemsize)
-        self.k = torch.empty(L, self.capacity, H_kv, d, dtype=dtype, device=device)
+        self.k = torch.empty(L, H_kv, self.capacity, d, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.forget()
 

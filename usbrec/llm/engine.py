@@ -266,10 +266,10 @@ class Engine:
             if len(going) <= LEAVE_SHARE * len(rows):
                 if not going or (waiting and self.room([rows[i] for i in going], waiting)):
                     break
-                self.remember(rows, attention, [i for i, row in enumerate(rows) if row.done])
-                rows = [rows[i] for i in attention.keep(going)]
+                ended = [i for i, row in enumerate(rows) if row.done]
+                rows = self.remember(rows, attention, ended, going)
             self.draw(rows, self.step(rows, attention))
-        self.remember(rows, attention, range(len(rows)))
+        self.remember(rows, attention, range(len(rows)), [])
         return [rows[i] for i in going]
 
     def draw(self, rows: Sequence[Row], hidden: Tensor) -> None:
@@ -323,10 +323,17 @@ class Engine:
         return hidden
 
     def remember(
-        self, rows: Sequence[Row], attention: DecodeAttention, seats: Sequence[int]
-    ) -> None:
-        """Keep the keys and values that the rows at `seats` have fed, so that others find them."""
-        slots: list[Tensor] = []
+        self,
+        rows: Sequence[Row],
+        attention: DecodeAttention,
+        seats: Sequence[int],
+        going: Sequence[int],
+    ) -> list[Row]:
+        """Keep the keys and values that the rows at `seats` have fed, so that others find them.
+
+        Only the rows at `going` stay in the batch; they are returned in their new order.
+        """
+        slots = [torch.empty(0, dtype=torch.long)]
         places: list[tuple[int, int]] = []  # seat and column of each slot
         for seat in seats:
             row, start = rows[seat], len(attention.paths[seat].slots)
@@ -335,10 +342,8 @@ class Engine:
             path = self.cache.insert(row.adapter, ids[:fed])
             slots.append(path.slots[path.known :])
             places += [(seat, attention.first + i - start) for i in range(path.known, fed)]
-        if places:
-            seated, columns = (list(numbers) for numbers in zip(*places, strict=True))
-            self.cache.k[:, torch.cat(slots)] = attention.k[:, seated, :, columns].transpose(0, 1)
-            self.cache.v[:, torch.cat(slots)] = attention.v[:, seated, :, columns].transpose(0, 1)
+        seated, columns = [seat for seat, _ in places], [column for _, column in places]
+        return [rows[i] for i in attention.keep(going, seated, columns, torch.cat(slots))]
 
 
 def fitting(sizes: Sequence[int], tokens: int, places: int) -> int:

@@ -18,7 +18,7 @@ from usbrec.llm.packing import Block, attend, causal_tail
 TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
 DRAWN_AT_ONCE = 16  # rows; their fp32 probabilities take 3 MB
 LEAST_TEMPERATURE = 1e-6
-COLUMNS = 16  # added to the rows' tails at a time
+COLUMNS = 4  # added to the rows' tails at a time, and as many more for each 32 columns there are
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class PrefillAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
-        keys, values = self.cache.k[layer], self.cache.v[layer]  # (slots, H_kv, d)
-        keys[self.written], values[self.written] = k, v
-        out = [
-            attend(q[b.start : b.stop], keys[b.path], values[b.path], mask)
-            for b, mask in zip(self.blocks, self.masks, strict=True)
-        ]
+        keys, values = self.cache.k[layer], self.cache.v[layer]  # (H_kv, slots, d)
+        keys[:, self.written], values[:, self.written] = k.transpose(0, 1), v.transpose(0, 1)
+        out = []
+        for block, mask in zip(self.blocks, self.masks, strict=True):
+            path_k, path_v = (x[:, block.path].transpose(0, 1) for x in (keys, values))
+            out.append(attend(q[block.start : block.stop], path_k, path_v, mask))
         return torch.cat(out)
 
 
@@ -156,9 +156,10 @@ class DecodeAttention:
 
     One exact softmax runs over both. Query heads of one key head, and the siblings of a group, are
     folded into the query length. Tails are right-aligned where decoding starts, so a step writes
-    one column; columns are added `COLUMNS` at a time and masked until they are written, because a
-    product with a part of the columns would copy it first. Rows of a group, and groups of one
-    size, must be neighbours: `neighbours` orders them so.
+    one column; columns are added some at a time and masked until they are written, because a
+    product with a part of the columns would copy it first. Tails are moved layer by layer, so that
+    they never exist twice. Rows of a group, and groups of one size, must be neighbours:
+    `neighbours` orders them so.
     """
 
     def __init__(self, cache: PrefixCache, paths: Sequence[Path]) -> None:
@@ -172,29 +173,31 @@ class DecodeAttention:
         self.column = self.first = max(rests)
         lengths = [len(path.slots) for path in paths]
         self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
-        L, _, H_kv, d = cache.k.shape
+        L, H_kv, _, d = cache.k.shape
         device = cache.k.device
-        shape = (L, len(paths), H_kv, self.first + COLUMNS, d)
-        self.k = torch.zeros(shape, dtype=cache.k.dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-        self.bias = torch.full((len(paths), 1, 1, shape[3]), -torch.inf, device=device)
+        shape = (len(paths), H_kv, self.first, d)
+        self.k = [cache.k.new_zeros(shape) for _ in range(L)]  # one a layer
+        self.v = [cache.v.new_zeros(shape) for _ in range(L)]
+        self.bias = torch.full((len(paths), 1, 1, self.first), -torch.inf, device=device)
         for row, rest in enumerate(rests):
-            if rest:
-                slots = paths[row].slots[-rest:].to(device)
-                own = slice(self.first - rest, self.first)
-                self.bias[row, ..., own] = 0
-                self.k[:, row, :, own] = cache.k[:, slots].transpose(1, 2)
-                self.v[:, row, :, own] = cache.v[:, slots].transpose(1, 2)
+            slots = paths[row].slots[len(paths[row].slots) - rest :].to(device)
+            own = slice(self.first - rest, self.first)
+            self.bias[row, ..., own] = 0
+            for layer in range(L):
+                self.k[layer][row, :, own] = cache.k[layer][:, slots]
+                self.v[layer][row, :, own] = cache.v[layer][:, slots]
         self.buckets = self.make_buckets()
 
     def open_column(self) -> None:
         """Let the next column be written and read."""
-        if self.column == self.k.shape[3]:
-            room = self.k.new_zeros(*self.k.shape[:3], COLUMNS, self.k.shape[4])
-            self.k, self.v = torch.cat([self.k, room], 3), torch.cat([self.v, room], 3)
-            self.bias = F.pad(self.bias, (0, COLUMNS), value=-torch.inf)
+        if self.column == self.bias.shape[-1]:
+            more = COLUMNS * (1 + self.column // 32)
+            for tails in (self.k, self.v):
+                for layer, tail in enumerate(tails):
+                    tails[layer] = F.pad(tail, (0, 0, 0, more))
+            self.bias = F.pad(self.bias, (0, more), value=-torch.inf)
             self.buckets = [
-                replace(b, bias=F.pad(b.bias, (0, COLUMNS), value=-torch.inf)) for b in self.buckets
+                replace(b, bias=F.pad(b.bias, (0, more), value=-torch.inf)) for b in self.buckets
             ]
         self.bias[..., self.column] = 0
         for bucket in self.buckets:
@@ -215,7 +218,7 @@ class DecodeAttention:
         return buckets
 
     def make_bucket(self, n: int, groups: Sequence[Group]) -> Bucket:
-        """Pad the groups' beginnings to the longest."""
+        """Pad the groups' beginnings to the longest; that of one group is read where it lies."""
         rows = slice(groups[0].rows[0], groups[-1].rows[-1] + 1)
         P = max(group.length for group in groups)
         slots = torch.zeros(len(groups), P, dtype=torch.long)
@@ -223,24 +226,30 @@ class DecodeAttention:
         for i, group in enumerate(groups):
             slots[i, : group.length] = self.paths[group.rows[0]].slots[: group.length]
             bias[i, ..., group.length :] = -torch.inf
-        flat = slots.flatten().to(self.cache.k.device)
+        flat = slots.flatten()
+        if len(groups) == 1 and P and bool((flat.diff() == 1).all()):
+            where: Tensor | slice = slice(int(flat[0]), int(flat[0]) + P)  # a view, no copy
+        else:
+            where = flat.to(self.cache.k.device)
         k, v = (
-            x[:, flat].unflatten(1, slots.shape).transpose(2, 3).contiguous()
+            x[:, :, where].unflatten(2, slots.shape).transpose(1, 2)
             for x in (self.cache.k, self.cache.v)
         )  # (L, G, H_kv, P, d)
+        if len(groups) > 1:
+            k, v = k.contiguous(), v.contiguous()
         shared = bias.expand(-1, n, -1, -1, -1).flatten(0, 1).to(self.bias.device)
         return Bucket(rows, n, k, v, torch.cat([shared, self.bias[rows]], -1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d), k and v (B, H_kv, d) of the rows' newest tokens -> (B, H, d)."""
-        self.k[layer, :, :, self.column], self.v[layer, :, :, self.column] = k, v
+        self.k[layer][:, :, self.column], self.v[layer][:, :, self.column] = k, v
         q = (q * self.scale).unflatten(1, (k.shape[1], -1))  # (B, H_kv, g, d)
         out = [self.read(layer, q[bucket.rows], bucket) for bucket in self.buckets]
         return (out[0] if len(out) == 1 else torch.cat(out)).flatten(1, 2)
 
     def read(self, layer: int, q: Tensor, bucket: Bucket) -> Tensor:
         """Let a bucket's rows read their beginnings and tails: q (G n, H_kv, g, d), scaled."""
-        tail_k, tail_v = self.k[layer, bucket.rows], self.v[layer, bucket.rows]
+        tail_k, tail_v = self.k[layer][bucket.rows], self.v[layer][bucket.rows]
         head_k, head_v = bucket.k[layer], bucket.v[layer]
         P = head_k.shape[2]
         of_head = bucket.unfold(bucket.fold(q) @ head_k.transpose(-1, -2))  # (G n, H_kv, g, P)
@@ -250,8 +259,13 @@ class DecodeAttention:
         head = bucket.unfold(bucket.fold(probs[..., :P]) @ head_v)
         return head + probs[..., P:] @ tail_v
 
-    def keep(self, live: Sequence[int]) -> list[int]:
-        """Let only the rows `live` go on; return them in their new order."""
+    def keep(
+        self, live: Sequence[int], seats: Sequence[int], columns: Sequence[int], slots: Tensor
+    ) -> list[int]:
+        """Let only the rows `live` go on; return them in their new order.
+
+        What the tails of `seats` hold in `columns` goes to the memory's `slots`.
+        """
         wanted = set(live)
         groups = [
             Group([row for row in group.rows if row in wanted], group.length)
@@ -263,9 +277,13 @@ class DecodeAttention:
             start = len(order)
             order += group.rows
             self.groups.append(Group(list(range(start, len(order))), group.length))
-        index = torch.tensor(order, device=self.k.device)
-        self.k, self.v, self.bias = self.k[:, index], self.v[:, index], self.bias[index]
-        self.positions = self.positions[index]
+        index = torch.tensor(order, dtype=torch.long, device=self.bias.device)
+        self.buckets = []  # frees their copies before the tails are moved
+        for tails, arena in ((self.k, self.cache.k), (self.v, self.cache.v)):
+            for layer, tail in enumerate(tails):
+                arena[layer][:, slots] = tail[seats, :, columns].transpose(0, 1)
+                tails[layer] = tail[index]
+        self.bias, self.positions = self.bias[index], self.positions[index]
         self.paths = [self.paths[row] for row in order]
         self.buckets = self.make_buckets()
         return order
