@@ -86,7 +86,7 @@ class DataOptions:
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run")
     max_train: int = option(0, "at most so many training rows in every stage")
-    max_simulator: int = option(76, "training rows of the stage simulator")
+    max_simulator: int = option(100, "training rows of the stage simulator")
     max_sft: int = option(480, "training rows of the stage sft")
     max_pairs: int = option(72, "training rows that PODCS tries")
     max_eval: int = option(128, "test dialogues of every method")
@@ -361,7 +361,7 @@ def say_counts(text: str, counts: dict[str, int]) -> None:
 DEFAULTS = {  # found on the sample set's validation dialogues
     "lora": {"r": 32, "lora_alpha": 32.0},
     "simulator": {
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
         "batch_size": 1,
         "warmup": 0.03,
         "shuffle": False,  # the lessons' order is a curriculum

@@ -58,6 +58,7 @@ EMPTY_WORDS = frozenset(
     )
 )
 TRIES = 40  # draws in search of a film of a wanted grade
+UNLIKE = 4  # replies that share no word with a profile; with two its judge may fail to learn
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Suggestions:
         return [*found.values(), Suggestion(str(reply), str(why), 0)]
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
-        """Return the reply for up to two films that have nothing of the target or the profile."""
+        """Return the reply for up to UNLIKE films with nothing of the target or the profile."""
         generator = np.random.default_rng(seed_for(seed, "unlike"))
         gold = [self.catalogue.get(title) for title in example.items]
         found: list[Suggestion] = []
@@ -191,7 +192,7 @@ class Suggestions:
             for old in gold:
                 reply = rewrite(reply, old, item) if old else reply
             fits = self.catalogue.grade(item, example.items) or words_of(reply) & words_of(profile)
-            if not fits and reply != example.response and len(found) < 2:
+            if not fits and reply != example.response and len(found) < UNLIKE:
                 found.append(Suggestion(reply, "", 0))
         return found
 
@@ -219,7 +220,7 @@ def simulator_lessons(
             continue
         *named, filmless = made
         profile = profile_of(example, catalogue)
-        kindred = [each for each in named if each.score == 1 and number % 3 == 0]
+        kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred]
         judged += [filmless] if number % 4 == 0 else []
         then.append(internal_lesson(example, judged, profile, options))
