@@ -40,6 +40,16 @@ def run_together(program: str, job: Callable[[], None]) -> int:
     the others find their connection closed and end with the same code.
     """
     store = _join()
+    code = _do(store, program, job)
+    if store is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # in an ordinary end torch's own threads now and then abort the process
+    return code
+
+
+def _do(store: dist.Store | None, program: str, job: Callable[[], None]) -> int:
+    """Do this process's part and return the exit code of all."""
     try:
         if rank() == 0:
             job()
