@@ -479,7 +479,9 @@ def work_through(arguments: Sequence[str] | None) -> None:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
     folder = flags.run_dir or RUNS / Path(settings.data.data).name
     stages = [stage for stage in STAGES if stage in flags.stages]
-    run_stages(stages, Run(folder), settings, flags)
+    run = Run(folder)
+    with run.locked():
+        run_stages(stages, run, settings, flags)
     print(f"{folder} is ready: python infer.py --ses")
 
 

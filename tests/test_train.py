@@ -16,6 +16,7 @@ from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_smal
 import infer
 import train
 from usbrec.chunks import read_whole_lines
+from usbrec.run import Run
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
@@ -354,3 +355,12 @@ def test_a_stage_without_the_one_before_says_which_to_run(
 ) -> None:
     told = refused(["--run-dir", str(tmp_path), *flags(inputs), "--stages", "simpo"], capsys)
     assert "--stages pairs" in told
+
+
+def test_two_runs_never_share_a_folder(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--run-dir", str(run), *flags(inputs)]
+    with Run(run).locked():
+        assert "in use by another train.py" in refused(command, capsys)
+    assert train.main(command) == 0

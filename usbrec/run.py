@@ -8,7 +8,9 @@ runs/sample/
     metrics.jsonl    the training stages' metrics             timings.jsonl  times, memory, tokens
 """
 
+import fcntl
 import json
+import os
 import resource
 import shutil
 import sys
@@ -131,6 +133,27 @@ class Run:
                 self.stages = json.loads(self.notes.read_text("utf-8"))
             except ValueError as error:
                 raise UserError(f"{self.notes} is not JSON ({error})") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other run out of the folder; a kill opens it again."""
+        if parallel.rank() > 0:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            place = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self.folder} is in use by another train.py: wait for it, or give --run-dir"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            os.close(place)
 
     def claim(self, stage: str, options: Mapping[str, Any], made: Sequence[str]) -> None:
         """Note that `stage` runs with these options; refuse if it made anything with others."""
