@@ -54,6 +54,7 @@ from usbrec.run import (
     ModelOptions,
     Run,
     as_json,
+    give_back_memory,
     load_engine,
     pick_rows,
     shortened_line,
@@ -457,6 +458,7 @@ def run_stages(stages: Sequence[str], run: Run, settings: Settings, flags: Names
     for stage in todo:
         with run.timed(stage, work.engine.usage, flags.verbose):
             DOES[stage](work)
+        give_back_memory()
         if parallel.rank() == 0:
             gather_metrics(run)
         parallel.meet()  # the next stage reads what the first process has written
