@@ -94,10 +94,8 @@ class TrieAttention:
 
     def __init__(self, cache: PrefixCache, prompt: Path) -> None:
         slots = prompt.slots.to(cache.k.device)
-        self.head_k, self.head_v = (
-            x[:, slots].transpose(1, 2).contiguous() for x in (cache.k, cache.v)
-        )  # (L, H_kv, P, d)
-        L, _, H_kv, d = cache.k.shape
+        self.head_k, self.head_v = (x[:, :, slots] for x in (cache.k, cache.v))  # (L, H_kv, P, d)
+        L, H_kv, _, d = cache.k.shape
         self.k = cache.k.new_empty(L, 512, H_kv, d)
         self.v = torch.empty_like(self.k)
         self.used, self.prompt_length = 0, len(slots)
