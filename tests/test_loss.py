@@ -132,6 +132,17 @@ def test_gamma_may_be_given_itself_and_equals_ratio_times_beta():
     assert simpo(-2, -12, beta=4.0, gamma=0.0).losses != by_ratio.losses
 
 
+def test_gamma_and_its_ratio_given_together_are_refused_and_one_of_them_is_the_margin():
+    """Neither: half of beta, 2; the ratio 0: no margin, though 0 is false."""
+    with pytest.raises(ValueError, match=r"gamma \(1.0\) and gamma_beta_ratio \(0.25\) both set"):
+        SimpoOptions(beta=4.0, gamma=1.0, gamma_beta_ratio=0.25)
+    with pytest.raises(ValueError, match="give one of them"):
+        SimpoOptions(gamma=0.0, gamma_beta_ratio=0.0)
+    assert SimpoOptions(beta=4.0).margin == 2.0
+    assert SimpoOptions(beta=4.0, gamma_beta_ratio=0.0).margin == 0.0
+    assert SimpoOptions(beta=4.0, gamma=0.0).margin == 0.0
+
+
 def test_nll_weight_zero_is_exactly_simpo_and_one_adds_the_chosen_mean():
     """The chosen response's mean negative log-probability is 1, so weight 0.5 adds 0.5."""
     plain = simpo(-2, -12)

@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from usbrec.settings import option
+
+USUAL_RATIO = 0.5  # of gamma to beta
 CHUNK_ROWS = 128  # (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower
 
 
@@ -98,14 +101,21 @@ def response_logps(logps: Tensor, owners: Tensor, responses: Tensor) -> Response
 
 @dataclass(frozen=True)
 class SimpoOptions:
-    """The constants of SimPO's equation (6); `gamma` overrides `gamma_beta_ratio` * `beta`."""
+    """The constants of SimPO's equation (6); its margin gamma is given itself or by a ratio."""
 
-    beta: float = 2.0
-    gamma_beta_ratio: float = 0.5
-    gamma: float | None = None
-    nll_weight: float = 0.0
+    beta: float = option(2.0, "reward of one nat of a response's mean log-probability")
+    gamma_beta_ratio: float | None = option(
+        None, f"the margin that chosen shall win by, over beta ({USUAL_RATIO} without gamma)"
+    )
+    gamma: float | None = option(None, "the margin itself, in place of the ratio")
+    nll_weight: float = option(0.0, "weight of the chosen response's NLL; 0: exactly SimPO")
 
     def __post_init__(self) -> None:
+        if self.gamma is not None and self.gamma_beta_ratio is not None:
+            raise ValueError(
+                f"gamma ({self.gamma}) and gamma_beta_ratio ({self.gamma_beta_ratio}) both set the "
+                "margin: give one of them"
+            )
         if self.beta <= 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
         if self.nll_weight < 0:
@@ -114,7 +124,10 @@ class SimpoOptions:
     @property
     def margin(self) -> float:
         """Gamma, by which the chosen response's reward shall exceed the rejected one's."""
-        return self.gamma_beta_ratio * self.beta if self.gamma is None else self.gamma
+        if self.gamma is not None:
+            return self.gamma
+        ratio = USUAL_RATIO if self.gamma_beta_ratio is None else self.gamma_beta_ratio
+        return ratio * self.beta
 
 
 class SimpoLosses(NamedTuple):
