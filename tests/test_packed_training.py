@@ -1,0 +1,213 @@
+"""Packed rows against the plain way: padded rows, transformers' attention, peft, autograd."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, random_decoder
+from peft import PeftModel
+from test_training import gradient_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from usbrec.llm.adapter_files import save_adapter
+from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
+from usbrec.llm.loss import SimpoOptions
+from usbrec.llm.objectives import Sft, Simpo, pair_tree
+from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.llm.training import passes, run_pass
+
+CONFIG = replace(TINY, hidden_size=48)  # transformers wants a multiple of the heads
+SIMPO = SimpoOptions(beta=2.5, gamma=0.7, nll_weight=0.3)
+
+
+class Dice:
+    """A seeded source of whole numbers and token ids."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def number(self, low, high):
+        return int(torch.randint(low, high, (1,), generator=self.generator))
+
+    def ids(self, low, high):
+        return [self.number(3, 128) for _ in range(self.number(low, high))]
+
+
+def grown_tree(dice):
+    """One to seven branches of 1 to 60 tokens; half of the tokens have weights, in quarters."""
+    branches = []
+    for number in range(dice.number(1, 8)):
+        ids = dice.ids(1, 61)
+        weights = [max(dice.number(-4, 5), 0) / 4 for _ in ids]
+        branches.append(Branch(ids, weights, dice.number(0, number) if number else None))
+    return Tree(branches)
+
+
+def lessons(seed):
+    """Trees of random depth and width, at least one of them with something to learn."""
+    dice = Dice(seed)
+    return [grown_tree(dice) for _ in range(dice.number(3, 6))]
+
+
+def pairs(seed):
+    """Pairs of unequal lengths."""
+    dice = Dice(seed)
+    return [
+        pair_tree(dice.ids(1, 150), dice.ids(2, 30), dice.ids(2, 30))
+        for _ in range(dice.number(3, 6))
+    ]
+
+
+@pytest.fixture
+def model():
+    """A random model with an adapter `one` that is far from zero.
+
+    With products of unit gain fp32 rounds a gradient by 3e-6 in either way; with twice it, 1e-5.
+    """
+    model = random_decoder(CONFIG)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5 if parameter.dim() > 1 else 1)
+    add_adapter(model, "one", LoraConfig(r=3), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapter_parameters(model, "one").values():
+        parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def plain_model(model, folder):
+    """Return transformers' Llama with the same base weights under peft's copy of the adapter."""
+    sizes = {name: value for name, value in vars(CONFIG).items() if name in LlamaConfig().to_dict()}
+    plain = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager"))
+    base = {name: p for name, p in model.named_parameters() if "lora" not in name}
+    plain.load_state_dict(base)
+    save_adapter(model, "one", folder, "base")
+    return PeftModel.from_pretrained(plain, folder, is_trainable=True).eval()
+
+
+def plain_logps(plain, trees):
+    """Return for each branch of each tree its weighted tokens as (log-probabilities, weights).
+
+    Every branch is a row of its own from the beginning on, padded to the longest.
+    """
+    paths = []
+    for tree in trees:
+        first = len(paths)
+        for branch in tree.branches:
+            past = [] if branch.parent is None else paths[first + branch.parent][0]
+            paths.append((past + list(branch.ids), len(past), branch.weights))
+    width = max(len(ids) for ids, _, _ in paths)
+    rows = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in paths])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _, _ in paths])
+    logps = F.log_softmax(plain(input_ids=rows, attention_mask=mask).logits, -1)
+    logps = logps[:, :-1].gather(2, rows[:, 1:, None])[..., 0]  # of token i + 1 at place i
+    found = []
+    for row, (_, start, weights) in zip(logps, paths, strict=True):
+        places = [start + i - 1 for i, w in enumerate(weights) if w and start + i]
+        kept = [w for i, w in enumerate(weights) if w and start + i]
+        found.append((row[places], torch.tensor(kept)))
+    return found
+
+
+def plain_sft(plain, trees):
+    """The weighted mean over all tokens."""
+    branches = plain_logps(plain, trees)
+    total = sum(weights.sum() for _, weights in branches)
+    return -sum((logps * weights).sum() for logps, weights in branches) / total
+
+
+def plain_simpo(plain, trees):
+    """Equation (6), with an NLL term, a mean over pairs."""
+    means = [logps.mean() for logps, _ in plain_logps(plain, trees)]
+    losses = [
+        -F.logsigmoid(SIMPO.beta * (chosen - rejected) - 0.7) - 0.3 * chosen
+        for chosen, rejected in zip(means[1::3], means[2::3], strict=True)
+    ]
+    return sum(losses) / len(losses)
+
+
+def padding_in_pairs(seed):
+    """Pairs in which every second token is 0: the id that the plain rows are padded with."""
+
+    def half(branch):
+        return Branch(
+            [t * (i % 2) for i, t in enumerate(branch.ids)], branch.weights, branch.parent
+        )
+
+    return [Tree([half(branch) for branch in tree.branches]) for tree in pairs(seed)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("objective", "make", "plain_loss"),
+    [
+        (Sft(), lessons, plain_sft),
+        (Simpo(SIMPO), pairs, plain_simpo),
+        (Simpo(SIMPO), padding_in_pairs, plain_simpo),
+    ],
+)
+def test_packed_rows_learn_what_plain_autograd_learns_from_padded_ones(
+    model, tmp_path, seed, objective, make, plain_loss
+):
+    """Loss and the gradient of each adapter tensor, to 1e-5 of its norm."""
+    trees = make(seed)
+    assert any(len(row) > 1 for row in passes(trees, 700))
+    loss, _, gradient = gradient_of(model, objective, trees, 700, tmp_path / "run")
+    plain = plain_model(model, tmp_path)
+    expected = plain_loss(plain, trees)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    theirs = dict(plain.named_parameters())
+    parameters = adapter_parameters(model, "one")
+    pieces = gradient.split([p.numel() for p in parameters.values()])
+    for (name, parameter), piece in zip(parameters.items(), pieces, strict=True):
+        wanted = theirs[f"base_model.model.{name}".replace(".weight", ".default.weight")].grad
+        error = (piece.view_as(parameter) - wanted).norm() / wanted.norm()
+        assert error < 1e-5, (name, error)
+
+
+def logps_by_branch(model, trees):
+    """Return each supervised token's log-probability, branch by branch over the row."""
+    kept = []
+
+    def note(tokens, packed, trees):
+        count = sum(len(tree.branches) for tree in trees)
+        kept.extend(tokens.logps[packed.owners == i] for i in range(count))
+        return tokens.logps.sum(), []
+
+    with torch.no_grad():
+        run_pass(model, "one", note, trees)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_branch_sees_another(model, seed):
+    """One branch gets other tokens, more or fewer; all but it and those that continue it stay.
+
+    In the other trees of the row, too.
+    """
+    dice = Dice(seed)
+    trees = [
+        Tree([Branch(b.ids, [1.0] * len(b.ids), b.parent) for b in grown_tree(dice).branches])
+        for _ in range(3)
+    ]
+    at = dice.number(0, 3)
+    branches = list(trees[at].branches)
+    number = dice.number(0, len(branches))
+    ids = dice.ids(1, 61)
+    branches[number] = Branch(ids, [1.0] * len(ids), branches[number].parent)
+    before = logps_by_branch(model, trees)
+    after = logps_by_branch(model, [*trees[:at], Tree(branches), *trees[at + 1 :]])
+    first = sum(len(tree.branches) for tree in trees[:at])
+    touched = {number}
+    for i, branch in enumerate(branches):
+        touched |= {i} if branch.parent in touched else set()
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if i - first in touched:
+            assert not len(old) or len(old) != len(new) or not torch.allclose(old, new, atol=1e-3)
+        else:
+            torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-5)
+
+
+def test_the_trees_of_these_tests_are_cut_into_several_windows():
+    assert max(len(pack([tree]).attention.windows) for s in range(6) for tree in lessons(s)) > 2
