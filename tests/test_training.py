@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from usbrec.chat import Message
 from usbrec.errors import UserError
 from usbrec.llm import run_state, training
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
-from usbrec.llm.loss import SimpoOptions, TokenLogps
+from usbrec.llm.loss import SimpoOptions, TokenLogps, response_logps
 from usbrec.llm.objectives import (
     Sft,
     Simpo,
@@ -22,6 +23,7 @@ from usbrec.llm.objectives import (
     usable_pairs,
 )
 from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.training import TrainingOptions, passes, step_items, train
 
 QUICK = TrainingOptions(
@@ -349,6 +351,33 @@ def test_a_loss_that_is_not_finite_ends_the_run(model, tmp_path):
         train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
 
 
+def test_a_validation_that_is_not_finite_ends_the_run_and_keeps_the_last_state(model, tmp_path):
+    """Token 1, whose embedding is no number at first, stands in the validation items alone."""
+    start, embedding = weights(model), model.model.embed_tokens.weight.data
+    check = [Tree([Branch([5, 1, 6], [0, 0, 1])])]
+    arguments = lessons(), Sft(), replace(QUICK, eval_every=5), tmp_path, "sft", check
+    whole = embedding[1].clone()
+    embedding[1] = torch.nan
+    told = "the validation after step 5 has eval/loss nan; the last state is kept"
+    with pytest.raises(UserError, match=told):
+        train(model, "one", *arguments)
+    assert run_state.load_state(tmp_path / "state.safetensors")[1]["progress"]["step"] == 4
+    embedding[1] = whole
+    put(model, start)
+    assert train(model, "one", *arguments).best_step == 5
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 5]
+
+
+def test_validation_comes_ten_times_a_run_unless_it_is_said_how_often(model, tmp_path):
+    start = weights(model)
+    for eval_every, expected in ((0, [*range(2, 25, 2), 25]), (10, [10, 20, 25])):
+        put(model, start)
+        folder = tmp_path / str(eval_every)
+        options = replace(QUICK, steps=25, eval_every=eval_every)
+        train(model, "one", lessons(), Sft(), options, folder, "sft", lessons(2, seed=9))
+        assert [row["step"] for row in rows(folder) if "eval/loss" in row] == expected
+
+
 def test_no_items_are_a_user_s_fault(model, tmp_path):
     with pytest.raises(UserError, match="nothing to train on"):
         train(model, "one", [], Sft(), QUICK, tmp_path, "sft")
@@ -415,6 +444,18 @@ def test_pairs_that_are_empty_equal_or_too_long_are_counted_out():
     kept, dropped = usable_pairs(trees, 11)
     assert kept == [good]
     assert list(dropped.values()) == [1, 3, 1]  # too long, empty, equal
+
+
+def test_the_end_of_turn_token_counts_in_a_response_s_sum_and_length(default_model_folder):
+    """With a log-probability of -1 for each token the sum is the length, the end token in both."""
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    texts = "Heat (1995).", "No idea."
+    prompt = ours.prompt([Message("user", "Hi")])
+    row = pack([pair_tree(prompt, *(ours.reply(text) for text in texts))])
+    found = response_logps(-torch.ones(len(row.targets)), row.owners, torch.tensor([1, 2]))
+    expected = [len(ours.encode(text)) + 1 for text in texts]
+    assert found.lengths.tolist() == expected == (-found.logps).tolist()
+    assert [int(row.targets[row.owners == i][-1]) for i in (1, 2)] == [2, 2]  # <|im_end|>
 
 
 def test_repetition_counts_predictions_that_stand_in_the_same_response_already():

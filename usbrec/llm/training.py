@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class TrainingOptions:
     shuffle: bool = option(True, "a new order every epoch; off: the order given")
     seed: int = option(0, "decides the order of the items")
     save_every: int = option(20, "steps between two saved states")
-    eval_every: int = option(0, "steps between validations; 0: at end")
+    eval_every: int = option(0, "steps between two validations; 0: a tenth of all")
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -101,18 +102,22 @@ def train(
     folder: Path,
     label: str,
     validation: Sequence[Tree] = (),
+    board: Path | None = None,
 ) -> Trained:
     """Train the adapter on `items`, going on where an earlier call was cut off.
 
     Leaves the best adapter in the model: the one with the lowest loss on `validation`, or without
-    it the last. `label` names the progress bar. Raises UserError without items, for a folder that
-    belongs to another run, a broken state, a full disk, and a loss that is not finite.
+    it the last. `label` names the progress bar; TensorBoard's files go to the folder `board`.
+    Raises UserError without items, for a folder that belongs to another run, a broken state, a full
+    disk, and a loss or metric that is not finite.
     """
     if not items:
         raise UserError(f"{label}: there is nothing to train on")
     run = _Run(model, adapter, objective, options, folder, items, validation)
     try:
         run.resume()
+        if board is not None and parallel.rank() == 0:
+            run.draw_on(board)
         steps = range(run.progress.step, step_count(options, len(items)))
         bar = tqdm(steps, label, steps.stop, initial=steps.start, disable=parallel.rank() != 0)
         for step in bar:
@@ -228,6 +233,21 @@ def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
     return found
 
 
+def refuse_infinite(what: str, numbers: Mapping[str, float]) -> None:
+    """Raise UserError for a number that is not finite, before it is written or learned from."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{what} has {name} {value}; the last state is kept; lower the learning rate"
+            )
+
+
+def put_weights(model: Decoder, adapter: str, weights: Mapping[str, Tensor]) -> None:
+    """Give the adapter these weights, named as in `Trained`."""
+    for name, parameter in adapter_parameters(model, adapter).items():
+        parameter.data.copy_(weights[name])
+
+
 def _flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Give the parameters gradients that are pieces of one vector, and return it."""
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -278,6 +298,7 @@ class _Run:
             weight_decay=options.weight_decay,
             fused=True,
         )
+        self.board: Any = None  # TensorBoard's SummaryWriter
         self.best = self.adapter_copy()
         self.identity = self.fingerprint()
         folder.mkdir(parents=True, exist_ok=True)
@@ -353,10 +374,7 @@ class _Run:
         trees = [self.items[i] for i in step_items(self.options, len(self.items), step)]
         loss, means = self.accumulate(trees)
         norm = self.gradient.norm().item()
-        if not math.isfinite(loss + norm):
-            raise UserError(
-                f"step {step + 1} has loss {loss} and gradient norm {norm}; lower the learning rate"
-            )
+        refuse_infinite(f"step {step + 1}", {"loss": loss, "grad_norm": norm, **means})
         if self.options.max_grad_norm and norm > self.options.max_grad_norm:
             self.gradient.mul_(self.options.max_grad_norm / norm)
         rate = learning_rate(self.options, step, self.steps)
@@ -397,10 +415,10 @@ class _Run:
     def after_step(self, tokens: int, seconds: float) -> None:
         """Validate, warn, save and time, each when it is due."""
         step, options = self.progress.step, self.options
-        last = step == self.steps
-        if self.validation and (last or options.eval_every and step % options.eval_every == 0):
+        last, tenth = step == self.steps, max(self.steps // 10, 1)
+        if self.validation and (last or step % (options.eval_every or tenth) == 0):
             self.validate()
-        if parallel.rank() == 0 and (last or step % max(self.steps // 10, 1) == 0):
+        if parallel.rank() == 0 and (last or step % tenth == 0):
             for text in collapse_warnings(self.history):
                 warnings.warn(f"step {step}: {text}", stacklevel=2)
         if last or step % options.save_every == 0:
@@ -419,16 +437,33 @@ class _Run:
     def validate(self) -> None:
         """Measure the validation items and keep the adapter if it is the best so far."""
         loss, means = self.measure(self.validation, backward=False)
-        named = {f"eval/{name}": value for name, value in means.items()}
-        self.write({"step": self.progress.step, "eval/loss": loss, **named})
+        named = {f"eval/{name}": value for name, value in {"loss": loss, **means}.items()}
+        refuse_infinite(f"the validation after step {self.progress.step}", named)
+        self.write({"step": self.progress.step, **named})
         if loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
             self.best = self.adapter_copy()
+
+    def draw_on(self, folder: Path) -> None:
+        """Draw the metrics for TensorBoard too: all anew, as a kill may have cost some points."""
+        from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
+
+        self.board = SummaryWriter(str(folder), purge_step=0)  # hides what earlier starts drew
+        for line in self.metrics_path.read_bytes().splitlines():
+            self.draw(json.loads(line))
+
+    def draw(self, row: Mapping[str, float]) -> None:
+        """Add a point to each curve of a line of the metrics."""
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a line to the metrics."""
         if parallel.rank() == 0:
             append_rows(self.metrics_path, [row])
+        if self.board is not None:
+            self.draw(row)
 
     def save(self) -> None:
         """Replace the state by the present one; the metrics up to here are on the disk before."""
@@ -449,7 +484,9 @@ class _Run:
         save_state(self.folder / "state.safetensors", tensors, facts)
 
     def release(self) -> None:
-        """Take the gradients away: from here on the adapter is as frozen as the base."""
+        """Close what is open; from here on the adapter is as frozen as the base."""
+        if self.board is not None:
+            self.board.close()
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -459,6 +496,5 @@ class _Run:
         last = self.adapter_copy()
         if not self.progress.best_step:
             return Trained(last, last, self.steps)
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.best[name])
+        put_weights(self.model, self.adapter, self.best)
         return Trained(last, self.best, self.progress.best_step)
