@@ -16,6 +16,7 @@ from argparse import Namespace
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.objectives import Objective, Sft, Simpo, pair_tree, usable_lessons, usable_pairs
 from usbrec.llm.packing import Tree, lesson_tree
-from usbrec.llm.training import TrainingOptions, train
+from usbrec.llm.training import TrainingOptions, put_weights, train
 from usbrec.run import (
     RUNS,
     ModelOptions,
@@ -65,10 +66,10 @@ from usbrec.settings import Parser, add_flags, from_flags, option
 STAGES = ("simulator", "sft", "pairs", "simpo", "report")
 LEARNING = ("simulator", "sft", "simpo")  # the stages that change an adapter
 MADE = {  # what each stage leaves in the run folder
-    "simulator": ("simulator",),
-    "sft": ("sft",),
+    "simulator": ("simulator", "tensorboard/simulator"),
+    "sft": ("sft", "tensorboard/sft"),
     "pairs": ("samples.jsonl", "samples.options.json", "pairs.jsonl"),
-    "simpo": ("rl",),
+    "simpo": ("rl", "tensorboard/simpo"),
     "report": ("rows.jsonl", "rows.options.json", "report.json", "report.txt"),
 }
 METHODS = {  # the paper's names -> (recommender's adapter, with search)
@@ -90,6 +91,10 @@ class DataOptions:
     max_simulator: int = option(100, "training rows of the stage simulator")
     max_sft: int = option(480, "training rows of the stage sft")
     max_pairs: int = option(72, "training rows that PODCS tries")
+    max_valid: int = option(
+        0, "validation rows by which an adapter's best state is kept, not its last; 0: none, for "
+        "they take time"
+    )  # fmt: skip
     max_eval: int = option(128, "test dialogues of every method")
     max_agreement: int = option(100, "test dialogues on which the judges are checked")
     chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time")
@@ -99,7 +104,7 @@ class DataOptions:
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name.startswith("max_") and value < 0:
-                raise ValueError(f"{item.name} must be 0 (all) or more, got {value}")
+                raise ValueError(f"{item.name} must be 0 or more, got {value}")
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
 
@@ -132,9 +137,8 @@ class Settings:
     def deciding(self, stage: str) -> dict[str, Any]:
         """Return the options that decide what a stage makes, those of earlier stages included."""
         d = self.data
-        common = {"data": d.data, "data-dir": d.data_dir, "seed": d.seed} | as_json(
-            model=self.model, lora=self.lora
-        )
+        common: dict[str, Any] = {"data": d.data, "data-dir": d.data_dir, "seed": d.seed}
+        common |= {"max-valid": d.max_valid} | as_json(model=self.model, lora=self.lora)
         rows = {"max-" + name: d.rows(name) for name in ("simulator", "sft", "pairs")}
         own: dict[str, dict[str, Any]] = {
             "simulator": {"max-simulator": rows["max-simulator"]}
@@ -160,9 +164,11 @@ class Work:
     run: Run
     catalogue: Catalogue
     train: list[Example]
+    valid: list[Example]  # none without --max-valid
     test: list[Example]
     notes: list[str]
     engine: Engine
+    tensorboard: bool
     loaded: set[str] = field(default_factory=set)
 
     def rows(self, stage: str) -> list[Example]:
@@ -178,18 +184,31 @@ class Work:
 
     def learn(
         self,
+        stage: str,
         adapter: str,
         trees: Sequence[Tree],
+        validation: Sequence[Tree],
         objective: Objective,
         options: TrainingOptions,
-        label: str,
     ) -> None:
-        """Train an adapter that the model has, and save it."""
-        folder = self.run.folder / adapter
-        options = replace(options, seed=seed_for(self.settings.data.seed, label, "order"))
-        train(self.engine.model, adapter, trees, objective, options, folder / "training", label)
-        if parallel.rank() == 0:
-            save_adapter(self.engine.model, adapter, folder, base_name(self.settings.model))
+        """Train an adapter that the model has, and save it: with validation its best state.
+
+        The last state then lies beside it, in `last`.
+        """
+        model, folder = self.engine.model, self.run.folder / adapter
+        options = replace(options, seed=seed_for(self.settings.data.seed, stage, "order"))
+        board = self.run.folder / "tensorboard" / stage if self.tensorboard else None
+        trained = train(
+            model, adapter, trees, objective, options, folder / "training", stage, validation, board
+        )
+        kept = {folder: trained.best}
+        if validation:
+            kept = {folder / "last": trained.last, **kept}
+            print(f"{stage}: its validation loss was lowest after step {trained.best_step}")
+        for place, weights in kept.items():
+            put_weights(model, adapter, weights)
+            if parallel.rank() == 0:
+                save_adapter(model, adapter, place, base_name(self.settings.model))
         self.engine.forget()
         self.loaded.add(adapter)
 
@@ -201,26 +220,42 @@ def base_name(options: ModelOptions) -> str:
 
 def train_simulator(work: Work) -> None:
     """Teach an adapter to play the user and to judge, from training dialogues alone."""
-    settings, rows = work.settings, work.rows("simulator")
-    popularity = popularity_of(work.train)
+    settings, popularity = work.settings, popularity_of(work.train)
     seed = settings.data.seed
-    lessons = simulator_lessons(rows, work.catalogue, popularity, seed, settings.lesson)
+    lessons, checks = (
+        simulator_lessons(rows, work.catalogue, popularity, seed, settings.lesson)
+        for rows in (work.rows("simulator"), work.valid)
+    )
     add_adapter(work.engine.model, "simulator", settings.lora, seed_for(seed, "simulator"))
-    learn_lessons(work, "simulator", lessons, settings.simulator)
+    learn_lessons(work, "simulator", lessons, checks, settings.simulator)
 
 
 def train_sft(work: Work) -> None:
     """Teach an adapter the recommender's turns."""
-    lessons = recommender_lessons(work.rows("sft"), work.catalogue, work.settings.lesson)
+    lessons, checks = (
+        recommender_lessons(rows, work.catalogue, work.settings.lesson)
+        for rows in (work.rows("sft"), work.valid)
+    )
     seed = seed_for(work.settings.data.seed, "sft")
     add_adapter(work.engine.model, "sft", work.settings.lora, seed)
-    learn_lessons(work, "sft", lessons, work.settings.sft)
+    learn_lessons(work, "sft", lessons, checks, work.settings.sft)
 
 
 def learn_lessons(
-    work: Work, adapter: str, lessons: Sequence[Lesson], options: TrainingOptions
+    work: Work,
+    name: str,
+    lessons: Sequence[Lesson],
+    checks: Sequence[Lesson],
+    options: TrainingOptions,
 ) -> None:
-    """Lay lessons out in token ids and train on what fits of them; say what does not."""
+    """Train the adapter of a stage's name on lessons, and validate it on others."""
+    trees = lay_out(work, lessons, name)
+    validation = lay_out(work, checks, f"{name}, validation") if checks else []
+    work.learn(name, name, trees, validation, Sft(), options)
+
+
+def lay_out(work: Work, lessons: Sequence[Lesson], label: str) -> list[Tree]:
+    """Return in token ids what fits of the lessons; say what does not."""
     tokenizer, limit = work.engine.tokenizer, work.engine.max_length
     fitted = [fit_lesson(tokenizer, lesson, limit) for lesson in lessons]
     trees = [lesson_tree(tokenizer, piece) for pieces in fitted for piece in pieces]
@@ -228,10 +263,10 @@ def learn_lessons(
     dropped["dropped as too long"] += fitted.count([])
     changed = sum(pieces not in ([], [x]) for pieces, x in zip(fitted, lessons, strict=True))
     say_counts(
-        f"{adapter}: {len(kept)} lessons, {sum(map(len, kept))} tokens",
+        f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens",
         {"shortened": changed, **dropped},
     )
-    work.learn(adapter, kept, Sft(), options, adapter)
+    return kept
 
 
 def make_pairs(work: Work) -> None:
@@ -262,10 +297,47 @@ def make_pairs(work: Work) -> None:
 
 
 def train_simpo(work: Work) -> None:
-    """Go on from the SFT adapter with the SimPO loss over the pairs."""
-    settings, tokenizer = work.settings, work.engine.tokenizer
-    rows = read_whole_lines(work.run.need("pairs.jsonl", "pairs"))
-    limit = work.engine.max_length
+    """Go on from the SFT adapter with the SimPO loss over the pairs.
+
+    PODCS tries training rows alone, so validation takes some of their pairs away. The SFT adapter
+    has met these dialogues: their loss tells when SimPO goes too far, not how it does on new ones.
+    """
+    settings = work.settings
+    path = work.run.need("pairs.jsonl", "pairs")
+    rows, held_out = hold_out(read_whole_lines(path), settings.data.max_valid)
+    trees = lay_out_pairs(work, rows, "simpo")
+    if not trees:
+        raise UserError(
+            f"{path} holds no pair to learn from: try more rows "
+            "(--max-pairs), more samples (--pairs-samples) or a longer simulator stage"
+        )
+    validation = lay_out_pairs(work, held_out, "simpo, validation") if held_out else []
+    load_adapter(work.engine.model, work.run.need("sft", "sft"), "rl")
+    objective = Simpo(settings.simpo_loss)
+    work.learn("simpo", "rl", trees, validation, objective, settings.simpo)
+
+
+def hold_out(rows: list[dict[str, Any]], count: int) -> tuple[list[dict], list[dict]]:
+    """Return the pairs to learn from and those to validate on: the last `count`, a fifth at most.
+
+    A pair whose prompt begins or continues that of a held-out one is of the same dialogue, and
+    among neither.
+    """
+    cut = len(rows) - min(count, len(rows) // 5)
+    held_out = rows[cut:]
+
+    def akin(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return all(a == b for a, b in zip(one["prompt"], other["prompt"], strict=False))
+
+    learned = [row for row in rows[:cut] if not any(akin(row, other) for other in held_out)]
+    if len(learned) < cut:
+        print(f"simpo: {cut - len(learned)} pairs of the validation's dialogues are left out")
+    return learned, held_out
+
+
+def lay_out_pairs(work: Work, rows: Sequence[dict[str, Any]], label: str) -> list[Tree]:
+    """Return in token ids what fits of the pairs; say what does not."""
+    tokenizer, limit = work.engine.tokenizer, work.engine.max_length
     trees, shortened = [], 0
     for row in rows:
         messages = [Message(**message) for message in row["prompt"]]
@@ -275,16 +347,10 @@ def train_simpo(work: Work) -> None:
         shortened += was_shortened
     kept, dropped = usable_pairs(trees, limit)
     say_counts(
-        f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens",
+        f"{label}: {len(kept)} pairs, {sum(map(len, kept))} tokens",
         {"shortened": shortened, **dropped},
     )
-    if not kept:
-        raise UserError(
-            f"{work.run.folder / 'pairs.jsonl'} holds no pair to learn from: try more rows "
-            "(--max-pairs), more samples (--pairs-samples) or a longer simulator stage"
-        )
-    load_adapter(work.engine.model, work.run.need("sft", "sft"), "rl")
-    work.learn("rl", kept, Simpo(settings.simpo_loss), settings.simpo, "simpo")
+    return kept
 
 
 def evaluate(work: Work) -> None:
@@ -411,6 +477,10 @@ def build_parser() -> Parser:
     parser.add_argument("--verbose", action="store_true", help="tell the tokens of every stage")
     parser.add_argument("--fresh", action="store_true", help="start the chosen stages over")
     parser.add_argument(
+        "--tensorboard", action="store_true",
+        help="draw the metrics into the run folder's tensorboard/ (needs the package tensorboard)",
+    )  # fmt: skip
+    parser.add_argument(
         "--shard", action="store_true",
         help="spread the frozen weights over torchrun's processes: for what one GPU cannot hold",
     )  # fmt: skip
@@ -446,14 +516,17 @@ def run_stages(stages: Sequence[str], run: Run, settings: Settings, flags: Names
     if not todo:
         return
     d = settings.data
-    train_split, test_split = (load_split(d.data, s, d.data_dir) for s in ("train", "test"))
-    notes = train_split.notes + test_split.notes
+    names = ("train", "valid", "test") if d.max_valid else ("train", "test")
+    splits = {name: load_split(d.data, name, d.data_dir) for name in names}
+    notes = [note for split in splits.values() for note in split.notes]
     for note in notes:
         print(f"note: {note}")
-    catalogue = load_catalogue(d.data, d.data_dir)
+    valid = []
+    if d.max_valid:
+        valid = pick_rows(splits["valid"].examples, d.max_valid, seed_for(d.seed, "valid"))
     work = Work(
-        settings, run, catalogue, train_split.examples, test_split.examples, notes,
-        load_engine(settings.model, flags.shard),
+        settings, run, load_catalogue(d.data, d.data_dir), splits["train"].examples, valid,
+        splits["test"].examples, notes, load_engine(settings.model, flags.shard), flags.tensorboard,
     )  # fmt: skip
     for stage in todo:
         with run.timed(stage, work.engine.usage, flags.verbose):
@@ -479,6 +552,8 @@ def work_through(arguments: Sequence[str] | None) -> None:
     )
     if flags.shard and parallel.world() == 1:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
+    if flags.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     folder = flags.run_dir or RUNS / Path(settings.data.data).name
     stages = [stage for stage in STAGES if stage in flags.stages]
     run = Run(folder)

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_small_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import infer
 import train
 from usbrec.chunks import read_whole_lines
+from usbrec.llm import training
 from usbrec.run import Run
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES"]
@@ -224,6 +228,186 @@ def test_a_run_killed_in_the_midst_of_a_write_goes_on_to_the_same_bytes(
     assert bytes_of(run) == bytes_of(finished)
 
 
+VALIDATED = {  # at this rate the loss of sft's validation rises at last
+    "--max-valid": 3, "--sft-epochs": 6, "--sft-save-every": 2, "--sft-learning-rate": 0.3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validated(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two stages with validation."""
+    folder = tmp_path_factory.mktemp("validated") / "run"
+    command = ["--run-dir", str(folder), *flags(inputs | VALIDATED)]
+    assert train.main([*command, "--stages", "simulator", "sft"]) == 0
+    return folder
+
+
+def test_with_validation_the_best_state_is_used_and_the_last_lies_beside_it(
+    validated: Path, finished: Path
+) -> None:
+    """The adapter's files hold what the training's own state calls best and last."""
+    for stage in ("simulator", "sft"):
+        state = load_file(validated / stage / "training" / "state.safetensors")
+        found = {
+            kind: load_file(validated / stage / place / "adapter_model.safetensors")
+            for kind, place in (("best", "."), ("last", "last"))
+        }
+        for kind, tensors in found.items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, state[name.replace("base_model.model", kind)]), name
+        assert not (finished / stage / "last").exists()
+    assert any(not torch.equal(x, found["last"][name]) for name, x in found["best"].items())
+    lines = read_whole_lines(validated / "metrics.jsonl")
+    curves = {
+        stage: [row["eval/loss"] for row in lines if row["stage"] == stage and "eval/loss" in row]
+        for stage in ("simulator", "sft")
+    }
+    assert curves["simulator"] and min(curves["sft"]) < curves["sft"][-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("simulator/training/metrics.jsonl", 4),
+        ("sft/training/state.safetensors.part", 2),
+        ("sft/last/adapter_model.safetensors.part", 1),
+        ("sft/adapter_model.safetensors.part", 1),
+    ],
+)
+def test_a_validated_run_that_is_killed_goes_on_to_the_same_bytes(
+    inputs: dict[str, Any], validated: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    run = tmp_path / "run"
+    stages = ["--stages", "simulator", "sft"]
+    command = ["--run-dir", str(run), *flags(inputs | VALIDATED), *stages]
+    child = subprocess.run(
+        [sys.executable, "-c", DIES, str(run / name), str(count), train.__file__, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert not (run / "sft" / "adapter_model.safetensors").exists()
+    assert train.main(command) == 0
+    assert bytes_of(run) == bytes_of(validated)
+
+
+def pair_rows(dialogues: int) -> list[dict[str, Any]]:
+    """Pairs as in pairs.jsonl: two turns of each dialogue, the first ones first."""
+
+    def row(number: int, turns: int) -> dict[str, Any]:
+        lines = [("user", f"Film {number}?"), ("assistant", "Heat."), ("user", "Another!")]
+        prompt = [{"role": role, "content": text} for role, text in lines[: 2 * turns - 1]]
+        sides = {"chosen": f"Up {number}.", "rejected": "No idea."}
+        return {"prompt": prompt} | {
+            side: [{"role": "assistant", "content": text}] for side, text in sides.items()
+        }
+
+    return [row(number, turns) for turns in (1, 2) for number in range(dialogues)]
+
+
+def test_held_out_pairs_share_no_dialogue_with_those_that_are_learned() -> None:
+    """Of ten dialogues' twenty pairs the last three are held out, and these dialogues' others."""
+    rows = pair_rows(10)
+    assert train.hold_out(rows, 3) == (rows[:7] + rows[10:17], rows[17:])
+    assert train.hold_out(rows, 0) == (rows, [])
+    assert len(train.hold_out(rows, 1000)[1]) == 4  # a fifth at most
+    assert train.hold_out(rows[:4], 3) == (rows[:4], [])
+
+
+def test_simpo_is_validated_on_held_out_pairs(
+    run: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "rl")
+    lines = "".join(json.dumps(row) + "\n" for row in pair_rows(10))
+    (run / "pairs.jsonl").write_text(lines, "utf-8")
+    learned, plain = [], train.lay_out_pairs
+    monkeypatch.setattr(train, "lay_out_pairs", lambda *x: learned.append(plain(*x)) or learned[-1])
+    command = ["--run-dir", str(run), *flags(inputs | {"--max-valid": 3}), "--stages", "simpo"]
+    assert train.main(command) == 0
+    assert [len(trees) for trees in learned] == [14, 3]
+    lines = read_whole_lines(run / "rl" / "training" / "metrics.jsonl")
+    assert {"eval/loss", "eval/rewards/margins"} <= lines[-1].keys()
+    assert (run / "rl" / "last" / "adapter_model.safetensors").exists()
+
+
+def test_pairs_that_teach_nothing_are_counted_and_without_others_refused(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal, empty, and a reply of more tokens than there is room for."""
+    shutil.rmtree(run / "rl")
+    wrong = pair_rows(3)[:3]
+    wrong[0]["chosen"] = wrong[0]["rejected"]
+    wrong[1]["chosen"][0]["content"] = ""
+    wrong[2]["chosen"][0]["content"] = "so " * 5000
+    command = ["--run-dir", str(run), *flags(inputs), "--stages", "simpo"]
+    for rows, code in ((wrong, 2), (wrong + pair_rows(2), 0)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (run / "pairs.jsonl").write_text(text, "utf-8")
+        assert train.main(command) == code
+        found = capsys.readouterr()
+        for reason in ("as too long", "for an empty response", "for equal responses"):
+            assert f"1 dropped {reason}" in found.out
+        assert ("holds no pair to learn from" in found.err) == (code == 2)
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard shows of a folder."""
+    found = EventAccumulator(str(folder)).Reload()
+    names = found.Tags()["scalars"]
+    return {name: [(x.step, x.value) for x in found.Scalars(name)] for name in names}
+
+
+def age(board: Path, second: int) -> None:
+    """Have the newest files begin at this second: TensorBoard reads them in its order."""
+    for path in board.rglob("events.*"):
+        path.rename(path.with_name(re.sub(r"[1-9]\d{9}", f"{second:010}", path.name)))
+
+
+def test_tensorboard_shows_every_metric_once_also_after_ctrl_c_and_a_kill(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C leaves points that are drawn again; a kill loses points that were never written."""
+    run, states = tmp_path / "run", []
+    stages = ["--stages", "simulator", "sft", "--tensorboard"]
+    command = ["--run-dir", str(run), *flags(inputs | VALIDATED), *stages]
+
+    def save(self: Any, whole: Any = training._Run.save) -> None:
+        states.append(1)
+        if len(states) == 2:
+            raise KeyboardInterrupt
+        whole(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "save", save)
+        assert train.main(command) == 130
+    assert [step for step, _ in curves(run / "tensorboard" / "simulator")["loss"]] == [1, 2, 3, 4]
+    age(run / "tensorboard", 1)
+    part = run / "sft" / "training" / "state.safetensors.part"
+    child = subprocess.run(
+        [sys.executable, "-c", DIES, str(part), "2", train.__file__, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    age(run / "tensorboard", 2)
+    assert train.main(command) == 0
+    for stage in ("simulator", "sft"):
+        wanted: dict[str, list[tuple[int, float]]] = {}
+        for row in read_whole_lines(run / stage / "training" / "metrics.jsonl"):
+            for name in row.keys() - {"step"}:
+                wanted.setdefault(name, []).append((row["step"], pytest.approx(row[name])))
+        assert curves(run / "tensorboard" / stage) == wanted
+
+
+def test_without_tensorboard_the_flag_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    told = refused(["--run-dir", str(tmp_path / "run"), "--tensorboard"], capsys)
+    assert "pip install tensorboard" in told
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [
@@ -305,6 +489,7 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--max-eval", "-1"], "max_eval"),
         (["--chunk-size", "0"], "chunk_size"),
         (["--simpo-schedule", "square"], "square"),
+        (["--simpo-loss-gamma", "1", "--simpo-loss-gamma-beta-ratio", "1"], "give one of them"),
         (["--data", "netflix"], "netflix"),
         (["--data", "redial", "--data-dir", "/no/such"], "/no/such"),
         (["--model", "/no/such/model"], "/no/such/model"),
