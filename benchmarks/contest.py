@@ -41,11 +41,13 @@ def product_peak() -> float:
     return 2 * 2048**3 / best
 
 
-def model_flops(config: ModelConfig, tokens: int, supervised: int) -> float:
+def model_flops(config: ModelConfig, trees: Sequence[Tree]) -> float:
     """Return the products of one training pass: forward and input gradient, none for weights.
 
     Attention, adapters and everything recomputed are not counted.
     """
+    tokens = sum(map(len, trees))
+    supervised = sum(weight > 0 for tree in trees for b in tree.branches for weight in b.weights)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     attention = config.hidden_size * config.head_dim * (heads + config.num_attention_heads)
     mlp = 3 * config.hidden_size * config.intermediate_size
@@ -58,7 +60,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def options_for(steps: int, batch: int) -> TrainingOptions:
+def options_for(steps: int, batch: int, recomputing: bool = False) -> TrainingOptions:
     """AdamW at a constant rate, gradients clipped to 1, as for the other contestant."""
     return TrainingOptions(
         learning_rate=LEARNING_RATE,
@@ -67,6 +69,7 @@ def options_for(steps: int, batch: int) -> TrainingOptions:
         warmup=0,
         schedule="constant",
         save_every=steps,
+        checkpointing=recomputing,
     )
 
 
@@ -77,28 +80,51 @@ def in_our_order(items: Sequence[Any], steps: int, batch: int) -> list[Any]:
 
 
 def run_ours(
-    trees: Sequence[Tree], objective: Objective, steps: int, batch: int, adapter: Path, rank: int
+    trees: Sequence[Tree],
+    objective: Objective,
+    steps: int,
+    batch: int,
+    adapter: Path,
+    rank: int = 8,
+    recomputing: bool = False,
 ) -> dict[str, Any]:
-    """Train from the adapter's start; return seconds and losses by step and the peak memory."""
+    """Train from the adapter's start; return seconds and losses by step, and the peak memory.
+
+    `share` is the FLOP/s of the timed steps over those of a large product in the same process.
+    """
     model = load_model(ensure_default_model(), torch.bfloat16)
     add_adapter(model, "a", LoraConfig(r=rank), seed=0)
     save_adapter(model, "a", adapter, str(ensure_default_model()))
     with tempfile.TemporaryDirectory() as folder:
-        train(model, "a", trees, objective, options_for(steps, batch), Path(folder), "ours")
+        options = options_for(steps, batch, recomputing)
+        train(model, "a", trees, objective, options, Path(folder), "ours")
         losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
         timings = [json.loads(line) for line in (Path(folder) / "timings.jsonl").open()]
+    memory, seconds = peak_memory(), [row["seconds"] for row in timings]
+    learned = in_our_order(trees, steps, batch)
+    timed = slice(1 if steps > 1 else 0, steps)
+    flops = model_flops(model.config, learned[timed.start * batch :])
     return {
         "losses": losses,
-        "seconds": [row["seconds"] for row in timings],
-        "memory": peak_memory(),
-        "peak": product_peak(),
+        "seconds": seconds,
+        "memory": memory,
+        "share": flops / sum(seconds[timed]) / product_peak(),
     }
 
 
 def run_trl(
-    make_trainer: Callable[..., Any], steps: int, batch: int, adapter: Path, settings: dict
+    make_trainer: Callable[..., Any],
+    steps: int,
+    batch: int,
+    adapter: Path,
+    settings: dict,
+    as_it_comes: bool,
 ) -> dict[str, Any]:
-    """The same with a trainer of trl's over peft's adapter, which starts from our file."""
+    """The same with a trainer of trl's over peft's adapter, which starts from our file.
+
+    `as_it_comes` leaves trl's own defaults: activations are recomputed and products autocast to
+    bf16. Without them trl is quicker and takes more memory; the weights are bf16 in either case.
+    """
     from peft import PeftModel
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -130,11 +156,11 @@ def run_trl(
             "save_strategy": "no",
             "report_to": "none",
             "use_cpu": True,
-            "bf16": False,  # the weights are bf16 themselves, as ours; autocast took longer
-            "gradient_checkpointing": False,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
         }
+        if not as_it_comes:
+            common |= {"bf16": False, "gradient_checkpointing": False}
         trainer = make_trainer(
             model, AutoTokenizer.from_pretrained(folder), common | settings, clock
         )
@@ -159,6 +185,17 @@ def in_own_process(script: str, *arguments: str) -> dict[str, Any]:
 def best_step(result: dict[str, Any]) -> float:
     """Return the fastest step's seconds, the first one (warm-up) left out when there are more."""
     return min(result["seconds"][1:] or result["seconds"])
+
+
+def table_row(title: str, result: dict[str, Any], batch: int) -> list[object]:
+    """Return a contestant's row: seconds an item, GiB, losses, share of the product peak."""
+    return [
+        title,
+        f"{best_step(result) / batch:.2f}",
+        f"{result['memory'] / 2**30:.2f}",
+        " ".join(f"{loss:.3f}" for loss in result["losses"]),
+        f"{result['share']:.2f}" if "share" in result else "",
+    ]
 
 
 def show(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
