@@ -18,8 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import infer
 import train
+from usbrec.chat import Message
 from usbrec.chunks import read_whole_lines
 from usbrec.llm import training
+from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.run import Run
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES"]
@@ -314,7 +316,7 @@ def test_held_out_pairs_share_no_dialogue_with_those_that_are_learned() -> None:
     assert train.hold_out(rows[:4], 3) == (rows[:4], [])
 
 
-def test_simpo_is_validated_on_held_out_pairs(
+def test_simpo_is_validated_on_held_out_pairs_after_the_prompts_of_inference(
     run: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(run / "rl")
@@ -325,6 +327,9 @@ def test_simpo_is_validated_on_held_out_pairs(
     command = ["--run-dir", str(run), *flags(inputs | {"--max-valid": 3}), "--stages", "simpo"]
     assert train.main(command) == 0
     assert [len(trees) for trees in learned] == [14, 3]
+    messages = [Message(**message) for message in pair_rows(10)[0]["prompt"]]
+    prompt = ChatTokenizer.from_folder(inputs["--model"]).prompt(messages)
+    assert list(learned[0][0].branches[0].ids) == prompt
     lines = read_whole_lines(run / "rl" / "training" / "metrics.jsonl")
     assert {"eval/loss", "eval/rewards/margins"} <= lines[-1].keys()
     assert (run / "rl" / "last" / "adapter_model.safetensors").exists()
