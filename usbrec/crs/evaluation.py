@@ -25,32 +25,27 @@ from usbrec.crs.catalogue import Catalogue, Item, grade
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.ses import SearchOptions, SearchResult, search
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """How long the talk is, when it is judged, and how warm the speakers are."""
 
-    turns: int = option(1, "recommender turns of an evaluated talk (N)")
-    judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last")
-    temperature: float = option(0.0, "temperature of plain replies and explanations")
-    seeker_temperature: float = option(0.1, "temperature of the seeker's replies")
-    votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form")
-    vote_temperature: float = option(0.7, "temperature of the judge's votes")
-    max_new_tokens: int = option(48, "longest reply, in tokens")
+    turns: int = option(1, "recommender turns of an evaluated talk (N)", low=1)
+    judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last", low=0)
+    temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
+    seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
+    votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
+    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
     def __post_init__(self) -> None:
-        if self.turns < 1:
-            raise ValueError(f"evaluation turns must be at least 1, got {self.turns}")
-        if not 0 <= self.judged_turn <= self.turns:
+        check(self)
+        if self.judged_turn > self.turns:
             raise ValueError(
-                f"judged turn must lie in 1 to {self.turns} (0: the last), got {self.judged_turn}"
+                f"judged_turn must lie in 1 to {self.turns} (0: the last), got {self.judged_turn}"
             )
-        for degrees in (self.temperature, self.seeker_temperature, self.vote_temperature):
-            Sampling(self.max_new_tokens, degrees)
-        if self.votes < 0:
-            raise ValueError(f"evaluation votes must be 0 or more, got {self.votes}")
 
     @property
     def last(self) -> int:

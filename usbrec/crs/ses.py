@@ -15,6 +15,7 @@ A whole chunk of dialogues is searched level by level, each level in one `genera
 and first responses share the first. Seen with `python infer.py --ses`.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,38 +34,29 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.dialogue import Dialogue
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 
 @dataclass(frozen=True)
 class SearchOptions:
     """How wide, how far and how warm the search is, and how its votes are read."""
 
-    samples: int = option(3, "first responses that are tried (N)")
-    turns: int = option(2, "recommender turns looked ahead, the candidate's own included")
+    samples: int = option(3, "first responses that are tried (N)", low=1)
+    turns: int = option(2, "recommender turns looked ahead, the candidate's own included", low=1)
     mode: Literal["chain", "tree"] = option("chain", "one continuation, or N at every later turn")
-    start_turn: int = option(1, "first recommender turn, counted from 1, that is searched")
-    temperature: float = option(0.5, "temperature of the first responses")
-    rollout_temperature: float = option(0.1, "temperature of the inner seeker and later replies")
-    votes: int = option(0, "sampled votes at a leaf; 0 reads the expectation in closed form")
-    vote_temperature: float = option(0.7, "temperature of the judge's votes")
+    start_turn: int = option(1, "first recommender turn, counted from 1, that is searched", low=1)
+    temperature: float = option(0.5, "temperature of the first responses", low=0)
+    rollout_temperature: float = option(
+        0.1, "temperature of the inner seeker and later replies", low=0
+    )
+    votes: int = option(0, "sampled votes at a leaf; 0 reads the expectation in closed form", low=0)
+    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
-    max_new_tokens: int = option(48, "longest reply, in tokens")
-    summary_tokens: int = option(48, "longest summary, in tokens")
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
+    summary_tokens: int = option(48, "longest summary, in tokens", low=1)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "turns", "start_turn"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"search {name} must be at least 1, got {getattr(self, name)}")
-        for degrees in (self.temperature, self.rollout_temperature, self.vote_temperature):
-            Sampling(self.max_new_tokens, degrees)
-        Sampling(self.summary_tokens)
-        if self.votes < 0:
-            raise ValueError(f"search votes must be 0 (closed form) or more, got {self.votes}")
-        if self.mode not in ("chain", "tree"):
-            raise ValueError(f"search mode is chain or tree, got {self.mode!r}")
-        if self.value not in ("mean", "majority"):
-            raise ValueError(f"search value is mean or majority, got {self.value!r}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -128,17 +120,14 @@ def search(
     for _ in range(options.turns - 1):
         nodes = expand(llm, cast, nodes, profiles, options)
     leaves = evaluate(llm, cast, nodes, profiles, options)
+    found = defaultdict[tuple[int, str], list[Leaf]](list)
+    for node, leaf in zip(nodes, leaves, strict=True):
+        found[node.owner, node.first].append(leaf)
     results = []
     for i, root in enumerate(dialogues):
-        found: dict[str, list[Leaf]] = {text: [] for text in drafts[i]}
-        for node, leaf in zip(nodes, leaves, strict=True):
-            if node.owner == i:
-                found[node.first].append(leaf)
-        candidates = tuple(
-            Candidate(text, value_of(found[text], options.value), tuple(found[text]))
-            for text in drafts[i]
-        )
-        results.append(SearchResult(root, profiles[i], candidates, select(candidates)))
+        below = [(text, found[i, text]) for text in drafts[i]]
+        candidates = [Candidate(x, value_of(end, options.value), tuple(end)) for x, end in below]
+        results.append(SearchResult(root, profiles[i], tuple(candidates), select(candidates)))
     return results
 
 
