@@ -33,7 +33,7 @@ def check(options: Any) -> None:
     for item in fields(options):
         value, low = getattr(options, item.name), item.metadata["low"]
         if low > -math.inf and not low <= value < math.inf:
-            raise ValueError(f"{item.name} must be a number of at least {low}, got {value}")
+            raise ValueError(f"{item.name} must be at least {low}, got {value}")
         choices = get_args(hints[item.name])
         if get_origin(hints[item.name]) is Literal and value not in choices:
             raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")

@@ -28,7 +28,7 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.catalogue import Catalogue, Item, rewrite
 from usbrec.crs.dialogue import Dialogue, Example
-from usbrec.crs.evaluation import EvaluationOptions, gold_items
+from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.intervals import auc_interval
 from usbrec.seeds import seed_for
 
@@ -39,10 +39,8 @@ SUMMARY_TOKENS = 48
 class Contrast:
     """A gold reply and its rewriting, with their explanations where the dataset has one."""
 
-    gold: str
-    other: str
-    gold_explanation: str | None
-    other_explanation: str | None
+    replies: tuple[str, str]
+    explanations: tuple[str, str] | None
     titles: tuple[str, ...]
 
 
@@ -59,35 +57,27 @@ def judge_agreement(
 
     A score is None where the judge could not be read; a skipped row has only "skipped".
     """
-    keys = [seed_for(seed, "agreement", x.dialog_id, x.turn_id) for x in examples]
-    contrasts = [
-        contrast(catalogue, example, popularity, key)
-        for example, key in zip(examples, keys, strict=True)
-    ]
-    kept = [i for i, made in enumerate(contrasts) if isinstance(made, Contrast)]
-    pairs = [
-        (examples[i], made, keys[i]) for i in kept if isinstance(made := contrasts[i], Contrast)
-    ]
+    rows: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for x in examples:
+        key = seed_for(seed, "agreement", x.dialog_id, x.turn_id)
+        made = contrast(catalogue, x, popularity, key)
+        row = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "skipped": None}
+        if isinstance(made, Contrast):
+            gold, other = made.replies
+            row |= {"gold": gold, "other": other, "titles": list(made.titles)}
+            pairs.append((x, made, key))
+        else:
+            row["skipped"] = made
+        rows.append(row)
     profiles, explanations = _prepare(llm, cast, pairs, options)
     verdicts = _judge_all(llm, cast, pairs, profiles, explanations, options)
-    rows: list[dict[str, Any]] = [
-        {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "skipped": made}
-        for x, made in zip(examples, contrasts, strict=True)
-    ]
-    for place, i in enumerate(kept):
-        scores = [verdict.expectation for verdict in verdicts[4 * place : 4 * place + 4]]
-        mass = [verdict.mass for verdict in verdicts[4 * place : 4 * place + 4]]
-        _, made, _ = pairs[place]
-        rows[i] |= {
-            "skipped": None,
-            "gold": made.gold,
-            "other": made.other,
-            "titles": list(made.titles),
-            "profile": profiles[place],
-            "external": scores[:2],
-            "internal": scores[2:],
-            "mass": mass,
-        }
+    kept = [row for row in rows if row["skipped"] is None]
+    for i, row in enumerate(kept):
+        own = verdicts[4 * i : 4 * i + 4]
+        scores = [verdict.expectation for verdict in own]
+        row |= {"profile": profiles[i], "external": scores[:2], "internal": scores[2:]}
+        row["mass"] = [verdict.mass for verdict in own]
     return rows
 
 
@@ -101,15 +91,15 @@ def contrast(
     drawn = draw_others(catalogue, example, popularity, len(golds), seed)
     if len(drawn) < len(golds):
         return "too few other titles to draw from"
-    other, told = example.response, example.explanation
-    for gold, new in zip(golds, drawn, strict=True):
-        assert gold is not None
-        other = rewrite(other, gold, new)
-        told = None if told is None else rewrite(told, gold, new)
-    if other == example.response or catalogue.mentions(other, example.items):
+    gold, told = example.response, example.explanation
+    other, why = gold, told or ""
+    for item, new in zip(golds, drawn, strict=True):
+        assert item is not None
+        other, why = rewrite(other, item, new), rewrite(why, item, new)
+    if other == gold or catalogue.mentions(other, example.items):
         return "a gold title in the reply could not be replaced"
-    titles = tuple(item.title for item in drawn)
-    return Contrast(example.response, other, example.explanation, told, titles)
+    explanations = None if told is None else (told, why)
+    return Contrast((gold, other), explanations, tuple(item.title for item in drawn))
 
 
 def draw_others(
@@ -120,13 +110,9 @@ def draw_others(
     seed: int,
 ) -> list[Item]:
     """Return `count` different items drawn by their training count, none of them a target."""
-    golds = gold_items(catalogue, example)
+    golds = {item for title in example.items for item in catalogue.named(title)}
     items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
-    pool = [
-        (item, number)
-        for item, number in items
-        if item is not None and number > 0 and item not in golds
-    ]
+    pool = [(item, number) for item, number in items if item and item not in golds]
     if len(pool) < count:
         return []
     share = np.array([number for _, number in pool], float)
@@ -165,20 +151,15 @@ def _prepare(
     samplings = [Sampling(SUMMARY_TOKENS, temperature=0.0)] * len(chats)
     seeds = [seed_for(key, "summary") for _, _, key in pairs]
     for example, made, key in pairs:
-        if made.gold_explanation is None:
-            for reply in (made.gold, made.other):
+        if made.explanations is None:
+            for reply in made.replies:
                 asked = asked_to_explain(_with(example, reply))
                 chats.append(cast.recommends(recommender_prompt(asked)))
                 samplings.append(plain)
                 seeds.append(seed_for(key, "explain", reply))
     texts = ask(llm, chats, samplings, seeds)
     profiles, generated = texts[: len(pairs)], iter(texts[len(pairs) :])
-    explanations = []
-    for _, made, _ in pairs:
-        if made.gold_explanation is None or made.other_explanation is None:
-            explanations.append((next(generated), next(generated)))
-        else:
-            explanations.append((made.gold_explanation, made.other_explanation))
+    explanations = [made.explanations or (next(generated), next(generated)) for _, made, _ in pairs]
     return profiles, explanations
 
 
@@ -191,10 +172,9 @@ def _judge_all(
     options: EvaluationOptions,
 ) -> list[Verdict]:
     """Return four verdicts a pair: external gold, other, then internal gold, other."""
-    chats = []
-    seeds = []
+    chats, seeds = [], []
     for (example, made, key), profile, told in zip(pairs, profiles, explanations, strict=True):
-        both = [_with(example, reply) for reply in (made.gold, made.other)]
+        both = [_with(example, reply) for reply in made.replies]
         prompts = [external_judge_prompt(both[i], told[i], example.items) for i in (0, 1)]
         prompts += [internal_judge_prompt(dialogue, profile) for dialogue in both]
         chats += [cast.simulates(prompt) for prompt in prompts]

@@ -21,7 +21,7 @@ from usbrec.crs.agents import (
     say,
     seeker_turn,
 )
-from usbrec.crs.catalogue import Catalogue, Item, grade
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.ses import SearchOptions, SearchResult, search
 from usbrec.seeds import seed_for
@@ -150,11 +150,6 @@ def first_items(catalogue: Catalogue, text: str) -> tuple[Item, ...]:
     return tuple(mentions[0].items) if mentions else ()
 
 
-def gold_items(catalogue: Catalogue, example: Example) -> set[Item]:
-    """Return every catalogue item that one of the gold titles may mean."""
-    return {item for title in example.items for item in catalogue.named(title)}
-
-
 def gold_labels(
     catalogue: Catalogue, example: Example, items: Sequence[Item]
 ) -> list[dict[str, Any]]:
@@ -215,7 +210,6 @@ def _row(
 ) -> EvalRow:
     explanation, verdict = scored
     named = first_items(catalogue, replies[last - 1])
-    golds = gold_items(catalogue, example)
     return EvalRow(
         dialog_id=example.dialog_id,
         turn_id=example.turn_id,
@@ -223,7 +217,7 @@ def _row(
         items=[titles_in(catalogue, reply) for reply in replies],
         labels=gold_labels(catalogue, example, first_items(catalogue, replies[0])),
         hit=any(catalogue.mentions(reply, example.items) for reply in replies[:last]),
-        grade=min((grade(item, golds) for item in named), default=0),
+        grade=min((catalogue.grade(item, example.items) for item in named), default=0),
         score=verdict.expectation,
         label=verdict.label,
         mass=verdict.mass,
