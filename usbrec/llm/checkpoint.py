@@ -100,7 +100,6 @@ def load_model(
     Raises UserError for unsupported settings, damaged files, and a parameter that is missing, too
     many, of another shape, or not finite; the first is named.
     """
-    path = Path(path)
     config, weights = open_model(path)
     model = empty_decoder(config)
     names = parameter_names(model, weights)

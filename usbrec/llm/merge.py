@@ -42,7 +42,6 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
 
     Raises UserError if `out` exists, if `base` is merged already, or if the adapter does not fit.
     """
-    base, adapter, out = Path(base), Path(adapter), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: name a new folder to merge into")
     config, weights = open_model(base)

@@ -12,11 +12,10 @@ from typing import Any
 
 from usbrec.errors import UserError
 from usbrec.llm.files import file_in, read_json
-from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.model import ModelConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
-LIMITS = {"num_hidden_layers": 1024}
+LIMITS = {"num_hidden_layers": 1024, "num_layers": 1024}
 SIZE_LIMIT = 1 << 24
 
 # Settings that change what a model computes, with the only values that the decoder computes.
@@ -55,10 +54,7 @@ HONOURED_CHATGLM: dict[str, tuple[Any, ...]] = {
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Read the settings of a model's folder or GGUF file; raises UserError naming the file."""
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return config_from(GgufFile(path).config(), path)
+    """Read the settings of a model's folder; raises UserError naming the file."""
     if not path.is_dir():
         raise UserError(f"no such model folder: {path}")
     if not (path / "config.json").exists():
@@ -181,7 +177,7 @@ class Settings:
         """Return a whole number above 0 and of a sane size."""
         value = self.settings.get(name)
         value = default if value is None else value
-        limit = LIMITS.get(name.replace("num_layers", "num_hidden_layers"), SIZE_LIMIT)
+        limit = LIMITS.get(name, SIZE_LIMIT)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
             raise UserError(
                 f"{self.source}: {name} must be a whole number from 1 to {limit}, got {value!r}"
@@ -190,7 +186,7 @@ class Settings:
 
     def even(self, value: int) -> int:
         """Return the width of a head, which is turned in pairs."""
-        if value % 2 or value == 0:
+        if value % 2:
             raise UserError(f"{self.source}: a head's width must be even, got {value}")
         return value
 
