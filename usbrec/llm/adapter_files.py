@@ -50,9 +50,8 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
 
     Each file is written whole or not at all, the weights last: where they stand, all is there.
     """
-    layers = adapter_layers(model, name)
-    if not layers:
-        raise UserError(f"the model has no adapter {name!r} to save")
+    layers = {p: layer for p, layer in linear_layers(model).items() if name in layer.lora_A}
+    assert layers, f"the model has no adapter {name!r} to save"
     tensors = {
         f"{KEY_PREFIX}{path}.{half}.weight": getattr(layer, half)[name].detach().cpu().contiguous()
         for path, layer in layers.items()
@@ -60,11 +59,6 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     }
     write_json(folder / CONFIG_FILE, peft_settings(model, name, layers, base_name))
     write_whole(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
-
-
-def adapter_layers(model: Decoder, name: str) -> dict[str, LoraLinear]:
-    """Return the checkpoint's module name -> layer for the layers that have the adapter."""
-    return {path: layer for path, layer in linear_layers(model).items() if name in layer.lora_A}
 
 
 def linear_layers(model: Decoder) -> dict[str, LoraLinear]:
