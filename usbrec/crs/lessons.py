@@ -51,13 +51,11 @@ FILMLESS = (  # replies that recommend nothing, as an untrained model gives them
     "The 1980s were a great time for movies.",
     "I'd love to recommend a film that suits you.",
 )
-EMPTY_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "likes dislikes seen nothing said mood a an the i it you this that is by with from made of "
-        "for to in and movie film starring directed",
-    )
-)
+EMPTY_WORDS = frozenset([
+    "likes", "dislikes", "seen", "nothing", "said", "mood", "a", "an", "the", "i", "it", "you",
+    "this", "that", "is", "by", "with", "from", "made", "of", "for", "to", "in", "and", "movie",
+    "film", "starring", "directed",
+])  # fmt: skip
 TRIES = 40  # draws in search of a film of a wanted grade
 UNLIKE = 4  # replies that share no word with a profile; with two its judge may fail to learn
 

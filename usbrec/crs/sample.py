@@ -31,31 +31,14 @@ from usbrec.seeds import seed_for
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "sample"
 SEED = 7
 FAMOUS = (  # the films that are asked for most, the first of them most of all
-    "The Matrix (1999)",
-    "Titanic (1997)",
-    "Star Wars (1977)",
-    "Jurassic Park (1993)",
-    "The Godfather (1972)",
-    "Finding Nemo (2003)",
-    "Inception (2010)",
-    "The Shining (1980)",
-    "Pretty Woman (1990)",
-    "Die Hard (1988)",
-    "La La Land (2016)",
-    "The Dark Knight (2008)",
-    "Back to the Future (1985)",
-    "Pulp Fiction (1994)",
-    "Alien (1979)",
-    "The Lion King (1994)",
-    "The Silence of the Lambs (1991)",
-    "Toy Story (1995)",
-    "Jaws (1975)",
-    "Psycho (1960)",
-    "Goodfellas (1990)",
-    "Interstellar (2014)",
-    "The Exorcist (1973)",
+    "The Matrix (1999)", "Titanic (1997)", "Star Wars (1977)", "Jurassic Park (1993)",
+    "The Godfather (1972)", "Finding Nemo (2003)", "Inception (2010)", "The Shining (1980)",
+    "Pretty Woman (1990)", "Die Hard (1988)", "La La Land (2016)", "The Dark Knight (2008)",
+    "Back to the Future (1985)", "Pulp Fiction (1994)", "Alien (1979)", "The Lion King (1994)",
+    "The Silence of the Lambs (1991)", "Toy Story (1995)", "Jaws (1975)", "Psycho (1960)",
+    "Goodfellas (1990)", "Interstellar (2014)", "The Exorcist (1973)",
     "The Shawshank Redemption (1994)",
-)
+)  # fmt: skip
 DIALOGUES = {"train": 960, "valid": 140, "test": 340}
 MAX_WORDS = 18  # of one utterance
 MAX_LINES = 7  # of a context, the empty first one included

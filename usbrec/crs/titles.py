@@ -43,14 +43,15 @@ GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms
 
 NAMING_WORDS = frozenset(["called", "titled", "named"])
 WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
-SUGGESTING_WORDS = frozenset(["recommend", "recommended", "suggest", "suggested"])
-FILM_WORDS = frozenset(["film", "films", "movie", "movies"])
 # Words that begin a sentence with a capital without being part of a name: "Watch Heat".
-OPENERS = WATCHING_WORDS | frozenset(
-    ["and", "are", "but", "can", "did", "does", "has", "have", "how", "is", "like", "love", "maybe"]
-    + ["no", "not", "or", "perhaps", "so", "then", "was", "were", "what", "why", "yes"]
+OPENERS = WATCHING_WORDS.union([
+    "and", "are", "but", "can", "did", "does", "has", "have", "how", "is", "like", "love", "maybe",
+    "no", "not", "or", "perhaps", "so", "then", "was", "were", "what", "why", "yes",
+])  # fmt: skip
+# Words right after which a title is expected.
+CUES = NAMING_WORDS | WATCHING_WORDS.union(
+    ["recommend", "recommended", "suggest", "suggested", "film", "films", "movie", "movies"]
 )
-CUES = NAMING_WORDS | WATCHING_WORDS | SUGGESTING_WORDS | FILM_WORDS
 ARTICLES = ("the", "a", "an")
 QUOTES = "\"'“”‘’«»*_"
 _WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")

@@ -30,19 +30,10 @@ KEY_PREFIX = "base_model.model."
 HONOURED = ("r", "lora_alpha", "target_modules", "use_rslora")
 # Settings that say nothing about what a trained adapter computes, or only with another one set.
 WITHOUT_EFFECT = (
-    "alora_invocation_tokens",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "layers_pattern",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-)
+    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "inference_mode",
+    "layers_pattern", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "task_type",
+)  # fmt: skip
 
 
 def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> None:
@@ -132,7 +123,7 @@ def read_adapter(
             f"{folder / PICKLE_FILE} is a pickle, which is never opened since it can run code: "
             "convert it to safetensors"
         )
-    weights = SafetensorsWeights.from_file(file_in(folder, WEIGHTS_FILE))
+    weights = SafetensorsWeights(file_in(folder, WEIGHTS_FILE))
     layers = targeted(linear_layers(model), settings["target_modules"], source)
     compare_shapes(key_shapes(layers, config.r), weights.shapes, weights.path)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -67,38 +66,32 @@ def load_tensor(
 
 
 class SafetensorsWeights:
-    """The tensors of one or several safetensors files; close it to let go of the files."""
+    """The tensors of a safetensors file, or of the shards that an index names."""
 
-    def __init__(self, path: Path, files: Mapping[str, Path]) -> None:
+    def __init__(self, path: Path, index: Mapping[str, Path] | None = None) -> None:
         self.path = path
-        self._files = files
-        self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
-        headers = {file: read_header(file) for file in sorted(set(files.values()))}
-        check_index(files, headers)
-        entries = {name: headers[file][name] for name, file in files.items()}
+        files = set(index.values()) if index else {path}
+        headers = {file: read_header(file) for file in sorted(files)}
+        self._files = index or dict.fromkeys(headers[path], path)
+        check_index(self._files, headers)
+        entries = {name: headers[file][name] for name, file in self._files.items()}
         kept = {name: e for name, e in entries.items() if not name.endswith(COMPUTED)}
         self.shapes = {name: entry.shape for name, entry in kept.items()}
         self.dtypes = {name: DTYPES[entry.dtype] for name, entry in kept.items()}
-
-    @classmethod
-    def from_file(cls, path: Path) -> SafetensorsWeights:
-        """Open a single file."""
-        return cls(path, {name: path for name in read_header(path)})
 
     @classmethod
     def from_folder(cls, folder: Path) -> SafetensorsWeights:
         """Open model.safetensors, or the shards that its index names."""
         index = folder / "model.safetensors.index.json"
         if (folder / "model.safetensors").exists():
-            return cls.from_file(file_in(folder, "model.safetensors"))
+            return cls(file_in(folder, "model.safetensors"))
         if not index.exists():
             raise no_weights(folder)
         weight_map = read_json(file_in(folder, index.name)).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map")
-        files = {name: file_in(folder, str(file)) for name, file in weight_map.items()}
-        return cls(index, files)
+        return cls(index, {name: file_in(folder, str(file)) for name, file in weight_map.items()})
 
     def fill(self, name: str, target: torch.Tensor) -> None:
         """Copy a tensor into one of its shape, of any dtype, on any device."""
@@ -109,7 +102,7 @@ class SafetensorsWeights:
         file = self._files[name]
         try:
             if file not in self._open:
-                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+                self._open[file] = safe_open(file, framework="pt")
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
