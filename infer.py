@@ -190,16 +190,11 @@ def set_up(flags: Namespace) -> Setup:
             adapters.pop(role, None)
         elif given is not None:
             adapters[role] = Path(given)
-    given = {item.name: getattr(flags, item.name) for item in fields(ModelOptions)}
-    given = {name: value for name, value in given.items() if value is not None}
+    named = {item.name: getattr(flags, item.name) for item in fields(ModelOptions)}
+    named = {name: value for name, value in named.items() if value is not None}
+    model = ModelOptions(**{**made_with.get("model", {}), **named})
     data_dir = flags.data_dir or (made_with.get("data-dir") if flags.data is None else None)
-    return Setup(
-        ModelOptions(**{**made_with.get("model", {}), **given}),
-        adapters,
-        flags.data or made_with.get("data", "sample"),
-        data_dir,
-        run,
-    )
+    return Setup(model, adapters, flags.data or made_with.get("data", "sample"), data_dir, run)
 
 
 def find_run(flags: Namespace) -> Path | None:

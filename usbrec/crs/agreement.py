@@ -103,11 +103,7 @@ def contrast(
 
 
 def draw_others(
-    catalogue: Catalogue,
-    example: Example,
-    popularity: Mapping[str, int],
-    count: int,
-    seed: int,
+    catalogue: Catalogue, example: Example, popularity: Mapping[str, int], count: int, seed: int
 ) -> list[Item]:
     """Return `count` different items drawn by their training count, none of them a target."""
     golds = {item for title in example.items for item in catalogue.named(title)}

@@ -197,10 +197,9 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
     folder = _folder(name, data_dir)
-    path = _split_file(folder, split)
     if name == "redial" and split != "test" and _split_file(folder, "train") is None:
         return _divide_valid(read_examples(_present(folder, "valid")), split)
-    examples = read_examples(path or _present(folder, split))
+    examples = read_examples(_present(folder, split))
     if name == "opendialkg" and split == "train":
         kept = drop_overlap(examples, read_examples(_present(folder, "test")))
         note = (
@@ -278,10 +277,9 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
     path = Path(path)
+    text = _read_text(path)
     try:
-        whole = _parse(_read_text(path))
-    except UserError:
-        raise
+        whole = _parse(text)
     except ValueError:
         values = list(_read_jsonl(path))
     else:

@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from usbrec.chat import LanguageModel, Sampling
-from usbrec.crs.agents import (
-    Cast,
-    Verdict,
-    explain_and_judge,
-    recommender_turn,
-    say,
-    seeker_turn,
-)
+from usbrec.crs.agents import Cast, Verdict, explain_and_judge, recommender_turn, say, seeker_turn
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.ses import SearchOptions, SearchResult, search

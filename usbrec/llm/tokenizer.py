@@ -232,7 +232,8 @@ class ChatTokenizer:
         for number, message in enumerate(messages):
             is_system_prompt = number == 0 and message.role == "system"
             header = self._lay_header(row, message.role, owed, begins=first and number == 0)
-            content = (prefix if is_system_prompt else "") + self._content(message)
+            content = message.content.strip() if self.chat_format.trim else message.content
+            content = (prefix if is_system_prompt else "") + content
             owed = self._lay_content(row, message, header, content)
         if owed and closed:
             row.add([self.vocabulary.control["<|user|>"]], owed)
@@ -252,9 +253,6 @@ class ChatTokenizer:
     def stream(self) -> StreamDecoder:
         """Return a decoder for tokens that arrive one by one."""
         return StreamDecoder(self)
-
-    def _content(self, message: Message) -> str:
-        return message.content.strip() if self.chat_format.trim else message.content
 
     def _without_system(self, messages: list[Message], first: bool) -> list[Message]:
         """Hand the text of system messages to users, a leading one to the first user's message."""
@@ -340,7 +338,7 @@ def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
     """Return the named format, or else the first whose marks are among the control tokens."""
     choices = ", ".join(each.name for each in FORMATS)
     for each in FORMATS:
-        told = not each.by_name and all(mark in control for mark in each.marks)
+        told = not each.by_name and control.keys() >= {*each.marks}
         if each.name == name or (name is None and told):
             return each
     if name is not None:

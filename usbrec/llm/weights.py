@@ -10,21 +10,17 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from usbrec.errors import UserError
 from usbrec.llm.files import file_in, read_json, without_duplicates
+from usbrec.llm.gguf_file import GgufFile
 
 HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What older checkpoints store beside the weights and the decoder computes itself.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.inv_freq")
 
@@ -34,18 +30,6 @@ class Entry(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-
-
-class Weights(Protocol):
-    """Tensors by the names that the checkpoint gives them."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-
-    def fill(self, name: str, target: torch.Tensor) -> None:
-        """Copy a tensor into one of its shape, of any dtype, on any device."""
-        ...
 
 
 def load_tensor(
@@ -66,7 +50,7 @@ def load_tensor(
 
 
 class SafetensorsWeights:
-    """The tensors of a safetensors file, or of the shards that an index names."""
+    """The tensors of a safetensors file, or of the shards that an index names, as GgufFile's."""
 
     def __init__(self, path: Path, index: Mapping[str, Path] | None = None) -> None:
         self.path = path
@@ -107,6 +91,9 @@ class SafetensorsWeights:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
         return tensor
+
+
+Weights = SafetensorsWeights | GgufFile
 
 
 def no_weights(folder: Path) -> UserError:
