@@ -107,6 +107,11 @@ class Asked:
     dialogue: Dialogue
     example: Example | None = None
 
+    def named(self) -> Row:
+        """Return what the dataset's row is called, and its gold titles."""
+        x = self.example
+        return {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items} if x else {}
+
 
 @dataclass
 class Recommender:
@@ -129,14 +134,15 @@ class Recommender:
             tell(costs(spent))
         return spent
 
-    def answer(self, dialogues: Sequence[Dialogue]) -> list[Row]:
+    def answer(self, asked: Sequence[Asked]) -> list[Row]:
         """Return for each dialogue `reply`, `items` (the catalogue's titles in it), `seconds`.
 
-        With --ses also `search`, which is None before the search's `start_turn`; with --rank also
-        `ranked` and `proven`. `seconds` are equal shares of the time that the dialogues took
-        together.
+        A dataset's row is named, with its `gold` titles. With --ses also `search`, which is None
+        before the search's `start_turn`; with --rank also `ranked` and `proven`. `seconds` are
+        equal shares of the time that the dialogues took together.
         """
         start, o = time.perf_counter(), self.options
+        dialogues = [x.dialogue for x in asked]
         seeds = [seed_for(o.seed, "reply", format_dialogue(d)) for d in dialogues]
         # the recommender's next turn, counted from 1
         turns = [1 + sum(line.speaker == "recommender" for line in d) for d in dialogues]
@@ -157,9 +163,9 @@ class Recommender:
         ranked = self.rank(dialogues)
         seconds = round((time.perf_counter() - start) / len(dialogues), 3)
         rows = []
-        for i, more in enumerate(ranked):
-            items = titles_in(self.catalogue, replies[i])
-            row: Row = {"reply": replies[i], "items": items, **more, "seconds": seconds}
+        for i, x in enumerate(asked):
+            row = {**x.named(), "reply": replies[i], "items": titles_in(self.catalogue, replies[i])}
+            row |= {**ranked[i], "seconds": seconds}
             rows.append({**row, "search": searches.get(i)} if o.ses else row)
         return rows
 
@@ -266,18 +272,6 @@ def load_rows(setup: Setup, name: str) -> list[Example]:
     return split.examples
 
 
-def reply_to(recommender: Recommender, asked: Sequence[Asked]) -> tuple[list[Row], dict[str, int]]:
-    """Return a row a dialogue, and the tokens spent; a dataset's row is named, with its gold."""
-    rows = recommender.answer([x.dialogue for x in asked])
-    named: list[Row] = [
-        {"dialog_id": x.example.dialog_id, "turn_id": x.example.turn_id, "gold": x.example.items}
-        if x.example
-        else {}
-        for x in asked
-    ]
-    return [{**name, **row} for name, row in zip(named, rows, strict=True)], recommender.spent()
-
-
 def reply_into(
     path: Path, recommender: Recommender, asked: Sequence[Asked], deciding: dict[str, Any]
 ) -> list[Row]:
@@ -291,7 +285,7 @@ def reply_into(
         write_rows(times, read_whole_lines(times))  # without the line that a kill has torn
 
     def reply_chunk(chunk: Sequence[tuple[int, Asked]]) -> list[Row]:
-        rows, spent = reply_to(recommender, [x for _, x in chunk])
+        rows, spent = recommender.answer([x for _, x in chunk]), recommender.spent()
         share = {name: round(count / len(chunk), 1) for name, count in spent.items()}
         took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
         lines = [{"place": place, "seconds": seconds, **share} for (place, _), seconds in took]
@@ -330,7 +324,9 @@ def reply_all(
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
         chunk = asked[start : start + size]
-        for x, row in zip(chunk, reply_to(recommender, chunk)[0], strict=True):
+        rows = recommender.answer(chunk)
+        recommender.spent()
+        for x, row in zip(chunk, rows, strict=True):
             show(x.dialogue, row, flags.json)
 
 
@@ -371,7 +367,7 @@ def talk(recommender: Recommender, as_json: bool) -> None:
         while line := input(prompt).strip():
             dialogue = say(dialogue, "seeker", line)
             recommender.engine.listener = printer() if streamed else None
-            [row] = recommender.answer([dialogue])
+            [row] = recommender.answer([Asked(dialogue)])
             if streamed:
                 show_facts(row)
             else:

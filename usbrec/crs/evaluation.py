@@ -108,10 +108,8 @@ def evaluate_method(
     scored = explain_and_judge(
         llm, cast, judged, targets, keys, plain, options.votes, options.vote_temperature
     )
-    return [
-        _row(catalogue, examples[i], replies[i], dialogues[i], searches[i], scored[i], options.last)
-        for i in range(len(examples))
-    ]
+    parts = zip(examples, replies, dialogues, searches, scored, strict=True)
+    return [_row(catalogue, options.last, *own) for own in parts]
 
 
 def search_record(result: SearchResult) -> dict[str, Any]:
@@ -194,12 +192,12 @@ def baseline_labels(
 
 def _row(
     catalogue: Catalogue,
+    last: int,
     example: Example,
     replies: list[str],
     dialogue: Dialogue,
     searches: list[dict[str, Any]],
     scored: tuple[str, Verdict],
-    last: int,
 ) -> EvalRow:
     explanation, verdict = scored
     named = first_items(catalogue, replies[last - 1])

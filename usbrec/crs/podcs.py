@@ -167,8 +167,8 @@ def choose_pair(
         return None, "all samples empty" if empty else "no sample's score could be read"
     if all(samples[i].label == 1 for i in read):
         return None, "all samples scored 1"
-    top = max(read, key=lambda i: (*_standing(samples[i]), -i))
-    low = min(read, key=lambda i: (*_standing(samples[i]), i))
+    top = max(read, key=lambda i: _standing(samples[i]))  # the first of equals, as below
+    low = min(read, key=lambda i: _standing(samples[i]))
     gold = ("gold", example.response.strip(), None)
     chosen = _side(samples, top) if samples[top].label == 2 else gold
     bound = 0 if worst == "zero" else 1

@@ -217,9 +217,9 @@ def select(candidates: Sequence[Candidate]) -> int:
     A candidate without a value never beats one that has one, and an empty one beats none.
     """
 
-    def rank(i: int) -> tuple[bool, bool, float, int]:
+    def rank(i: int) -> tuple[bool, bool, float]:
         value = candidates[i].value
-        return (value is not None, bool(candidates[i].reply), value or 0.0, -i)
+        return value is not None, bool(candidates[i].reply), value or 0.0
 
     return max(range(len(candidates)), key=rank)
 
