@@ -17,7 +17,7 @@ and first responses share the first. Seen with `python infer.py --ses`.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from usbrec.chat import Chat, LanguageModel, Sampling
@@ -94,9 +94,12 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class _Node:
-    """A dialogue on its way: the search it belongs to, its seed, and the draws it stands for."""
+    """A dialogue on its way: the search it belongs to, with the profile and the first response
+    there, its seed, and the draws it stands for.
+    """
 
     owner: int
+    profile: str
     first: str
     dialogue: Dialogue
     seed: int
@@ -113,20 +116,21 @@ def search(
     """Return one finished search a dialogue; each depends on its own dialogue and seed alone."""
     profiles, drafts = open_search(llm, cast, dialogues, seeds, options)
     nodes = [
-        _Node(i, text, say(root, "recommender", text), seed_for(seeds[i], "root", text))
+        _Node(i, profiles[i], text, say(root, "recommender", text),
+              seed_for(seeds[i], "root", text))
         for i, root in enumerate(dialogues)
         for text, _ in _counted(drafts[i])
-    ]
+    ]  # fmt: skip
     for _ in range(options.turns - 1):
-        nodes = expand(llm, cast, nodes, profiles, options)
-    leaves = evaluate(llm, cast, nodes, profiles, options)
+        nodes = expand(llm, cast, nodes, options)
+    leaves = evaluate(llm, cast, nodes, options)
     found = defaultdict[tuple[int, str], list[Leaf]](list)
     for node, leaf in zip(nodes, leaves, strict=True):
         found[node.owner, node.first].append(leaf)
     results = []
     for i, root in enumerate(dialogues):
-        below = [(text, found[i, text]) for text in drafts[i]]
-        candidates = [Candidate(x, value_of(end, options.value), tuple(end)) for x, end in below]
+        below = [(text, tuple(found[i, text])) for text in drafts[i]]
+        candidates = [Candidate(text, value_of(x, options.value), x) for text, x in below]
         results.append(SearchResult(root, profiles[i], tuple(candidates), select(candidates)))
     return results
 
@@ -156,18 +160,11 @@ def open_search(
 
 
 def expand(
-    llm: LanguageModel,
-    cast: Cast,
-    nodes: Sequence[_Node],
-    profiles: Sequence[str],
-    options: SearchOptions,
+    llm: LanguageModel, cast: Cast, nodes: Sequence[_Node], options: SearchOptions
 ) -> list[_Node]:
     """Return the nodes one exchange later: the inner seeker answers, the recommender goes on."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
-    chats = [
-        cast.simulates(internal_seeker_prompt(node.dialogue, profiles[node.owner]))
-        for node in nodes
-    ]
+    chats = [cast.simulates(internal_seeker_prompt(x.dialogue, x.profile)) for x in nodes]
     lines = ask(llm, chats, sampling, [seed_for(node.seed, "seeker") for node in nodes])
     dialogues = [say(node.dialogue, "seeker", x) for node, x in zip(nodes, lines, strict=True)]
     width = options.samples if options.mode == "tree" else 1
@@ -175,24 +172,18 @@ def expand(
     keys = [seed_for(node.seed, "recommender", n) for node in nodes for n in range(width)]
     replies = ask(llm, chats, sampling, keys)
     return [
-        _Node(node.owner, node.first, say(dialogues[i], "recommender", text),
-              seed_for(node.seed, "next", text), node.weight * count)
+        replace(node, dialogue=say(dialogues[i], "recommender", text),
+                seed=seed_for(node.seed, "next", text), weight=node.weight * count)
         for i, node in enumerate(nodes)
         for text, count in _counted(replies[i * width : (i + 1) * width], keep_empty=True)
     ]  # fmt: skip
 
 
 def evaluate(
-    llm: LanguageModel,
-    cast: Cast,
-    nodes: Sequence[_Node],
-    profiles: Sequence[str],
-    options: SearchOptions,
+    llm: LanguageModel, cast: Cast, nodes: Sequence[_Node], options: SearchOptions
 ) -> list[Leaf]:
     """Return each node as a leaf with the inner judge's verdict on its last reply."""
-    chats = [
-        cast.simulates(internal_judge_prompt(node.dialogue, profiles[node.owner])) for node in nodes
-    ]
+    chats = [cast.simulates(internal_judge_prompt(x.dialogue, x.profile)) for x in nodes]
     seeds = [seed_for(node.seed, "judge") for node in nodes]
     verdicts = judge(llm, chats, options.votes, options.vote_temperature, seeds)
     return [Leaf(n.dialogue, v, n.weight) for n, v in zip(nodes, verdicts, strict=True)]
