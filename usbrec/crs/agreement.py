@@ -39,9 +39,15 @@ SUMMARY_TOKENS = 48
 class Contrast:
     """A gold reply and its rewriting, with their explanations where the dataset has one."""
 
+    example: Example
+    seed: int
     replies: tuple[str, str]
     explanations: tuple[str, str] | None
     titles: tuple[str, ...]
+
+    def said(self) -> list[Dialogue]:
+        """Return the dialogue with either reply."""
+        return [say(self.example.history, "recommender", reply) for reply in self.replies]
 
 
 def judge_agreement(
@@ -58,7 +64,7 @@ def judge_agreement(
     A score is None where the judge could not be read; a skipped row has only "skipped".
     """
     rows: list[dict[str, Any]] = []
-    pairs: list[Pair] = []
+    pairs: list[Contrast] = []
     for x in examples:
         key = seed_for(seed, "agreement", x.dialog_id, x.turn_id)
         made = contrast(catalogue, x, popularity, key)
@@ -66,7 +72,7 @@ def judge_agreement(
         if isinstance(made, Contrast):
             gold, other = made.replies
             row |= {"gold": gold, "other": other, "titles": list(made.titles)}
-            pairs.append((x, made, key))
+            pairs.append(made)
         else:
             row["skipped"] = made
         rows.append(row)
@@ -99,7 +105,8 @@ def contrast(
     if other == gold or catalogue.mentions(other, example.items):
         return "a gold title in the reply could not be replaced"
     explanations = None if told is None else (told, why)
-    return Contrast((gold, other), explanations, tuple(item.title for item in drawn))
+    titles = tuple(item.title for item in drawn)
+    return Contrast(example, seed, (gold, other), explanations, titles)
 
 
 def draw_others(
@@ -131,48 +138,40 @@ def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     return result
 
 
-Pair = tuple[Example, Contrast, int]
-
-
-def _with(example: Example, reply: str) -> Dialogue:
-    return say(example.history, "recommender", reply)
-
-
 def _prepare(
-    llm: LanguageModel, cast: Cast, pairs: Sequence[Pair], options: EvaluationOptions
+    llm: LanguageModel, cast: Cast, pairs: Sequence[Contrast], options: EvaluationOptions
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Return each pair's profile and both explanations; what must be generated is, in one call."""
     plain = Sampling(options.max_new_tokens, options.temperature)
-    chats = [cast.simulates(summary_prompt(example.history)) for example, _, _ in pairs]
+    chats = [cast.simulates(summary_prompt(made.example.history)) for made in pairs]
     samplings = [Sampling(SUMMARY_TOKENS, temperature=0.0)] * len(chats)
-    seeds = [seed_for(key, "summary") for _, _, key in pairs]
-    for example, made, key in pairs:
+    seeds = [seed_for(made.seed, "summary") for made in pairs]
+    for made in pairs:
         if made.explanations is None:
-            for reply in made.replies:
-                asked = asked_to_explain(_with(example, reply))
-                chats.append(cast.recommends(recommender_prompt(asked)))
-                samplings.append(plain)
-                seeds.append(seed_for(key, "explain", reply))
+            asked = map(asked_to_explain, made.said())
+            chats += [cast.recommends(recommender_prompt(dialogue)) for dialogue in asked]
+            samplings += [plain] * 2
+            seeds += [seed_for(made.seed, "explain", reply) for reply in made.replies]
     texts = ask(llm, chats, samplings, seeds)
     profiles, generated = texts[: len(pairs)], iter(texts[len(pairs) :])
-    explanations = [made.explanations or (next(generated), next(generated)) for _, made, _ in pairs]
+    explanations = [x.explanations or (next(generated), next(generated)) for x in pairs]
     return profiles, explanations
 
 
 def _judge_all(
     llm: LanguageModel,
     cast: Cast,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Contrast],
     profiles: Sequence[str],
     explanations: Sequence[tuple[str, str]],
     options: EvaluationOptions,
 ) -> list[Verdict]:
     """Return four verdicts a pair: external gold, other, then internal gold, other."""
     chats, seeds = [], []
-    for (example, made, key), profile, told in zip(pairs, profiles, explanations, strict=True):
-        both = [_with(example, reply) for reply in made.replies]
-        prompts = [external_judge_prompt(both[i], told[i], example.items) for i in (0, 1)]
+    for made, profile, told in zip(pairs, profiles, explanations, strict=True):
+        both, titles = made.said(), made.example.items
+        prompts = [external_judge_prompt(both[i], told[i], titles) for i in (0, 1)]
         prompts += [internal_judge_prompt(dialogue, profile) for dialogue in both]
         chats += [cast.simulates(prompt) for prompt in prompts]
-        seeds += [seed_for(key, "judge", i) for i in range(4)]
+        seeds += [seed_for(made.seed, "judge", i) for i in range(4)]
     return judge(llm, chats, options.votes, options.vote_temperature, seeds)

@@ -61,19 +61,19 @@ def build_report(
 def measure(rows: Sequence[EvalRow], seed: int) -> dict[str, Any]:
     """Return one method's means with their intervals, and the rules' opinion beside the judge's."""
     groups = [row.dialog_id for row in rows]
-    read = [row for row in rows if row.score is not None]
-    scores = [row.score for row in read if row.score is not None]
+    read = [(row.score, row.grade) for row in rows if row.score is not None]
+    scores = [score for score, _ in read]
+    judged = [row.dialog_id for row in rows if row.score is not None]
     return {
-        "ieval": mean_interval(scores, seed, groups=[row.dialog_id for row in read]),
+        "ieval": mean_interval(scores, seed, groups=judged),
         **recall([row.labels for row in rows], groups, seed),
         "hit": mean_interval([float(row.hit) for row in rows], seed, groups=groups),
         "rule_grade": mean_interval([float(row.grade) for row in rows], seed, groups=groups),
         "judge_and_rules": {
             "auc": auc(
-                [s for s, row in zip(scores, read, strict=True) if row.grade == 2],
-                [s for s, row in zip(scores, read, strict=True) if row.grade < 2],
+                [s for s, grade in read if grade == 2], [s for s, grade in read if grade < 2]
             ),
-            "spearman": rank_correlation(scores, [float(row.grade) for row in read]),
+            "spearman": rank_correlation(scores, [float(grade) for _, grade in read]),
             "n": len(read),
         },
         "digit_mass": sum(row.mass for row in rows) / len(rows) if rows else None,
@@ -168,11 +168,8 @@ def _judge_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _options_line(report: Mapping[str, Any]) -> str:
     named = {**report["counts"], **report["options"]}
-    return ", ".join(f"{name} {value}" for name, value in named.items() if not _nested(value))
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, Mapping | list | tuple)
+    plain = {n: v for n, v in named.items() if not isinstance(v, Mapping | list | tuple)}
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
 def interval(found: Mapping[str, Any], mean: str = "mean", sign: bool = False) -> str:
