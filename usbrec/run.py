@@ -32,6 +32,7 @@ from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
 from usbrec.llm.engine import Engine, Usage
+from usbrec.llm.files import read_json
 from usbrec.llm.hub import find_model
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.seeds import seed_for
@@ -125,12 +126,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes = folder / "options.json"
-        self.stages: dict[str, Any] = {}
-        if self.notes.exists():
-            try:
-                self.stages = json.loads(self.notes.read_text("utf-8"))
-            except ValueError as error:
-                raise UserError(f"{self.notes} is not JSON ({error})") from error
+        self.stages = read_json(self.notes) if self.notes.exists() else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

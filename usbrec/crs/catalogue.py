@@ -67,6 +67,17 @@ class Mention:
     items: tuple[Item, ...]
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; raises UserError naming it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        what = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not UTF-8 text: {what}") from error
+
+
 def _read_people(entry: dict[str, Any], *keys: str) -> tuple[str, ...]:
     """Return the entry's list under the first of the keys that it has, each name once."""
     value: str | list[str] = next(filter(None, map(entry.get, keys)), [])
@@ -121,18 +132,14 @@ class Catalogue:
         return iter(self.items)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Catalogue":
+    def load(cls, path: Path) -> "Catalogue":
         """Read an items.json: an object of entries with at least a `name`.
 
         Raises:
             UserError: the file is missing or is not such an object.
         """
         try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the catalogue {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"the catalogue {path} is not UTF-8 text: {error}") from error
+            entries = json.loads(read_text(path))
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"the catalogue {path} is not JSON: {error}") from error
         if not isinstance(entries, dict) or not entries:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.catalogue import Catalogue, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
 from usbrec.errors import UserError
 
@@ -72,19 +72,9 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return _first_file(folder, (f"{split}.jsonl", f"{split}_data_processed.jsonl"))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        what = f"{error.reason} at byte {error.start}"
-        raise UserError(f"{path} is not UTF-8 text: {what}") from error
-
-
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield each line's number and value; blank lines are passed over."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield number, _parse(line)
@@ -169,13 +159,12 @@ def read_row(row: Any, where: str) -> Example:
     return Example(*place, history, response, tuple(items), **extra)
 
 
-def read_examples(path: str | Path) -> list[Example]:
+def read_examples(path: Path) -> list[Example]:
     """Read a file of rows as it is.
 
     Raises:
         UserError: it is missing, not UTF-8, malformed (with the line's number), or has no rows.
     """
-    path = Path(path)
     examples = [read_row(row, f"{path}, line {number}") for number, row in _read_jsonl(path)]
     if not examples:
         raise UserError(f"{path} has no rows")
@@ -266,7 +255,7 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
 # --- plain dialogues --------------------------------------------------------------------------
 
 
-def read_dialogues(path: str | Path) -> list[Dialogue]:
+def read_dialogues(path: Path) -> list[Dialogue]:
     """Read dialogues that await the recommender's reply, for `infer.py --dialogue FILE`.
 
     JSON: a list of messages or {"messages": [...]}. JSONL: such a dialogue a line, or one message
@@ -276,8 +265,7 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
     Raises:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
-    path = Path(path)
-    text = _read_text(path)
+    text = read_text(path)
     try:
         whole = _parse(text)
     except ValueError:
