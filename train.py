@@ -37,7 +37,7 @@ from usbrec.crs.lessons import (
     simulator_lessons,
 )
 from usbrec.crs.podcs import PairOptions, build_pairs, count_reasons, outcome_record
-from usbrec.crs.report import Labels, build_report, format_report
+from usbrec.crs.report import build_report, format_report
 from usbrec.crs.ses import SearchOptions
 from usbrec.errors import UserError
 from usbrec.files import write_json, write_rows, write_whole
@@ -316,7 +316,7 @@ def evaluate_chunk(
     seed = work.settings.data.seed
     rows: dict[Example, dict[str, Any]] = {x: {} for x in chunk}
     own = [x for x in chunk if x in judged]
-    cast = Cast(recommender="sft", simulator="simulator")
+    cast = Cast("sft", "simulator")
     found = judge_agreement(engine, cast, catalogue, own, popularity, seed, options)
     for x, row in zip(own, found, strict=True):
         rows[x]["agreement"] = row
@@ -329,9 +329,7 @@ def evaluate_chunk(
     return list(rows.values())
 
 
-def write_report(
-    work: Work, rows: Sequence[dict[str, Any]], baselines: Mapping[str, Sequence[Labels]]
-) -> None:
+def write_report(work: Work, rows: Sequence[dict[str, Any]], baselines: Mapping[str, Any]) -> None:
     """Write report.json and report.txt, and print the latter."""
     settings, folder, seed = work.settings, work.run.folder, work.settings.data.seed
     methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in METHODS}
