@@ -20,22 +20,22 @@ from argparse import Namespace
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from usbrec.chat import Sampling
 from usbrec.chunks import read_whole_lines, run_chunks
-from usbrec.crs.agents import Cast, Verdict, recommender_prompt, recommender_turn, say
+from usbrec.crs.agents import Cast, recommender_prompt, recommender_turn, say
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
-from usbrec.crs.dialogue import Dialogue, Example, Utterance
+from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.evaluation import EvaluationOptions, search_record, titles_in
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.recall import announce, format_recall, ranked_recall
-from usbrec.crs.report import format_dialogue, format_search, interval
-from usbrec.crs.ses import Candidate, Leaf, SearchOptions, SearchResult, search
+from usbrec.crs.report import format_dialogue, format_facts, format_search, interval
+from usbrec.crs.ses import SearchOptions, search
 from usbrec.errors import UserError
 from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
@@ -44,18 +44,17 @@ from usbrec.llm.ranking import WIDTH, Ranking
 from usbrec.run import (
     RUNS,
     ModelOptions,
-    Run,
     costs,
     load_engine,
     newest_run,
     pick_rows,
+    read_run,
     shortened_line,
 )
 from usbrec.seeds import seed_for
-from usbrec.settings import Parser, add_flags, from_flags, option
+from usbrec.settings import Parser, add_flags, check, from_flags, option
 
 Row = dict[str, Any]
-STAGE_OF = {"rl": "simpo", "sft": "sft", "simulator": "simulator"}  # adapter -> what made it
 VALIDATED = 100  # held-out dialogues on which the judges are checked
 
 
@@ -64,20 +63,21 @@ class ReplyOptions:
     """How replies are made."""
 
     ses: bool = option(False, "search for the reply (SES) and show the search")
-    temperature: float = option(0.0, "temperature of a plain reply (a search: --ses-temperature)")
-    max_new_tokens: int = option(48, "longest plain reply, in tokens")
+    temperature: float = option(
+        0.0, "temperature of a plain reply (a search: --ses-temperature)", low=0
+    )
+    max_new_tokens: int = option(48, "longest plain reply, in tokens", low=1)
     seed: int = option(0, "decides every draw, and which rows of a dataset are taken")
-    chunk_size: int = option(32, "dialogues answered together; results come a chunk at a time")
-    rank: int = option(0, "also rank the catalogue and give so many titles, best first")
-    rank_width: int = option(WIDTH, "beam of the ranking; 0: an exact search, slow but for rank 1")
+    chunk_size: int = option(
+        32, "dialogues answered together; results come a chunk at a time", low=1
+    )
+    rank: int = option(0, "also rank the catalogue and give so many titles, best first", low=0)
+    rank_width: int = option(
+        WIDTH, "beam of the ranking; 0: an exact search, slow but for rank 1", low=0
+    )
 
     def __post_init__(self) -> None:
-        Sampling(self.max_new_tokens, self.temperature)
-        for name in ("rank", "rank_width"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class Asked:
     dialogue: Dialogue
     example: Example | None = None
 
+    def named(self) -> Row:
+        """Return what the dataset's row is called, and its gold titles."""
+        x = self.example
+        return {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items} if x else {}
+
 
 @dataclass
 class Recommender:
@@ -118,26 +123,32 @@ class Recommender:
     options: ReplyOptions
     searching: SearchOptions
     verbose: bool
-    ranking: Ranking | None = None  # of the catalogue, with --rank
+    ranking: Ranking | None  # of the catalogue, with --rank
+    told: Usage = field(default_factory=Usage)  # the engine's figures at the last `spent`
 
-    def spent(self, before: Usage) -> dict[str, int]:
-        """Return the tokens computed, reused and decoded since then; --verbose tells them."""
-        spent = self.engine.usage.since(before)
+    def spent(self) -> dict[str, int]:
+        """Return the tokens computed, reused and decoded since last asked; --verbose tells them."""
+        spent = self.engine.usage.since(self.told)
+        self.told = replace(self.engine.usage)
         if self.verbose:
             tell(costs(spent))
         return spent
 
-    def answer(self, dialogues: Sequence[Dialogue]) -> list[Row]:
+    def answer(self, asked: Sequence[Asked]) -> list[Row]:
         """Return for each dialogue `reply`, `items` (the catalogue's titles in it), `seconds`.
 
-        With --ses also `search`, which is None before the search's `start_turn`; with --rank also
-        `ranked` and `proven`. `seconds` are equal shares of the time that the dialogues took
-        together.
+        A dataset's row is named, with its `gold` titles. With --ses also `search`, which is None
+        before the search's `start_turn`; with --rank also `ranked` and `proven`. `seconds` are
+        equal shares of the time that the dialogues took together.
         """
         start, o = time.perf_counter(), self.options
+        dialogues = [x.dialogue for x in asked]
         seeds = [seed_for(o.seed, "reply", format_dialogue(d)) for d in dialogues]
-        searched = [i for i, d in enumerate(dialogues) if o.ses and self.search_is_due(d)]
-        plain = [i for i in range(len(dialogues)) if i not in searched]
+        # the recommender's next turn, counted from 1
+        turns = [1 + sum(line.speaker == "recommender" for line in d) for d in dialogues]
+        due = [o.ses and turn >= self.searching.start_turn for turn in turns]
+        searched = [i for i in range(len(dialogues)) if due[i]]
+        plain = [i for i in range(len(dialogues)) if not due[i]]
         found = search(
             self.engine, self.cast, [dialogues[i] for i in searched],
             [seeds[i] for i in searched], self.searching,
@@ -148,16 +159,14 @@ class Recommender:
         )  # fmt: skip
         replies = dict(zip(plain, said, strict=True))
         replies |= {i: result.reply for i, result in zip(searched, found, strict=True)}
+        searches = dict(zip(searched, map(search_record, found), strict=True))
         ranked = self.rank(dialogues)
         seconds = round((time.perf_counter() - start) / len(dialogues), 3)
-        rows: list[Row] = [
-            {"reply": replies[i], "items": titles_in(self.catalogue, replies[i]), **more,
-             "seconds": seconds}
-            for i, more in enumerate(ranked)
-        ]  # fmt: skip
-        if o.ses:
-            searches = dict(zip(searched, map(search_record, found), strict=True))
-            rows = [{**row, "search": searches.get(i)} for i, row in enumerate(rows)]
+        rows = []
+        for i, x in enumerate(asked):
+            row = {**x.named(), "reply": replies[i], "items": titles_in(self.catalogue, replies[i])}
+            row |= {**ranked[i], "seconds": seconds}
+            rows.append({**row, "search": searches.get(i)} if o.ses else row)
         return rows
 
     def rank(self, dialogues: Sequence[Dialogue]) -> list[Row]:
@@ -174,11 +183,6 @@ class Recommender:
             for best in self.ranking.best(chats, self.options.rank, self.options.rank_width)
         ]  # fmt: skip
 
-    def search_is_due(self, dialogue: Dialogue) -> bool:
-        """Tell whether the recommender's next turn, counted from 1, is one that is searched."""
-        turn = 1 + sum(line.speaker == "recommender" for line in dialogue)
-        return turn >= self.searching.start_turn
-
 
 # --- what answers -----------------------------------------------------------------------------
 
@@ -192,16 +196,11 @@ def set_up(flags: Namespace) -> Setup:
             adapters.pop(role, None)
         elif given is not None:
             adapters[role] = Path(given)
-    given = {item.name: getattr(flags, item.name) for item in fields(ModelOptions)}
-    given = {name: value for name, value in given.items() if value is not None}
+    named = {item.name: getattr(flags, item.name) for item in fields(ModelOptions)}
+    named = {name: value for name, value in named.items() if value is not None}
+    model = ModelOptions(**{**made_with.get("model", {}), **named})
     data_dir = flags.data_dir or (made_with.get("data-dir") if flags.data is None else None)
-    return Setup(
-        ModelOptions(**{**made_with.get("model", {}), **given}),
-        adapters,
-        flags.data or made_with.get("data", "sample"),
-        data_dir,
-        run,
-    )
+    return Setup(model, adapters, flags.data or made_with.get("data", "sample"), data_dir, run)
 
 
 def find_run(flags: Namespace) -> Path | None:
@@ -215,28 +214,12 @@ def find_run(flags: Namespace) -> Path | None:
         return Path(flags.run_dir)
     if flags.model is not None:
         return None
-    if flags.adapter is not None:  # the run may still tell the simulator and the dataset
-        with suppress(UserError):
-            return newest_run(RUNS)
-        return None
-    return newest_run(RUNS)
-
-
-def read_run(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Return a run's adapters by role, the best recommender it has, and what they were made with.
-
-    Raises UserError where it has none yet, or its options.json is not train.py's.
-    """
-    there = [x for x in STAGE_OF if (folder / x / "adapter_model.safetensors").exists()]
-    if not there:
-        raise UserError(f"{folder} has no finished adapter: go on with `python train.py`")
-    roles = {"simulator" if x == "simulator" else "recommender": x for x in reversed(there)}
     try:
-        made_with = Run(folder).stages[STAGE_OF[there[0]]]
-        ModelOptions(**made_with["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'options.json'} is not as train.py writes it") from error
-    return {role: folder / name for role, name in roles.items()}, made_with
+        return newest_run(RUNS)
+    except UserError:
+        if flags.adapter is None:
+            raise
+        return None  # it would have told the simulator and the dataset, no more
 
 
 def assemble(
@@ -250,8 +233,7 @@ def assemble(
     for role in ("recommender", "simulator"):
         tell(f"{role}: {setup.adapters.get(role, 'the base weights as they are')}")
     cast = Cast(**{role: role for role in setup.adapters})
-    titles = [announce(item.title) for item in catalogue]
-    ranking = Ranking(engine, titles) if options.rank else None
+    ranking = Ranking(engine, [announce(x.title) for x in catalogue]) if options.rank else None
     return Recommender(engine, cast, catalogue, options, searching, verbose, ranking)
 
 
@@ -290,20 +272,6 @@ def load_rows(setup: Setup, name: str) -> list[Example]:
     return split.examples
 
 
-def reply_to(recommender: Recommender, asked: Sequence[Asked]) -> tuple[list[Row], dict[str, int]]:
-    """Return a row a dialogue, and the tokens spent; a dataset's row is named, with its gold."""
-    before = replace(recommender.engine.usage)
-    rows = recommender.answer([x.dialogue for x in asked])
-    spent = recommender.spent(before)
-    named: list[Row] = [
-        {"dialog_id": x.example.dialog_id, "turn_id": x.example.turn_id, "gold": x.example.items}
-        if x.example
-        else {}
-        for x in asked
-    ]
-    return [{**name, **row} for name, row in zip(named, rows, strict=True)], spent
-
-
 def reply_into(
     path: Path, recommender: Recommender, asked: Sequence[Asked], deciding: dict[str, Any]
 ) -> list[Row]:
@@ -317,7 +285,7 @@ def reply_into(
         write_rows(times, read_whole_lines(times))  # without the line that a kill has torn
 
     def reply_chunk(chunk: Sequence[tuple[int, Asked]]) -> list[Row]:
-        rows, spent = reply_to(recommender, [x for _, x in chunk])
+        rows, spent = recommender.answer([x for _, x in chunk]), recommender.spent()
         share = {name: round(count / len(chunk), 1) for name, count in spent.items()}
         took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
         lines = [{"place": place, "seconds": seconds, **share} for (place, _), seconds in took]
@@ -356,7 +324,9 @@ def reply_all(
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
         chunk = asked[start : start + size]
-        for x, row in zip(chunk, reply_to(recommender, chunk)[0], strict=True):
+        rows = recommender.answer(chunk)
+        recommender.spent()
+        for x, row in zip(chunk, rows, strict=True):
             show(x.dialogue, row, flags.json)
 
 
@@ -393,23 +363,17 @@ def talk(recommender: Recommender, as_json: bool) -> None:
     dialogue: Dialogue = ()
     prompt = "Seeker: " if sys.stdin.isatty() and not as_json else ""
     tell("Say what you would like to watch; an empty line ends the conversation.")
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            break
-        if not line:
-            break
-        dialogue = say(dialogue, "seeker", line)
-        before = replace(recommender.engine.usage)
-        recommender.engine.listener = printer() if streamed else None
-        [row] = recommender.answer([dialogue])
-        if streamed:
-            show_facts(row)
-        else:
-            show((), row, as_json)
-        recommender.spent(before)
-        dialogue = say(dialogue, "recommender", row["reply"])
+    with suppress(EOFError):
+        while line := input(prompt).strip():
+            dialogue = say(dialogue, "seeker", line)
+            recommender.engine.listener = printer() if streamed else None
+            [row] = recommender.answer([Asked(dialogue)])
+            if streamed:
+                show_facts(row)
+            else:
+                show((), row, as_json)
+            recommender.spent()
+            dialogue = say(dialogue, "recommender", row["reply"])
 
 
 # --- what is shown ----------------------------------------------------------------------------
@@ -421,7 +385,7 @@ def show(dialogue: Dialogue, row: Row, as_json: bool) -> None:
         print(dump(row), flush=True)
         return
     if row.get("search"):
-        print(format_search(search_of(dialogue, row["search"])).strip() + "\n")
+        print(format_search(dialogue, row["search"]).strip() + "\n")
     elif dialogue:
         print(format_dialogue(dialogue) + "\n")
     printer()(row["reply"])
@@ -446,32 +410,7 @@ def printer() -> Callable[[str], None]:
 def show_facts(row: Row) -> None:
     """Print what stands below a reply."""
     print("" if row["reply"].split() else "(nothing)")
-    print(f"  titles: {'; '.join(row['items']) or 'none of the catalogue'}")
-    for place, best in enumerate(row.get("ranked", ()), 1):
-        print(f"  {place:>3}. {best['title']}  {best['logprob']:.2f}")
-    if "gold" in row:
-        print(f"  gold title, which no speaker knew: {'; '.join(row['gold'])}")
-    print(f"  {row['seconds']} s\n", flush=True)
-
-
-def search_of(root: Dialogue, record: Row) -> SearchResult:
-    """Return the search that a record tells of."""
-    candidates = [
-        Candidate(
-            candidate["reply"],
-            candidate["value"],
-            tuple(
-                Leaf(
-                    (*root, *(Utterance(*line) for line in leaf["lines"])),
-                    Verdict(leaf["value"], leaf["label"], leaf["mass"]),
-                    leaf["weight"],
-                )
-                for leaf in candidate["leaves"]
-            ),
-        )
-        for candidate in record["candidates"]
-    ]
-    return SearchResult(root, record["profile"], tuple(candidates), record["best"])
+    print(format_facts(row), flush=True)
 
 
 # --- the judges -------------------------------------------------------------------------------
@@ -490,12 +429,11 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     out = flags.out or results_file(setup, f"{split}-judges", deciding)
 
     def judge_chunk(chunk: Sequence[Example]) -> list[Row]:
-        before = replace(recommender.engine.usage)
         judged = judge_agreement(
             recommender.engine, recommender.cast, recommender.catalogue, chunk, popularity,
             seed, options,
         )  # fmt: skip
-        recommender.spent(before)
+        recommender.spent()
         return judged
 
     found = run_chunks(
@@ -544,7 +482,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def check(flags: Namespace) -> None:
+def refuse_unread(flags: Namespace) -> None:
     """Refuse flags that would go unread."""
     if flags.limit is not None and flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
@@ -558,7 +496,7 @@ def check(flags: Namespace) -> None:
 
 def answer(flags: Namespace) -> None:
     """Do what the flags say."""
-    check(flags)
+    refuse_unread(flags)
     options = from_flags(ReplyOptions, flags)
     searching = from_flags(SearchOptions, flags, "ses")
     setup = set_up(flags)

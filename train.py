@@ -14,7 +14,7 @@ import sys
 import warnings
 from argparse import Namespace
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -360,52 +360,56 @@ def evaluate(work: Work) -> None:
     counts = d.rows("eval"), d.rows("agreement")
     count = max(counts) if all(counts) else 0  # 0: all
     tests = pick_rows(work.test, count, seed_for(d.seed, "test"), one_a_dialogue=True)
-    judged = {(x.dialog_id, x.turn_id) for x in tests[: d.rows("agreement") or None]}
-    talked = {(x.dialog_id, x.turn_id) for x in tests[: d.rows("eval") or None]}
+    talked, judged = (tests[: count or None] for count in counts)
     popularity = popularity_of(work.train)
-
-    def talk(chunk: Sequence[Example]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = [{} for _ in chunk]
-        places = [(x.dialog_id, x.turn_id) for x in chunk]
-        of_judges = [i for i, place in enumerate(places) if place in judged]
-        cast = Cast(recommender="sft", simulator="simulator")
-        found = judge_agreement(
-            work.engine, cast, work.catalogue, [chunk[i] for i in of_judges], popularity,
-            d.seed, settings.eval,
-        )  # fmt: skip
-        for i, row in zip(of_judges, found, strict=True):
-            rows[i]["agreement"] = row
-        of_methods = [i for i, place in enumerate(places) if place in talked]
-        for name, (adapter, searches) in METHODS.items():
-            talks = evaluate_method(
-                work.engine, Cast(adapter, "simulator"), work.catalogue,
-                [chunk[i] for i in of_methods], d.seed, settings.eval,
-                settings.ses if searches else None,
-            )  # fmt: skip
-            for i, talk in zip(of_methods, talks, strict=True):
-                rows[i][name] = asdict(talk)
-        return rows
-
+    wanted = set(talked), set(judged)
     rows = run_chunks(
-        run.folder / "rows.jsonl", tests, d.chunk_size, talk, "report",
+        run.folder / "rows.jsonl", tests, d.chunk_size,
+        lambda chunk: evaluate_chunk(work, chunk, *wanted, popularity), "report",
         settings.deciding("report"), before_chunk=work.engine.forget,
         spread=not work.engine.model.sharded,
     )  # fmt: skip
-    if parallel.rank() > 0:
-        return
+    if parallel.rank() == 0:
+        write_report(work, rows, baseline_labels(work.catalogue, talked, popularity))
+
+
+def evaluate_chunk(
+    work: Work, chunk: Sequence[Example], talked: set[Example], judged: set[Example],
+    popularity: Mapping[str, int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return for each example how the judges score its gold reply, and every method's talk."""
+    engine, catalogue, options = work.engine, work.catalogue, work.settings.eval
+    seed = work.settings.data.seed
+    rows: dict[Example, dict[str, Any]] = {x: {} for x in chunk}
+    own = [x for x in chunk if x in judged]
+    cast = Cast("sft", "simulator")
+    found = judge_agreement(engine, cast, catalogue, own, popularity, seed, options)
+    for x, row in zip(own, found, strict=True):
+        rows[x]["agreement"] = row
+    own = [x for x in chunk if x in talked]
+    for name, (adapter, searches) in METHODS.items():
+        cast, ses = Cast(adapter, "simulator"), work.settings.ses if searches else None
+        talks = evaluate_method(engine, cast, catalogue, own, seed, options, ses)
+        for x, talk in zip(own, talks, strict=True):
+            rows[x][name] = asdict(talk)
+    return list(rows.values())
+
+
+def write_report(work: Work, rows: Sequence[dict[str, Any]], baselines: Mapping[str, Any]) -> None:
+    """Write report.json and report.txt, and print the latter."""
+    settings, folder, seed = work.settings, work.run.folder, work.settings.data.seed
     methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in METHODS}
-    talks = [x for x in tests if (x.dialog_id, x.turn_id) in talked]
     report = build_report(
         methods,
-        baseline_labels(work.catalogue, talks, popularity),
-        agreement([row["agreement"] for row in rows if "agreement" in row], d.seed),
+        baselines,
+        agreement([row["agreement"] for row in rows if "agreement" in row], seed),
         settings.deciding("report"),
-        {"test": len(talks), "train": len(work.train), "notes": work.notes},
-        d.seed,
+        {"test": len(methods["B/L"]), "train": len(work.train), "notes": work.notes},
+        seed,
     )
     text = format_report(report)
-    write_whole(run.folder / "report.txt", (text + "\n").encode())
-    write_json(run.folder / "report.json", report)
+    write_whole(folder / "report.txt", (text + "\n").encode())
+    write_json(folder / "report.json", report)
     print(text)
 
 

@@ -42,13 +42,13 @@ def run(llm: Scripted, *examples: Example) -> list[dict[str, object]]:
 
 def test_the_other_reply_names_a_film_that_is_no_target_with_its_own_attributes() -> None:
     made = contrast(FILMS, EXAMPLE, COUNTS, 1)
-    assert isinstance(made, Contrast) and made.gold == EXAMPLE.response
+    assert isinstance(made, Contrast) and made.explanations is not None
+    assert (made.replies[0], made.explanations[0]) == (EXAMPLE.response, EXAMPLE.explanation)
     (title,) = made.titles
     other = FILMS.get(title)
     assert other in (LOFT, PINE)
-    assert title in made.other and other.genres[0] in made.other
-    assert made.other_explanation is not None
-    for text in (made.other, made.other_explanation):
+    assert title in made.replies[1] and other.genres[0] in made.replies[1]
+    for text in (made.replies[1], made.explanations[1]):
         assert "Dark Well" not in text and "horror" not in text and "Ann Ray" not in text
 
 

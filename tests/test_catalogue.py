@@ -17,7 +17,7 @@ from usbrec.crs.catalogue import (
     read_item,
     rewrite,
 )
-from usbrec.crs.datasets import load_catalogue, load_examples, read_examples
+from usbrec.crs.datasets import load_catalogue, load_split, read_examples
 from usbrec.crs.titles import GENRE_FORMS
 from usbrec.errors import UserError
 
@@ -300,7 +300,7 @@ def test_a_fifth_to_a_third_of_popular_films_share_something_with_a_random_targe
     sample: Catalogue,
 ) -> None:
     draws = random.Random(0)
-    popular = [example.items[0] for example in load_examples("sample", "train")]
+    popular = [example.items[0] for example in load_split("sample", "train").examples]
     grades = [
         grade(sample.get(draws.choice(popular)), [draws.choice(sample.items)]) for _ in range(4000)
     ]
@@ -367,7 +367,7 @@ def traces(text: str, old: Item, new: Item, catalogue: Catalogue) -> list[str]:
 def test_no_trace_of_the_old_film_is_left_in_rewritten_sample_replies(sample: Catalogue) -> None:
     draws = random.Random(0)
     changed = 0
-    for example in load_examples("sample", "test"):
+    for example in load_split("sample", "test").examples:
         old = sample.get(example.items[0])
         for new in draws.sample(sample.items, 4):
             if new.name == old.name:

@@ -9,17 +9,15 @@ import pytest
 from usbrec.crs import datasets
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.datasets import (
-    audit,
     drop_overlap,
     load_catalogue,
-    load_examples,
     load_split,
     read_dialogues,
     read_examples,
     take_turns,
 )
-from usbrec.crs.dialogue import Utterance
-from usbrec.crs.titles import split_title
+from usbrec.crs.dialogue import Example, Utterance
+from usbrec.crs.titles import GENRE_WORDS, split_title
 from usbrec.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -38,6 +36,24 @@ ROW = {
 def write_rows(path: Path, *rows: dict) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def load_examples(*which: str | Path) -> list[Example]:
+    return load_split(*which).examples
+
+
+def audit(examples: list[Example], catalogue: Catalogue) -> dict[str, int]:
+    """Count the gold titles, and those that make a label doubtful."""
+    titles = [title for example in examples for title in example.items]
+    meant = [len(catalogue.named(title)) for title in titles]
+    bare = [title for title in titles if split_title(title)[1] is None]
+    return {
+        "labels": len(titles),
+        "genre_words": sum(title.lower() in GENRE_WORDS for title in bare),
+        "outside_catalogue": meant.count(0),
+        "without_year": len(bare),
+        "ambiguous": sum(count > 1 for count in meant),
+    }
 
 
 def speakers(lines: list[str]) -> list[tuple[str, str]]:
@@ -215,13 +231,12 @@ def test_opendialkg_training_rows_that_give_a_test_row_away_are_dropped(tmp_path
     assert "3 of 4 OpenDialKG training rows dropped" in part.notes[0]
 
 
-def test_an_audit_counts_doubtful_labels(tmp_path: Path) -> None:
+def test_a_label_means_one_film_of_the_catalogue_or_none_or_several(tmp_path: Path) -> None:
     titles = ["Heat (1995)", "Drama", "True Grit", "True Grit (2010)", "Nowhere (1950)"]
     examples = read_examples(write_rows(tmp_path / "test.jsonl", ROW | {"rec": titles}))
     known = ["Heat (1995)", "True Grit (1969)", "True Grit (2010)"]
     catalogue = Catalogue(Item(title, *split_title(title)) for title in known)
     assert audit(examples, catalogue) == {
-        "rows": 1,
         "labels": 5,
         "genre_words": 1,
         "outside_catalogue": 2,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from usbrec.errors import UserError
 from usbrec.llm.adapter_files import save_adapter
-from usbrec.llm.checkpoint import load_config, load_model
+from usbrec.llm.checkpoint import load_model, open_model
 from usbrec.llm.gguf_file import TENSOR_NAMES, llama3_divisors
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.merge import merge
@@ -187,7 +187,7 @@ def test_a_gguf_file_merges_into_a_folder_that_transformers_loads(with_tokenizer
 def test_what_is_not_honoured_is_refused_by_name(tmp_path, overrides, named):
     path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied"), **overrides)
     with pytest.raises(UserError, match=named):
-        load_config(path)
+        open_model(path)
 
 
 def test_an_unknown_pre_tokenizer_is_refused_by_name(with_tokenizer, tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_an_unknown_pre_tokenizer_is_refused_by_name(with_tokenizer, tmp_path, m
 def test_rope_factors_that_are_not_llama3s_are_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", oracle("llama-3.1"), doubled_factor=3)
     with pytest.raises(UserError, match="rope_freqs.weight is not Llama 3.1's"):
-        load_config(path)
+        open_model(path)
 
 
 def test_damaged_files_are_one_clear_error(tmp_path):

@@ -386,7 +386,7 @@ def test_a_search_that_was_kept_is_shown_as_it_was() -> None:
     dialogue = talk("A comedy, please.", "Old?", "No.")
     [result] = search(llm, Cast(), [dialogue], [1], SearchOptions(samples=3, turns=2, mode="tree"))
     kept = json.loads(json.dumps(search_record(result)))
-    assert format_search(infer.search_of(dialogue, kept)) == format_search(result)
+    assert format_search(dialogue, kept) == format_search(dialogue, search_record(result))
 
 
 # --- the judges -------------------------------------------------------------------------------

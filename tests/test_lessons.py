@@ -2,7 +2,7 @@
 
 from usbrec.chat import Lesson, Message
 from usbrec.crs.agents import EXPLAIN, external_judge_prompt, internal_judge_prompt
-from usbrec.crs.datasets import load_catalogue, load_examples
+from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.crs.lessons import (
     LessonOptions,
@@ -16,7 +16,7 @@ from usbrec.crs.lessons import (
 )
 
 CATALOGUE = load_catalogue("sample")
-TRAIN = load_examples("sample", "train")[:60]
+TRAIN = load_split("sample", "train").examples[:60]
 POPULARITY = popularity_of(TRAIN)
 OPTIONS = LessonOptions(score_weight=10.0, line_weight=0.5)
 

@@ -9,7 +9,7 @@ import pytest
 from scripted import talk
 
 from usbrec.crs.agents import Verdict
-from usbrec.crs.evaluation import EvalRow
+from usbrec.crs.evaluation import EvalRow, search_record
 from usbrec.crs.report import build_report, format_report, format_search, main, save_plot
 from usbrec.crs.ses import Candidate, Leaf, SearchResult
 
@@ -114,7 +114,8 @@ def test_a_search_is_drawn_as_a_tree() -> None:
     far = (*root, *talk("x", "Try\nWell.", "Why?", "It is dark.")[1:])
     leaves = (Leaf(far, Verdict(1.5, 2, 1.0), 1), Leaf(far, Verdict(0.5, 0, 1.0), 2))
     candidates = (Candidate("", None, ()), Candidate("Try\nWell.", 1.0, leaves))
-    text = format_search(SearchResult(root, "likes dark films", candidates, best=1))
+    result = SearchResult(root, "likes dark films", candidates, best=1)
+    text = format_search(root, search_record(result))
     assert text.splitlines() == [
         "Seeker: Something dark?",
         "",

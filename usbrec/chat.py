@@ -100,10 +100,7 @@ class LanguageModel(Protocol):
     """The two calls by which the recommender's side reaches any model or server."""
 
     def generate(
-        self,
-        chats: Sequence[Chat],
-        sampling: Sampling | Sequence[Sampling],
-        seeds: Sequence[int],
+        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
     ) -> list[Reply]:
         """Return one reply a chat; a row depends on its own chat, sampling and seed alone.
 

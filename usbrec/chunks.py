@@ -65,24 +65,24 @@ def run_chunks(
 
 
 def whole_chunks(path: Path, wanted: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of the chunks that are whole at `path`, and cut off what follows them."""
-    rows = claim(path, wanted)
+    """Return the rows of the chunks that are whole at `path`, and cut off what follows them.
+
+    They must be made with the options `wanted`, which are noted beside a new file.
+    """
+    note = path.with_suffix(".options.json")
+    content = json.loads(json.dumps(wanted, sort_keys=True))
+    if not path.exists():
+        write_json(note, content)
+        append_rows(path, [])
+        return []
+    _compare(path, note, content)
+    rows = read_whole_lines(path)
     torn = len(rows) % wanted["chunk_size"] if len(rows) < wanted["items"] else 0
     rows = rows[: len(rows) - torn]
-    _cut(path, len(rows))
+    whole = b"".join(path.read_bytes().splitlines(keepends=True)[: len(rows)])
+    if len(whole) < path.stat().st_size:
+        os.truncate(path, len(whole))
     return rows
-
-
-def claim(path: Path, wanted: Mapping[str, Any]) -> list[Row]:
-    """Return the complete rows at `path`, having seen or noted that they are made with `wanted`."""
-    note = path.with_suffix(".options.json")
-    content = json.loads(json.dumps(dict(wanted), sort_keys=True))
-    if path.exists():
-        _compare(path, note, content)
-        return read_whole_lines(path)
-    write_json(note, content)
-    append_rows(path, [])
-    return []
 
 
 def read_whole_lines(path: Path) -> list[Row]:
@@ -118,9 +118,3 @@ def _compare(path: Path, note: Path, wanted: dict[str, Any]) -> None:
                 f"{path} was made with {name} {found.get(name)!r}, got {wanted.get(name)!r}; "
                 "use the same options or another place"
             )
-
-
-def _cut(path: Path, lines: int) -> None:
-    whole = b"".join(path.read_bytes().splitlines(keepends=True)[:lines])
-    if len(whole) < path.stat().st_size:
-        os.truncate(path, len(whole))

@@ -32,13 +32,14 @@ from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
 from usbrec.llm.engine import Engine, Usage
+from usbrec.llm.files import read_json
 from usbrec.llm.hub import find_model
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.seeds import seed_for
 from usbrec.settings import option
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
-ADAPTERS = ("simulator", "sft", "rl")
+ADAPTERS = {"rl": "simpo", "sft": "sft", "simulator": "simulator"}  # each with its stage
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of this name; auto is bfloat16 where it is quicker than float32."""
     if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
-            name
-        ]
+        named: torch.dtype = getattr(torch, name)
+        return named
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
@@ -105,10 +105,8 @@ def load_engine(options: ModelOptions, sharded: bool = False) -> Engine:
 
 def shortened_line(engine: Engine) -> str:
     """Return how many prompts lost their oldest turns, as a line for people; "" if none did."""
-    count = engine.usage.shortened
-    told = (
-        f"{count} prompts were too long for {engine.max_length} tokens and lost their oldest turns"
-    )
+    count, limit = engine.usage.shortened, engine.max_length
+    told = f"{count} prompts were too long for {limit} tokens and lost their oldest turns"
     return told if count else ""
 
 
@@ -128,12 +126,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes = folder / "options.json"
-        self.stages: dict[str, Any] = {}
-        if self.notes.exists():
-            try:
-                self.stages = json.loads(self.notes.read_text("utf-8"))
-            except ValueError as error:
-                raise UserError(f"{self.notes} is not JSON ({error})") from error
+        self.stages = read_json(self.notes) if self.notes.exists() else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -242,20 +235,38 @@ def first_difference(found: Any, wanted: Any, name: str = "") -> tuple[str, Any,
     return name, found, wanted
 
 
-def newest_run(runs: Path = RUNS) -> Path:
+def finished_adapters(folder: Path) -> list[str]:
+    """Return the adapters that a run has, the best recommender first."""
+    return [name for name in ADAPTERS if (folder / name / "adapter_model.safetensors").exists()]
+
+
+def newest_run(runs: Path) -> Path:
     """Return the run folder that was written to last and holds an adapter."""
-    folders = [path.parent for path in runs.glob("*/options.json")]
-    ready = [
-        f
-        for f in folders
-        if any((f / name / "adapter_model.safetensors").exists() for name in ADAPTERS)
-    ]
+    ready = [notes for notes in runs.glob("*/options.json") if finished_adapters(notes.parent)]
     if not ready:
         raise UserError(
             f"there is no finished run in {runs}: make one with `python train.py`, "
             "or go round it with --model and --adapter"
         )
-    return max(ready, key=lambda folder: (folder / "options.json").stat().st_mtime)
+    return max(ready, key=lambda notes: notes.stat().st_mtime).parent
+
+
+def read_run(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Return a run's adapters by role, the best recommender it has, and what they were made with.
+
+    Raises UserError where it has none yet, or its options.json is not train.py's.
+    """
+    there = finished_adapters(folder)
+    if not there:
+        raise UserError(f"{folder} has no finished adapter: go on with `python train.py`")
+    roles = {"simulator" if x == "simulator" else "recommender": x for x in reversed(there)}
+    run = Run(folder)
+    try:
+        made_with = run.stages[ADAPTERS[there[0]]]
+        ModelOptions(**made_with["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.notes} is not as train.py writes it") from error
+    return {role: folder / name for role, name in roles.items()}, made_with
 
 
 def as_json(**groups: Any) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 @dataclass(frozen=True)
 class SearchOptions:
-    samples: int = option(3, "first responses that are tried")
+    samples: int = option(3, "first responses that are tried", low=1)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 add_flags(parser, SearchOptions, "ses")            # --ses-samples
 options = from_flags(SearchOptions, arguments, "ses")
 """
 
 import argparse
+import math
 from collections.abc import Container, Mapping
 from dataclasses import field, fields
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -18,9 +22,21 @@ from usbrec.errors import UserError
 Options = TypeVar("Options")
 
 
-def option(default: Any, help: str) -> Any:
-    """Return a dataclass field whose `metadata["help"]` says what the option does."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, low: float = -math.inf) -> Any:
+    """Return a dataclass field whose metadata says what the option does, and its lowest value."""
+    return field(default=default, metadata={"help": help, "low": low})
+
+
+def check(options: Any) -> None:
+    """Raise ValueError naming the first field that is too low, not finite, or no choice."""
+    hints = get_type_hints(type(options))
+    for item in fields(options):
+        value, low = getattr(options, item.name), item.metadata["low"]
+        if low > -math.inf and not low <= value < math.inf:
+            raise ValueError(f"{item.name} must be at least {low}, got {value}")
+        choices = get_args(hints[item.name])
+        if get_origin(hints[item.name]) is Literal and value not in choices:
+            raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 class Parser(argparse.ArgumentParser):

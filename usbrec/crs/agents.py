@@ -185,10 +185,9 @@ def judge(
     if votes == 0:
         table = llm.choice_logprobs(chats, SCORES)
         return [closed_form(logprobs, temperature) for logprobs in table]
-    ballots = [(chat, seed_for(seed, i)) for chat, seed in zip(chats, seeds, strict=True)
-               for i in range(votes)]  # fmt: skip
-    sampling = Sampling(max_new_tokens=VOTE_TOKENS, temperature=temperature)
-    texts = ask(llm, [chat for chat, _ in ballots], sampling, [seed for _, seed in ballots])
+    ballots = [chat for chat in chats for _ in range(votes)]
+    keys = [seed_for(seed, i) for seed in seeds for i in range(votes)]
+    texts = ask(llm, ballots, Sampling(VOTE_TOKENS, temperature), keys)
     marks = [parse_score(text) for text in texts]
     return [count_votes(marks[i : i + votes]) for i in range(0, len(marks), votes)]
 
@@ -225,7 +224,7 @@ def closed_form(logprobs: Sequence[float], temperature: float) -> Verdict:
     top = max(logprobs)
     if not math.isfinite(top):
         return Verdict(None, None, 0.0)
-    label = min(range(len(logprobs)), key=lambda i: (-logprobs[i], i))
+    label = list(logprobs).index(top)
     mass = min(1.0, sum(math.exp(value) for value in logprobs))
     if temperature == 0:
         return Verdict(float(label), label, mass)
@@ -239,7 +238,7 @@ def count_votes(marks: Sequence[int | None]) -> Verdict:
     read = [mark for mark in marks if mark is not None]
     if not read:
         return Verdict(None, None, 0.0)
-    majority = max(range(3), key=lambda score: (read.count(score), -score))
+    majority = max(range(3), key=read.count)  # the first of equals
     return Verdict(sum(read) / len(read), majority, len(read) / len(marks))
 
 

@@ -28,7 +28,7 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.catalogue import Catalogue, Item, rewrite
 from usbrec.crs.dialogue import Dialogue, Example
-from usbrec.crs.evaluation import EvaluationOptions, gold_items
+from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.intervals import auc_interval
 from usbrec.seeds import seed_for
 
@@ -39,11 +39,15 @@ SUMMARY_TOKENS = 48
 class Contrast:
     """A gold reply and its rewriting, with their explanations where the dataset has one."""
 
-    gold: str
-    other: str
-    gold_explanation: str | None
-    other_explanation: str | None
+    example: Example
+    seed: int
+    replies: tuple[str, str]
+    explanations: tuple[str, str] | None
     titles: tuple[str, ...]
+
+    def said(self) -> list[Dialogue]:
+        """Return the dialogue with either reply."""
+        return [say(self.example.history, "recommender", reply) for reply in self.replies]
 
 
 def judge_agreement(
@@ -59,35 +63,27 @@ def judge_agreement(
 
     A score is None where the judge could not be read; a skipped row has only "skipped".
     """
-    keys = [seed_for(seed, "agreement", x.dialog_id, x.turn_id) for x in examples]
-    contrasts = [
-        contrast(catalogue, example, popularity, key)
-        for example, key in zip(examples, keys, strict=True)
-    ]
-    kept = [i for i, made in enumerate(contrasts) if isinstance(made, Contrast)]
-    pairs = [
-        (examples[i], made, keys[i]) for i in kept if isinstance(made := contrasts[i], Contrast)
-    ]
+    rows: list[dict[str, Any]] = []
+    pairs: list[Contrast] = []
+    for x in examples:
+        key = seed_for(seed, "agreement", x.dialog_id, x.turn_id)
+        made = contrast(catalogue, x, popularity, key)
+        row = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "skipped": None}
+        if isinstance(made, Contrast):
+            gold, other = made.replies
+            row |= {"gold": gold, "other": other, "titles": list(made.titles)}
+            pairs.append(made)
+        else:
+            row["skipped"] = made
+        rows.append(row)
     profiles, explanations = _prepare(llm, cast, pairs, options)
     verdicts = _judge_all(llm, cast, pairs, profiles, explanations, options)
-    rows: list[dict[str, Any]] = [
-        {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "skipped": made}
-        for x, made in zip(examples, contrasts, strict=True)
-    ]
-    for place, i in enumerate(kept):
-        scores = [verdict.expectation for verdict in verdicts[4 * place : 4 * place + 4]]
-        mass = [verdict.mass for verdict in verdicts[4 * place : 4 * place + 4]]
-        _, made, _ = pairs[place]
-        rows[i] |= {
-            "skipped": None,
-            "gold": made.gold,
-            "other": made.other,
-            "titles": list(made.titles),
-            "profile": profiles[place],
-            "external": scores[:2],
-            "internal": scores[2:],
-            "mass": mass,
-        }
+    kept = [row for row in rows if row["skipped"] is None]
+    for i, row in enumerate(kept):
+        own = verdicts[4 * i : 4 * i + 4]
+        scores = [verdict.expectation for verdict in own]
+        row |= {"profile": profiles[i], "external": scores[:2], "internal": scores[2:]}
+        row["mass"] = [verdict.mass for verdict in own]
     return rows
 
 
@@ -101,32 +97,25 @@ def contrast(
     drawn = draw_others(catalogue, example, popularity, len(golds), seed)
     if len(drawn) < len(golds):
         return "too few other titles to draw from"
-    other, told = example.response, example.explanation
-    for gold, new in zip(golds, drawn, strict=True):
-        assert gold is not None
-        other = rewrite(other, gold, new)
-        told = None if told is None else rewrite(told, gold, new)
-    if other == example.response or catalogue.mentions(other, example.items):
+    gold, told = example.response, example.explanation
+    other, why = gold, told or ""
+    for item, new in zip(golds, drawn, strict=True):
+        assert item is not None
+        other, why = rewrite(other, item, new), rewrite(why, item, new)
+    if other == gold or catalogue.mentions(other, example.items):
         return "a gold title in the reply could not be replaced"
+    explanations = None if told is None else (told, why)
     titles = tuple(item.title for item in drawn)
-    return Contrast(example.response, other, example.explanation, told, titles)
+    return Contrast(example, seed, (gold, other), explanations, titles)
 
 
 def draw_others(
-    catalogue: Catalogue,
-    example: Example,
-    popularity: Mapping[str, int],
-    count: int,
-    seed: int,
+    catalogue: Catalogue, example: Example, popularity: Mapping[str, int], count: int, seed: int
 ) -> list[Item]:
     """Return `count` different items drawn by their training count, none of them a target."""
-    golds = gold_items(catalogue, example)
+    golds = {item for title in example.items for item in catalogue.named(title)}
     items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
-    pool = [
-        (item, number)
-        for item, number in items
-        if item is not None and number > 0 and item not in golds
-    ]
+    pool = [(item, number) for item, number in items if item and item not in golds]
     if len(pool) < count:
         return []
     share = np.array([number for _, number in pool], float)
@@ -149,54 +138,40 @@ def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     return result
 
 
-Pair = tuple[Example, Contrast, int]
-
-
-def _with(example: Example, reply: str) -> Dialogue:
-    return say(example.history, "recommender", reply)
-
-
 def _prepare(
-    llm: LanguageModel, cast: Cast, pairs: Sequence[Pair], options: EvaluationOptions
+    llm: LanguageModel, cast: Cast, pairs: Sequence[Contrast], options: EvaluationOptions
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Return each pair's profile and both explanations; what must be generated is, in one call."""
     plain = Sampling(options.max_new_tokens, options.temperature)
-    chats = [cast.simulates(summary_prompt(example.history)) for example, _, _ in pairs]
+    chats = [cast.simulates(summary_prompt(made.example.history)) for made in pairs]
     samplings = [Sampling(SUMMARY_TOKENS, temperature=0.0)] * len(chats)
-    seeds = [seed_for(key, "summary") for _, _, key in pairs]
-    for example, made, key in pairs:
-        if made.gold_explanation is None:
-            for reply in (made.gold, made.other):
-                asked = asked_to_explain(_with(example, reply))
-                chats.append(cast.recommends(recommender_prompt(asked)))
-                samplings.append(plain)
-                seeds.append(seed_for(key, "explain", reply))
+    seeds = [seed_for(made.seed, "summary") for made in pairs]
+    for made in pairs:
+        if made.explanations is None:
+            asked = map(asked_to_explain, made.said())
+            chats += [cast.recommends(recommender_prompt(dialogue)) for dialogue in asked]
+            samplings += [plain] * 2
+            seeds += [seed_for(made.seed, "explain", reply) for reply in made.replies]
     texts = ask(llm, chats, samplings, seeds)
     profiles, generated = texts[: len(pairs)], iter(texts[len(pairs) :])
-    explanations = []
-    for _, made, _ in pairs:
-        if made.gold_explanation is None or made.other_explanation is None:
-            explanations.append((next(generated), next(generated)))
-        else:
-            explanations.append((made.gold_explanation, made.other_explanation))
+    explanations = [x.explanations or (next(generated), next(generated)) for x in pairs]
     return profiles, explanations
 
 
 def _judge_all(
     llm: LanguageModel,
     cast: Cast,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Contrast],
     profiles: Sequence[str],
     explanations: Sequence[tuple[str, str]],
     options: EvaluationOptions,
 ) -> list[Verdict]:
     """Return four verdicts a pair: external gold, other, then internal gold, other."""
-    chats = []
-    seeds = []
-    for (example, made, key), profile, told in zip(pairs, profiles, explanations, strict=True):
-        both = [_with(example, reply) for reply in (made.gold, made.other)]
-        prompts = [external_judge_prompt(both[i], told[i], example.items) for i in (0, 1)]
+    chats, seeds = [], []
+    for made, profile, told in zip(pairs, profiles, explanations, strict=True):
+        both, titles = made.said(), made.example.items
+        prompts = [external_judge_prompt(both[i], told[i], titles) for i in (0, 1)]
         prompts += [internal_judge_prompt(dialogue, profile) for dialogue in both]
         chats += [cast.simulates(prompt) for prompt in prompts]
-        seeds += [seed_for(key, "judge", i) for i in range(4)]
+        seeds += [seed_for(made.seed, "judge", i) for i in range(4)]
     return judge(llm, chats, options.votes, options.vote_temperature, seeds)

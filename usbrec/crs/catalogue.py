@@ -2,7 +2,7 @@
 
 How a title is told from an ordinary word is the matter of titles.py. Without a year a name counts
 for an item if exactly one item bears it; a mention of a name that several items bear carries all
-of them, and is counted as ambiguous by the readers' audit.
+of them.
 
 What it leaves out: misspellings, translated titles, and abbreviations such as "LOTR".
 """
@@ -29,12 +29,8 @@ from usbrec.crs.titles import (
 from usbrec.errors import UserError
 
 DECADE_NAMES = {
-    "50s": "fifties",
-    "60s": "sixties",
-    "70s": "seventies",
-    "80s": "eighties",
-    "90s": "nineties",
-}
+    "50s": "fifties", "60s": "sixties", "70s": "seventies", "80s": "eighties", "90s": "nineties"
+}  # fmt: skip
 LISTS = ("genre", "director", "star", "actor", "mood")  # fields of an entry of items.json
 NEUTRAL = "that film"
 
@@ -71,14 +67,21 @@ class Mention:
     items: tuple[Item, ...]
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; raises UserError naming it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        what = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not UTF-8 text: {what}") from error
+
+
 def _read_people(entry: dict[str, Any], *keys: str) -> tuple[str, ...]:
     """Return the entry's list under the first of the keys that it has, each name once."""
-    for key in keys:
-        value = entry.get(key)
-        if value:
-            names = [value] if isinstance(value, str) else value
-            return tuple(dict.fromkeys(str(name) for name in names))
-    return ()
+    value: str | list[str] = next(filter(None, map(entry.get, keys)), [])
+    return tuple(dict.fromkeys([value] if isinstance(value, str) else value))
 
 
 def _read_genre(text: str) -> str:
@@ -129,18 +132,14 @@ class Catalogue:
         return iter(self.items)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Catalogue":
+    def load(cls, path: Path) -> "Catalogue":
         """Read an items.json: an object of entries with at least a `name`.
 
         Raises:
             UserError: the file is missing or is not such an object.
         """
         try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the catalogue {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"the catalogue {path} is not UTF-8 text: {error}") from error
+            entries = json.loads(read_text(path))
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"the catalogue {path} is not JSON: {error}") from error
         if not isinstance(entries, dict) or not entries:
@@ -150,9 +149,7 @@ class Catalogue:
                 raise UserError(f"item {key!r} of the catalogue {path} has no name")
             for field in LISTS:
                 values = entry.get(field) or []
-                if not isinstance(values, (str, list)) or not all(
-                    isinstance(value, str) for value in values
-                ):
+                if not (isinstance(values, str | list) and all(isinstance(x, str) for x in values)):
                     raise UserError(
                         f"item {key!r} of the catalogue {path}: {field!r} must be a list of"
                         f" strings, got {values!r:.60}"
@@ -161,14 +158,11 @@ class Catalogue:
 
     def named(self, title: str) -> tuple[Item, ...]:
         """Return all items a title may mean: with a year at most that year's, else by name."""
-        exact = self._by_title.get(fold(title))
-        if exact:
+        if exact := self._by_title.get(fold(title)):
             return tuple(exact)
         name, year = split_title(title)
         same_name = self._by_name.get(" ".join(word.key for word in words_of(name)), [])
-        if year is None:
-            return tuple(same_name)
-        return tuple(item for item in same_name if item.year in (None, year))
+        return tuple(x for x in same_name if year is None or x.year in (None, year))
 
     def get(self, title: str) -> Item | None:
         """Return the item that the title names, or None if there is none or more than one."""
@@ -235,13 +229,10 @@ class Catalogue:
         """
         for title in titles:
             found = leaks(text, title)
-            others = [
-                (mention.start, mention.end)
-                for mention in (self.find(text) if found else ())
-                if not set(mention.items) & set(self.named(title))
-            ]
+            mentions, own = self.find(text) if found else [], set(self.named(title))
+            others = [mention for mention in mentions if not own & set(mention.items)]
             for start, end in reversed(found):
-                if not any(low <= start and end <= high for low, high in others):
+                if not any(other.start <= start and end <= other.end for other in others):
                     text = text[:start] + NEUTRAL + text[end:]
         return text
 
@@ -256,10 +247,8 @@ def _judge_match(
 ) -> Mention | None:
     """Return the mention if the words first..last, which spell the items' name, mean a title."""
     start, end = words[first].start, words[last].end
-    year = YEAR_AFTER.match(text, end)
-    if year:
-        fitting = _fitting(items, int(year.group(1) or year.group(2)))
-        if fitting:
+    if year := YEAR_AFTER.match(text, end):
+        if fitting := _fitting(items, int(year.group(1) or year.group(2))):
             return Mention(start, year.end(), fitting)
         if year.group(1):
             return None
@@ -304,9 +293,8 @@ def genre_word(genre: str) -> str:
 
 def genre_words(genres: Sequence[str]) -> list[str]:
     """Return the genres as they stand before "film", in the usual order: "romantic comedy"."""
-    order = list(GENRE_FORMS)
-    known = sorted((genre for genre in genres if genre in GENRE_FORMS), key=order.index)
-    return [genre_word(genre) for genre in (*(g for g in genres if g not in GENRE_FORMS), *known)]
+    place = {genre: i for i, genre in enumerate(GENRE_FORMS)}  # an unknown one stands in front
+    return [genre_word(genre) for genre in sorted(genres, key=lambda x: place.get(x, -1))]
 
 
 def with_article(words: str) -> str:
@@ -316,8 +304,8 @@ def with_article(words: str) -> str:
 
 def describe(item: Item) -> str:
     """Return the facts in one clause: "a 1995 crime film by Michael Mann with Al Pacino"."""
-    kind = " ".join([*([str(item.year)] if item.year else []), *genre_words(item.genres[:2])])
-    text = with_article(f"{kind} film".strip())
+    year = [str(item.year)] if item.year else []
+    text = with_article(" ".join([*year, *genre_words(item.genres[:2]), "film"]))
     if item.directors:
         text += f" by {item.directors[0]}"
     return f"{text} with {item.lead}" if item.lead else text
@@ -342,8 +330,7 @@ def rewrite(text: str, old: Item, new: Item) -> str:
     result, place = "", 0
     for start, end, words in sorted(spans):
         result += text[place:start]
-        article = re.search(r"(?<![^\W_])(an?) $", result, re.IGNORECASE)
-        if article:
+        if article := re.search(r"(?<![^\W_])(an?) $", result, re.IGNORECASE):
             right = with_article(words).split()[0]
             right = right.capitalize() if article.group(1)[0].isupper() else right
             result = f"{result[: article.start()]}{right} "
@@ -361,7 +348,8 @@ def _merge_repeats(text: str, item: Item) -> str:
     return text
 
 
-_Swap = Callable[[str, str], str]  # (text before, words found) -> the words that replace them
+# (text before, words found) -> the words that replace them
+_Swap = Callable[[str, str], str]
 
 
 def _swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
@@ -373,12 +361,12 @@ def _swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
         surname = person.split()[-1]
         if len(surname) > 3 and surname != person:
             yield f"(?-i:{re.escape(surname)})", _person_swap(person, old, new, surname=True)
-    if old.year and old.year != new.year:
-        yield str(old.year), _always(str(new.year or "another year"))
-        if old.decade != new.decade:
-            yield from _decade_swaps(old, new)
-    yield from _genre_swaps(old, new)
-    yield from _mood_swaps(old, new)
+    for pattern, word in (*_year_words(old, new), *_genre_words(old, new), *_mood_words(old, new)):
+        yield pattern, _always(word)
+
+
+def _always(word: str) -> _Swap:
+    return lambda before, found: word
 
 
 def _person_swap(person: str, old: Item, new: Item, surname: bool = False) -> _Swap:
@@ -398,12 +386,15 @@ def _person_swap(person: str, old: Item, new: Item, surname: bool = False) -> _S
     return swap
 
 
-def _decade_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
-    """Yield the swaps of "1990s", "90s" and "nineties", each for the new decade's like form."""
-    old_forms, new_forms = _decade_forms(old), _decade_forms(new)
-    for place, form in enumerate(old_forms):
-        word = new_forms[min(place, len(new_forms) - 1)] if new_forms else "another decade"
-        yield ("['’]?" if place == 1 else "") + form, _always(word)
+def _year_words(old: Item, new: Item) -> Iterator[tuple[str, str]]:
+    """Yield the year, then "1990s", "90s" and "nineties", each with the new decade's like form."""
+    if old.year and old.year != new.year:
+        yield str(old.year), str(new.year or "another year")
+    if old.decade != new.decade:
+        old_forms, new_forms = _decade_forms(old), _decade_forms(new) or ["another decade"]
+        for place, form in enumerate(old_forms):
+            word = new_forms[min(place, len(new_forms) - 1)]
+            yield ("['’]?" if place == 1 else "") + form, word
 
 
 def _decade_forms(item: Item) -> list[str]:
@@ -415,20 +406,15 @@ def _decade_forms(item: Item) -> list[str]:
     return [item.decade, short, named] if named else [item.decade]
 
 
-def _always(word: str) -> _Swap:
-    return lambda before, found: word
-
-
-def _genre_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
+def _genre_words(old: Item, new: Item) -> Iterator[tuple[str, str]]:
     others = [genre for genre in new.genres if genre not in old.genres] or list(new.genres)
     for place, genre in enumerate(genre for genre in old.genres if genre not in new.genres):
         word = genre_word(others[place % len(others)]) if others else "different"
         forms = sorted(GENRE_FORMS.get(genre, (genre,)), key=len, reverse=True)
-        yield f"(?:{'|'.join(map(re.escape, forms))})", _always(word)
+        yield f"(?:{'|'.join(map(re.escape, forms))})", word
 
 
-def _mood_swaps(old: Item, new: Item) -> Iterator[tuple[str, _Swap]]:
+def _mood_words(old: Item, new: Item) -> Iterator[tuple[str, str]]:
     for mood in old.moods:
         if mood not in new.moods:
-            word = new.moods[0] if new.moods else "different"
-            yield re.escape(mood), _always(word)
+            yield re.escape(mood), new.moods[0] if new.moods else "different"

@@ -8,15 +8,13 @@ for a missing folder says where from.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.catalogue import Catalogue, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
-from usbrec.crs.titles import GENRE_WORDS, split_title
 from usbrec.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
@@ -48,12 +46,7 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     Raises:
         UserError: there is no such folder; the message tells where its files come from.
     """
-    if data_dir is not None:
-        folder = Path(data_dir)
-    elif name in NAMES:
-        folder = ROOT / name
-    else:
-        folder = Path(name)
+    folder = Path(data_dir or (ROOT / name if name in NAMES else name))
     if folder.is_dir():
         return folder
     if name in ("redial", "opendialkg"):
@@ -79,19 +72,9 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return _first_file(folder, (f"{split}.jsonl", f"{split}_data_processed.jsonl"))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        what = f"{error.reason} at byte {error.start}"
-        raise UserError(f"{path} is not UTF-8 text: {what}") from error
-
-
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield each line's number and value; blank lines are passed over."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield number, _parse(line)
@@ -121,9 +104,8 @@ def take_turns(lines: Sequence[str]) -> Dialogue:
     become neighbours of one speaker when an empty line between them goes are joined.
     """
     dialogue: list[Utterance] = []
-    for place, line in enumerate(lines):
-        speaker: Speaker = "recommender" if (len(lines) - place) % 2 == 0 else "seeker"
-        _say(dialogue, speaker, line)
+    for left, line in zip(range(len(lines), 0, -1), lines, strict=True):
+        _say(dialogue, "seeker" if left % 2 else "recommender", line)
     return tuple(dialogue)
 
 
@@ -173,23 +155,16 @@ def read_row(row: Any, where: str) -> Example:
         if not isinstance(reactions, dict):
             raise UserError(f"{where}: 'reactions' must be an object, got {reactions!r:.60}")
         extra |= {key: _take(reactions, key, str, where) for key in ("accept", "refuse")}
-    return Example(
-        str(row["dialog_id"]),
-        int(row["turn_id"]),
-        history,
-        response,
-        tuple(items),
-        **extra,
-    )
+    place = str(row["dialog_id"]), int(row["turn_id"])
+    return Example(*place, history, response, tuple(items), **extra)
 
 
-def read_examples(path: str | Path) -> list[Example]:
+def read_examples(path: Path) -> list[Example]:
     """Read a file of rows as it is.
 
     Raises:
         UserError: it is missing, not UTF-8, malformed (with the line's number), or has no rows.
     """
-    path = Path(path)
     examples = [read_row(row, f"{path}, line {number}") for number, row in _read_jsonl(path)]
     if not examples:
         raise UserError(f"{path} has no rows")
@@ -211,10 +186,9 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
     folder = _folder(name, data_dir)
-    path = _split_file(folder, split)
     if name == "redial" and split != "test" and _split_file(folder, "train") is None:
         return _divide_valid(read_examples(_present(folder, "valid")), split)
-    examples = read_examples(path or _present(folder, split))
+    examples = read_examples(_present(folder, split))
     if name == "opendialkg" and split == "train":
         kept = drop_overlap(examples, read_examples(_present(folder, "test")))
         note = (
@@ -223,11 +197,6 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
         )
         return Split(kept, [note])
     return Split(examples, [])
-
-
-def load_examples(name: str, split: str, data_dir: str | Path | None = None) -> list[Example]:
-    """Return the examples of `load_split`."""
-    return load_split(name, split, data_dir).examples
 
 
 def _present(folder: Path, split: str) -> Path:
@@ -242,10 +211,9 @@ def _present(folder: Path, split: str) -> Path:
 
 def _divide_valid(examples: Sequence[Example], split: str) -> Split:
     """Split valid's dialogues 90 : 10 by a hash of their ids, so that no dialogue is in both."""
+    valid = [_hash(x.dialog_id) % VALID_SHARE == 0 for x in examples]
     kept = [
-        example
-        for example in examples
-        if (_hash(example.dialog_id) % VALID_SHARE == 0) == (split == "valid")
+        x for x, is_valid in zip(examples, valid, strict=True) if is_valid == (split == "valid")
     ]
     dialogues = len({example.dialog_id for example in kept})
     note = (
@@ -263,13 +231,12 @@ def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Exam
     """Return the training rows that share no dialogue with test and hold no test response."""
     dialogues = {example.dialog_id for example in test}
     responses = {example.response for example in test}
-    return [
-        example
-        for example in train
-        if example.dialog_id not in dialogues
-        and example.response not in responses
-        and not any(line.text in responses for line in example.history)
-    ]
+
+    def leaks(x: Example) -> bool:
+        said = {x.response, *(line.text for line in x.history)}
+        return x.dialog_id in dialogues or not said.isdisjoint(responses)
+
+    return [example for example in train if not leaks(example)]
 
 
 def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
@@ -285,33 +252,10 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
     return Catalogue.load(path)
 
 
-def audit(examples: Sequence[Example], catalogue: Catalogue) -> dict[str, int]:
-    """Count what makes labels doubtful: genre words, unknown, year-less and ambiguous titles.
-
-    `repeated_labels` are gold titles that the history already contains.
-    """
-    counts: Counter[str] = Counter(
-        dict.fromkeys(
-            ("rows", "labels", "genre_words", "outside_catalogue", "without_year", "ambiguous"), 0
-        )
-    )
-    for example in examples:
-        counts["rows"] += 1
-        for title in example.items:
-            name, year = split_title(title)
-            meant = catalogue.named(title)
-            counts["labels"] += 1
-            counts["genre_words"] += name.lower() in GENRE_WORDS and year is None
-            counts["outside_catalogue"] += not meant
-            counts["without_year"] += year is None
-            counts["ambiguous"] += len(meant) > 1
-    return dict(counts)
-
-
 # --- plain dialogues --------------------------------------------------------------------------
 
 
-def read_dialogues(path: str | Path) -> list[Dialogue]:
+def read_dialogues(path: Path) -> list[Dialogue]:
     """Read dialogues that await the recommender's reply, for `infer.py --dialogue FILE`.
 
     JSON: a list of messages or {"messages": [...]}. JSONL: such a dialogue a line, or one message
@@ -321,11 +265,9 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
     Raises:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
-    path = Path(path)
+    text = read_text(path)
     try:
-        whole = _parse(_read_text(path))
-    except UserError:
-        raise
+        whole = _parse(text)
     except ValueError:
         values = list(_read_jsonl(path))
     else:

@@ -13,44 +13,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from usbrec.chat import LanguageModel, Sampling
-from usbrec.crs.agents import (
-    Cast,
-    Verdict,
-    explain_and_judge,
-    recommender_turn,
-    say,
-    seeker_turn,
-)
-from usbrec.crs.catalogue import Catalogue, Item, grade
+from usbrec.crs.agents import Cast, Verdict, explain_and_judge, recommender_turn, say, seeker_turn
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.ses import SearchOptions, SearchResult, search
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """How long the talk is, when it is judged, and how warm the speakers are."""
 
-    turns: int = option(1, "recommender turns of an evaluated talk (N)")
-    judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last")
-    temperature: float = option(0.0, "temperature of plain replies and explanations")
-    seeker_temperature: float = option(0.1, "temperature of the seeker's replies")
-    votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form")
-    vote_temperature: float = option(0.7, "temperature of the judge's votes")
-    max_new_tokens: int = option(48, "longest reply, in tokens")
+    turns: int = option(1, "recommender turns of an evaluated talk (N)", low=1)
+    judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last", low=0)
+    temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
+    seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
+    votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
+    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
     def __post_init__(self) -> None:
-        if self.turns < 1:
-            raise ValueError(f"evaluation turns must be at least 1, got {self.turns}")
-        if not 0 <= self.judged_turn <= self.turns:
+        check(self)
+        if self.judged_turn > self.turns:
             raise ValueError(
-                f"judged turn must lie in 1 to {self.turns} (0: the last), got {self.judged_turn}"
+                f"judged_turn must lie in 1 to {self.turns} (0: the last), got {self.judged_turn}"
             )
-        for degrees in (self.temperature, self.seeker_temperature, self.vote_temperature):
-            Sampling(self.max_new_tokens, degrees)
-        if self.votes < 0:
-            raise ValueError(f"evaluation votes must be 0 or more, got {self.votes}")
 
     @property
     def last(self) -> int:
@@ -120,10 +108,8 @@ def evaluate_method(
     scored = explain_and_judge(
         llm, cast, judged, targets, keys, plain, options.votes, options.vote_temperature
     )
-    return [
-        _row(catalogue, examples[i], replies[i], dialogues[i], searches[i], scored[i], options.last)
-        for i in range(len(examples))
-    ]
+    parts = zip(examples, replies, dialogues, searches, scored, strict=True)
+    return [_row(catalogue, options.last, *own) for own in parts]
 
 
 def search_record(result: SearchResult) -> dict[str, Any]:
@@ -153,11 +139,6 @@ def first_items(catalogue: Catalogue, text: str) -> tuple[Item, ...]:
     """Return the readings of the first catalogue title in a text: several if the year is open."""
     mentions = catalogue.find(text)
     return tuple(mentions[0].items) if mentions else ()
-
-
-def gold_items(catalogue: Catalogue, example: Example) -> set[Item]:
-    """Return every catalogue item that one of the gold titles may mean."""
-    return {item for title in example.items for item in catalogue.named(title)}
 
 
 def gold_labels(
@@ -211,16 +192,15 @@ def baseline_labels(
 
 def _row(
     catalogue: Catalogue,
+    last: int,
     example: Example,
     replies: list[str],
     dialogue: Dialogue,
     searches: list[dict[str, Any]],
     scored: tuple[str, Verdict],
-    last: int,
 ) -> EvalRow:
     explanation, verdict = scored
     named = first_items(catalogue, replies[last - 1])
-    golds = gold_items(catalogue, example)
     return EvalRow(
         dialog_id=example.dialog_id,
         turn_id=example.turn_id,
@@ -228,7 +208,7 @@ def _row(
         items=[titles_in(catalogue, reply) for reply in replies],
         labels=gold_labels(catalogue, example, first_items(catalogue, replies[0])),
         hit=any(catalogue.mentions(reply, example.items) for reply in replies[:last]),
-        grade=min((grade(item, golds) for item in named), default=0),
+        grade=min((catalogue.grade(item, example.items) for item in named), default=0),
         score=verdict.expectation,
         label=verdict.label,
         mass=verdict.mass,

@@ -60,11 +60,7 @@ def paired_difference(
     )
 
 
-def auc_interval(
-    positive: Sequence[float],
-    negative: Sequence[float],
-    seed: int,
-) -> dict[str, Any]:
+def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int) -> dict[str, Any]:
     """Return {"auc", "low", "high", "n"}: P(positive > negative) + half the ties, over all pairs.
 
     The two lists are paired by row (a gold reply and its rewriting): rows are drawn together.

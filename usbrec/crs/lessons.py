@@ -16,7 +16,8 @@ stand in for them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +51,11 @@ FILMLESS = (  # replies that recommend nothing, as an untrained model gives them
     "The 1980s were a great time for movies.",
     "I'd love to recommend a film that suits you.",
 )
-EMPTY_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "likes dislikes seen nothing said mood a an the i it you this that is by with from made of "
-        "for to in and movie film starring directed",
-    )
-)
+EMPTY_WORDS = frozenset([
+    "likes", "dislikes", "seen", "nothing", "said", "mood", "a", "an", "the", "i", "it", "you",
+    "this", "that", "is", "by", "with", "from", "made", "of", "for", "to", "in", "and", "movie",
+    "film", "starring", "directed",
+])  # fmt: skip
 TRIES = 40  # draws in search of a film of a wanted grade
 UNLIKE = 4  # replies that share no word with a profile; with two its judge may fail to learn
 
@@ -114,12 +113,7 @@ def explanation_of(example: Example, catalogue: Catalogue) -> str:
     if example.explanation:
         return example.explanation
     known = (catalogue.get(title) for title in example.items)
-    return next((explain(item) for item in known if item is not None), "")
-
-
-def explain(item: Item) -> str:
-    """Return a sentence of facts: "Heat (1995) is a 1995 crime film by Michael Mann with ..."."""
-    return f"{item.title} is {describe(item)}."
+    return next((f"{item.title} is {describe(item)}." for item in known if item), "")
 
 
 def profile_of(example: Example, catalogue: Catalogue) -> str:
@@ -156,6 +150,11 @@ class Suggestions:
         total = sum(n for _, n in self.pool)
         self.shares = np.array([n / total for _, n in self.pool])
 
+    def others(self, generator: np.random.Generator) -> Iterator[Item]:
+        """Draw TRIES films by their count."""
+        for place in generator.choice(len(self.pool), TRIES, p=self.shares):
+            yield self.pool[place][0]
+
     def draw(self, example: Example, seed: int) -> list[Suggestion]:
         """Return the gold reply (2), one for a kindred film (1), for another (0), and one
         that names no film (0).
@@ -169,13 +168,10 @@ class Suggestions:
             return []
         told = explanation_of(example, self.catalogue)
         found = {2: Suggestion(example.response, told, 2)}
-        for place in generator.choice(len(self.pool), TRIES, p=self.shares):
-            item = self.pool[place][0]
+        for item in self.others(generator):
             score = self.catalogue.grade(item, example.items)
             if score not in found:
-                reply, why = example.response, told
-                for old in named:
-                    reply, why = rewrite(reply, old, item), rewrite(why, old, item)
+                reply, why = (rewrite_all(x, named, item) for x in (example.response, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
         reply, why = generator.choice(FILMLESS, 2)
@@ -184,17 +180,21 @@ class Suggestions:
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return the reply for up to UNLIKE films with nothing of the target or the profile."""
         generator = np.random.default_rng(seed_for(seed, "unlike"))
-        gold = [self.catalogue.get(title) for title in example.items]
+        known = [gold for title in example.items if (gold := self.catalogue.get(title))]
         found: list[Suggestion] = []
-        for place in generator.choice(len(self.pool), TRIES, p=self.shares):
-            item = self.pool[place][0]
-            reply = example.response
-            for old in gold:
-                reply = rewrite(reply, old, item) if old else reply
+        for item in self.others(generator):
+            reply = rewrite_all(example.response, known, item)
             fits = self.catalogue.grade(item, example.items) or words_of(reply) & words_of(profile)
             if not fits and reply != example.response and len(found) < UNLIKE:
                 found.append(Suggestion(reply, "", 0))
         return found
+
+
+def rewrite_all(text: str, olds: Sequence[Item], new: Item) -> str:
+    """Return a text about some films as it would read about another."""
+    for old in olds:
+        text = rewrite(text, old, new)
+    return text
 
 
 def simulator_lessons(
@@ -238,58 +238,51 @@ def external_lesson(
     example: Example, judged: Sequence[Suggestion], options: LessonOptions
 ) -> Lesson:
     """The seeker who knows the target: its lines, a reaction, its scores of explanations."""
-    scores = [
-        (
-            Message("user", each.reply),
-            Message("assistant", EXPLAIN),
-            Message("user", each.explanation),
-            external_question(example.items),
-            Message("assistant", str(each.score), options.score_weight),
-        )
+    asked = [
+        (Message("assistant", EXPLAIN), Message("user", each.explanation),
+         external_question(example.items))
         for each in judged
-    ]
-    trunk = own_lines(seeker_prompt(example.history, example.items), options)
-    return Lesson(trunk, (*scores, *reaction(example, judged[0], options)))
+    ]  # fmt: skip
+    prompt = seeker_prompt(example.history, example.items)
+    return seekers_lesson(example, prompt, judged, asked, judged[0], options)
 
 
 def internal_lesson(
-    example: Example,
-    judged: Sequence[Suggestion],
-    profile: str,
-    options: LessonOptions,
+    example: Example, judged: Sequence[Suggestion], profile: str, options: LessonOptions
 ) -> Lesson:
     """The seeker who knows the profile alone: its lines, a reaction, its scores of replies.
 
     The gold reply deserves 2, one of a kindred film 1, those that share no word with the profile 0.
     """
-    scores = [
-        (
-            Message("user", each.reply),
-            internal_question(profile),
-            Message("assistant", str(each.score), options.score_weight),
-        )
-        for each in judged
-    ]
-    trunk = own_lines(internal_seeker_prompt(example.history, profile), options)
-    return Lesson(trunk, (*scores, *reaction(example, judged[-1], options)))
+    asked = [(internal_question(profile),)] * len(judged)
+    prompt = internal_seeker_prompt(example.history, profile)
+    return seekers_lesson(example, prompt, judged, asked, judged[-1], options)
 
 
-def reaction(
-    example: Example, made: Suggestion, options: LessonOptions
-) -> tuple[tuple[Message, Message], ...]:
-    """What the seeker says to a reply, where the dataset tells it."""
-    text = example.accept if made.score == 2 else example.refuse
-    if not text:
-        return ()
-    return ((Message("user", made.reply), Message("assistant", text, options.line_weight)),)
+def seekers_lesson(
+    example: Example,
+    prompt: Sequence[Message],
+    judged: Sequence[Suggestion],
+    asked: Sequence[tuple[Message, ...]],
+    met: Suggestion,
+    options: LessonOptions,
+) -> Lesson:
+    """The seeker's own lines, then its scores of replies after what it is `asked`.
 
-
-def own_lines(prompt: Sequence[Message], options: LessonOptions) -> tuple[Message, ...]:
-    """Put the loss on the seeker's own lines of its chat."""
-    return tuple(
+    Where the dataset tells what it says to the reply `met`, that is learned as well.
+    """
+    trunk = tuple(
         Message(m.role, m.content, options.line_weight) if m.role == "assistant" else m
         for m in prompt
     )
+    branches: list[tuple[Message, ...]] = []
+    for each, question in zip(judged, asked, strict=True):
+        score = Message("assistant", str(each.score), options.score_weight)
+        branches.append((Message("user", each.reply), *question, score))
+    if said := example.accept if met.score == 2 else example.refuse:
+        answer = Message("assistant", said, options.line_weight)
+        branches.append((Message("user", met.reply), answer))
+    return Lesson(trunk, tuple(branches))
 
 
 def words_of(text: str) -> set[str]:
@@ -299,8 +292,4 @@ def words_of(text: str) -> set[str]:
 
 def popularity_of(examples: Sequence[Example]) -> dict[str, int]:
     """Count each gold title among the training labels, in order of title."""
-    counts: dict[str, int] = {}
-    for example in examples:
-        for title in example.items:
-            counts[title] = counts.get(title, 0) + 1
-    return dict(sorted(counts.items()))
+    return dict(sorted(Counter(title for x in examples for title in x.items).items()))

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from usbrec.chat import Chat, LanguageModel, Sampling
+from usbrec.chat import LanguageModel, Sampling
 from usbrec.crs.agents import (
     Cast,
     ask,
@@ -33,32 +33,28 @@ from usbrec.crs.agents import (
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, PreferencePair
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 
 @dataclass(frozen=True)
 class PairOptions:
     """How many samples are tried, how far they are rolled out, and what may be rejected."""
 
-    samples: int = option(3, "first responses sampled for each training example (k)")
-    turns: int = option(2, "recommender turns of a roll-out, the first response's own included")
-    temperature: float = option(0.8, "temperature of the first responses")
-    rollout_temperature: float = option(0.1, "temperature of the seeker and of later replies")
-    votes: int = option(0, "sampled votes a score; 0 takes the most probable digit")
-    vote_temperature: float = option(0.7, "temperature of the judge's votes")
+    samples: int = option(3, "first responses sampled for each training example (k)", low=1)
+    turns: int = option(
+        2, "recommender turns of a roll-out, the first response's own included", low=1
+    )
+    temperature: float = option(0.8, "temperature of the first responses", low=0)
+    rollout_temperature: float = option(
+        0.1, "temperature of the seeker and of later replies", low=0
+    )
+    votes: int = option(0, "sampled votes a score; 0 takes the most probable digit", low=0)
+    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     worst: Literal["zero", "below-two"] = option("zero", "scores that a rejected sample may have")
-    max_new_tokens: int = option(48, "longest reply, in tokens")
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pairs {name} must be at least 1, got {getattr(self, name)}")
-        for degrees in (self.temperature, self.rollout_temperature, self.vote_temperature):
-            Sampling(self.max_new_tokens, degrees)
-        if self.votes < 0:
-            raise ValueError(f"pairs votes must be 0 (closed form) or more, got {self.votes}")
-        if self.worst not in ("zero", "below-two"):
-            raise ValueError(f"pairs worst is zero or below-two, got {self.worst!r}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -121,12 +117,10 @@ def draw_samples(
     options: PairOptions,
 ) -> list[list[str]]:
     """Return `samples` first responses for each example, all drawn in one call."""
-    chats: list[Chat] = []
-    for example in examples:
-        chats += [cast.recommends(recommender_prompt(example.history))] * options.samples
-    seeds = [seed_for(key, "sample", n) for key in keys for n in range(options.samples)]
-    texts = ask(llm, chats, Sampling(options.max_new_tokens, options.temperature), seeds)
     k = options.samples
+    chats = [cast.recommends(recommender_prompt(x.history)) for x in examples for _ in range(k)]
+    seeds = [seed_for(key, "sample", n) for key in keys for n in range(k)]
+    texts = ask(llm, chats, Sampling(options.max_new_tokens, options.temperature), seeds)
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
@@ -173,8 +167,8 @@ def choose_pair(
         return None, "all samples empty" if empty else "no sample's score could be read"
     if all(samples[i].label == 1 for i in read):
         return None, "all samples scored 1"
-    top = max(read, key=lambda i: (*_standing(samples[i]), -i))
-    low = min(read, key=lambda i: (*_standing(samples[i]), i))
+    top = max(read, key=lambda i: _standing(samples[i]))  # the first of equals, as below
+    low = min(read, key=lambda i: _standing(samples[i]))
     gold = ("gold", example.response.strip(), None)
     chosen = _side(samples, top) if samples[top].label == 2 else gold
     bound = 0 if worst == "zero" else 1

@@ -13,10 +13,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from usbrec.crs.dialogue import Dialogue
+from usbrec.crs.dialogue import Dialogue, Utterance
 from usbrec.crs.evaluation import EvalRow
 from usbrec.crs.intervals import auc, mean_interval, paired_difference, rank_correlation
-from usbrec.crs.ses import Candidate, Leaf, SearchResult
 from usbrec.errors import UserError
 from usbrec.seeds import seed_for
 from usbrec.settings import Parser
@@ -62,19 +61,19 @@ def build_report(
 def measure(rows: Sequence[EvalRow], seed: int) -> dict[str, Any]:
     """Return one method's means with their intervals, and the rules' opinion beside the judge's."""
     groups = [row.dialog_id for row in rows]
-    read = [row for row in rows if row.score is not None]
-    scores = [row.score for row in read if row.score is not None]
+    read = [(row.score, row.grade) for row in rows if row.score is not None]
+    scores = [score for score, _ in read]
+    judged = [row.dialog_id for row in rows if row.score is not None]
     return {
-        "ieval": mean_interval(scores, seed, groups=[row.dialog_id for row in read]),
+        "ieval": mean_interval(scores, seed, groups=judged),
         **recall([row.labels for row in rows], groups, seed),
         "hit": mean_interval([float(row.hit) for row in rows], seed, groups=groups),
         "rule_grade": mean_interval([float(row.grade) for row in rows], seed, groups=groups),
         "judge_and_rules": {
             "auc": auc(
-                [s for s, row in zip(scores, read, strict=True) if row.grade == 2],
-                [s for s, row in zip(scores, read, strict=True) if row.grade < 2],
+                [s for s, grade in read if grade == 2], [s for s, grade in read if grade < 2]
             ),
-            "spearman": rank_correlation(scores, [float(row.grade) for row in read]),
+            "spearman": rank_correlation(scores, [float(grade) for _, grade in read]),
             "n": len(read),
         },
         "digit_mass": sum(row.mass for row in rows) / len(rows) if rows else None,
@@ -169,11 +168,8 @@ def _judge_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _options_line(report: Mapping[str, Any]) -> str:
     named = {**report["counts"], **report["options"]}
-    return ", ".join(f"{name} {value}" for name, value in named.items() if not _nested(value))
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, Mapping | list | tuple)
+    plain = {n: v for n, v in named.items() if not isinstance(v, Mapping | list | tuple)}
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
 def interval(found: Mapping[str, Any], mean: str = "mean", sign: bool = False) -> str:
@@ -202,29 +198,35 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def format_search(result: SearchResult) -> str:
-    """Return a search as a tree: the dialogue, the profile, each candidate and its leaves."""
-    lines = [format_dialogue(result.root), "", f"Profile: {_flat(result.profile)}", ""]
-    for number, candidate in enumerate(result.candidates):
-        lines += _candidate_lines(candidate, number == result.best, len(result.root) + 1)
+def format_search(root: Dialogue, search: Mapping[str, Any]) -> str:
+    """Return a `search_record` as a tree: dialogue, profile, each candidate and its leaves."""
+    lines = [format_dialogue(root), "", f"Profile: {_flat(search['profile'])}", ""]
+    for number, candidate in enumerate(search["candidates"]):
+        mark = "*" if number == search["best"] else " "
+        value, leaves = _number(candidate["value"]), candidate["leaves"]
+        lines.append(f"{mark} {value}  {_flat(candidate['reply']) or '(empty)'}")
+        for leaf in leaves:
+            last = leaf is leaves[-1]
+            lines += _leaf_lines(leaf, "└─" if last else "├─", "  " if last else "│ ")
     return "\n".join(lines)
 
 
-def _candidate_lines(candidate: Candidate, chosen: bool, start: int) -> list[str]:
-    mark = "*" if chosen else " "
-    lines = [f"{mark} {_number(candidate.value)}  {_flat(candidate.reply) or '(empty)'}"]
-    for leaf in candidate.leaves:
-        last = leaf is candidate.leaves[-1]
-        lines += _leaf_lines(leaf, start, "└─" if last else "├─", "  " if last else "│ ")
-    return lines
+def _leaf_lines(leaf: Mapping[str, Any], branch: str, stem: str) -> list[str]:
+    drawn = f" x{leaf['weight']}" if leaf["weight"] > 1 else ""
+    head = f"    {branch} {_number(leaf['value'])}{drawn}  "
+    ahead = tuple(Utterance(*line) for line in leaf["lines"][1:])  # the first is the candidate
+    first, *rest = format_dialogue(ahead).splitlines() or ["(judged at once)"]
+    return [head + first, *(f"    {stem} ".ljust(len(head)) + line for line in rest)]
 
 
-def _leaf_lines(leaf: Leaf, start: int, branch: str, stem: str) -> list[str]:
-    drawn = f" x{leaf.weight}" if leaf.weight > 1 else ""
-    head = f"    {branch} {_number(leaf.verdict.expectation)}{drawn}  "
-    ahead = format_dialogue(leaf.dialogue[start:]).splitlines() or ["(judged at once)"]
-    rest = [f"    {stem} ".ljust(len(head)) + line for line in ahead[1:]]
-    return [head + ahead[0], *rest]
+def format_facts(answer: Mapping[str, Any]) -> str:
+    """Return what stands below a reply: its titles, the best of a ranking, the gold titles."""
+    lines = [f"  titles: {'; '.join(answer['items']) or 'none of the catalogue'}"]
+    for place, best in enumerate(answer.get("ranked", ()), 1):
+        lines.append(f"  {place:>3}. {best['title']}  {best['logprob']:.2f}")
+    if "gold" in answer:
+        lines.append(f"  gold title, which no speaker knew: {'; '.join(answer['gold'])}")
+    return "\n".join([*lines, f"  {answer['seconds']} s\n"])
 
 
 def save_plot(report: Mapping[str, Any], path: Path) -> None:

@@ -31,37 +31,31 @@ from usbrec.seeds import seed_for
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "sample"
 SEED = 7
 FAMOUS = (  # the films that are asked for most, the first of them most of all
-    "The Matrix (1999)",
-    "Titanic (1997)",
-    "Star Wars (1977)",
-    "Jurassic Park (1993)",
-    "The Godfather (1972)",
-    "Finding Nemo (2003)",
-    "Inception (2010)",
-    "The Shining (1980)",
-    "Pretty Woman (1990)",
-    "Die Hard (1988)",
-    "La La Land (2016)",
-    "The Dark Knight (2008)",
-    "Back to the Future (1985)",
-    "Pulp Fiction (1994)",
-    "Alien (1979)",
-    "The Lion King (1994)",
-    "The Silence of the Lambs (1991)",
-    "Toy Story (1995)",
-    "Jaws (1975)",
-    "Psycho (1960)",
-    "Goodfellas (1990)",
-    "Interstellar (2014)",
-    "The Exorcist (1973)",
+    "The Matrix (1999)", "Titanic (1997)", "Star Wars (1977)", "Jurassic Park (1993)",
+    "The Godfather (1972)", "Finding Nemo (2003)", "Inception (2010)", "The Shining (1980)",
+    "Pretty Woman (1990)", "Die Hard (1988)", "La La Land (2016)", "The Dark Knight (2008)",
+    "Back to the Future (1985)", "Pulp Fiction (1994)", "Alien (1979)", "The Lion King (1994)",
+    "The Silence of the Lambs (1991)", "Toy Story (1995)", "Jaws (1975)", "Psycho (1960)",
+    "Goodfellas (1990)", "Interstellar (2014)", "The Exorcist (1973)",
     "The Shawshank Redemption (1994)",
-)
+)  # fmt: skip
 DIALOGUES = {"train": 960, "valid": 140, "test": 340}
 MAX_WORDS = 18  # of one utterance
 MAX_LINES = 7  # of a context, the empty first one included
 
 NOUNS = ("comedy", "drama", "thriller", "western", "musical")  # genres that need no "film"
 KINDS = ("mood", "genre", "decade", "director", "lead")  # the order of words in a noun phrase
+
+
+def _values(item: Item) -> dict[str, tuple[str, ...]]:
+    """Return what a seeker can wish for in a film: the values of each kind."""
+    return {
+        "genre": item.genres,
+        "decade": (item.decade,) if item.decade else (),
+        "director": item.directors,
+        "lead": item.stars,
+        "mood": item.moods,
+    }
 
 
 @dataclass(frozen=True)
@@ -73,15 +67,9 @@ class Wish:
 
     def fits(self, item: Item) -> bool:
         """Tell whether the film meets the wish."""
-        held = {
-            "mood": item.moods,
-            "genre": item.genres,
-            "decade": (item.decade,),
-            "director": item.directors,
-            "lead": item.stars,
-            "dislike": item.genres,
-        }[self.kind]
-        return (self.value in held) != (self.kind == "dislike")
+        if self.kind == "dislike":
+            return self.value not in item.genres
+        return self.value in _values(item)[self.kind]
 
 
 @cache
@@ -99,13 +87,24 @@ def phrases() -> dict[str, tuple[str, ...]]:
 
 def facts_of(item: Item) -> list[Wish]:
     """Return every fact of a film that a seeker can wish for."""
-    return [
-        *(Wish("genre", genre) for genre in item.genres),
-        *([Wish("decade", item.decade)] if item.decade else []),
-        *(Wish("director", name) for name in item.directors),
-        *(Wish("lead", name) for name in item.stars),
-        *(Wish("mood", mood) for mood in item.moods),
-    ]
+    return [Wish(kind, value) for kind, values in _values(item).items() for value in values]
+
+
+def draw_wishes(rng: random.Random, target: Item, catalogue: Catalogue) -> tuple[Wish, ...]:
+    """Draw two to four facts of the target, often a person among them, and sometimes a dislike."""
+    facts = facts_of(target)
+    rng.shuffle(facts)
+    people = [fact for fact in facts if fact.kind in ("director", "lead")]
+    rest = [fact for fact in facts if fact.kind not in ("director", "lead")]
+    count = rng.choices([2, 3, 4], [0.4, 0.42, 0.18])[0]
+    persons = rng.choices([0, 1, 2], [0.5, 0.45, 0.05])[0]
+    wishes = people[:persons] + rest[: max(1, count - min(persons, len(people)))]
+    fitting = [film for film in catalogue if all(wish.fits(film) for wish in wishes)]
+    avoidable = sorted({g for film in fitting for g in film.genres} - set(target.genres))
+    if avoidable and rng.random() < 0.3:
+        wishes.append(Wish("dislike", rng.choice(avoidable)))
+    rng.shuffle(wishes)
+    return tuple(wishes)
 
 
 # --- words ------------------------------------------------------------------------------------
@@ -125,10 +124,9 @@ def noun_phrase(
 
     `plain` keeps a decade in digits.
     """
-    by_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[str]] = {kind: [] for kind in (*KINDS, "dislike")}
     for wish in wishes:
-        if wish.kind in by_kind:
-            by_kind[wish.kind].append(wish.value)
+        by_kind[wish.kind].append(wish.value)
     before = [*by_kind["mood"], *genre_words(by_kind["genre"])]
     after = []
     for decade in by_kind["decade"]:
@@ -152,47 +150,12 @@ def _sentence_case(text: str) -> str:
     return re.sub(r"(^|[.!?] )([a-z])", lambda match: match.group(1) + match.group(2).upper(), text)
 
 
-def _short(rng: random.Random, make: Callable[[], str]) -> str:
-    """Draw an utterance until it is short enough; after 30 draws take the shortest."""
-    drawn = []
-    for _ in range(30):
-        text = _sentence_case(make())
-        if len(text.split()) <= MAX_WORDS:
-            return text
-        drawn.append(text)
-    return min(drawn, key=len)
+def _wanted(wishes: Iterable[Wish]) -> list[Wish]:
+    return [wish for wish in wishes if wish.kind != "dislike"]
 
 
-def _phrase(rng: random.Random, act: str, wishes: Iterable[Wish] = (), **slots: str) -> str:
-    """Draw a phrase of the act and fill its slots; {np} and {np_short} come from the wishes."""
-    text = rng.choice(phrases()[act])
-    wishes = list(wishes)
-    if "{np" in text or "{It_is}" in text:
-        plain = act.startswith("recommends")
-        slots["np"] = noun_phrase(rng, wishes, plain=plain)
-        slots["np_short"] = noun_phrase(rng, wishes, plural=True)
-        slots["It_is"] = rng.choice(["It is", "It's", "This is", "That is"]) + " " + slots["np"]
-    return text.format(**slots)
-
-
-def _say_kind(rng: random.Random, wish: Wish) -> str:
-    """Return what the seeker says of one wish by a phrase of its kind."""
-    value = _decade_words(rng, wish.value) if wish.kind == "decade" else genre_word(wish.value)
-    act = f"seeker says {wish.kind}"
-    slots = {wish.kind: value, f"a_{wish.kind}": with_article(value), "genre_name": wish.value}
-    return rng.choice(phrases()[act]).format(**slots)
-
-
-def _say_wishes(rng: random.Random, wishes: Sequence[Wish], act: str = "seeker says") -> str:
-    """Return what the seeker says to reveal these wishes; what it dislikes is a sentence apart."""
-    wanted = [wish for wish in wishes if wish.kind != "dislike"]
-    parts = []
-    if len(wanted) == 1 and act == "seeker says" and rng.random() < 0.6:
-        parts.append(_say_kind(rng, wanted[0]))
-    elif wanted:
-        parts.append(_phrase(rng, act, wanted))
-    parts += [_say_kind(rng, wish) for wish in wishes if wish.kind == "dislike"]
-    return " ".join(parts)
+def _disliked(wishes: Iterable[Wish]) -> list[Wish]:
+    return [wish for wish in wishes if wish.kind == "dislike"]
 
 
 # --- one dialogue -----------------------------------------------------------------------------
@@ -205,6 +168,7 @@ class _Scene:
     rng: random.Random
     catalogue: Catalogue
     weights: dict[str, float]
+    target: Item
     lines: list[str] = field(default_factory=list)
     said: list[Wish] = field(default_factory=list)
     films: list[Item] = field(default_factory=list)  # named so far, in order
@@ -216,12 +180,9 @@ class _Scene:
         """Draw one of the films by popularity."""
         return self.rng.choices(films, [self.weights[film.title] for film in films])[0]
 
-    def others(self, target: Item) -> list[Item]:
+    def others(self) -> list[Item]:
         """Return the films that can stand beside the target: not named so far, another name."""
-        taken = {film.title for film in self.films}
-        return [
-            film for film in self.catalogue if film.name != target.name and film.title not in taken
-        ]
+        return [f for f in self.catalogue if f.name != self.target.name and f not in self.films]
 
     def profile(self) -> str:
         """Return what the seeker said so far, in the fixed form of a summary."""
@@ -232,29 +193,223 @@ class _Scene:
             for wish in self.said
             if wish.kind == kind
         ] + [film.title for film in self.liked]
-        dislikes = [wish.value for wish in self.said if wish.kind == "dislike"]
+        dislikes = [wish.value for wish in _disliked(self.said)]
         dislikes += [film.title for film in self.refused]
         text = f"Likes: {', '.join(likes) or 'nothing said'}."
         text += f" Dislikes: {', '.join(dislikes) or 'nothing said'}."
         seen = ", ".join(film.title for film in self.seen)
         return f"{text} Seen: {seen}." if seen else text
 
+    # what is said
 
-def draw_wishes(rng: random.Random, target: Item, catalogue: Catalogue) -> tuple[Wish, ...]:
-    """Draw two to four facts of the target, often a person among them, and sometimes a dislike."""
-    facts = facts_of(target)
-    rng.shuffle(facts)
-    people = [fact for fact in facts if fact.kind in ("director", "lead")]
-    rest = [fact for fact in facts if fact.kind not in ("director", "lead")]
-    count = rng.choices([2, 3, 4], [0.4, 0.42, 0.18])[0]
-    persons = rng.choices([0, 1, 2], [0.5, 0.45, 0.05])[0]
-    wishes = people[:persons] + rest[: max(1, count - min(persons, len(people)))]
-    fitting = [film for film in catalogue if all(wish.fits(film) for wish in wishes)]
-    avoidable = sorted({g for film in fitting for g in film.genres} - set(target.genres))
-    if avoidable and rng.random() < 0.3:
-        wishes.append(Wish("dislike", rng.choice(avoidable)))
-    rng.shuffle(wishes)
-    return tuple(wishes)
+    def phrase(self, act: str, wishes: Sequence[Wish] = (), **slots: str) -> str:
+        """Draw a phrase of the act and fill its slots; {np} and {np_short} come from the wishes."""
+        text = self.rng.choice(phrases()[act])
+        if "{np" in text or "{It_is}" in text:
+            slots["np"] = noun_phrase(self.rng, wishes, plain=act.startswith("recommends"))
+            slots["np_short"] = noun_phrase(self.rng, wishes, plural=True)
+            opening = self.rng.choice(["It is", "It's", "This is", "That is"])
+            slots["It_is"] = f"{opening} {slots['np']}"
+        return text.format(**slots)
+
+    def say_kind(self, wish: Wish) -> str:
+        """Return what the seeker says of one wish by a phrase of its kind."""
+        value = genre_word(wish.value)
+        if wish.kind == "decade":
+            value = _decade_words(self.rng, wish.value)
+        slots = {wish.kind: value, f"a_{wish.kind}": with_article(value), "genre_name": wish.value}
+        return self.phrase(f"seeker says {wish.kind}", [wish], **slots)
+
+    def say_wishes(self, wishes: Sequence[Wish], act: str = "seeker says") -> str:
+        """Return what the seeker says to reveal these wishes; each dislike is a sentence apart."""
+        wanted = _wanted(wishes)
+        parts = []
+        if len(wanted) == 1 and act == "seeker says" and self.rng.random() < 0.6:
+            parts.append(self.say_kind(wanted[0]))
+        elif wanted:
+            parts.append(self.phrase(act, wanted))
+        return " ".join([*parts, *map(self.say_kind, _disliked(wishes))])
+
+    def add_short(self, make: Callable[[], str]) -> None:
+        """Draw the seeker's line until it is short enough; after 30 draws take the shortest."""
+        drawn = []
+        for _ in range(30):
+            drawn.append(_sentence_case(make()))
+            if len(drawn[-1].split()) <= MAX_WORDS:
+                self.lines.append(drawn[-1])
+                return
+        self.lines.append(min(drawn, key=len))
+
+    def reveal(self, wishes: Sequence[Wish], act: str | None = None) -> None:
+        """Let the seeker reveal these wishes, after a phrase of the act if one is named."""
+
+        def words() -> str:
+            opening = f"{self.phrase(act)} " if act else ""
+            return opening + self.say_wishes(wishes)
+
+        self.add_short(words)
+        self.said += wishes
+
+    # the steps of a dialogue
+
+    def converse(self, wishes: Sequence[Wish], max_lines: int) -> None:
+        """Write the dialogue up to the seeker's last word before the target is recommended."""
+        rng = self.rng
+        exchanges = rng.choices([0, 1, 2, 3], [0.24, 0.38, 0.3, 0.08])[0]
+        exchanges = min(exchanges, (max_lines - 3) // 2, len(wishes))
+        vague = exchanges == len(wishes) or (exchanges > 0 and rng.random() < 0.15)
+        runs = _split_up(rng, wishes, exchanges + (not vague))
+        first = [] if vague else runs.pop(0)
+        wrong = None
+        if first and runs and rng.random() < 0.3:
+            wrong = self.mistaken(first[0])
+        if wrong:
+            runs[0].insert(0, first[0])
+            first[0] = wrong
+        self.open(first)
+        for place, run in enumerate(runs):
+            draw = rng.random()
+            if place == 0 and wrong:
+                self.change_mind(wrong, run)
+            elif place == 0 and not self.said and draw < 0.4:
+                self.lines.append(self.phrase("recommender chats"))
+                self.reveal(run, "seeker chats")
+            elif draw < 0.5 and self.said:
+                self.suggest_amiss(run)
+            else:
+                specific = f" {run[0].kind}" if rng.random() < 0.7 else ""
+                self.lines.append(self.phrase(f"recommender asks{specific}"))
+                self.reveal(run)
+
+    def open(self, wishes: Sequence[Wish]) -> None:
+        """Write the first lines, up to the seeker's first request, which reveals these wishes."""
+        rng = self.rng
+        greeted = rng.random() < 0.6
+        if greeted:
+            self.lines += ["", self.phrase("recommender greets")]
+        liked = None
+        if rng.random() < 0.22:
+            kin = [film for film in self.others() if any(w.fits(film) for w in wishes)]
+            liked = self.draw_film(kin) if kin else None
+
+        def request() -> str:
+            hello = "" if greeted or rng.random() < 0.5 else self.phrase("seeker greets") + " "
+            if not wishes:
+                return hello + self.phrase("seeker asks vaguely")
+            text = hello + self.say_wishes(wishes, "seeker asks")
+            if liked and rng.random() < 0.8:  # not always, so that a long request may go without
+                text += " " + self.phrase("seeker likes film", film=liked.title)
+            return text
+
+        self.add_short(request)
+        self.said += wishes
+        if liked and liked.title in self.lines[-1]:
+            self.films.append(liked)
+            self.liked.append(liked)
+
+    def mistaken(self, wish: Wish) -> Wish | None:
+        """Return a wish of the same kind that the target does not meet, or None."""
+        if wish.kind not in ("genre", "decade", "mood"):
+            return None
+        values = sorted({value for film in self.catalogue for value in _values(film)[wish.kind]})
+        wrong = [Wish(wish.kind, value) for value in values]
+        return self.rng.choice([other for other in wrong if not other.fits(self.target)])
+
+    def change_mind(self, wrong: Wish, wishes: Sequence[Wish]) -> None:
+        """Let the recommender ask on, and the seeker take back a wish and state its own."""
+        forms = {"genre": f"{genre_word(wrong.value)} film", "mood": f"{wrong.value} mood"}
+        named = forms.get(wrong.kind, wrong.value)
+        self.lines.append(self.phrase("recommender asks"))
+
+        def correct() -> str:
+            text = self.phrase("seeker changes mind", _wanted(wishes), wrong=named)
+            return f"{text} {self.say_wishes(_disliked(wishes))}".strip()
+
+        self.add_short(correct)
+        self.said = [wish for wish in self.said if wish != wrong] + list(wishes)
+
+    def suggest_amiss(self, wishes: Sequence[Wish]) -> None:
+        """Let the recommender suggest another film; the refusal reveals these wishes."""
+        fitting = [film for film in self.others() if all(w.fits(film) for w in self.said)]
+        amiss = [film for film in fitting if not all(wish.fits(film) for wish in wishes)]
+        film = self.draw_film(amiss or fitting or self.others())
+        is_seen = not amiss or self.rng.random() < 0.15
+        self.lines.append(self.phrase("recommender suggests", film=film.title))
+        self.reveal(wishes, "seeker has seen it" if is_seen else "seeker refuses")
+        self.films.append(film)
+        (self.seen if is_seen else self.refused).append(film)
+
+    def return_to_target(self) -> None:
+        """Bring the target in before it is recommended: asked about, or returned to."""
+        title = self.target.title
+        if len(self.lines) + 4 <= MAX_LINES and self.rng.random() < 0.5:
+            other = self.draw_film(self.others())
+            self.lines += [
+                self.phrase("recommender suggests", film=title),
+                self.phrase("seeker hesitates"),
+                self.phrase("recommender suggests", film=other.title),
+                self.phrase("seeker returns"),
+            ]
+            self.films += [self.target, other]
+            self.refused.append(other)
+        elif len(self.lines) + 2 <= MAX_LINES:
+            self.lines.append(self.phrase("recommender asks"))
+            wishes = self.rng.sample(_wanted(self.said), 1)
+            self.add_short(lambda: self.phrase("seeker asks about film", wishes, film=title))
+            self.films.append(self.target)
+
+    # the row
+
+    def row(self, dialog_id: str) -> dict[str, Any]:
+        """Return the dialogue so far, with the recommendation of the target that ends it."""
+        return {
+            "dialog_id": dialog_id,
+            "turn_id": len(self.lines),
+            "context": list(self.lines),
+            "entity": [film.title for film in self.films],
+            "rec": [self.target.title],
+            "resp": self.respond(),
+            "target": self.target.title,
+            "wishes": [[wish.kind, wish.value] for wish in self.said],
+            "profile": self.profile(),
+            "explanation": self.explain(),
+            "reactions": self.react(),
+        }
+
+    def facts_to_tell(self) -> list[Wish]:
+        """Draw one or two facts of the target that meet what was said."""
+        met = [wish for wish in _wanted(self.said) if wish.fits(self.target)]
+        return self.rng.sample(met, min(len(met), self.rng.choice([1, 2, 2])))
+
+    def respond(self) -> str:
+        """Return the recommendation of the target."""
+        told = self.facts_to_tell()
+        act = "recommends returning" if self.target in self.films else "recommends"
+        return _sentence_case(self.phrase(act, told, film=self.target.title))
+
+    def explain(self) -> str:
+        """Return one sentence of the target's facts and of a wish that they meet."""
+        told, target = self.facts_to_tell(), self.target
+        genre = next((wish.value for wish in told if wish.kind == "genre"), target.genres[0])
+        star = next((wish.value for wish in told if wish.kind == "lead"), target.lead)
+        kind = f"{target.year} {genre_word(genre)} film"
+        facts = f"{with_article(kind)} directed by {target.directors[0]} and starring {star}"
+        forms = {"mood": "the {} mood", "decade": "the {}"}
+        wish = told[0]
+        value = genre_word(wish.value) if wish.kind == "genre" else wish.value
+        asked = forms.get(wish.kind, "the {} film").format(value)
+        return _sentence_case(self.phrase("explains", facts=facts, wish=asked))
+
+    def react(self) -> dict[str, str]:
+        """Return what the seeker would say to the target, and to another film (with a hint)."""
+        accept = self.phrase("accepts")
+        if self.rng.random() < 0.4:
+            accept = self.phrase("accepts with fact", self.facts_to_tell())
+        facts = facts_of(self.target)
+        unsaid = [fact for fact in facts if fact not in self.said]
+        hints = self.rng.sample(unsaid or facts, 1)
+        refuse = f"{self.phrase('seeker refuses')} {self.phrase('refuses with hint', hints)}"
+        return {"accept": _sentence_case(accept), "refuse": _sentence_case(refuse)}
 
 
 def _split_up(rng: random.Random, wishes: Sequence[Wish], parts: int) -> list[list[Wish]]:
@@ -264,205 +419,7 @@ def _split_up(rng: random.Random, wishes: Sequence[Wish], parts: int) -> list[li
     return [list(wishes[a:b]) for a, b in zip([0, *cuts], [*cuts, len(wishes)], strict=True)]
 
 
-def _open(scene: _Scene, wishes: Sequence[Wish], target: Item) -> None:
-    """Write the first lines, up to the seeker's first request, which reveals these wishes."""
-    rng = scene.rng
-    greeted = rng.random() < 0.6
-    if greeted:
-        scene.lines += ["", _phrase(rng, "recommender greets")]
-    liked = None
-    if rng.random() < 0.22:
-        kin = [film for film in scene.others(target) if any(w.fits(film) for w in wishes)]
-        liked = scene.draw_film(kin) if kin else None
-
-    def request() -> str:
-        hello = "" if greeted or rng.random() < 0.5 else _phrase(rng, "seeker greets") + " "
-        if not wishes:
-            return hello + _phrase(rng, "seeker asks vaguely")
-        text = hello + _say_wishes(rng, wishes, "seeker asks")
-        if liked and rng.random() < 0.8:  # not always, so that a long request may go without
-            text += " " + _phrase(rng, "seeker likes film", film=liked.title)
-        return text
-
-    scene.lines.append(_short(rng, request))
-    scene.said += wishes
-    if liked and liked.title in scene.lines[-1]:
-        scene.films.append(liked)
-        scene.liked.append(liked)
-
-
-def _mistaken(rng: random.Random, wish: Wish, catalogue: Catalogue, target: Item) -> Wish | None:
-    """Return a wish of the same kind that the target does not meet, or None."""
-    if wish.kind not in ("genre", "decade", "mood"):
-        return None
-    values = sorted({f.value for film in catalogue for f in facts_of(film) if f.kind == wish.kind})
-    wrong = [Wish(wish.kind, value) for value in values]
-    return rng.choice([other for other in wrong if not other.fits(target)])
-
-
-def _change_mind(scene: _Scene, wrong: Wish, wishes: Sequence[Wish]) -> None:
-    """Let the recommender ask on, and the seeker take back a wish and state its own."""
-    rng = scene.rng
-    named = {
-        "genre": f"{genre_word(wrong.value)} film",
-        "mood": f"{wrong.value} mood",
-        "decade": wrong.value,
-    }[wrong.kind]
-    scene.lines.append(_phrase(rng, "recommender asks"))
-
-    def correct() -> str:
-        wanted = [wish for wish in wishes if wish.kind != "dislike"]
-        text = _phrase(rng, "seeker changes mind", wanted, wrong=named)
-        dislikes = [wish for wish in wishes if wish.kind == "dislike"]
-        return f"{text} {_say_wishes(rng, dislikes)}".strip()
-
-    scene.lines.append(_short(rng, correct))
-    scene.said = [wish for wish in scene.said if wish != wrong] + list(wishes)
-
-
-def _ask(scene: _Scene, wishes: Sequence[Wish]) -> None:
-    """Let the recommender ask, and the seeker answer with these wishes."""
-    rng = scene.rng
-    specific = f"recommender asks {wishes[0].kind}" if rng.random() < 0.7 else "recommender asks"
-    scene.lines.append(_phrase(rng, specific))
-    scene.lines.append(_short(rng, lambda: _say_wishes(rng, wishes)))
-    scene.said += wishes
-
-
-def _suggest_amiss(scene: _Scene, wishes: Sequence[Wish], target: Item) -> None:
-    """Let the recommender suggest another film; the refusal reveals these wishes."""
-    rng = scene.rng
-    fitting = [film for film in scene.others(target) if all(w.fits(film) for w in scene.said)]
-    amiss = [film for film in fitting if not all(wish.fits(film) for wish in wishes)]
-    films = amiss or fitting or scene.others(target)
-    film = scene.draw_film(films)
-    is_seen = not amiss or rng.random() < 0.15
-    scene.lines.append(_phrase(rng, "recommender suggests", film=film.title))
-    act = "seeker has seen it" if is_seen else "seeker refuses"
-    scene.lines.append(_short(rng, lambda: f"{_phrase(rng, act)} {_say_wishes(rng, wishes)}"))
-    scene.films.append(film)
-    (scene.seen if is_seen else scene.refused).append(film)
-    scene.said += wishes
-
-
-def _chat(scene: _Scene, wishes: Sequence[Wish]) -> None:
-    """Let both say something friendly before the seeker's wishes."""
-    rng = scene.rng
-    scene.lines.append(_phrase(rng, "recommender chats"))
-    scene.lines.append(
-        _short(rng, lambda: f"{_phrase(rng, 'seeker chats')} {_say_wishes(rng, wishes)}")
-    )
-    scene.said += wishes
-
-
-def _converse(scene: _Scene, target: Item, wishes: Sequence[Wish], max_lines: int) -> None:
-    """Write the dialogue up to the seeker's last word before the target is recommended."""
-    rng = scene.rng
-    exchanges = rng.choices([0, 1, 2, 3], [0.24, 0.38, 0.3, 0.08])[0]
-    exchanges = min(exchanges, (max_lines - 3) // 2, len(wishes))
-    vague = exchanges == len(wishes) or (exchanges > 0 and rng.random() < 0.15)
-    runs = _split_up(rng, wishes, exchanges + (not vague))
-    first = [] if vague else runs.pop(0)
-    wrong = None
-    if first and runs and rng.random() < 0.3:
-        wrong = _mistaken(rng, first[0], scene.catalogue, target)
-    if wrong:
-        runs[0].insert(0, first[0])
-        first[0] = wrong
-    _open(scene, first, target)
-    for place, run in enumerate(runs):
-        draw = rng.random()
-        if place == 0 and wrong:
-            _change_mind(scene, wrong, run)
-        elif place == 0 and not scene.said and draw < 0.4:
-            _chat(scene, run)
-        elif draw < 0.5 and scene.said:
-            _suggest_amiss(scene, run, target)
-        else:
-            _ask(scene, run)
-
-
-def _return_to_target(scene: _Scene, target: Item) -> None:
-    """Bring the target into the dialogue before it is recommended: asked about, or returned to."""
-    rng = scene.rng
-    wanted = [wish for wish in scene.said if wish.kind != "dislike"]
-    if len(scene.lines) + 4 <= MAX_LINES and rng.random() < 0.5:
-        other = scene.draw_film(scene.others(target))
-        scene.lines += [
-            _phrase(rng, "recommender suggests", film=target.title),
-            _phrase(rng, "seeker hesitates"),
-            _phrase(rng, "recommender suggests", film=other.title),
-            _phrase(rng, "seeker returns"),
-        ]
-        scene.films += [target, other]
-        scene.refused.append(other)
-        return
-    if len(scene.lines) + 2 > MAX_LINES:
-        return
-    scene.lines.append(_phrase(rng, "recommender asks"))
-    wishes = rng.sample(wanted, 1)
-    scene.lines.append(
-        _short(rng, lambda: _phrase(rng, "seeker asks about film", wishes, film=target.title))
-    )
-    scene.films.append(target)
-
-
-# --- rows -------------------------------------------------------------------------------------
-
-
-def _facts_to_tell(rng: random.Random, said: Sequence[Wish], target: Item) -> list[Wish]:
-    """Draw one or two facts of the target that meet what was said."""
-    met = [wish for wish in said if wish.kind != "dislike" and wish.fits(target)]
-    return rng.sample(met, min(len(met), rng.choice([1, 2, 2])))
-
-
-def _respond(rng: random.Random, scene: _Scene, target: Item, returning: bool) -> str:
-    told = _facts_to_tell(rng, scene.said, target)
-    act = "recommends returning" if returning else "recommends"
-    return _sentence_case(_phrase(rng, act, told, film=target.title))
-
-
-def _explain(rng: random.Random, scene: _Scene, target: Item) -> str:
-    """Return one sentence of the target's facts and of a wish that they meet."""
-    told = _facts_to_tell(rng, scene.said, target)
-    genre = next((wish.value for wish in told if wish.kind == "genre"), target.genres[0])
-    star = next((wish.value for wish in told if wish.kind == "lead"), target.lead)
-    kind = f"{target.year} {genre_word(genre)} film"
-    facts = f"{with_article(kind)} directed by {target.directors[0]} and starring {star}"
-    forms = {"mood": "the {} mood", "genre": "the {} film", "decade": "the {}"}
-    wish = told[0]
-    value = genre_word(wish.value) if wish.kind == "genre" else wish.value
-    asked = forms.get(wish.kind, "the {} film").format(value)
-    return _sentence_case(_phrase(rng, "explains", facts=facts, wish=asked))
-
-
-def _react(rng: random.Random, scene: _Scene, target: Item) -> dict[str, str]:
-    """Return what the seeker would say to the target, and to another film (a hint, no title)."""
-    accept = _phrase(rng, "accepts")
-    if rng.random() < 0.4:
-        accept = _phrase(rng, "accepts with fact", _facts_to_tell(rng, scene.said, target))
-    unsaid = [fact for fact in facts_of(target) if fact not in scene.said]
-    hints = rng.sample(unsaid or facts_of(target), 1)
-    refuse = f"{_phrase(rng, 'seeker refuses')} {_phrase(rng, 'refuses with hint', hints)}"
-    return {"accept": _sentence_case(accept), "refuse": _sentence_case(refuse)}
-
-
-def _row(scene: _Scene, dialog_id: str, target: Item) -> dict[str, Any]:
-    rng = scene.rng
-    returning = target in scene.films
-    return {
-        "dialog_id": dialog_id,
-        "turn_id": len(scene.lines),
-        "context": list(scene.lines),
-        "entity": [film.title for film in scene.films],
-        "rec": [target.title],
-        "resp": _respond(rng, scene, target, returning),
-        "target": target.title,
-        "wishes": [[wish.kind, wish.value] for wish in scene.said],
-        "profile": scene.profile(),
-        "explanation": _explain(rng, scene, target),
-        "reactions": _react(rng, scene, target),
-    }
+# --- splits -----------------------------------------------------------------------------------
 
 
 def popularity_rank(title: str, seed: int) -> tuple[int, int]:
@@ -478,9 +435,8 @@ class SampleMaker:
         self.catalogue = catalogue
         self.seed = seed
         self.used: dict[tuple[str, frozenset[Wish]], str] = {}
-        ranked = sorted(catalogue, key=lambda item: popularity_rank(item.title, seed))
-        self.weights = {item.title: 1 / (rank + 2) for rank, item in enumerate(ranked)}
-        self.ranked = ranked
+        self.ranked = sorted(catalogue, key=lambda item: popularity_rank(item.title, seed))
+        self.weights = {item.title: 1 / (rank + 2) for rank, item in enumerate(self.ranked)}
 
     def make_split(self, split: str, dialogues: int) -> list[dict[str, Any]]:
         """Return the rows of a split; in train every third dialogue goes through all films once."""
@@ -489,8 +445,8 @@ class SampleMaker:
         for number in range(dialogues):
             rng = random.Random(seed_for("sample", self.seed, split, number))
             covers = split == "train" and number % 3 == 0 and turns
-            first = turns.pop() if covers else None
-            rows += self._make_dialogue(rng, split, f"{split}-{number}", first)
+            targets = [turns.pop()] if covers else self.ranked
+            rows += self._make_dialogue(rng, split, f"{split}-{number}", targets)
         return rows
 
     def _claim(
@@ -505,31 +461,25 @@ class SampleMaker:
                     return target, wishes
 
     def _make_dialogue(
-        self, rng: random.Random, split: str, dialog_id: str, first: Item | None
+        self, rng: random.Random, split: str, dialog_id: str, targets: Sequence[Item]
     ) -> list[dict[str, Any]]:
-        target, wishes = self._claim(rng, split, [first] if first else self.ranked)
+        """Return the dialogue's row; a second one if the seeker then asks for one film more."""
+        target, wishes = self._claim(rng, split, targets)
         repeats, again = rng.random() < 0.13, rng.random() < 0.3
-        scene = _Scene(rng, self.catalogue, self.weights)
-        _converse(scene, target, wishes, MAX_LINES - 2 * repeats)
+        scene = _Scene(rng, self.catalogue, self.weights, target)
+        scene.converse(wishes, MAX_LINES - 2 * repeats)
         if repeats:
-            _return_to_target(scene, target)
-        rows = [_row(scene, dialog_id, target)]
+            scene.return_to_target()
+        rows = [scene.row(dialog_id)]
         if again and len(scene.lines) + 2 <= MAX_LINES:
-            rows += self._another(scene, split, dialog_id, rows[0], target)
+            another, wishes = self._claim(rng, split, scene.others())
+            scene.lines.append(rows[0]["resp"])
+            scene.add_short(lambda: scene.say_wishes(wishes, "seeker wants another"))
+            scene.films += [] if target in scene.films else [target]
+            scene.liked.append(target)
+            scene.said, scene.target = list(wishes), another
+            rows.append(scene.row(dialog_id))
         return rows
-
-    def _another(
-        self, scene: _Scene, split: str, dialog_id: str, row: dict[str, Any], target: Item
-    ) -> list[dict[str, Any]]:
-        """Let the seeker take the film and ask for one more; the second target is the new one."""
-        rng = scene.rng
-        second, wishes = self._claim(rng, split, scene.others(target))
-        scene.lines.append(row["resp"])
-        scene.lines.append(_short(rng, lambda: _say_wishes(rng, wishes, "seeker wants another")))
-        scene.films += [] if target in scene.films else [target]
-        scene.liked.append(target)
-        scene.said = list(wishes)
-        return [_row(scene, dialog_id, second)]
 
 
 def make_sample(folder: Path = FOLDER, seed: int = SEED) -> dict[str, list[dict[str, Any]]]:

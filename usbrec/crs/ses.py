@@ -15,8 +15,9 @@ A whole chunk of dialogues is searched level by level, each level in one `genera
 and first responses share the first. Seen with `python infer.py --ses`.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from usbrec.chat import Chat, LanguageModel, Sampling
@@ -33,38 +34,29 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.dialogue import Dialogue
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 
 @dataclass(frozen=True)
 class SearchOptions:
     """How wide, how far and how warm the search is, and how its votes are read."""
 
-    samples: int = option(3, "first responses that are tried (N)")
-    turns: int = option(2, "recommender turns looked ahead, the candidate's own included")
+    samples: int = option(3, "first responses that are tried (N)", low=1)
+    turns: int = option(2, "recommender turns looked ahead, the candidate's own included", low=1)
     mode: Literal["chain", "tree"] = option("chain", "one continuation, or N at every later turn")
-    start_turn: int = option(1, "first recommender turn, counted from 1, that is searched")
-    temperature: float = option(0.5, "temperature of the first responses")
-    rollout_temperature: float = option(0.1, "temperature of the inner seeker and later replies")
-    votes: int = option(0, "sampled votes at a leaf; 0 reads the expectation in closed form")
-    vote_temperature: float = option(0.7, "temperature of the judge's votes")
+    start_turn: int = option(1, "first recommender turn, counted from 1, that is searched", low=1)
+    temperature: float = option(0.5, "temperature of the first responses", low=0)
+    rollout_temperature: float = option(
+        0.1, "temperature of the inner seeker and later replies", low=0
+    )
+    votes: int = option(0, "sampled votes at a leaf; 0 reads the expectation in closed form", low=0)
+    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
-    max_new_tokens: int = option(48, "longest reply, in tokens")
-    summary_tokens: int = option(48, "longest summary, in tokens")
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
+    summary_tokens: int = option(48, "longest summary, in tokens", low=1)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "turns", "start_turn"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"search {name} must be at least 1, got {getattr(self, name)}")
-        for degrees in (self.temperature, self.rollout_temperature, self.vote_temperature):
-            Sampling(self.max_new_tokens, degrees)
-        Sampling(self.summary_tokens)
-        if self.votes < 0:
-            raise ValueError(f"search votes must be 0 (closed form) or more, got {self.votes}")
-        if self.mode not in ("chain", "tree"):
-            raise ValueError(f"search mode is chain or tree, got {self.mode!r}")
-        if self.value not in ("mean", "majority"):
-            raise ValueError(f"search value is mean or majority, got {self.value!r}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -102,9 +94,12 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class _Node:
-    """A dialogue on its way: the search it belongs to, its seed, and the draws it stands for."""
+    """A dialogue on its way: the search it belongs to, with the profile and the first response
+    there, its seed, and the draws it stands for.
+    """
 
     owner: int
+    profile: str
     first: str
     dialogue: Dialogue
     seed: int
@@ -121,24 +116,22 @@ def search(
     """Return one finished search a dialogue; each depends on its own dialogue and seed alone."""
     profiles, drafts = open_search(llm, cast, dialogues, seeds, options)
     nodes = [
-        _Node(i, text, say(root, "recommender", text), seed_for(seeds[i], "root", text))
+        _Node(i, profiles[i], text, say(root, "recommender", text),
+              seed_for(seeds[i], "root", text))
         for i, root in enumerate(dialogues)
         for text, _ in _counted(drafts[i])
-    ]
+    ]  # fmt: skip
     for _ in range(options.turns - 1):
-        nodes = expand(llm, cast, nodes, profiles, options)
-    leaves = evaluate(llm, cast, nodes, profiles, options)
+        nodes = expand(llm, cast, nodes, options)
+    leaves = evaluate(llm, cast, nodes, options)
+    found = defaultdict[tuple[int, str], list[Leaf]](list)
+    for node, leaf in zip(nodes, leaves, strict=True):
+        found[node.owner, node.first].append(leaf)
     results = []
     for i, root in enumerate(dialogues):
-        found: dict[str, list[Leaf]] = {text: [] for text in drafts[i]}
-        for node, leaf in zip(nodes, leaves, strict=True):
-            if node.owner == i:
-                found[node.first].append(leaf)
-        candidates = tuple(
-            Candidate(text, value_of(found[text], options.value), tuple(found[text]))
-            for text in drafts[i]
-        )
-        results.append(SearchResult(root, profiles[i], candidates, select(candidates)))
+        below = [(text, tuple(found[i, text])) for text in drafts[i]]
+        candidates = [Candidate(text, value_of(x, options.value), x) for text, x in below]
+        results.append(SearchResult(root, profiles[i], tuple(candidates), select(candidates)))
     return results
 
 
@@ -167,18 +160,11 @@ def open_search(
 
 
 def expand(
-    llm: LanguageModel,
-    cast: Cast,
-    nodes: Sequence[_Node],
-    profiles: Sequence[str],
-    options: SearchOptions,
+    llm: LanguageModel, cast: Cast, nodes: Sequence[_Node], options: SearchOptions
 ) -> list[_Node]:
     """Return the nodes one exchange later: the inner seeker answers, the recommender goes on."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
-    chats = [
-        cast.simulates(internal_seeker_prompt(node.dialogue, profiles[node.owner]))
-        for node in nodes
-    ]
+    chats = [cast.simulates(internal_seeker_prompt(x.dialogue, x.profile)) for x in nodes]
     lines = ask(llm, chats, sampling, [seed_for(node.seed, "seeker") for node in nodes])
     dialogues = [say(node.dialogue, "seeker", x) for node, x in zip(nodes, lines, strict=True)]
     width = options.samples if options.mode == "tree" else 1
@@ -186,24 +172,18 @@ def expand(
     keys = [seed_for(node.seed, "recommender", n) for node in nodes for n in range(width)]
     replies = ask(llm, chats, sampling, keys)
     return [
-        _Node(node.owner, node.first, say(dialogues[i], "recommender", text),
-              seed_for(node.seed, "next", text), node.weight * count)
+        replace(node, dialogue=say(dialogues[i], "recommender", text),
+                seed=seed_for(node.seed, "next", text), weight=node.weight * count)
         for i, node in enumerate(nodes)
         for text, count in _counted(replies[i * width : (i + 1) * width], keep_empty=True)
     ]  # fmt: skip
 
 
 def evaluate(
-    llm: LanguageModel,
-    cast: Cast,
-    nodes: Sequence[_Node],
-    profiles: Sequence[str],
-    options: SearchOptions,
+    llm: LanguageModel, cast: Cast, nodes: Sequence[_Node], options: SearchOptions
 ) -> list[Leaf]:
     """Return each node as a leaf with the inner judge's verdict on its last reply."""
-    chats = [
-        cast.simulates(internal_judge_prompt(node.dialogue, profiles[node.owner])) for node in nodes
-    ]
+    chats = [cast.simulates(internal_judge_prompt(x.dialogue, x.profile)) for x in nodes]
     seeds = [seed_for(node.seed, "judge") for node in nodes]
     verdicts = judge(llm, chats, options.votes, options.vote_temperature, seeds)
     return [Leaf(n.dialogue, v, n.weight) for n, v in zip(nodes, verdicts, strict=True)]
@@ -228,9 +208,9 @@ def select(candidates: Sequence[Candidate]) -> int:
     A candidate without a value never beats one that has one, and an empty one beats none.
     """
 
-    def rank(i: int) -> tuple[bool, bool, float, int]:
+    def rank(i: int) -> tuple[bool, bool, float]:
         value = candidates[i].value
-        return (value is not None, bool(candidates[i].reply), value or 0.0, -i)
+        return value is not None, bool(candidates[i].reply), value or 0.0
 
     return max(range(len(candidates)), key=rank)
 

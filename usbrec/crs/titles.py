@@ -43,14 +43,15 @@ GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms
 
 NAMING_WORDS = frozenset(["called", "titled", "named"])
 WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
-SUGGESTING_WORDS = frozenset(["recommend", "recommended", "suggest", "suggested"])
-FILM_WORDS = frozenset(["film", "films", "movie", "movies"])
 # Words that begin a sentence with a capital without being part of a name: "Watch Heat".
-OPENERS = WATCHING_WORDS | frozenset(
-    ["and", "are", "but", "can", "did", "does", "has", "have", "how", "is", "like", "love", "maybe"]
-    + ["no", "not", "or", "perhaps", "so", "then", "was", "were", "what", "why", "yes"]
+OPENERS = WATCHING_WORDS.union([
+    "and", "are", "but", "can", "did", "does", "has", "have", "how", "is", "like", "love", "maybe",
+    "no", "not", "or", "perhaps", "so", "then", "was", "were", "what", "why", "yes",
+])  # fmt: skip
+# Words right after which a title is expected.
+CUES = NAMING_WORDS | WATCHING_WORDS.union(
+    ["recommend", "recommended", "suggest", "suggested", "film", "films", "movie", "movies"]
 )
-CUES = NAMING_WORDS | WATCHING_WORDS | SUGGESTING_WORDS | FILM_WORDS
 ARTICLES = ("the", "a", "an")
 QUOTES = "\"'“”‘’«»*_"
 _WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
@@ -105,9 +106,9 @@ def is_ordinary(name: str) -> bool:
     )
 
 
-def _is_long(name: str) -> bool:
+def _uncommon_words(name: str) -> list[str]:
     keys = [word.key for word in words_of(name)]
-    return len(keys) >= 3 and any(len(key) > 3 and key not in ordinary_words() for key in keys)
+    return [key for key in keys if len(key) > 3 and key not in ordinary_words()]
 
 
 def _has_capitals(surface: str, name: str) -> bool:
@@ -136,7 +137,8 @@ def looks_like_title(text: str, words: list[Word], first: int, last: int, name: 
         return (cue or _is_quoted(text, start, end)) and _has_capitals(surface, name)
     if first == last and _is_part_of_name(text, words, first):
         return False
-    return _is_long(name) or _has_capitals(surface, name)
+    is_long = len(words_of(name)) >= 3 and _uncommon_words(name)
+    return bool(is_long) or _has_capitals(surface, name)
 
 
 def _is_part_of_name(text: str, words: list[Word], index: int) -> bool:
@@ -160,19 +162,14 @@ def _spelling(name: str) -> str:
     return r"\W{0,3}".join(words) or re.escape(fold(name))
 
 
-def _is_telling(part: str) -> bool:
-    keys = [word.key for word in words_of(part)]
-    return any(len(key) > 3 and key not in ordinary_words() and not key.isdigit() for key in keys)
-
-
 @lru_cache(maxsize=4096)
 def _leak_pattern(title: str) -> re.Pattern[str]:
     """Return the pattern of all forms of a title in folded text; group `name` without the year."""
     name, year = split_title(title)
-    forms = [name]
     stripped = re.sub(rf"^(?:{'|'.join(ARTICLES)})\s+", "", name, flags=re.IGNORECASE)
-    forms += [part for part in (stripped, *name.split(": ")) if part != name and _is_telling(part)]
-    spellings = sorted({_spelling(form) for form in forms}, key=len, reverse=True)
+    parts = [part for part in (stripped, *name.split(": ")) if part != name]
+    telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]
+    spellings = sorted({_spelling(form) for form in (name, *telling)}, key=len, reverse=True)
     bare_year = rf"|,?\s+{year}\b" if year else ""
     return re.compile(
         rf"(?<![^\W_])(?P<name>{'|'.join(spellings)})(?![^\W_])"

@@ -21,6 +21,7 @@ from usbrec.llm.checkpoint import compare_shapes, stored_module
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.lora import LoraConfig, LoraLinear, remove_adapter
 from usbrec.llm.model import Decoder
+from usbrec.llm.model_config import Settings
 from usbrec.llm.weights import SafetensorsWeights, load_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -29,19 +30,10 @@ KEY_PREFIX = "base_model.model."
 HONOURED = ("r", "lora_alpha", "target_modules", "use_rslora")
 # Settings that say nothing about what a trained adapter computes, or only with another one set.
 WITHOUT_EFFECT = (
-    "alora_invocation_tokens",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "layers_pattern",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-)
+    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "inference_mode",
+    "layers_pattern", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "task_type",
+)  # fmt: skip
 
 
 def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> None:
@@ -49,10 +41,8 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
 
     Each file is written whole or not at all, the weights last: where they stand, all is there.
     """
-    folder = Path(folder)
-    layers = adapter_layers(model, name)
-    if not layers:
-        raise UserError(f"the model has no adapter {name!r} to save")
+    layers = {p: layer for p, layer in linear_layers(model).items() if name in layer.lora_A}
+    assert layers, f"the model has no adapter {name!r} to save"
     tensors = {
         f"{KEY_PREFIX}{path}.{half}.weight": getattr(layer, half)[name].detach().cpu().contiguous()
         for path, layer in layers.items()
@@ -60,11 +50,6 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     }
     write_json(folder / CONFIG_FILE, peft_settings(model, name, layers, base_name))
     write_whole(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
-
-
-def adapter_layers(model: Decoder, name: str) -> dict[str, LoraLinear]:
-    """Return the checkpoint's module name -> layer for the layers that have the adapter."""
-    return {path: layer for path, layer in linear_layers(model).items() if name in layer.lora_A}
 
 
 def linear_layers(model: Decoder) -> dict[str, LoraLinear]:
@@ -128,7 +113,6 @@ def read_adapter(
     device). Raises UserError for a setting that is not honoured and for a key that is missing, too
     many or of another shape, as of an adapter made for another base.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such adapter folder: {folder}")
     source = file_in(folder, CONFIG_FILE)
@@ -139,15 +123,14 @@ def read_adapter(
             f"{folder / PICKLE_FILE} is a pickle, which is never opened since it can run code: "
             "convert it to safetensors"
         )
-    weights = SafetensorsWeights.from_file(file_in(folder, WEIGHTS_FILE))
+    weights = SafetensorsWeights(file_in(folder, WEIGHTS_FILE))
     layers = targeted(linear_layers(model), settings["target_modules"], source)
     compare_shapes(key_shapes(layers, config.r), weights.shapes, weights.path)
-    tensors = {key: load_tensor(weights, key, torch.float32) for key in weights.shapes}
-    keys = {path: f"{KEY_PREFIX}{path}" for path in layers}
-    return config, {
-        path: (tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"])
-        for path, key in keys.items()
-    }
+
+    def matrix(path: str, half: str) -> torch.Tensor:
+        return load_tensor(weights, f"{KEY_PREFIX}{path}.{half}.weight", torch.float32)
+
+    return config, {path: (matrix(path, "lora_A"), matrix(path, "lora_B")) for path in layers}
 
 
 def key_shapes(layers: Mapping[str, LoraLinear], r: int) -> dict[str, tuple[int, ...]]:
@@ -169,9 +152,7 @@ def lora_config(settings: Mapping[str, Any], source: Path) -> LoraConfig:
             neutral = value in (True, False, "gaussian")
         if name not in HONOURED and name not in WITHOUT_EFFECT and not neutral:
             raise UserError(f"{source}: the setting {name} = {value!r} is not supported")
-    r, alpha = settings.get("r"), settings.get("lora_alpha")
-    if isinstance(r, bool) or not isinstance(r, int) or not 0 < r <= 1 << 16:
-        raise UserError(f"{source}: r must be a whole number above 0, got {r!r}")
+    r, alpha = Settings(settings, source).size("r"), settings.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r}")
     targets = settings.get("target_modules")

@@ -17,9 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from usbrec.errors import UserError
+from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.model import Decoder, ModelConfig
 from usbrec.llm.model_config import config_from, load_config
-from usbrec.llm.weights import GgufWeights, SafetensorsWeights, Weights, load_tensor
+from usbrec.llm.weights import SafetensorsWeights, Weights, load_tensor
 from usbrec.parallel import part_of, shard
 
 # ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.
@@ -81,10 +82,9 @@ def empty_decoder(config: ModelConfig) -> Decoder:
 def open_model(path: Path) -> tuple[ModelConfig, Weights]:
     """Open a folder or a GGUF file, whose vocabulary alone takes seconds to read: only once."""
     if path.suffix == ".gguf":
-        weights = GgufWeights(path)
-        return config_from(weights.settings, path), weights
-    config = load_config(path)
-    return config, SafetensorsWeights.from_folder(path)
+        file = GgufFile(path)
+        return config_from(file.config(), path), file
+    return load_config(path), SafetensorsWeights.from_folder(path)
 
 
 def load_model(
@@ -100,7 +100,6 @@ def load_model(
     Raises UserError for unsupported settings, damaged files, and a parameter that is missing, too
     many, of another shape, or not finite; the first is named.
     """
-    path = Path(path)
     config, weights = open_model(path)
     model = empty_decoder(config)
     names = parameter_names(model, weights)

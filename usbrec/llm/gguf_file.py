@@ -37,29 +37,18 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def split_by(pattern: str) -> list[dict[str, Any]]:
+    """Return the steps that cut a text by a pattern, then into bytes."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return [{**split, "invert": False}, {**BYTE_LEVEL, "use_regex": False}]
+
+
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "smollm": [
-        {"type": "Digits", "individual_digits": True},
-        {**BYTE_LEVEL, "use_regex": True},
-    ],
-    "llama-bpe": [
-        {
-            "type": "Split",
-            "pattern": {"Regex": LLAMA3_SPLIT},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        {**BYTE_LEVEL, "use_regex": False},
-    ],
-    "qwen2": [
-        {
-            "type": "Split",
-            "pattern": {"Regex": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        {**BYTE_LEVEL, "use_regex": False},
-    ],
+    "smollm": [{"type": "Digits", "individual_digits": True}, {**BYTE_LEVEL, "use_regex": True}],
+    "llama-bpe": split_by(LLAMA3_SPLIT),
+    "qwen2": split_by(LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
 # What llama.cpp would compute otherwise: the only values that are honoured here.
 HONOURED = {"expert_count": 0, "attention.sliding_window": 0, "rope.scaling.type": "none"}
@@ -97,6 +86,9 @@ class GgufFile:
                 )
         self._tensors = {self._hf_name(t.name): t for t in tensors}
         self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
+        # by the names of Hugging Face; GGUF lists dimensions innermost first
+        self.shapes = {x: tuple(map(int, t.shape[::-1])) for x, t in self._tensors.items()}
+        self.dtypes = dict.fromkeys(self.shapes, torch.bfloat16)  # what torch has nearest to them
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return one metadata value; `{arch}` in the key stands for the architecture's name."""
@@ -108,15 +100,6 @@ class GgufFile:
         if isinstance(content, float):  # stored as fp32: 9.99999974e-06 is meant as 1e-05
             return float(str(np.float32(content)))
         return content
-
-    @property
-    def names(self) -> list[str]:
-        """The Hugging Face names of the stored tensors."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that `read(name)` will have (GGUF lists dimensions innermost first)."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def fill(self, name: str, target: torch.Tensor) -> None:
         """Unpack one tensor into `target`, whatever its dtype and device, q and k in HF's order.
@@ -154,7 +137,7 @@ class GgufFile:
         config = {
             "architectures": ["LlamaForCausalLM" if self._is_llama else "Qwen2ForCausalLM"],
             "model_type": self.architecture,
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0],
             "hidden_size": hidden_size,
             "intermediate_size": int(self.value("{arch}.feed_forward_length")),
             "num_hidden_layers": int(self.value("{arch}.block_count")),
@@ -186,11 +169,8 @@ class GgufFile:
         tokens = self.value("tokenizer.ggml.tokens")
         kinds = self.value("tokenizer.ggml.token_type")
         eos = self.value("tokenizer.ggml.eos_token_id")
-        added = {
-            i: kind == CONTROL_TOKEN
-            for i, kind in enumerate(kinds)
-            if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
-        }
+        special = {CONTROL_TOKEN: True, USER_DEFINED_TOKEN: False}
+        added = {i: special[kind] for i, kind in enumerate(kinds) if kind in special}
         content = tokenizer_json(tokens, self.value("tokenizer.ggml.merges"), added)
         content["pre_tokenizer"]["pretokenizers"] = PRE_TOKENIZERS[pre]
         content["model"]["ignore_merges"] = pre == "llama-bpe"
@@ -222,11 +202,11 @@ class GgufFile:
         return self.architecture == "llama"
 
     def _hf_name(self, name: str) -> str:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if not match or (match[2] not in TENSOR_NAMES and name != "rope_freqs.weight"):
-            raise UserError(f"{self.path}: the GGUF tensor {name} is unknown")
         if name == "rope_freqs.weight":
             return name
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if not match or match[2] not in TENSOR_NAMES:
+            raise UserError(f"{self.path}: the GGUF tensor {name} is unknown")
         layer = f"model.layers.{match[1]}." if match[1] else ""
         return f"{layer}{TENSOR_NAMES[match[2]]}.{match[3]}"
 
@@ -272,20 +252,14 @@ def tokenizer_json(tokens: list[str], merges: list[str], added: dict[int, bool])
 
     `added` tells of the tokens that no merge makes: id -> whether decoding leaves it out.
     """
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": i,
-                "content": tokens[i],
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": special,
-            }
+            {"id": i, "content": tokens[i], **plain, "special": special}
             for i, special in added.items()
         ],
         "normalizer": None,
@@ -294,10 +268,7 @@ def tokenizer_json(tokens: list[str], merges: list[str], added: dict[int, bool])
         "decoder": {**BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
+            **dict.fromkeys(unused),
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,

@@ -9,7 +9,6 @@ shard at a time. A folder that has an adapter merged into it takes no second one
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from usbrec.errors import UserError
+from usbrec.files import write_json
 from usbrec.llm.adapter_files import read_adapter
 from usbrec.llm.checkpoint import empty_decoder, open_model, parameter_names
 from usbrec.llm.files import file_in, read_json
@@ -42,36 +42,34 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
 
     Raises UserError if `out` exists, if `base` is merged already, or if the adapter does not fit.
     """
-    base, adapter, out = Path(base), Path(adapter), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: name a new folder to merge into")
-    settings = read_settings(base)
+    config, weights = open_model(base)
+    files: dict[str, dict[str, Any]] = {}  # to be written beside the weights
+    if isinstance(weights, GgufFile):
+        settings, files = weights.config(), weights.tokenizer_files()
+    else:
+        settings = read_json(base / "config.json")
     if MERGED in settings:
         raise UserError(
             f"{base} has the adapter {settings[MERGED]} merged into it already; merge into the "
             "base that the adapter was trained on"
         )
-    config, weights = open_model(base)
     model = empty_decoder(config)
     parameter_names(model, weights)  # the base itself must be whole
     lora_config, matrices = read_adapter(model, adapter)
+    files["config.json"] = {**settings, MERGED: str(adapter)}
     deltas = {f"{path}.weight": pair for path, pair in matrices.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         made = Path(work) / out.name
         made.mkdir()
         write_shards(made, weights, deltas, lora_config.scaling, shard_bytes)
-        write_other_files(made, base, {**settings, MERGED: str(adapter)})
+        for name, content in files.items():
+            write_json(made / name, content)
+        if base.is_dir():
+            copy_other_files(base, made)
         made.rename(out)
-
-
-def read_settings(base: Path) -> dict[str, Any]:
-    """Return the content of config.json, or what stands for it in a GGUF file."""
-    if base.suffix == ".gguf":
-        return GgufFile(base).config()
-    if not (base / "config.json").exists():
-        raise UserError(f"{base} is no model folder: it has no config.json")
-    return read_json(file_in(base, "config.json"))
 
 
 def merged_tensor(
@@ -121,20 +119,14 @@ def write_shards(
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_other_files(folder: Path, base: Path, settings: Mapping[str, Any]) -> None:
-    """Write config.json and carry the base's tokenizer and other small files over."""
-    contents: dict[str, Mapping[str, Any]] = {"config.json": settings}
-    if base.suffix == ".gguf":
-        contents |= GgufFile(base).tokenizer_files()
-    else:
-        for path in sorted(base.iterdir()):
-            if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
-                shutil.copyfile(file_in(base, path.name), folder / path.name)
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf8")
+def copy_other_files(base: Path, folder: Path) -> None:
+    """Carry the base's tokenizer and other small files over."""
+    for path in sorted(base.iterdir()):
+        if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
+            shutil.copyfile(file_in(base, path.name), folder / path.name)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,53 +12,36 @@ from typing import Any
 
 from usbrec.errors import UserError
 from usbrec.llm.files import file_in, read_json
-from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.model import ModelConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
-LIMITS = {"num_hidden_layers": 1024}
+LIMITS = {"num_hidden_layers": 1024, "num_layers": 1024}
 SIZE_LIMIT = 1 << 24
 
 # Settings that change what a model computes, with the only values that the decoder computes.
+OFF = (None, False, 0)
 HONOURED: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "compression_config": (None,),
+    **dict.fromkeys((
+        "quantization_config", "compression_config", "mlp_bias", "use_sliding_window",
+        "rope_interleaved", "attn_logit_softcapping", "final_logit_softcapping", "use_qk_norm",
+        "num_experts", "num_local_experts", "n_routed_experts", "is_encoder_decoder",
+        "add_cross_attention", "no_rope_layers",
+    ), OFF),
     "hidden_act": (None, "silu"),
-    "mlp_bias": (None, False),
-    "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1.0),
-    "rope_interleaved": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "use_qk_norm": (None, False),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "n_routed_experts": (None, 0),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "no_rope_layers": (None,),
-}
+}  # fmt: skip
 HONOURED_CHATGLM: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "quantization_bit": (None, 0),
-    "add_bias_linear": (None, False),
-    "add_qkv_bias": (True,),
-    "apply_residual_connection_post_layernorm": (None, False),
-    "fp32_residual_connection": (None, False),
-    "multi_query_attention": (True,),
-    "original_rope": (None, True),
-    "post_layer_norm": (None, True),
-    "rmsnorm": (None, True),
-    "pre_seq_len": (None,),
-    "prefix_projection": (None, False),
-}
+    **dict.fromkeys((
+        "quantization_config", "quantization_bit", "add_bias_linear", "pre_seq_len",
+        "apply_residual_connection_post_layernorm", "fp32_residual_connection", "prefix_projection",
+    ), OFF),
+    **dict.fromkeys(("original_rope", "post_layer_norm", "rmsnorm"), (None, True)),
+    **dict.fromkeys(("add_qkv_bias", "multi_query_attention"), (True,)),
+}  # fmt: skip
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Read the settings of a model's folder or GGUF file; raises UserError naming the file."""
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return config_from(GgufFile(path).config(), path)
+    """Read the settings of a model's folder; raises UserError naming the file."""
     if not path.is_dir():
         raise UserError(f"no such model folder: {path}")
     if not (path / "config.json").exists():
@@ -181,7 +164,7 @@ class Settings:
         """Return a whole number above 0 and of a sane size."""
         value = self.settings.get(name)
         value = default if value is None else value
-        limit = LIMITS.get(name.replace("num_layers", "num_hidden_layers"), SIZE_LIMIT)
+        limit = LIMITS.get(name, SIZE_LIMIT)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
             raise UserError(
                 f"{self.source}: {name} must be a whole number from 1 to {limit}, got {value!r}"
@@ -190,7 +173,7 @@ class Settings:
 
     def even(self, value: int) -> int:
         """Return the width of a head, which is turned in pairs."""
-        if value % 2 or value == 0:
+        if value % 2:
             raise UserError(f"{self.source}: a head's width must be even, got {value}")
         return value
 

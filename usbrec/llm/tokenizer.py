@@ -14,7 +14,7 @@ newline one by one. Which format a model wants is read off its control tokens; `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,59 +53,63 @@ class ChatFormat:
     by_name: bool = False  # its marks tell nothing: taken only where the user names it
 
 
-CHATML_HEADER = ("<|im_start|>", "{role}\n")
-CHATML_END = ("<|im_end|>", "\n")
-LLAMA3_HEADER = ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n")
-
+CHATML = ChatFormat(
+    name="chatml",
+    marks=("<|im_start|>", "<|im_end|>"),
+    header=("<|im_start|>", "{role}\n"),
+    end=("<|im_end|>", "\n"),
+)
+LLAMA3 = ChatFormat(
+    name="llama3",
+    marks=("<|start_header_id|>", "<|eot_id|>"),
+    begin=("<|begin_of_text|>",),
+    header=("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"),
+    end=("<|eot_id|>",),
+    trim=True,
+    stops=("<|end_of_text|>",),
+)
+MISTRAL = ChatFormat(
+    name="mistral",
+    marks=("<s>", "</s>"),
+    begin=("<s>",),
+    header=(),
+    end=("</s>",),
+    user_header=(" [INST] ",),
+    user_end=(" [/INST]",),
+    system="{}\n\n",
+    reply_prefix=" ",
+    by_name=True,
+)
 # The first whose marks the tokenizer has is taken.
 FORMATS = (
-    ChatFormat(
+    replace(
+        CHATML,
         name="smollm2",
-        marks=("<|im_start|>", "<|im_end|>", "<gh_stars>"),
-        header=CHATML_HEADER,
-        end=CHATML_END,
+        marks=(*CHATML.marks, "<gh_stars>"),
         default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     ),
-    ChatFormat(
+    replace(
+        CHATML,
         name="qwen2.5",
-        marks=("<|im_start|>", "<|im_end|>", "<|fim_prefix|>"),
-        header=CHATML_HEADER,
-        end=CHATML_END,
+        marks=(*CHATML.marks, "<|fim_prefix|>"),
         default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     ),
-    ChatFormat(
+    replace(
+        CHATML,
         name="qwen2",
-        marks=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
-        header=CHATML_HEADER,
-        end=CHATML_END,
+        marks=(*CHATML.marks, "<|endoftext|>"),
         default_system="You are a helpful assistant.",
     ),
-    ChatFormat(
-        name="chatml",
-        marks=("<|im_start|>", "<|im_end|>"),
-        header=CHATML_HEADER,
-        end=CHATML_END,
-    ),
-    ChatFormat(
+    CHATML,
+    replace(
+        LLAMA3,
         name="llama3.1",
-        marks=("<|start_header_id|>", "<|eot_id|>", "<|eom_id|>"),
-        begin=("<|begin_of_text|>",),
-        header=LLAMA3_HEADER,
-        end=("<|eot_id|>",),
+        marks=(*LLAMA3.marks, "<|eom_id|>"),
         default_system="",
         system_prefix="Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n",
-        trim=True,
-        stops=("<|end_of_text|>", "<|eom_id|>"),
+        stops=(*LLAMA3.stops, "<|eom_id|>"),
     ),
-    ChatFormat(
-        name="llama3",
-        marks=("<|start_header_id|>", "<|eot_id|>"),
-        begin=("<|begin_of_text|>",),
-        header=LLAMA3_HEADER,
-        end=("<|eot_id|>",),
-        trim=True,
-        stops=("<|end_of_text|>",),
-    ),
+    LLAMA3,
     ChatFormat(
         name="chatglm3",
         marks=("[gMASK]", "sop", "<|user|>", "<|observation|>"),
@@ -134,29 +138,13 @@ FORMATS = (
         trim=True,
         by_name=True,
     ),
-    ChatFormat(
-        name="mistral",
-        marks=("<s>", "</s>"),
-        begin=("<s>",),
-        header=(),
-        end=("</s>",),
-        user_header=(" [INST] ",),
-        user_end=(" [/INST]",),
-        system="{}\n\n",
-        reply_prefix=" ",
-        by_name=True,
-    ),
-    ChatFormat(
+    MISTRAL,
+    replace(
+        MISTRAL,
         name="mistral-v3",
-        marks=("<s>", "</s>", "[INST]", "[/INST]"),
-        begin=("<s>",),
-        header=(),
-        end=("</s>",),
+        marks=(*MISTRAL.marks, "[INST]", "[/INST]"),
         user_header=("[INST]", " "),
         user_end=("[/INST]",),
-        system="{}\n\n",
-        reply_prefix=" ",
-        by_name=True,
     ),
 )
 
@@ -207,8 +195,8 @@ class ChatTokenizer:
         Llama 3.1's system prompt calls today. Raises UserError for a missing or malformed file and
         for an unknown format.
         """
-        vocabulary, settings = read_files(Path(path))
-        end_ids = frozenset[int]().union(*(end_ids_of(each, Path(path)) for each in settings))
+        vocabulary, settings = read_files(path)
+        end_ids = frozenset[int]().union(*(end_ids_of(each, path) for each in settings))
         return cls(vocabulary, pick_format(vocabulary.control, chat_format), end_ids, date)
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
@@ -244,7 +232,8 @@ class ChatTokenizer:
         for number, message in enumerate(messages):
             is_system_prompt = number == 0 and message.role == "system"
             header = self._lay_header(row, message.role, owed, begins=first and number == 0)
-            content = (prefix if is_system_prompt else "") + self._content(message)
+            content = message.content.strip() if self.chat_format.trim else message.content
+            content = (prefix if is_system_prompt else "") + content
             owed = self._lay_content(row, message, header, content)
         if owed and closed:
             row.add([self.vocabulary.control["<|user|>"]], owed)
@@ -264,9 +253,6 @@ class ChatTokenizer:
     def stream(self) -> StreamDecoder:
         """Return a decoder for tokens that arrive one by one."""
         return StreamDecoder(self)
-
-    def _content(self, message: Message) -> str:
-        return message.content.strip() if self.chat_format.trim else message.content
 
     def _without_system(self, messages: list[Message], first: bool) -> list[Message]:
         """Hand the text of system messages to users, a leading one to the first user's message."""
@@ -352,7 +338,7 @@ def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
     """Return the named format, or else the first whose marks are among the control tokens."""
     choices = ", ".join(each.name for each in FORMATS)
     for each in FORMATS:
-        told = not each.by_name and all(mark in control for mark in each.marks)
+        told = not each.by_name and control.keys() >= {*each.marks}
         if each.name == name or (name is None and told):
             return each
     if name is not None:
@@ -373,11 +359,9 @@ def read_files(
         return TokenizersVocabulary(content, path), [gguf.config()]
     if not path.is_dir():
         raise UserError(f"no such model folder: {path}")
-    settings = [
-        read_json(file_in(path, name))
-        for name in ("config.json", "generation_config.json")
-        if name == "config.json" or (path / name).exists()
-    ]
+    settings = [read_json(file_in(path, "config.json"))]
+    if (path / "generation_config.json").exists():
+        settings.append(read_json(file_in(path, "generation_config.json")))
     if (path / "tokenizer.json").exists():
         file = file_in(path, "tokenizer.json")
         return TokenizersVocabulary(read_json(file), file), settings
