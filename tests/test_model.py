@@ -2,15 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import TINY, random_decoder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from usbrec.llm.lora import (
-    FEW_ROWS,
+    ORDERED_ROWS,
     LoraConfig,
     LoraLinear,
     Route,
+    Siblings,
     adapter_parameters,
     add_adapter,
+    prepare_adapter,
+    remove_adapter,
 )
 from usbrec.llm.model import Decoder, ModelConfig
 from usbrec.llm.packing import Branch, Tree, pack
@@ -164,19 +169,53 @@ def test_every_adapter_tensor_gets_a_gradient_and_the_base_none(tiny_model: Deco
     assert all(p.grad is None for n, p in tiny_model.named_parameters() if "lora" not in n)
 
 
-@pytest.mark.parametrize("rows", [3, 2 * FEW_ROWS])
-def test_an_adapter_over_a_bf16_layer_adds_its_part_to_its_own_rows_alone(rows: int) -> None:
-    """Few rows go through fp32, many through bf16; with gradients every piece is bf16."""
-    layer = LoraLinear(32, 48).bfloat16()
-    layer.add("one", LoraConfig(r=4), torch.Generator().manual_seed(0))
-    layer.lora_B["one"].data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    x = torch.randn(rows + 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
-    wanted = x.float() @ layer.weight.float().T
-    wanted[2 : rows + 2] += x[2 : rows + 2].float() @ layer.delta_weight("one").T
-    routes = [Route("one", 2, rows + 2), Route("elsewhere", 0, 2)]
+@pytest.mark.parametrize("rows", [3, 2 * ORDERED_ROWS])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sibling_layers_give_the_same_together_and_each_by_itself(rows: int, bias: bool) -> None:
+    """Adapters of two ranks, one of them at two of the layers alone; rows of neither between."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [LoraLinear(32, out, bias=bias).bfloat16() for out in (48, 16, 16)]
+    for layer in layers:
+        for parameter in (layer.weight, layer.bias) if bias else (layer.weight,):
+            parameter.data.normal_(0, 0.2, generator=generator)
+    for name, r, own in (("one", 4, layers), ("two", 2, layers[1:])):
+        for layer in own:
+            layer.add(name, LoraConfig(r=r), generator)
+            layer.lora_B[name].data.normal_(0, 0.3, generator=generator)
+    x = torch.randn(rows + 9, 32, generator=generator).bfloat16()
+    routes = [Route("one", 2, rows + 2), Route("two", rows + 5, rows + 9)]
+    together = Siblings(layers)
+    together.order()
+    plain = [layer(x, routes) for layer in layers]  # with gradients
+    for layer, out in zip(layers, plain, strict=True):
+        wanted = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
+        for name, start, stop in routes:
+            if name in layer.lora_A:
+                wanted[start:stop] += x[start:stop].float() @ layer.delta_weight(name).T
+        torch.testing.assert_close(out.float(), wanted, rtol=2**-6, atol=2**-4)
     with torch.no_grad():
-        layer.order()
-        out = layer(x, routes)
-    torch.testing.assert_close(out.float(), wanted, rtol=2**-6, atol=2**-4)
-    assert torch.equal(out[:2], layer.product(x)[:2])
-    torch.testing.assert_close(layer(x, routes).float(), wanted, rtol=2**-6, atol=2**-4)
+        for prepared in ("one", "two"):  # with one of them prepared, each layer works by itself
+            for out, expected in zip(together(x, routes), plain, strict=True):
+                torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-4)
+            together.prepare(prepared)
+        for out, expected in zip(together(x, routes), plain, strict=True):
+            torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-4)
+        if together.ordered is not None:
+            mixed, base = (torch.cat(list(together(x, r)), -1) for r in (routes, []))
+            assert torch.equal(mixed[:2], base[:2])
+
+
+def test_a_prepared_adapter_is_forgotten_when_it_is_removed_or_trained() -> None:
+    model = random_decoder(TINY).bfloat16()
+    model.order_weights()
+    for seed in (0, 1):
+        add_adapter(model, "one", LoraConfig(r=4), seed)
+        for parameter in adapter_parameters(model, "one").values():
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        route = [Route("one", 0, 3)]
+        plain = logits_of(model, [1, 2, 3], route).detach()
+        prepare_adapter(model, "one")
+        with torch.no_grad():
+            off = logits_of(model, [1, 2, 3], route) - plain
+        assert off.norm() < 0.03 * plain.norm()
+        remove_adapter(model, "one")

@@ -15,6 +15,7 @@ from usbrec.llm.lora import (
     LoraConfig,
     LoraLinear,
     Route,
+    Siblings,
     adapter_parameters,
     add_adapter,
 )
@@ -84,16 +85,18 @@ def test_weights_that_are_all_equal_or_zero_stay_finite_and_as_they_are(kind: st
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_gives_the_same_result_whatever_form_its_rows_read(kind: str, bias: bool) -> None:
     """A row alone, among more rows than the rounded form is for, and in a pass with gradients."""
-    layer = LoraLinear(64, 48, bias=bias)
-    layer.weight.copy_(random(48, 64))
-    if bias:
-        layer.bias.copy_(random(48, seed=2))
-    layer.quantise(kind)
+    layers = [LoraLinear(64, out, bias=bias) for out in (48, 16)]
+    for seed, layer in enumerate(layers):
+        layer.weight.copy_(random(layer.out_features, 64, seed=seed))
+        if bias:
+            layer.bias.copy_(random(layer.out_features, seed=seed + 2))
+    together = Siblings(layers)
+    together.quantise(kind)
     x = random(QUANTISED_ROWS + 1, 64, seed=1)
-    learned = layer(x).detach()
+    learned = torch.cat(list(together(x, [])), -1).detach()
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), learned)
-        few = layer(x[:QUANTISED_ROWS])
+        torch.testing.assert_close(torch.cat(list(together(x, [])), -1), learned)
+        few = torch.cat(list(together(x[:QUANTISED_ROWS], [])), -1)
         assert not torch.equal(few, learned[:QUANTISED_ROWS])  # another form was read
         torch.testing.assert_close(few, learned[:QUANTISED_ROWS], rtol=1e-4, atol=1e-4)
 
@@ -105,10 +108,13 @@ def test_an_adapter_adds_the_same_to_a_rounded_weight(kind: str) -> None:
     layer.add("one", LoraConfig(r=4), torch.Generator().manual_seed(0))
     layer.lora_B["one"].data.normal_(generator=torch.Generator().manual_seed(1))
     x, route = random(2, 64, seed=3), [Route("one", 0, 2)]
+    alone = Siblings([layer])
     with torch.no_grad():
         added = layer(x, route) - layer(x)
-        layer.quantise(kind)
-        torch.testing.assert_close(layer(x, route) - layer(x), added, rtol=1e-4, atol=1e-4)
+        alone.quantise(kind)
+        alone.prepare("one")
+        rounded = alone(x, route)[0] - alone(x, [])[0]
+        torch.testing.assert_close(rounded, added, rtol=1e-4, atol=1e-4)
 
 
 @KINDS
@@ -143,7 +149,7 @@ def test_a_layer_that_does_not_fit_int4_is_named_and_nothing_is_rounded() -> Non
     model = random_decoder(TINY)
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.o_proj has 48 and 32: take int8"):
         model.quantise_weights("int4")
-    assert model.model.layers[0].self_attn.q_proj.quantised is None
+    assert model.model.layers[0].self_attn.inputs.quantised is None
     model.quantise_weights("int8")
 
 

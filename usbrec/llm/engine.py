@@ -15,6 +15,7 @@ from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
 from usbrec.llm.limits import fit_prompt, prompt_room
+from usbrec.llm.lora import forget_adapter, prepare_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.sampling import (
     DecodeAttention,
@@ -112,6 +113,7 @@ class Engine:
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, memory_bytes)
         self.usage = Usage()
+        self.prepared: set[str] = set()  # adapters laid out for passes of few rows
         # hears a reply's text as it is drawn, where a call asks for one alone
         self.listener: Callable[[str], None] | None = None
         model.order_weights()
@@ -119,6 +121,9 @@ class Engine:
     def forget(self) -> None:
         """Drop all cached states: to be called whenever an adapter's weights change."""
         self.cache.forget()
+        for name in self.prepared:
+            forget_adapter(self.model, name)
+        self.prepared.clear()
 
     def generate(
         self,
@@ -222,7 +227,10 @@ class Engine:
     def prefill(
         self, rows: Sequence[tuple[str | None, list[int]]], since: Sequence[int]
     ) -> tuple[list[Path], list[Tensor]]:
-        """Run `sampling.prefill`, and count."""
+        """Run `sampling.prefill`, and count; its adapters are ready for decoding, too."""
+        for name in {name for name, _ in rows if name is not None} - self.prepared:
+            prepare_adapter(self.model, name)
+            self.prepared.add(name)
         paths, states, computed = prefill(self.model, self.cache, rows, since)
         self.usage.prompt_tokens += sum(len(ids) for _, ids in rows)
         self.usage.computed_tokens += computed

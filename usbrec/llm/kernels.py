@@ -30,8 +30,16 @@ def ordered(weight: Tensor) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
 
-def ordered_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x W^T + b (n, out) for x (n, in) and a weight that `ordered` has made."""
+def quick_form(weight: Tensor) -> Tensor:
+    """Return the weight as `ordered` makes it, or as it is where there is no such order."""
+    found = ordered(weight)
+    return weight if found is None else found
+
+
+def quick_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b (n, out) for x (n, in) and a weight, plain or as `ordered` has made it."""
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -110,16 +118,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _normed(x, weight, eps)[0]
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    r = cos.shape[-1]
-    out = x.clone() if 2 * r < x.shape[-1] else torch.empty_like(x)
-    first, second = slice(0, r), slice(r, 2 * r)
+def rotary_tables(angles: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return cosines and signed sines, (T, 1, 2 r) each, for the angles (T, 1, r) of `rotate`."""
     if interleaved:
-        first, second = slice(0, 2 * r, 2), slice(1, 2 * r, 2)
-    a, b = x[..., first], x[..., second]  # (T, H, r)
-    torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
-    return out
+        signed = torch.stack([-angles, angles], -1).flatten(-2)
+    else:
+        signed = torch.cat([-angles, angles], -1)
+    return signed.cos(), signed.sin()
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    if cos.shape[-1] < x.shape[-1]:
+        turning, still = x.tensor_split([cos.shape[-1]], -1)
+        return torch.cat([_turn(turning, cos, sin, interleaved), still], -1)
+    if interleaved:
+        partners = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partners = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, partners, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -138,7 +154,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first 2 r dimensions of each head of x (T, H, d) by angles given as (T, 1, r).
+    """Turn the first 2 r dimensions of each head of x (T, H, d) by the `rotary_tables`' angles.
 
     Pairs are (0, r), (1, r + 1)..., or (0, 1), (2, 3)... if `interleaved`.
     """

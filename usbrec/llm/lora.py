@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usbrec.llm.kernels import adapted_product, ordered, ordered_product
+from usbrec.llm.kernels import adapted_product, ordered, quick_form, quick_product
 from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
 from usbrec.settings import option
 
 ALL_LINEAR = "all-linear"
-FEW_ROWS = 64
 ORDERED_ROWS = 256  # of more rows a product reads a weight as quickly in its usual order
 QUANTISED_ROWS = 4  # with more rows the kernels for rounded weights are the slower ones
 
@@ -54,52 +53,30 @@ class LoraConfig:
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer without gradients of its own, quick at products of few rows.
-
-    The fewer the rows, the more a product's time is that of reading the weight; so the weight may
-    lie here in further forms, and a product reads the form that is quickest for its rows.
-    """
+    """A linear layer without gradients of its own."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.requires_grad_(False)
         self.ordered: Tensor | None = None
-        self.quantised: QuantisedWeight | None = None
 
     def order(self) -> None:
         """Keep a copy of the weight in the processor's own order, where it has one."""
         self.ordered = ordered(self.weight)
 
-    @torch.no_grad()
-    def quantise(self, kind: Kind) -> None:
-        """Round the weight for good, and keep a copy of it in the rounded form.
-
-        The weight itself becomes what the rounded form stands for: all products see the same one.
-        """
-        assert self.ordered is None, "a weight is rounded before it is ordered"
-        self.quantised, rounded = quantised(self.weight, kind)
-        self.weight.copy_(rounded)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return W x + b. x (T, in) -> (T, out)."""
-        if not torch.is_grad_enabled():
-            if self.quantised is not None and len(x) <= QUANTISED_ROWS:
-                out = self.quantised.product(x)
-                return out if self.bias is None else out.add_(self.bias)
-            if self.ordered is not None and len(x) <= ORDERED_ROWS:
-                return ordered_product(x, self.ordered, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out)."""
-        return self.product(x)
+        if self.ordered is None or torch.is_grad_enabled() or len(x) > ORDERED_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        return quick_product(x, self.ordered, self.bias)
 
 
-class LoraLinear(FrozenLinear):
+class LoraLinear(nn.Linear):
     """A frozen linear layer with any number of named adapters beside it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        self.requires_grad_(False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.configs: dict[str, LoraConfig] = {}
@@ -109,16 +86,10 @@ class LoraLinear(FrozenLinear):
         present = [Route(*route) for route in routes if route[0] in self.lora_A]
         if torch.is_grad_enabled():
             return self.differentiable(x, present)
-        out = self.product(x)
+        out = F.linear(x, self.weight, self.bias)
         for name, start, stop in present:
-            # a few rows times a thin matrix are quicker in fp32, many in the base's dtype
-            dtype = torch.float32 if stop - start <= FEW_ROWS else x.dtype
-            A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
-            low = F.linear(x[start:stop].to(dtype), A)  # (t, r)
-            if dtype == x.dtype:
-                out[start:stop].addmm_(low, B.T, alpha=self.configs[name].scaling)
-            else:
-                out[start:stop].add_(F.linear(low, B), alpha=self.configs[name].scaling)
+            A, B = self.lora_A[name].to(x.dtype), self.scaled_B(name).to(x.dtype)
+            out[start:stop].addmm_(F.linear(x[start:stop], A), B.T)
         return out
 
     def differentiable(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
@@ -126,12 +97,12 @@ class LoraLinear(FrozenLinear):
         pieces, at = [], 0
         for name, start, stop in routes:
             if at < start:
-                pieces.append(self.product(x[at:start]))
+                pieces.append(F.linear(x[at:start], self.weight, self.bias))
             adapter = self.lora_A[name], self.lora_B[name], self.configs[name].scaling
             pieces.append(adapted_product(x[start:stop], self.weight, self.bias, *adapter))
             at = stop
         if at < len(x):
-            pieces.append(self.product(x[at:]))
+            pieces.append(F.linear(x[at:], self.weight, self.bias))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def add(self, name: str, config: LoraConfig, generator: torch.Generator) -> None:
@@ -145,9 +116,125 @@ class LoraLinear(FrozenLinear):
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
         self.configs[name] = config
 
+    def scaled_B(self, name: str) -> Tensor:
+        """Return scaling * B in fp32, (out, r)."""
+        return self.lora_B[name].data * self.configs[name].scaling
+
     def delta_weight(self, name: str) -> Tensor:
         """Return scaling * B A in fp32, (out, in): what merging adds to the weight."""
-        return self.lora_B[name].data @ self.lora_A[name].data * self.configs[name].scaling
+        return self.scaled_B(name) @ self.lora_A[name].data
+
+
+class Siblings(nn.Module):
+    """Layers that read the same input: in passes of few rows one product instead of several.
+
+    The fewer the rows, the more a product's time is that of reading the weight, and of starting it.
+    So the layers' weights may lie here once more, one below the other, in the forms that are quick
+    to read for few rows; and so may the adapters in use, which `prepare` lays out and `forget`
+    drops. With gradients, with many rows, or beside an adapter that is not prepared, each layer
+    works by itself.
+    """
+
+    def __init__(self, layers: Sequence[LoraLinear], widths: Sequence[int] = ()) -> None:
+        """`widths` cuts the output of a single layer, where it is several in one."""
+        super().__init__()
+        self.layers = tuple(layers)  # no list of modules: they are at home elsewhere
+        self.widths = list(widths) or [layer.out_features for layer in layers]
+        self.ordered: Tensor | None = None
+        self.quantised: QuantisedWeight | None = None
+        self.bias: Tensor | None = None  # beside either form
+        self.adapters: dict[str, tuple[Tensor, Tensor] | None] = {}  # None: does not touch these
+
+    @torch.no_grad()
+    def order(self) -> None:
+        """Keep a copy of the weights in the processor's own order, where it has one."""
+        self.ordered = ordered(torch.cat([layer.weight for layer in self.layers]))
+        self.bias = self.biases()
+
+    @torch.no_grad()
+    def quantise(self, kind: Kind) -> None:
+        """Round the weights for good, and keep a copy of them in the rounded form.
+
+        The weights themselves become what the rounded form stands for: all products see the same.
+        """
+        assert self.ordered is None, "weights are rounded before they are ordered"
+        weights: list[Tensor] = [layer.weight for layer in self.layers]
+        self.quantised, rounded = quantised(torch.cat(weights), kind)
+        for weight, own in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
+            weight.copy_(own)
+        self.bias = self.biases()
+
+    def biases(self) -> Tensor | None:
+        """Return the layers' biases one after the other, (out,)."""
+        found: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+        return torch.cat(found) if found else None
+
+    @torch.no_grad()
+    def prepare(self, name: str) -> None:
+        """Lay the adapter out for few rows: all A below one another, and each B beside the others.
+
+        B's place is its own layer's outputs and its own A's inputs; elsewhere stands 0.
+        """
+        if name in self.adapters or self.ordered is self.quantised is None:
+            return
+        self.adapters[name] = None
+        own = [layer for layer in self.layers if name in layer.lora_A]
+        if not own:
+            return
+        A = torch.cat([layer.lora_A[name].data for layer in own])  # (R, in)
+        B = torch.zeros(sum(layer.out_features for layer in self.layers), len(A))  # (out, R)
+        row = column = 0
+        for layer in self.layers:
+            if name in layer.lora_A:
+                b = layer.scaled_B(name)
+                B[row : row + len(b), column : column + b.shape[1]] = b
+                column += b.shape[1]
+            row += layer.out_features
+        dtype = own[0].weight.dtype
+        self.adapters[name] = quick_form(A.to(dtype)), quick_form(B.to(dtype))
+
+    def forward(self, x: Tensor, routes: Sequence[Route]) -> Sequence[Tensor]:
+        """Return the outputs of the layers, (T, in) -> (T, width) each."""
+        out = None
+        if not torch.is_grad_enabled() and all(r.adapter in self.adapters for r in routes):
+            out = self.product(x)
+        if out is None:
+            outs = [layer(x, routes) for layer in self.layers]
+            return outs if len(outs) > 1 else outs[0].split(self.widths, -1)
+        for name, start, stop in routes:
+            adapter = self.adapters[name]
+            if adapter is not None:
+                low = quick_product(x[start:stop], adapter[0])
+                out[start:stop] += quick_product(low, adapter[1])
+        return out.split(self.widths, -1)
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """Return W x + b of all layers, (T, in) -> (T, out), where a form is quick for T rows."""
+        if self.quantised is not None and len(x) <= QUANTISED_ROWS:
+            out = self.quantised.product(x)
+            return out if self.bias is None else out.add_(self.bias)
+        if self.ordered is not None and len(x) <= ORDERED_ROWS:
+            return quick_product(x, self.ordered, self.bias)
+        return None
+
+
+def siblings(model: nn.Module) -> Iterator[Siblings]:
+    """Yield all sets of layers that read the same input."""
+    for module in model.modules():
+        if isinstance(module, Siblings):
+            yield module
+
+
+def prepare_adapter(model: nn.Module, name: str) -> None:
+    """Lay the adapter out for passes of few rows, until `forget_adapter`."""
+    for layers in siblings(model):
+        layers.prepare(name)
+
+
+def forget_adapter(model: nn.Module, name: str) -> None:
+    """Drop what `prepare_adapter` laid out: to be called before the adapter's weights change."""
+    for layers in siblings(model):
+        layers.adapters.pop(name, None)
 
 
 def lora_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, LoraLinear]]:
@@ -175,6 +262,7 @@ def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> N
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Take the adapter `name` away; without it the model is its base again."""
+    forget_adapter(model, name)
     for module in model.modules():
         if isinstance(module, LoraLinear) and name in module.lora_A:
             del module.lora_A[name], module.lora_B[name], module.configs[name]

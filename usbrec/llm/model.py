@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from usbrec.errors import UserError
-from usbrec.llm.kernels import rms_norm, rotate
-from usbrec.llm.lora import FrozenLinear, LoraLinear, Route
+from usbrec.llm.kernels import rms_norm, rotary_tables, rotate
+from usbrec.llm.lora import FrozenLinear, LoraLinear, Route, Siblings, siblings
 from usbrec.llm.quantised import GROUP, INT4_OUTPUTS, Kind, fits_int4
 
 
@@ -96,15 +96,15 @@ class SelfAttention(nn.Module):
         D, d = config.hidden_size, config.head_dim
         H, H_kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.interleaved = d, config.rotary_interleaved
-        self.widths = [H * d, H_kv * d, H_kv * d]
-        self.fused = config.fused_projections
-        if self.fused:
-            self.qkv_proj = LoraLinear(D, sum(self.widths), bias=config.attention_bias)
+        widths, bias = [H * d, H_kv * d, H_kv * d], config.attention_bias
+        if config.fused_projections:
+            self.qkv_proj = LoraLinear(D, sum(widths), bias=bias)
+            self.inputs = Siblings([self.qkv_proj], widths)
         else:
-            self.q_proj = LoraLinear(D, H * d, bias=config.attention_bias)
-            self.k_proj = LoraLinear(D, H_kv * d, bias=config.attention_bias)
-            self.v_proj = LoraLinear(D, H_kv * d, bias=config.attention_bias)
+            self.q_proj, self.k_proj, self.v_proj = (LoraLinear(D, w, bias=bias) for w in widths)
+            self.inputs = Siblings([self.q_proj, self.k_proj, self.v_proj])
         self.o_proj = LoraLinear(H * d, D)
+        self.output = Siblings([self.o_proj])
 
     def forward(
         self,
@@ -115,13 +115,11 @@ class SelfAttention(nn.Module):
         routes: Sequence[Route],
     ) -> Tensor:
         """(T, D) -> (T, D)."""
-        if self.fused:
-            q, k, v = self.qkv_proj(x, routes).split(self.widths, dim=-1)
-        else:
-            q, k, v = (p(x, routes) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (y.view(len(x), -1, self.head_dim) for y in (q, k, v))  # (T, H or H_kv, d)
+        heads = (y.view(len(x), -1, self.head_dim) for y in self.inputs(x, routes))
+        q, k, v = heads  # (T, H or H_kv, d)
         q, k = (rotate(y, *turn, self.interleaved) for y in (q, k))
-        return self.o_proj(attention(layer, q, k, v).flatten(1), routes)
+        (out,) = self.output(attention(layer, q, k, v).flatten(1), routes)
+        return out
 
 
 class MLP(nn.Module):
@@ -130,21 +128,20 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.fused = config.fused_projections
-        if self.fused:
+        if config.fused_projections:
             self.gate_up_proj = LoraLinear(D, 2 * inner)
+            self.inputs = Siblings([self.gate_up_proj], [inner, inner])
         else:
-            self.gate_proj = LoraLinear(D, inner)
-            self.up_proj = LoraLinear(D, inner)
+            self.gate_proj, self.up_proj = LoraLinear(D, inner), LoraLinear(D, inner)
+            self.inputs = Siblings([self.gate_proj, self.up_proj])
         self.down_proj = LoraLinear(inner, D)
+        self.output = Siblings([self.down_proj])
 
     def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
         """(T, D) -> (T, D)."""
-        if self.fused:
-            gate, up = self.gate_up_proj(x, routes).chunk(2, dim=-1)
-        else:
-            gate, up = self.gate_proj(x, routes), self.up_proj(x, routes)
-        return self.down_proj(F.silu(gate) * up, routes)
+        gate, up = self.inputs(x, routes)
+        (out,) = self.output(F.silu(gate) * up, routes)
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -221,8 +218,8 @@ class Decoder(nn.Module):
                     f"{INT4_OUTPUTS}, and {path} has {layer.in_features} and {layer.out_features}: "
                     "take int8"
                 )
-        for layer in layers.values():
-            layer.quantise(kind)
+        for together in siblings(self):
+            together.quantise(kind)
 
     def order_weights(self) -> None:
         """Keep the weights once more as the processor's kernels read them: quicker decoding.
@@ -231,15 +228,16 @@ class Decoder(nn.Module):
         """
         if self.sharded:
             return
-        for module in self.modules():
-            if isinstance(module, FrozenLinear):
-                module.order()
+        self.lm_head.order()
+        for together in siblings(self):
+            together.order()
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines for these positions, (T, 1, rotary_dim / 2) each."""
+        """Return cosines and signed sines for these positions, (T, 1, rotary_dim) each."""
         inv_freq = rotary_frequencies(self.config).to(position_ids.device)
         angles = position_ids.float()[:, None, None] * inv_freq
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        cos, sin = rotary_tables(angles, self.config.rotary_interleaved)
+        return cos.to(self.dtype), sin.to(self.dtype)
 
     def forward(
         self,

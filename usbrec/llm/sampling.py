@@ -16,8 +16,11 @@ from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Block, attend, causal_tail
 
 TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
-DRAWN_AT_ONCE = 16  # rows; their fp32 probabilities take 3 MB
+DRAWN_AT_ONCE = 8  # rows; their weights in fp32 take 1.6 MB
+RUN = 128
 LEAST_TEMPERATURE = 1e-6
+SDPA_ROWS = 4  # of so few rows, each by itself, torch's attention is quicker than plain products
+LEAST_SAVED = 500  # keys a step that siblings read together instead of each by itself
 COLUMNS = 4  # added to the rows' tails at a time, and as many more for each 32 columns there are
 
 
@@ -140,7 +143,7 @@ class Bucket:
     n: int
     k: Tensor  # (layers, G, H_kv, P, d)
     v: Tensor
-    bias: Tensor  # (G * n, 1, 1, P + C) fp32: -inf where a beginning or a tail has no key
+    bias: Tensor  # (G * n, 1, 1, P + C): -inf where a beginning or a tail has no key
 
     def fold(self, x: Tensor) -> Tensor:
         """Lay a group's rows beside one another: (G n, H_kv, g, x) -> (G, H_kv, n g, x)."""
@@ -166,6 +169,9 @@ class DecodeAttention:
         self.cache = cache
         self.scale = cache.k.shape[-1] ** -0.5
         self.paths, self.groups = list(paths), sorted(share_groups(paths), key=lambda g: g.rows)
+        saved = sum(group.length * (len(group.rows) - 1) for group in self.groups)
+        if saved < LEAST_SAVED:  # the second product would cost more: tails hold everything
+            self.groups = [Group(group.rows, 0) for group in self.groups]
         rests = [0] * len(paths)  # the tokens of each row's prompt beyond its group's beginning
         for group in self.groups:
             for row in group.rows:
@@ -178,7 +184,7 @@ class DecodeAttention:
         shape = (len(paths), H_kv, self.first, d)
         self.k = [cache.k.new_zeros(shape) for _ in range(L)]  # one a layer
         self.v = [cache.v.new_zeros(shape) for _ in range(L)]
-        self.bias = torch.full((len(paths), 1, 1, self.first), -torch.inf, device=device)
+        self.bias = cache.k.new_full((len(paths), 1, 1, self.first), -torch.inf)
         for row, rest in enumerate(rests):
             slots = paths[row].slots[len(paths[row].slots) - rest :].to(device)
             own = slice(self.first - rest, self.first)
@@ -222,7 +228,7 @@ class DecodeAttention:
         rows = slice(groups[0].rows[0], groups[-1].rows[-1] + 1)
         P = max(group.length for group in groups)
         slots = torch.zeros(len(groups), P, dtype=torch.long)
-        bias = torch.zeros(len(groups), 1, 1, 1, P)
+        bias = self.bias.new_zeros(len(groups), 1, 1, 1, P)
         for i, group in enumerate(groups):
             slots[i, : group.length] = self.paths[group.rows[0]].slots[: group.length]
             bias[i, ..., group.length :] = -torch.inf
@@ -237,7 +243,7 @@ class DecodeAttention:
         )  # (L, G, H_kv, P, d)
         if len(groups) > 1:
             k, v = k.contiguous(), v.contiguous()
-        shared = bias.expand(-1, n, -1, -1, -1).flatten(0, 1).to(self.bias.device)
+        shared = bias.expand(-1, n, -1, -1, -1).flatten(0, 1)
         return Bucket(rows, n, k, v, torch.cat([shared, self.bias[rows]], -1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -252,12 +258,15 @@ class DecodeAttention:
         tail_k, tail_v = self.k[layer][bucket.rows], self.v[layer][bucket.rows]
         head_k, head_v = bucket.k[layer], bucket.v[layer]
         P = head_k.shape[2]
-        of_head = bucket.unfold(bucket.fold(q) @ head_k.transpose(-1, -2))  # (G n, H_kv, g, P)
-        of_tail = q @ tail_k.transpose(-1, -2)  # (G n, H_kv, g, C)
-        scores = torch.cat([of_head, of_tail], -1) + bucket.bias  # fp32
-        probs = scores.softmax(-1).to(q.dtype)
-        head = bucket.unfold(bucket.fold(probs[..., :P]) @ head_v)
-        return head + probs[..., P:] @ tail_v
+        if not P and len(q) <= SDPA_ROWS:
+            return F.scaled_dot_product_attention(q, tail_k, tail_v, bucket.bias, scale=1.0)
+        scores = q @ tail_k.transpose(-1, -2)  # (G n, H_kv, g, C)
+        if P:
+            of_head = bucket.unfold(bucket.fold(q) @ head_k.transpose(-1, -2))  # (..., g, P)
+            scores = torch.cat([of_head, scores], -1)
+        probs = scores.add_(bucket.bias).softmax(-1)  # in fp32 inside, whatever the dtype
+        out = probs[..., P:] @ tail_v
+        return out + bucket.unfold(bucket.fold(probs[..., :P]) @ head_v) if P else out
 
     def keep(
         self, live: Sequence[int], seats: Sequence[int], columns: Sequence[int], slots: Tensor
@@ -316,27 +325,51 @@ def draw_some(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -
     hot = [i for i, s in enumerate(samplings) if s.temperature > 0]
     cold = [i for i, s in enumerate(samplings) if s.temperature == 0]
     if cold:
-        tokens[cold] = logits[cold].argmax(-1)
+        tokens[cold] = logits[cold].float().argmax(-1)  # in bf16 it takes five times as long
     if not hot:
         return tokens
     rows = torch.tensor(hot, device=logits.device)
     chosen = [samplings[i] for i in hot]
     floor = LEAST_TEMPERATURE  # as good as greedy; quotients beyond fp32 would not be numbers
     temperatures = torch.tensor([max(s.temperature, floor) for s in chosen], device=logits.device)
-    probs = torch.softmax(logits[rows].float() / temperatures[:, None], dim=-1)
+    # one copy, and all else in place: to allocate such a tensor takes longer than to compute it
+    weights = (logits if len(hot) == len(logits) else logits[rows]).to(torch.float32, copy=True)
+    weights.div_(temperatures[:, None])
+    weights.sub_(weights.amax(-1, keepdim=True)).exp_()  # probabilities but for a factor
     if any(s.top_k or s.top_p < 1 or s.min_p for s in chosen):
-        probs = truncate(probs, chosen)
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    targets = uniforms.to(total)[rows, None] * total
-    # rounding must not step past the last token that has a probability
-    targets = torch.minimum(targets, torch.nextafter(total, torch.zeros_like(total)))
-    tokens[rows] = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+        weights = truncate(weights, chosen)
+    tokens[rows] = pick(weights, uniforms.to(weights)[rows])
     return tokens
 
 
+def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return where the shares `uniforms` (b,) of the summed weights (b, V) are reached -> (b,).
+
+    First the run of RUN weights, by the runs' sums, then the place in it: a cumulative sum over all
+    V takes as long as everything else in `draw`.
+    """
+    runs = F.pad(weights, (0, -weights.shape[-1] % RUN)).unflatten(-1, (-1, RUN))
+    ends = runs.sum(-1).cumsum(-1)  # (b, V / RUN)
+    run, rest = place(ends, uniforms[:, None] * ends[:, -1:])
+    within = runs.take_along_dim(run[:, :, None], 1)[:, 0].cumsum(-1)  # (b, RUN)
+    at, _ = place(within, rest)
+    return (run * RUN + at)[:, 0]
+
+
+def place(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a growing row first exceeds the target, and the target less what is before.
+
+    ends (b, n), target (b, 1) -> (b, 1) each. Rounding cannot step past the last growth.
+    """
+    last = ends[:, -1:]
+    target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
+    at = torch.searchsorted(ends, target, right=True)
+    before = F.pad(ends, (1, 0)).gather(1, at)
+    return at, target - before
+
+
 def truncate(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Zero what top_k, then top_p, then min_p leave out, (B, V) -> (B, V).
+    """Zero what top_k, then top_p, then min_p leave out, (B, V) -> (B, V), of any sum.
 
     top_p is a share of what top_k left, and keeps the token that crosses it.
     """

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from usbrec import parallel
 from usbrec.errors import UserError
 from usbrec.files import append_rows, write_whole
-from usbrec.llm.lora import Route, adapter_parameters
+from usbrec.llm.lora import Route, adapter_parameters, forget_adapter
 from usbrec.llm.loss import token_logps
 from usbrec.llm.model import Decoder
 from usbrec.llm.objectives import Mean, Objective
@@ -287,6 +287,7 @@ class _Run:
         self.parameters = adapter_parameters(model, adapter)
         if not self.parameters:
             raise UserError(f"the model has no adapter {adapter!r} to train")
+        forget_adapter(model, adapter)
         model.requires_grad_(False)
         model.checkpointing = options.checkpointing
         for parameter in self.parameters.values():
