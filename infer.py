@@ -40,7 +40,7 @@ from usbrec.errors import UserError
 from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.engine import Engine, Usage
-from usbrec.llm.ranking import WIDTH, Ranking
+from usbrec.llm.ranking import TOKENS, Ranking
 from usbrec.run import (
     RUNS,
     ModelOptions,
@@ -66,18 +66,32 @@ class ReplyOptions:
     temperature: float = option(
         0.0, "temperature of a plain reply (a search: --ses-temperature)", low=0
     )
+    top_k: int = option(0, "a plain reply's tokens are drawn from so many, the likeliest; 0: all")
+    top_p: float = option(1.0, "from the likeliest that make up this share of the probability")
+    min_p: float = option(0.0, "from those with at least this share of the likeliest's probability")
+    repetition_penalty: float = option(
+        1.0, "above 1: less often those of the prompt and of the reply so far"
+    )
     max_new_tokens: int = option(48, "longest plain reply, in tokens", low=1)
     seed: int = option(0, "decides every draw, and which rows of a dataset are taken")
     chunk_size: int = option(
         32, "dialogues answered together; results come a chunk at a time", low=1
     )
     rank: int = option(0, "also rank the catalogue and give so many titles, best first", low=0)
-    rank_width: int = option(
-        WIDTH, "beam of the ranking; 0: an exact search, slow but for rank 1", low=0
+    rank_tokens: int = option(
+        TOKENS, "the most tokens a ranking may run; 0: until it is exact", low=0
     )
 
     def __post_init__(self) -> None:
         check(self)
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Return how plain replies are drawn."""
+        return Sampling(
+            self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p,
+            self.repetition_penalty,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ class Recommender:
         )  # fmt: skip
         said = recommender_turn(
             self.engine, self.cast, [dialogues[i] for i in plain],
-            Sampling(o.max_new_tokens, o.temperature), [seeds[i] for i in plain],
+            o.sampling(), [seeds[i] for i in plain],
         )  # fmt: skip
         replies = dict(zip(plain, said, strict=True))
         replies |= {i: result.reply for i, result in zip(searched, found, strict=True)}
@@ -180,7 +194,7 @@ class Recommender:
         return [
             {"ranked": [{"title": titles[i], "logprob": logprob} for i, logprob in best.texts],
              "proven": best.proven}
-            for best in self.ranking.best(chats, self.options.rank, self.options.rank_width)
+            for best in self.ranking.best(chats, self.options.rank, self.options.rank_tokens)
         ]  # fmt: skip
 
 

@@ -132,6 +132,21 @@ def test_the_same_seed_gives_the_same_answers_and_another_other_ones(
     assert replies(0) == replies(0) != replies(1)
 
 
+def test_the_sampling_flags_decide_how_a_plain_reply_is_drawn(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One token left in is the likeliest; a high penalty changes even the likeliest."""
+
+    def reply(*flags: str) -> str:
+        return answers(list(flags), capsys)[0]["reply"]
+
+    greedy, warm = reply(), reply("--temperature", "5")
+    assert warm != greedy
+    for one in (["--top-k", "1"], ["--top-p", "1e-9"], ["--min-p", "1"]):
+        assert reply("--temperature", "5", *one) == greedy
+    assert reply("--repetition-penalty", "1000") != greedy
+
+
 def test_items_are_the_catalogues_titles_in_the_reply(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,7 +348,7 @@ def test_a_ranked_split_ends_with_its_recall_beside_the_baselines(
     for line in ("ranked @1 ", "ranked @10 ", "copy-last @10 ", "most-popular @10 "):
         assert f"\n{line}" in said.err
     assert "@50" not in said.err
-    [again] = answers(["--limit", "1", "--rank", "2", "--rank-width", "0"], capsys)
+    [again] = answers(["--limit", "1", "--rank", "2", "--rank-tokens", "0"], capsys)
     assert again["proven"] == 2 and len(again["ranked"]) == 2
     assert infer.main([*SHORT, "--limit", "1", "--rank", "2"]) == 0
     assert f"    1. {again['ranked'][0]['title']}" in capsys.readouterr().out
@@ -437,10 +452,13 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--chunk-size", "0"], "chunk_size"),
         (["--rank", "-1"], "rank"),
-        (["--rank-width", "-1"], "rank_width"),
+        (["--rank-tokens", "-1"], "rank_tokens"),
         (["--ses-samples", "0"], "samples"),
         (["--ses-temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--min-p", "2"], "min_p"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--device", "abacus"], "abacus"),
         (["--quantise", "int2"], "int2"),
         (["--quantise", "int4"], "down_proj"),  # its 48 inputs are no groups of 32

@@ -5,6 +5,7 @@ import torch
 from test_engine import CHATS, LetterTokenizer, engine, plain_logits
 
 from usbrec.chat import Chat
+from usbrec.llm import ranking
 from usbrec.llm.engine import Engine
 from usbrec.llm.ranking import Ranking
 
@@ -34,22 +35,24 @@ def assert_equal(found: list[tuple[int, float]], expected: list[tuple[int, float
 
 
 @pytest.mark.parametrize("texts", [TITLES, LED], ids=["bare", "with a lead"])
-@pytest.mark.parametrize("width", [0, len(TITLES)])
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_the_best_texts_are_those_of_brute_force(texts: list[str], width: int, k: int) -> None:
+def test_the_best_texts_are_those_of_brute_force(texts: list[str], k: int) -> None:
     """Six unequal prompts and three adapters in one call; prefixes, equals, an empty text."""
     e = engine()
-    found = Ranking(e, texts).best(CHATS, k, width)
+    found = Ranking(e, texts).best(CHATS, k, 0)
     for chat, ranked in zip(CHATS, found, strict=True):
         assert_equal(ranked.texts, brute_force(e, chat, texts)[:k])
         assert ranked.proven == len(ranked.texts)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_a_narrow_beam_has_exact_scores_and_proves_what_it_claims(width: int) -> None:
+@pytest.mark.parametrize("tokens", [10, 20, 40])
+def test_a_search_cut_short_has_exact_scores_and_proves_what_it_claims(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "PASS_TOKENS", 8)
     e = engine()
     proven = []
-    for chat, ranked in zip(CHATS, Ranking(e, LED).best(CHATS, 6, width), strict=True):
+    for chat, ranked in zip(CHATS, Ranking(e, LED).best(CHATS, 6, tokens), strict=True):
         expected = brute_force(e, chat, LED)
         scores = dict(expected)
         assert ranked.texts and all(
@@ -57,12 +60,12 @@ def test_a_narrow_beam_has_exact_scores_and_proves_what_it_claims(width: int) ->
         )
         assert_equal(ranked.texts[: ranked.proven], expected[: ranked.proven])
         proven.append(ranked.proven)
-    assert min(proven) < 6  # so narrow a beam misses some
+    assert min(proven) < 6  # so few tokens miss some
 
 
 def test_a_chats_ranking_does_not_depend_on_the_others() -> None:
-    together = Ranking(engine(), LED).best(CHATS, 5, 4)
-    alone = [Ranking(engine(), LED).best([chat], 5, 4)[0] for chat in reversed(CHATS)][::-1]
+    together = Ranking(engine(), LED).best(CHATS, 5, 60)
+    alone = [Ranking(engine(), LED).best([chat], 5, 60)[0] for chat in reversed(CHATS)][::-1]
     for one, other in zip(together, alone, strict=True):
         assert_equal(one.texts, other.texts)
         assert one.proven == other.proven
@@ -75,15 +78,29 @@ def test_a_memory_that_holds_one_prompt_at_a_time_changes_nothing() -> None:
         assert_equal(one.texts, other.texts)
 
 
-def test_the_exact_search_opens_only_what_may_win() -> None:
-    """The best text is one of sixty letters, so none of the words that begin with them is run."""
+def test_the_exact_search_opens_only_what_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run a pass: exactly the runs whose first token alone beats the best text are opened."""
+    monkeypatch.setattr(ranking, "PASS_TOKENS", 1)
     e = engine()
-    letters = [chr(40 + i) for i in range(60)]
-    texts = letters + [letter + "abcdefgh" for letter in letters]
-    [ranked] = Ranking(e, texts).best(CHATS[:1], 1, 0)
-    prompt = e.tokenizer.prompt(CHATS[0].messages)
-    assert e.usage.computed_tokens <= len(prompt) + len(letters)
-    assert_equal(ranked.texts, brute_force(e, CHATS[0], texts)[:1])
+    e.model.lm_head.weight *= 10  # some letters are surer now than a whole text of others
+    asked = Chat(CHATS[1].messages)
+    texts = [f"{chr(40 + i)}{chr(45 + i)}" for i in range(60)]
+    [ranked] = Ranking(e, texts).best([asked], 1, 0)
+    assert_equal(ranked.texts, brute_force(e, asked, texts)[:1])
+    prompt = e.tokenizer.prompt(asked.messages)
+    firsts = plain_logits(e.model, prompt, None)[-1].log_softmax(-1)[40:100]
+    may_win = int((firsts > ranked.texts[0][1]).sum())
+    assert 1 < may_win < len(texts)
+    assert e.usage.computed_tokens == len(prompt) + may_win
+
+
+def test_a_search_runs_no_more_tokens_than_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is opened whole, so the last one may go beyond by a token."""
+    monkeypatch.setattr(ranking, "PASS_TOKENS", 8)
+    e = engine()
+    Ranking(e, LED).best(CHATS[:1], 10, 30)
+    used = e.usage.computed_tokens - len(e.tokenizer.prompt(CHATS[0].messages))
+    assert 30 <= used <= 30 + len("Try ") + ranking.RUN_TOKENS
 
 
 def test_one_text_and_equal_texts_are_ranked_too() -> None:
