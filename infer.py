@@ -63,9 +63,7 @@ class ReplyOptions:
     """How replies are made."""
 
     ses: bool = option(False, "search for the reply (SES) and show the search")
-    temperature: float = option(
-        0.0, "temperature of a plain reply (a search: --ses-temperature)", low=0
-    )
+    temperature: float = option(0.0, "of a plain reply (a search: --ses-temperature)", low=0)
     top_k: int = option(0, "a plain reply's tokens are drawn from so many, the likeliest; 0: all")
     top_p: float = option(1.0, "from the likeliest that make up this share of the probability")
     min_p: float = option(0.0, "from those with at least this share of the likeliest's probability")

@@ -15,7 +15,7 @@ import warnings
 from argparse import Namespace
 from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,20 @@ from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import EvalRow, EvaluationOptions, baseline_labels, evaluate_method
+from usbrec.crs.evaluation import EvalRow, baseline_labels, evaluate_method
 from usbrec.crs.lessons import (
-    LessonOptions,
     popularity_of,
     recommender_lessons,
     simulator_lessons,
 )
-from usbrec.crs.podcs import PairOptions, build_pairs, count_reasons, outcome_record
+from usbrec.crs.podcs import build_pairs, count_reasons, outcome_record
 from usbrec.crs.report import build_report, format_report
-from usbrec.crs.ses import SearchOptions
 from usbrec.errors import UserError
 from usbrec.files import write_json, write_rows, write_whole
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.limits import fit_lesson, fit_prompt, prompt_room
-from usbrec.llm.lora import LoraConfig, add_adapter
-from usbrec.llm.loss import SimpoOptions
+from usbrec.llm.lora import add_adapter
 from usbrec.llm.objectives import Objective, Sft, Simpo, pair_tree, usable_lessons, usable_pairs
 from usbrec.llm.packing import Tree, lesson_tree
 from usbrec.llm.training import TrainingOptions, put_weights, train
@@ -54,106 +51,21 @@ from usbrec.run import (
     RUNS,
     ModelOptions,
     Run,
-    as_json,
     give_back_memory,
     load_engine,
     pick_rows,
     shortened_line,
 )
 from usbrec.seeds import seed_for
-from usbrec.settings import Parser, add_flags, from_flags, option
+from usbrec.settings import Parser, add_flags, from_flags
+from usbrec.stages import DEFAULTS, DONE, GROUPS, LEARNING, MADE, STAGES, DataOptions, Settings
 
-STAGES = ("simulator", "sft", "pairs", "simpo", "report")
-LEARNING = ("simulator", "sft", "simpo")  # the stages that change an adapter
-MADE = {  # what each stage leaves in the run folder
-    "simulator": ("simulator", "tensorboard/simulator"),
-    "sft": ("sft", "tensorboard/sft"),
-    "pairs": ("samples.jsonl", "samples.options.json", "pairs.jsonl"),
-    "simpo": ("rl", "tensorboard/simpo"),
-    "report": ("rows.jsonl", "rows.options.json", "report.json", "report.txt"),
-}
 METHODS = {  # the paper's names -> (recommender's adapter, with search)
     "B/L": (None, False),
     "SFT": ("sft", False),
     "RL": ("rl", False),
     "RL+SES": ("rl", True),
 }
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which dialogues, and how many of them each stage takes (0: all)."""
-
-    data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
-    data_dir: str | None = option(None, "the folder of a downloaded dataset")
-    seed: int = option(0, "decides every draw of the run")
-    max_train: int = option(0, "at most so many training rows in every stage")
-    max_simulator: int = option(100, "training rows of the stage simulator")
-    max_sft: int = option(480, "training rows of the stage sft")
-    max_pairs: int = option(72, "training rows that PODCS tries")
-    max_valid: int = option(
-        0, "validation rows by which an adapter's best state is kept, not its last; 0: none, for "
-        "they take time"
-    )  # fmt: skip
-    max_eval: int = option(128, "test dialogues of every method")
-    max_agreement: int = option(100, "test dialogues on which the judges are checked")
-    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time")
-    full: bool = option(False, "take all rows, pairs and dialogues")
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name.startswith("max_") and value < 0:
-                raise ValueError(f"{item.name} must be 0 or more, got {value}")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
-
-    def rows(self, stage: str) -> int:
-        """Return how many rows a stage takes, 0 for all."""
-        if self.full:
-            return 0
-        limits = [getattr(self, f"max_{stage}")]
-        if stage in STAGES:
-            limits.append(self.max_train)
-        return min((limit for limit in limits if limit), default=0)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All options of a run."""
-
-    data: DataOptions
-    model: ModelOptions
-    lora: LoraConfig
-    lesson: LessonOptions
-    simulator: TrainingOptions
-    sft: TrainingOptions
-    pairs: PairOptions
-    simpo: TrainingOptions
-    simpo_loss: SimpoOptions
-    eval: EvaluationOptions
-    ses: SearchOptions
-
-    def deciding(self, stage: str) -> dict[str, Any]:
-        """Return the options that decide what a stage makes, those of earlier stages included."""
-        d = self.data
-        common: dict[str, Any] = {"data": d.data, "data-dir": d.data_dir, "seed": d.seed}
-        common |= {"max-valid": d.max_valid} | as_json(model=self.model, lora=self.lora)
-        rows = {"max-" + name: d.rows(name) for name in ("simulator", "sft", "pairs")}
-        own: dict[str, dict[str, Any]] = {
-            "simulator": {"max-simulator": rows["max-simulator"]}
-            | as_json(lesson=self.lesson, simulator=self.simulator),
-            "sft": {"max-sft": rows["max-sft"]} | as_json(lesson=self.lesson, sft=self.sft),
-            "pairs": {"max-pairs": rows["max-pairs"], "chunk-size": d.chunk_size}
-            | as_json(pairs=self.pairs),
-            "simpo": as_json(simpo=self.simpo, simpo_loss=self.simpo_loss),
-            "report": {"max-eval": d.rows("eval"), "max-agreement": d.rows("agreement")}
-            | as_json(eval=self.eval, ses=self.ses),
-        }
-        before = STAGES[: STAGES.index(stage)] if stage != "sft" else ()
-        for name in (*before, stage):
-            common |= own[name]
-        return common
 
 
 @dataclass
@@ -429,44 +341,12 @@ def say_counts(text: str, counts: dict[str, int]) -> None:
     print(f"{text} ({', '.join(told)})" if told else text)
 
 
-DEFAULTS = {  # found on the sample set's validation dialogues
-    "lora": {"r": 32, "lora_alpha": 32.0},
-    "simulator": {
-        "learning_rate": 1e-3,
-        "batch_size": 1,
-        "warmup": 0.03,
-        "shuffle": False,  # the lessons' order is a curriculum
-        "save_every": 50,
-    },
-    "sft": {"learning_rate": 1.5e-3, "batch_size": 1, "save_every": 50},
-    "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
-}
-GROUPS: dict[str, type] = {
-    "lora": LoraConfig,
-    "lesson": LessonOptions,
-    "simulator": TrainingOptions,
-    "sft": TrainingOptions,
-    "pairs": PairOptions,
-    "simpo": TrainingOptions,
-    "simpo_loss": SimpoOptions,
-    "eval": EvaluationOptions,
-    "ses": SearchOptions,
-}
-
-
 DOES: dict[str, Callable[[Work], None]] = {
     "simulator": train_simulator,
     "sft": train_sft,
     "pairs": make_pairs,
     "simpo": train_simpo,
     "report": evaluate,
-}
-DONE = {  # the file that a finished stage has left
-    "simulator": "simulator/adapter_model.safetensors",
-    "sft": "sft/adapter_model.safetensors",
-    "pairs": "pairs.jsonl",
-    "simpo": "rl/adapter_model.safetensors",
-    "report": "report.json",
 }
 
 
