@@ -12,7 +12,13 @@ import torch
 from usbrec.chat import Message
 from usbrec.errors import UserError
 from usbrec.llm import run_state, training
-from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
+from usbrec.llm.lora import (
+    LoraConfig,
+    adapter_parameters,
+    add_adapter,
+    prepare_adapter,
+    siblings,
+)
 from usbrec.llm.loss import SimpoOptions, TokenLogps, response_logps
 from usbrec.llm.objectives import (
     Sft,
@@ -488,3 +494,13 @@ def test_a_collapsing_run_warns(model, tmp_path, monkeypatch):
 def test_an_option_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         TrainingOptions(**wrong)
+
+
+def test_training_drops_what_was_laid_out_of_its_adapter(tiny_model, tmp_path):
+    """Else a validation, which has few rows and no gradients, would read the weights of before."""
+    model = tiny_model.bfloat16()
+    model.order_weights()
+    add_adapter(model, "a", LoraConfig(r=4), 0)
+    prepare_adapter(model, "a")
+    train(model, "a", lessons(), Sft(), QUICK, tmp_path, "x", lessons(3, seed=1))
+    assert not any("a" in together.adapters for together in siblings(model))
