@@ -73,7 +73,7 @@ class DataOptions:
     )
     max_eval: int = option(128, "test dialogues of every method", low=0)
     max_agreement: int = option(100, "test dialogues on which the judges are checked", low=0)
-    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time", low=1)
+    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
     full: bool = option(False, "take all rows, pairs and dialogues")
 
     def __post_init__(self) -> None:

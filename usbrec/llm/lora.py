@@ -130,9 +130,9 @@ class Siblings(nn.Module):
 
     The fewer the rows, the more a product's time is that of reading the weight, and of starting it.
     So the layers' weights may lie here once more, one below the other, in the forms that are quick
-    to read for few rows; and so may the adapters in use, which `prepare` lays out and `forget`
-    drops. With gradients, with many rows, or beside an adapter that is not prepared, each layer
-    works by itself.
+    to read for few rows; and so may the adapters in use, which `prepare_adapter` lays out and
+    `forget_adapter` drops. With gradients, with many rows, or beside an adapter that is not
+    prepared, each layer works by itself.
     """
 
     def __init__(self, layers: Sequence[LoraLinear], widths: Sequence[int] = ()) -> None:
@@ -175,7 +175,7 @@ class Siblings(nn.Module):
 
         B's place is its own layer's outputs and its own A's inputs; elsewhere stands 0.
         """
-        if name in self.adapters or self.ordered is self.quantised is None:
+        if name in self.adapters or (self.ordered is None and self.quantised is None):
             return
         self.adapters[name] = None
         own = [layer for layer in self.layers if name in layer.lora_A]
