@@ -32,7 +32,8 @@ def test_both_of_the_two_commands_are_among_them() -> None:
 
 
 def test_every_flag_in_the_text_exists() -> None:
-    others = {"--nproc-per-node", "--millions", "--kills"}  # of torchrun and of benchmarks
+    # of torchrun and of benchmarks
+    others = {"--nproc-per-node", "--millions", "--kills", "--quick", "--dialogues"}
     known = others | {
         flag
         for command in (train, infer)
