@@ -163,30 +163,42 @@ def gold_labels(
     return labels
 
 
+# best first; several items: a title that leaves the year open
+Guesses = Sequence[tuple[Item, ...]]
+
+
+def copied(catalogue: Catalogue, example: Example) -> Guesses:
+    """Return the readings of the titles in the context, once each, the newest first."""
+    lines = [catalogue.find(line.text) for line in example.history]
+    mentions = [mention.items for line in reversed(lines) for mention in reversed(line)]
+    return list(dict.fromkeys(mentions))
+
+
+def popular(catalogue: Catalogue, popularity: Mapping[str, int]) -> Guesses:
+    """Return the catalogue's items by their count among the training labels, ties by title."""
+    order = sorted(popularity, key=lambda title: (-popularity[title], title))
+    known = (catalogue.get(title) for title in order)
+    return [(item,) for item in known if item is not None]
+
+
 def copy_last(catalogue: Catalogue, example: Example) -> tuple[Item, ...]:
     """Return the readings of the last catalogue title in the context, the newest line first."""
-    for line in reversed(example.history):
-        if mentions := catalogue.find(line.text):
-            return tuple(mentions[-1].items)
-    return ()
+    return next(iter(copied(catalogue, example)), ())
 
 
 def most_popular(catalogue: Catalogue, popularity: Mapping[str, int]) -> tuple[Item, ...]:
     """Return the catalogue's most frequent training label, ties to the first title in order."""
-    for title in sorted(popularity, key=lambda title: (-popularity[title], title)):
-        if (item := catalogue.get(title)) is not None:
-            return (item,)
-    return ()
+    return next(iter(popular(catalogue, popularity)), ())
 
 
 def baseline_labels(
     catalogue: Catalogue, examples: Sequence[Example], popularity: Mapping[str, int]
 ) -> dict[str, list[list[dict[str, Any]]]]:
     """Return the gold labels, row by row, as copy-last and most-popular find them."""
-    popular = most_popular(catalogue, popularity)
+    favourite = most_popular(catalogue, popularity)
     return {
         "copy-last": [gold_labels(catalogue, x, copy_last(catalogue, x)) for x in examples],
-        "most-popular": [gold_labels(catalogue, x, popular) for x in examples],
+        "most-popular": [gold_labels(catalogue, x, favourite) for x in examples],
     }
 
 

@@ -9,32 +9,17 @@ split into those that the dialogue has already (repeated) and new ones, as in re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import gold_labels
+from usbrec.crs.evaluation import Guesses, copied, gold_labels, popular
 from usbrec.crs.report import interval, recall
 
 CUTS = (1, 10, 50)
-Guesses = Sequence[tuple[Item, ...]]  # best first; several items: a title that leaves the year open
 
 
 def announce(title: str) -> str:
     """Return the beginning of a reply that recommends the title."""
     return f"I recommend {title}."
-
-
-def copied(catalogue: Catalogue, example: Example) -> Guesses:
-    """Return the readings of the titles in the context, once each, the newest first."""
-    lines = [catalogue.find(line.text) for line in example.history]
-    mentions = [mention.items for line in reversed(lines) for mention in reversed(line)]
-    return list(dict.fromkeys(mentions))
-
-
-def popular(catalogue: Catalogue, popularity: Mapping[str, int]) -> Guesses:
-    """Return the catalogue's items by their count among the training labels, ties by title."""
-    order = sorted(popularity, key=lambda title: (-popularity[title], title))
-    known = (catalogue.get(title) for title in order)
-    return [(item,) for item in known if item is not None]
 
 
 def ranked_recall(
