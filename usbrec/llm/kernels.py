@@ -17,15 +17,20 @@ from torch import Tensor
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
 
 
+def has_order(weight: Tensor) -> bool:
+    """Tell whether the processor's kernels have an order of their own for such a weight."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def ordered(weight: Tensor) -> Tensor | None:
     """Return a frozen weight (out, in) as the processor's bf16 kernels read it, or None.
 
     A product of few rows takes as long as the weight takes to be read, and reads it a third faster
     in this order; a product of many rows orders it by itself. None: another device or dtype.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return None
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not has_order(weight):
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 

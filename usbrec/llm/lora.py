@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usbrec.llm.kernels import adapted_product, ordered, quick_form, quick_product
+from usbrec.llm.kernels import (
+    adapted_product,
+    has_order,
+    ordered,
+    quick_form,
+    quick_product,
+)
 from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
 from usbrec.settings import option
 
@@ -148,7 +154,10 @@ class Siblings(nn.Module):
     @torch.no_grad()
     def order(self) -> None:
         """Keep a copy of the weights in the processor's own order, where it has one."""
-        self.ordered = ordered(torch.cat([layer.weight for layer in self.layers]))
+        weights: list[Tensor] = [layer.weight for layer in self.layers]
+        if not has_order(weights[0]):
+            return
+        self.ordered = ordered(torch.cat(weights))
         self.bias = self.biases()
 
     @torch.no_grad()
