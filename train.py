@@ -413,7 +413,7 @@ def run_stages(stages: Sequence[str], run: Run, settings: Settings, flags: Names
         splits["test"].examples, notes, load_engine(settings.model, flags.shard), flags.tensorboard,
     )  # fmt: skip
     for stage in todo:
-        with run.timed(stage, work.engine.usage, flags.verbose):
+        with run.timed(stage, work.engine, flags.verbose):
             DOES[stage](work)
         give_back_memory()
         if parallel.rank() == 0:

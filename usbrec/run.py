@@ -12,7 +12,6 @@ import ctypes
 import fcntl
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -31,10 +30,11 @@ from usbrec.files import append_rows, write_json
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
-from usbrec.llm.engine import Engine, Usage
+from usbrec.llm.engine import Engine
 from usbrec.llm.files import read_json
 from usbrec.llm.hub import find_model
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
+from usbrec.llm.training import peak_memory
 from usbrec.seeds import seed_for
 from usbrec.settings import option
 
@@ -180,19 +180,19 @@ class Run:
         return path
 
     @contextmanager
-    def timed(self, stage: str, usage: Usage, verbose: bool) -> Iterator[None]:
+    def timed(self, stage: str, engine: Engine, verbose: bool) -> Iterator[None]:
         """Append a stage's seconds, peak memory and generated tokens to timings.jsonl."""
-        start, before = time.perf_counter(), replace(usage)
+        start, before = time.perf_counter(), replace(engine.usage)
         yield
         if parallel.rank() > 0:
             return
-        spent = usage.since(before)
+        spent = engine.usage.since(before)
         if verbose:
             print(f"{stage}: {costs(spent)}", file=sys.stderr)
         row = {
             "stage": stage,
             "seconds": round(time.perf_counter() - start, 1),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak_memory(engine.model.device),
             **spent,
         }
         append_rows(self.folder / "timings.jsonl", [row])
@@ -216,13 +216,6 @@ def give_back_memory() -> None:
     """Return to the system what has been freed and glibc keeps: over 1 GB after training."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory() -> int:
-    """Return the bytes in use at the worst moment: of the GPU when there is one, or the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def first_difference(found: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any]:

@@ -257,7 +257,7 @@ def _flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Return the bytes that were in use at the worst moment: of the GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -430,7 +430,7 @@ class _Run:
                 "seconds": seconds,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
-                "peak_memory_bytes": _peak_memory(self.model.device),
+                "peak_memory_bytes": peak_memory(self.model.device),
             }
             append_rows(self.folder / "timings.jsonl", [row])
 
