@@ -12,6 +12,7 @@ from usbrec.chat import Chat, Message, Sampling
 from usbrec.crs.agents import Cast
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.errors import UserError
+from usbrec.llm import cache as cache_module
 from usbrec.llm import engine as engine_module
 from usbrec.llm.cache import Path, PrefixCache, share_groups
 from usbrec.llm.engine import Engine, Row
@@ -22,6 +23,14 @@ from usbrec.llm.sampling import draw, uniform_numbers
 from usbrec.llm.tokenizer import StreamDecoder
 
 STOP = 7
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["shared", "apart"])
+def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test with all that rows share read together, and with each row by itself."""
+    monkeypatch.setattr(cache_module, "SHARING_COSTS", 0 if request.param else 10**9)
+    monkeypatch.setattr(cache_module, "SHARING_COSTS_A_ROW", 0)
+    return bool(request.param)
 
 
 class LetterTokenizer:
@@ -303,7 +312,7 @@ def test_stop_strings_end_a_row_wherever_tokens_split_them() -> None:
     assert stopped.finished and stopped.text == text[: text.index(stop)]
 
 
-def test_groups_read_the_fewest_tokens() -> None:
+def test_groups_read_the_fewest_tokens(sharing: bool) -> None:
     """Three rows share 100 tokens, two of them 104; a fourth shares nothing with them."""
     beginning = list(range(100))
     rows = [
@@ -314,7 +323,7 @@ def test_groups_read_the_fewest_tokens() -> None:
     ]
     groups = share_groups([Path(torch.tensor(row), 0) for row in rows])
     found = sorted((sorted(g.rows), g.length) for g in groups)
-    assert found == [([0, 1, 2], 100), ([3], 2)]
+    assert found == ([([0, 1, 2], 100), ([3], 2)] if sharing else [([0, 1, 2, 3], 0)])
 
 
 def test_forked_memory_grows_by_the_new_part_only() -> None:

@@ -21,6 +21,9 @@ from torch import Tensor
 from usbrec.errors import UserError
 from usbrec.llm.model import ModelConfig
 
+# What a second product costs in a step, in keys read: to share fewer is slower than not to share
+SHARING_COSTS, SHARING_COSTS_A_ROW = 1200, 100
+
 
 @dataclass(eq=False)
 class Node:
@@ -161,7 +164,8 @@ def share_groups(paths: Sequence[Path]) -> list[Group]:
     """Group rows so that the fewest tokens are read in a decoding step.
 
     A group reads its shared beginning once and each row's rest on its own. Three rows of 100 + 5
-    tokens make one group of length 100 (115 tokens read), not three of 105 (315).
+    tokens make one group of length 100 (115 tokens read), not three of 105 (315). Where all that
+    saves less than it costs, the rows are one group of length 0.
     """
     slots = [path.slots.numpy() for path in paths]
 
@@ -182,7 +186,13 @@ def share_groups(paths: Sequence[Path]) -> list[Group]:
             apart, groups = apart + cost, groups + parts
         return (together, [Group(rows, length)]) if together < apart else (apart, groups)
 
-    return best(list(range(len(paths))), 0)[1] if paths else []
+    if not paths:
+        return []
+    everyone = list(range(len(paths)))
+    read, groups = best(everyone, 0)
+    saved = sum(map(len, slots)) - read
+    worthwhile = saved > SHARING_COSTS + SHARING_COSTS_A_ROW * len(paths)
+    return groups if worthwhile else [Group(everyone, 0)]
 
 
 def common_prefix(rows: Sequence[np.ndarray], known: int) -> int:

@@ -150,7 +150,7 @@ class Engine:
         self.decode(rows)
         return [row.reply() for row in rows]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
         """Return for each chat the unnormalised log-probability of each choice as its reply.
 
@@ -236,7 +236,7 @@ class Engine:
         self.usage.computed_tokens += computed
         return paths, states
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, waiting: Sequence[Row]) -> None:
         """Draw all replies; rows that wait for a place join when enough others have ended."""
         rows: list[Row] = []

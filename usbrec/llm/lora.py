@@ -202,29 +202,40 @@ class Siblings(nn.Module):
         dtype = own[0].weight.dtype
         self.adapters[name] = quick_form(A.to(dtype)), quick_form(B.to(dtype))
 
-    def forward(self, x: Tensor, routes: Sequence[Route]) -> Sequence[Tensor]:
-        """Return the outputs of the layers, (T, in) -> (T, width) each."""
-        out = None
-        if not torch.is_grad_enabled() and all(r.adapter in self.adapters for r in routes):
-            out = self.product(x)
+    def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
+        """Return the outputs of the layers side by side, (T, in) -> (T, out)."""
+        out = self.together(x, routes)
         if out is None:
             outs = [layer(x, routes) for layer in self.layers]
-            return outs if len(outs) > 1 else outs[0].split(self.widths, -1)
+            out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+        return out
+
+    def apart(self, x: Tensor, routes: Sequence[Route]) -> Sequence[Tensor]:
+        """Return the outputs one by one, (T, in) -> (T, width) each."""
+        out = self.together(x, routes)
+        if out is None and len(self.layers) > 1:
+            return [layer(x, routes) for layer in self.layers]
+        return (self.layers[0](x, routes) if out is None else out).split(self.widths, -1)
+
+    def together(self, x: Tensor, routes: Sequence[Route]) -> Tensor | None:
+        """Return the outputs side by side from one product, where a form is quick for T rows."""
+        if torch.is_grad_enabled() or len(x) > ORDERED_ROWS:
+            return None
+        if routes and not all(route.adapter in self.adapters for route in routes):
+            return None
+        if self.quantised is not None and len(x) <= QUANTISED_ROWS:
+            out = self.quantised.product(x)
+            out = out if self.bias is None else out.add_(self.bias)
+        elif self.ordered is not None:
+            out = quick_product(x, self.ordered, self.bias)
+        else:
+            return None
         for name, start, stop in routes:
             adapter = self.adapters[name]
             if adapter is not None:
                 low = quick_product(x[start:stop], adapter[0])
                 out[start:stop] += quick_product(low, adapter[1])
-        return out.split(self.widths, -1)
-
-    def product(self, x: Tensor) -> Tensor | None:
-        """Return W x + b of all layers, (T, in) -> (T, out), where a form is quick for T rows."""
-        if self.quantised is not None and len(x) <= QUANTISED_ROWS:
-            out = self.quantised.product(x)
-            return out if self.bias is None else out.add_(self.bias)
-        if self.ordered is not None and len(x) <= ORDERED_ROWS:
-            return quick_product(x, self.ordered, self.bias)
-        return None
+        return out
 
 
 def siblings(model: nn.Module) -> Iterator[Siblings]:

@@ -96,10 +96,11 @@ class SelfAttention(nn.Module):
         D, d = config.hidden_size, config.head_dim
         H, H_kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.interleaved = d, config.rotary_interleaved
+        self.turning, self.asking = [H + H_kv, H_kv], [H, H_kv]  # heads of q, k | v and of q | k
         widths, bias = [H * d, H_kv * d, H_kv * d], config.attention_bias
         if config.fused_projections:
             self.qkv_proj = LoraLinear(D, sum(widths), bias=bias)
-            self.inputs = Siblings([self.qkv_proj], widths)
+            self.inputs = Siblings([self.qkv_proj])
         else:
             self.q_proj, self.k_proj, self.v_proj = (LoraLinear(D, w, bias=bias) for w in widths)
             self.inputs = Siblings([self.q_proj, self.k_proj, self.v_proj])
@@ -115,11 +116,10 @@ class SelfAttention(nn.Module):
         routes: Sequence[Route],
     ) -> Tensor:
         """(T, D) -> (T, D)."""
-        heads = (y.view(len(x), -1, self.head_dim) for y in self.inputs(x, routes))
-        q, k, v = heads  # (T, H or H_kv, d)
-        q, k = (rotate(y, *turn, self.interleaved) for y in (q, k))
-        (out,) = self.output(attention(layer, q, k, v).flatten(1), routes)
-        return out
+        heads = self.inputs(x, routes).view(len(x), -1, self.head_dim)  # (T, H + 2 H_kv, d)
+        q_and_k, v = heads.split(self.turning, 1)
+        q, k = rotate(q_and_k, *turn, self.interleaved).split(self.asking, 1)
+        return self.output(attention(layer, q, k, v).flatten(1), routes)
 
 
 class MLP(nn.Module):
@@ -139,9 +139,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
         """(T, D) -> (T, D)."""
-        gate, up = self.inputs(x, routes)
-        (out,) = self.output(F.silu(gate) * up, routes)
-        return out
+        gate, up = self.inputs.apart(x, routes)
+        return self.output(F.silu(gate) * up, routes)
 
 
 class DecoderLayer(nn.Module):

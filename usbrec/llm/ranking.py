@@ -151,7 +151,7 @@ class Ranking:
         self.longest = max(len(ids) for ids, _ in rows)
         self.trie = make_trie(rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def best(self, chats: Sequence[Chat], k: int, tokens: int = TOKENS) -> list[Ranked]:
         """Return for each chat the k most probable texts as its reply's beginning.
 

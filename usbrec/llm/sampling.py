@@ -20,7 +20,6 @@ DRAWN_AT_ONCE = 8  # rows; their weights in fp32 take 1.6 MB
 RUN = 128
 LEAST_TEMPERATURE = 1e-6
 SDPA_ROWS = 4  # of so few rows, each by itself, torch's attention is quicker than plain products
-LEAST_SAVED = 500  # keys a step that siblings read together instead of each by itself
 COLUMNS = 4  # added to the rows' tails at a time, and as many more for each 32 columns there are
 
 
@@ -72,7 +71,7 @@ def routes_of(adapters: Sequence[str | None], counts: Sequence[int]) -> list[Rou
     return routes
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(
     model: Decoder,
     cache: PrefixCache,
@@ -143,15 +142,14 @@ class Bucket:
     n: int
     k: Tensor  # (layers, G, H_kv, P, d)
     v: Tensor
-    bias: Tensor  # (G * n, 1, 1, P + C): -inf where a beginning or a tail has no key
+    bias: Tensor  # (G * n * H_kv, 1, P + C): -inf where a beginning or a tail has no key
 
-    def fold(self, x: Tensor) -> Tensor:
-        """Lay a group's rows beside one another: (G n, H_kv, g, x) -> (G, H_kv, n g, x)."""
-        return x.unflatten(0, (-1, self.n)).transpose(1, 2).flatten(2, 3)
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """Undo `fold`."""
-        return x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
+    def of_heads(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Multiply every row by its group's keys: (G n H_kv, g, x), (G, H_kv, x, y) -> (..., y)."""
+        G, H_kv = keys.shape[:2]
+        folded = x.view(G, self.n, H_kv, *x.shape[1:]).transpose(1, 2)  # (G, H_kv, n, g, x)
+        out = folded.flatten(2, 3) @ keys  # (G, H_kv, n g, y)
+        return out.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 2)
 
 
 class DecodeAttention:
@@ -169,9 +167,6 @@ class DecodeAttention:
         self.cache = cache
         self.scale = cache.k.shape[-1] ** -0.5
         self.paths, self.groups = list(paths), sorted(share_groups(paths), key=lambda g: g.rows)
-        saved = sum(group.length * (len(group.rows) - 1) for group in self.groups)
-        if saved < LEAST_SAVED:  # the second product would cost more: tails hold everything
-            self.groups = [Group(group.rows, 0) for group in self.groups]
         rests = [0] * len(paths)  # the tokens of each row's prompt beyond its group's beginning
         for group in self.groups:
             for row in group.rows:
@@ -244,29 +239,36 @@ class DecodeAttention:
         if len(groups) > 1:
             k, v = k.contiguous(), v.contiguous()
         shared = bias.expand(-1, n, -1, -1, -1).flatten(0, 1)
-        return Bucket(rows, n, k, v, torch.cat([shared, self.bias[rows]], -1))
+        both = torch.cat([shared, self.bias[rows]], -1).squeeze(1)  # (G n, 1, P + C)
+        return Bucket(rows, n, k, v, both.repeat_interleave(k.shape[2], 0))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d), k and v (B, H_kv, d) of the rows' newest tokens -> (B, H, d)."""
         self.k[layer][:, :, self.column], self.v[layer][:, :, self.column] = k, v
-        q = (q * self.scale).unflatten(1, (k.shape[1], -1))  # (B, H_kv, g, d)
-        out = [self.read(layer, q[bucket.rows], bucket) for bucket in self.buckets]
-        return (out[0] if len(out) == 1 else torch.cat(out)).flatten(1, 2)
+        q4 = q.unflatten(1, (k.shape[1], -1))  # (B, H_kv, g, d)
+        out = [self.read(layer, q4[bucket.rows], bucket) for bucket in self.buckets]
+        return (out[0] if len(out) == 1 else torch.cat(out)).view(q.shape)
 
     def read(self, layer: int, q: Tensor, bucket: Bucket) -> Tensor:
-        """Let a bucket's rows read their beginnings and tails: q (G n, H_kv, g, d), scaled."""
-        tail_k, tail_v = self.k[layer][bucket.rows], self.v[layer][bucket.rows]
-        head_k, head_v = bucket.k[layer], bucket.v[layer]
-        P = head_k.shape[2]
+        """Let a bucket's rows read their beginnings and tails: (G n, H_kv, g, d) -> the same.
+
+        The rows' key heads are one batch dimension of plain products, which take their operands as
+        they lie.
+        """
+        k, v = self.k[layer][bucket.rows], self.v[layer][bucket.rows]
+        P = bucket.k.shape[3]
         if not P and len(q) <= SDPA_ROWS:
-            return F.scaled_dot_product_attention(q, tail_k, tail_v, bucket.bias, scale=1.0)
-        scores = q @ tail_k.transpose(-1, -2)  # (G n, H_kv, g, C)
+            bias = bucket.bias.view(*k.shape[:2], 1, -1)
+            return F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        scores = torch.bmm(q, k.mT)  # (G n H_kv, g, C)
         if P:
-            of_head = bucket.unfold(bucket.fold(q) @ head_k.transpose(-1, -2))  # (..., g, P)
-            scores = torch.cat([of_head, scores], -1)
-        probs = scores.add_(bucket.bias).softmax(-1)  # in fp32 inside, whatever the dtype
-        out = probs[..., P:] @ tail_v
-        return out + bucket.unfold(bucket.fold(probs[..., :P]) @ head_v) if P else out
+            scores = torch.cat([bucket.of_heads(q, bucket.k[layer].mT), scores], -1)
+        # the softmax is in fp32 inside, whatever the dtype
+        probs = torch.add(bucket.bias, scores, alpha=self.scale).softmax(-1)
+        if not P:
+            return torch.bmm(probs, v)
+        return torch.bmm(probs[..., P:], v) + bucket.of_heads(probs[..., :P], bucket.v[layer])
 
     def keep(
         self, live: Sequence[int], seats: Sequence[int], columns: Sequence[int], slots: Tensor
