@@ -113,7 +113,7 @@ class Engine:
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, memory_bytes)
         self.usage = Usage()
-        self.prepared: set[str] = set()  # adapters laid out for passes of few rows
+        self.prepared: set[str] = set()  # adapters laid out for inference
         # hears a reply's text as it is drawn, where a call asks for one alone
         self.listener: Callable[[str], None] | None = None
         model.order_weights()

@@ -27,7 +27,6 @@ from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
 from usbrec.settings import option
 
 ALL_LINEAR = "all-linear"
-ORDERED_ROWS = 256  # of more rows a product reads a weight as quickly in its usual order
 QUANTISED_ROWS = 4  # with more rows the kernels for rounded weights are the slower ones
 
 
@@ -72,7 +71,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out)."""
-        if self.ordered is None or torch.is_grad_enabled() or len(x) > ORDERED_ROWS:
+        if self.ordered is None or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         return quick_product(x, self.ordered, self.bias)
 
@@ -132,13 +131,12 @@ class LoraLinear(nn.Linear):
 
 
 class Siblings(nn.Module):
-    """Layers that read the same input: in passes of few rows one product instead of several.
+    """Layers that read the same input: in inference one product instead of several.
 
     The fewer the rows, the more a product's time is that of reading the weight, and of starting it.
     So the layers' weights may lie here once more, one below the other, in the forms that are quick
-    to read for few rows; and so may the adapters in use, which `prepare_adapter` lays out and
-    `forget_adapter` drops. With gradients, with many rows, or beside an adapter that is not
-    prepared, each layer works by itself.
+    to read; and so may the adapters in use, which `prepare_adapter` lays out and `forget_adapter`
+    drops. With gradients, or beside an adapter that is not prepared, each layer works by itself.
     """
 
     def __init__(self, layers: Sequence[LoraLinear], widths: Sequence[int] = ()) -> None:
@@ -180,7 +178,7 @@ class Siblings(nn.Module):
 
     @torch.no_grad()
     def prepare(self, name: str) -> None:
-        """Lay the adapter out for few rows: all A below one another, and each B beside the others.
+        """Lay the adapter out for inference: all A below one another, and each B beside the others.
 
         B's place is its own layer's outputs and its own A's inputs; elsewhere stands 0.
         """
@@ -218,8 +216,8 @@ class Siblings(nn.Module):
         return (self.layers[0](x, routes) if out is None else out).split(self.widths, -1)
 
     def together(self, x: Tensor, routes: Sequence[Route]) -> Tensor | None:
-        """Return the outputs side by side from one product, where a form is quick for T rows."""
-        if torch.is_grad_enabled() or len(x) > ORDERED_ROWS:
+        """Return the outputs side by side from one product, where a form is at hand."""
+        if torch.is_grad_enabled():
             return None
         if routes and not all(route.adapter in self.adapters for route in routes):
             return None
@@ -246,7 +244,7 @@ def siblings(model: nn.Module) -> Iterator[Siblings]:
 
 
 def prepare_adapter(model: nn.Module, name: str) -> None:
-    """Lay the adapter out for passes of few rows, until `forget_adapter`."""
+    """Lay the adapter out for inference, until `forget_adapter`."""
     for layers in siblings(model):
         layers.prepare(name)
 

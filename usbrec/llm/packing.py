@@ -74,15 +74,6 @@ def plain_layout(tree: Tree) -> Tree:
     return Tree(branches)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Queries `start` to `stop` of a row see the keys `path`; the last stop - start are causal."""
-
-    start: int
-    stop: int
-    path: Tensor  # (S,) where the keys of the whole path lie, the block's own tokens last
-
-
 class TreeAttention:
     """Attention of a packed row: every branch sees its own path."""
 
@@ -126,17 +117,11 @@ def tree_windows(first: int, paths: Sequence[Sequence[int]], device: torch.devic
     return windows
 
 
-def causal_tail(block: Block) -> Tensor:
-    """Return who sees whom in a block, (n, S): all of the past, and of its own what came before."""
-    n, S = block.stop - block.start, len(block.path)
-    return torch.ones(n, S, dtype=torch.bool, device=block.path.device).tril(S - n)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for one block: q (n, H, d), k, v (S, H_kv, d), mask (n, S).
+    """softmax(q k^T / sqrt(d)) v on a GPU: q (n, H, d), k, v (S, H_kv, d), mask (n, S).
 
     The query heads of one key head form the inner batch dimension, so keys are never copied per
-    query head (`enable_gqa` is many times slower on the CPU).
+    query head.
     """
     H_kv = k.shape[1]
     q = q.unflatten(1, (H_kv, -1)).permute(1, 2, 0, 3)  # (H_kv, g, n, d)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from usbrec.chat import Sampling
 from usbrec.llm.cache import Group, Path, PrefixCache, share_groups
+from usbrec.llm.kernels import plain_attention, visibility_bias
 from usbrec.llm.lora import Route
 from usbrec.llm.model import Decoder
-from usbrec.llm.packing import Block, attend, causal_tail
+from usbrec.llm.packing import CPU_WINDOW, attend
 
 TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
 DRAWN_AT_ONCE = 8  # rows; their weights in fp32 take 1.6 MB
@@ -33,27 +34,53 @@ class Span:
     start: int
 
 
+@dataclass(frozen=True)
+class Block:
+    """Queries `start` to `stop` of a pass see the keys at `path`, of their own what came before."""
+
+    start: int
+    stop: int
+    path: Tensor  # (S,) slots, the queries' own last; on the CPU padded
+    mask: Tensor  # (n, S): what is seen, or on the CPU its bias
+
+
 class PrefillAttention:
     """Writes the pass's keys and values into the arena, then lets every block read its path."""
 
     def __init__(self, cache: PrefixCache, spans: Sequence[Span]) -> None:
-        device = cache.k.device
         self.cache = cache
-        self.written = torch.cat([s.slots[s.start :] for s in spans]).to(device)
+        self.on_cpu = cache.k.device.type == "cpu"
+        self.written = torch.cat([s.slots[s.start :] for s in spans]).to(cache.k.device)
         self.blocks: list[Block] = []
+        most = CPU_WINDOW if self.on_cpu else TOKENS_PER_PASS
         for span in spans:
             start = self.blocks[-1].stop if self.blocks else 0
-            self.blocks.append(Block(start, start + len(span.ids), span.slots.to(device)))
-        self.masks = [causal_tail(block) for block in self.blocks]
+            for own in range(0, len(span.ids), most):
+                n = min(most, len(span.ids) - own)
+                path = span.slots[: span.start + own + n]
+                self.blocks.append(self.block(start + own, n, path.to(cache.k.device)))
+
+    def block(self, start: int, n: int, path: Tensor) -> Block:
+        """Let n queries from `start` on see all of a path, and of its last n what came before."""
+        S = len(path)
+        mask = torch.ones(n, S, dtype=torch.bool, device=path.device).tril(S - n)
+        if self.on_cpu:
+            mask = visibility_bias(mask, self.cache.k.dtype)
+            path = torch.cat([path, path[:1].expand(mask.shape[1] - S)])
+        return Block(start, start + n, path, mask)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
         keys, values = self.cache.k[layer], self.cache.v[layer]  # (H_kv, slots, d)
         keys[:, self.written], values[:, self.written] = k.transpose(0, 1), v.transpose(0, 1)
         out = []
-        for block, mask in zip(self.blocks, self.masks, strict=True):
-            path_k, path_v = (x[:, block.path].transpose(0, 1) for x in (keys, values))
-            out.append(attend(q[block.start : block.stop], path_k, path_v, mask))
+        for block in self.blocks:
+            own = q[block.start : block.stop]
+            path_k, path_v = keys[:, block.path], values[:, block.path]
+            if self.on_cpu:
+                out.append(plain_attention(own, path_k, path_v, block.mask)[0])
+            else:
+                out.append(attend(own, path_k.transpose(0, 1), path_v.transpose(0, 1), block.mask))
         return torch.cat(out)
 
 
