@@ -350,7 +350,7 @@ class Engine:
             path = self.cache.insert(row.adapter, ids[:fed])
             slots.append(path.slots[path.known :])
             places += [(seat, attention.first + i - start) for i in range(path.known, fed)]
-        seated, columns = [seat for seat, _ in places], [column for _, column in places]
+        seated, columns = torch.tensor(places, dtype=torch.long).reshape(-1, 2).unbind(1)
         return [rows[i] for i in attention.keep(going, seated, columns, torch.cat(slots))]
 
 

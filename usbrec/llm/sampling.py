@@ -201,19 +201,22 @@ class DecodeAttention:
         self.column = self.first = max(rests)
         lengths = [len(path.slots) for path in paths]
         self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
-        L, H_kv, _, d = cache.k.shape
-        device = cache.k.device
-        shape = (len(paths), H_kv, self.first, d)
-        self.k = [cache.k.new_zeros(shape) for _ in range(L)]  # one a layer
-        self.v = [cache.v.new_zeros(shape) for _ in range(L)]
-        self.bias = cache.k.new_full((len(paths), 1, 1, self.first), -torch.inf)
+        # where each row's rest lies, right-aligned; what is before it is read and masked
+        places = torch.stack(
+            [
+                torch.cat(
+                    [path.slots[:1].expand(self.first - rest), path.slots[len(path.slots) - rest :]]
+                )
+                for path, rest in zip(paths, rests, strict=True)
+            ]
+        ).to(cache.k.device)  # (B, C)
+        self.k, self.v = (
+            [layer[:, places].transpose(0, 1).contiguous() for layer in arena]  # (B, H_kv, C, d)
+            for arena in (cache.k, cache.v)
+        )
+        self.bias = cache.k.new_zeros(len(paths), 1, 1, self.first)
         for row, rest in enumerate(rests):
-            slots = paths[row].slots[len(paths[row].slots) - rest :].to(device)
-            own = slice(self.first - rest, self.first)
-            self.bias[row, ..., own] = 0
-            for layer in range(L):
-                self.k[layer][row, :, own] = cache.k[layer][:, slots]
-                self.v[layer][row, :, own] = cache.v[layer][:, slots]
+            self.bias[row, ..., : self.first - rest] = -torch.inf
         self.buckets = self.make_buckets()
 
     def open_column(self) -> None:
@@ -297,9 +300,7 @@ class DecodeAttention:
             return torch.bmm(probs, v)
         return torch.bmm(probs[..., P:], v) + bucket.of_heads(probs[..., :P], bucket.v[layer])
 
-    def keep(
-        self, live: Sequence[int], seats: Sequence[int], columns: Sequence[int], slots: Tensor
-    ) -> list[int]:
+    def keep(self, live: Sequence[int], seats: Tensor, columns: Tensor, slots: Tensor) -> list[int]:
         """Let only the rows `live` go on; return them in their new order.
 
         What the tails of `seats` hold in `columns` goes to the memory's `slots`.
@@ -319,7 +320,7 @@ class DecodeAttention:
         self.buckets = []  # frees their copies before the tails are moved
         for tails, arena in ((self.k, self.cache.k), (self.v, self.cache.v)):
             for layer, tail in enumerate(tails):
-                arena[layer][:, slots] = tail[seats, :, columns].transpose(0, 1)
+                arena[layer][:, slots] = tail.transpose(0, 1)[:, seats, columns]
                 tails[layer] = tail[index]
         self.bias, self.positions = self.bias[index], self.positions[index]
         self.paths = [self.paths[row] for row in order]
@@ -361,13 +362,11 @@ def draw_some(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -
     chosen = [samplings[i] for i in hot]
     floor = LEAST_TEMPERATURE  # as good as greedy; quotients beyond fp32 would not be numbers
     temperatures = torch.tensor([max(s.temperature, floor) for s in chosen], device=logits.device)
-    # one copy, and all else in place: to allocate such a tensor takes longer than to compute it
-    weights = (logits if len(hot) == len(logits) else logits[rows]).to(torch.float32, copy=True)
-    weights.div_(temperatures[:, None])
-    weights.sub_(weights.amax(-1, keepdim=True)).exp_()  # probabilities but for a factor
+    logits = (logits if len(hot) == len(logits) else logits[rows]).to(torch.float32, copy=True)
+    probs = logits.div_(temperatures[:, None]).softmax(-1)
     if any(s.top_k or s.top_p < 1 or s.min_p for s in chosen):
-        weights = truncate(weights, chosen)
-    tokens[rows] = pick(weights, uniforms.to(weights)[rows])
+        probs = truncate(probs, chosen)
+    tokens[rows] = pick(probs, uniforms.to(probs)[rows])
     return tokens
 
 
@@ -377,7 +376,8 @@ def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
     First the run of RUN weights, by the runs' sums, then the place in it: a cumulative sum over all
     V takes as long as everything else in `draw`.
     """
-    runs = F.pad(weights, (0, -weights.shape[-1] % RUN)).unflatten(-1, (-1, RUN))
+    missing = -weights.shape[-1] % RUN
+    runs = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, RUN))
     ends = runs.sum(-1).cumsum(-1)  # (b, V / RUN)
     run, rest = place(ends, uniforms[:, None] * ends[:, -1:])
     within = runs.take_along_dim(run[:, :, None], 1)[:, 0].cumsum(-1)  # (b, RUN)
