@@ -243,8 +243,8 @@ class _WindowAttention(torch.autograd.Function):
         for window in windows:
             queries, keys = slice(window.start, window.stop), slice(window.first, window.stop)
             bias = window.bias(q.dtype)
-            seen = (heads_first(x[keys], bias.shape[1]) for x in (k, v))
-            out[queries], probs = plain_attention(q[queries], *seen, bias)
+            seen_k, seen_v = (heads_first(x[keys], bias.shape[1]) for x in (k, v))
+            out[queries], probs = plain_attention(q[queries], seen_k, seen_v, bias)
             kept.append(probs)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.windows = windows

@@ -130,19 +130,19 @@ class LoraLinear(nn.Linear):
         return self.scaled_B(name) @ self.lora_A[name].data
 
 
-class Siblings(nn.Module):
+class Siblings:
     """Layers that read the same input: in inference one product instead of several.
 
     The fewer the rows, the more a product's time is that of reading the weight, and of starting it.
     So the layers' weights may lie here once more, one below the other, in the forms that are quick
     to read; and so may the adapters in use, which `prepare_adapter` lays out and `forget_adapter`
     drops. With gradients, or beside an adapter that is not prepared, each layer works by itself.
+    No module: it owns no parameter, and a module's call would take longer than all of its own code.
     """
 
     def __init__(self, layers: Sequence[LoraLinear], widths: Sequence[int] = ()) -> None:
         """`widths` cuts the output of a single layer, where it is several in one."""
-        super().__init__()
-        self.layers = tuple(layers)  # no list of modules: they are at home elsewhere
+        self.layers = tuple(layers)
         self.widths = list(widths) or [layer.out_features for layer in layers]
         self.ordered: Tensor | None = None
         self.quantised: QuantisedWeight | None = None
@@ -200,7 +200,7 @@ class Siblings(nn.Module):
         dtype = own[0].weight.dtype
         self.adapters[name] = quick_form(A.to(dtype)), quick_form(B.to(dtype))
 
-    def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
+    def __call__(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
         """Return the outputs of the layers side by side, (T, in) -> (T, out)."""
         out = self.together(x, routes)
         if out is None:
@@ -213,7 +213,7 @@ class Siblings(nn.Module):
         out = self.together(x, routes)
         if out is None and len(self.layers) > 1:
             return [layer(x, routes) for layer in self.layers]
-        return (self.layers[0](x, routes) if out is None else out).split(self.widths, -1)
+        return (self.layers[0](x, routes) if out is None else out).split_with_sizes(self.widths, -1)
 
     def together(self, x: Tensor, routes: Sequence[Route]) -> Tensor | None:
         """Return the outputs side by side from one product, where a form is at hand."""
@@ -239,8 +239,7 @@ class Siblings(nn.Module):
 def siblings(model: nn.Module) -> Iterator[Siblings]:
     """Yield all sets of layers that read the same input."""
     for module in model.modules():
-        if isinstance(module, Siblings):
-            yield module
+        yield from (value for value in vars(module).values() if isinstance(value, Siblings))
 
 
 def prepare_adapter(model: nn.Module, name: str) -> None:

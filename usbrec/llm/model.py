@@ -117,8 +117,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """(T, D) -> (T, D)."""
         heads = self.inputs(x, routes).view(len(x), -1, self.head_dim)  # (T, H + 2 H_kv, d)
-        q_and_k, v = heads.split(self.turning, 1)
-        q, k = rotate(q_and_k, *turn, self.interleaved).split(self.asking, 1)
+        q_and_k, v = heads.split_with_sizes(self.turning, 1)
+        q, k = rotate(q_and_k, *turn, self.interleaved).split_with_sizes(self.asking, 1)
         return self.output(attention(layer, q, k, v).flatten(1), routes)
 
 
