@@ -41,6 +41,7 @@ def our_engine(quantise: Kind | None = None) -> Engine:
     model = load_model(folder, torch.bfloat16)
     if quantise is not None:
         model.quantise_weights(quantise)
+    model.order_weights()
     tokenizer: Any = Endless(ChatTokenizer.from_folder(folder))
     return Engine(model, tokenizer)
 

@@ -116,7 +116,6 @@ class Engine:
         self.prepared: set[str] = set()  # adapters laid out for inference
         # hears a reply's text as it is drawn, where a call asks for one alone
         self.listener: Callable[[str], None] | None = None
-        model.order_weights()
 
     def forget(self) -> None:
         """Drop all cached states: to be called whenever an adapter's weights change."""

@@ -201,15 +201,10 @@ class DecodeAttention:
         self.column = self.first = max(rests)
         lengths = [len(path.slots) for path in paths]
         self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
-        # where each row's rest lies, right-aligned; what is before it is read and masked
-        places = torch.stack(
-            [
-                torch.cat(
-                    [path.slots[:1].expand(self.first - rest), path.slots[len(path.slots) - rest :]]
-                )
-                for path, rest in zip(paths, rests, strict=True)
-            ]
-        ).to(cache.k.device)  # (B, C)
+        # the rows' rests, right-aligned; what lies before a rest is read and masked
+        back = torch.arange(-self.first, 0)
+        places = torch.stack([p.slots[(len(p.slots) + back).clamp(min=0)] for p in paths])  # (B, C)
+        places = places.to(cache.k.device)
         self.k, self.v = (
             [layer[:, places].transpose(0, 1).contiguous() for layer in arena]  # (B, H_kv, C, d)
             for arena in (cache.k, cache.v)
@@ -290,12 +285,11 @@ class DecodeAttention:
         if not P and len(q) <= SDPA_ROWS:
             bias = bucket.bias.view(*k.shape[:2], 1, -1)
             return F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q, k, v = (q * self.scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         scores = torch.bmm(q, k.mT)  # (G n H_kv, g, C)
         if P:
             scores = torch.cat([bucket.of_heads(q, bucket.k[layer].mT), scores], -1)
-        # the softmax is in fp32 inside, whatever the dtype
-        probs = torch.add(bucket.bias, scores, alpha=self.scale).softmax(-1)
+        probs = scores.add_(bucket.bias).softmax(-1)  # in fp32 inside, whatever the dtype
         if not P:
             return torch.bmm(probs, v)
         return torch.bmm(probs[..., P:], v) + bucket.of_heads(probs[..., :P], bucket.v[layer])
