@@ -489,10 +489,11 @@ def test_a_collapsing_run_warns(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"schedule": "linear"}, {"batch_size": 0}, {"warmup": 2.0}, {"save_every": 0}]
+    "wrong",
+    [{"schedule": "linear"}, {"batch_size": 0}, {"warmup": 2.0}, {"learning_rate": float("nan")}],
 )
 def test_an_option_out_of_range_is_refused_by_name(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainingOptions(**wrong)
 
 

@@ -22,18 +22,38 @@ from usbrec.errors import UserError
 Options = TypeVar("Options")
 
 
-def option(default: Any, help: str, low: float = -math.inf) -> Any:
-    """Return a dataclass field whose metadata says what the option does, and its lowest value."""
-    return field(default=default, metadata={"help": help, "low": low})
+def option(
+    default: Any,
+    help: str,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    """Return a dataclass field with what the option does and where its numbers lie.
+
+    Values are at least `low`, greater than `above` and at most `high`.
+    """
+    return field(default=default, metadata={"help": help, "bounds": (low, above, high)})
 
 
 def check(options: Any) -> None:
-    """Raise ValueError naming the first field that is too low, not finite, or no choice."""
+    """Raise ValueError naming the first field whose value is no choice, or a number out of bounds.
+
+    Numbers must be finite.
+    """
     hints = get_type_hints(type(options))
     for item in fields(options):
-        value, low = getattr(options, item.name), item.metadata["low"]
-        if low > -math.inf and not low <= value < math.inf:
-            raise ValueError(f"{item.name} must be at least {low}, got {value}")
+        value = getattr(options, item.name)
+        low, above, high = item.metadata["bounds"]
+        if isinstance(value, int | float) and not (
+            low <= value <= high and above < value < math.inf
+        ):
+            said = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (
+                above > -math.inf
+            )
+            said += [f"at most {high}"] * (high < math.inf)
+            what = " and ".join(said) or "a finite number"
+            raise ValueError(f"{item.name} must be {what}, got {value}")
         choices = get_args(hints[item.name])
         if get_origin(hints[item.name]) is Literal and value not in choices:
             raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")

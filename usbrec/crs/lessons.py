@@ -35,7 +35,7 @@ from usbrec.crs.agents import (
 from usbrec.crs.catalogue import Catalogue, Item, describe, genre_word, rewrite
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 FILMLESS = (  # replies that recommend nothing, as an untrained model gives them
     "What kind of film are you in the mood for?",
@@ -64,15 +64,15 @@ UNLIKE = 4  # replies that share no word with a profile; with two its judge may 
 class LessonOptions:
     """How much the parts of a lesson weigh."""
 
-    score_weight: float = option(10.0, "weight of a score's token against a word's in the loss")
-    line_weight: float = option(0.3, "weight of the seeker's words in the loss")
-    explanation_weight: float = option(0.3, "weight of an explanation against a gold turn")
-    explain_every: int = option(4, "one in so many dialogues also teaches to explain")
+    score_weight: float = option(
+        10.0, "weight of a score's token against a word's in the loss", above=0
+    )
+    line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
+    explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
+    explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
 
     def __post_init__(self) -> None:
-        for name in ("score_weight", "line_weight", "explanation_weight", "explain_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check(self)
 
 
 def recommender_lessons(

@@ -24,7 +24,7 @@ from usbrec.llm.kernels import (
     quick_product,
 )
 from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 ALL_LINEAR = "all-linear"
 QUANTISED_ROWS = 4  # with more rows the kernels for rounded weights are the slower ones
@@ -42,14 +42,13 @@ class Route(NamedTuple):
 class LoraConfig:
     """Rank, scale and place of an adapter, in peft's names; `target_modules` are last names."""
 
-    r: int = option(8, "rank of an adapter")
+    r: int = option(8, "rank of an adapter", low=1)
     lora_alpha: float = option(16.0, "its scale is lora_alpha / r")
     target_modules: tuple[str, ...] = option((ALL_LINEAR,), "layers by their last name")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"the rank r of an adapter must be at least 1, got {self.r}")
+        check(self)
 
     @property
     def scaling(self) -> float:

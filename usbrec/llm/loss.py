@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 USUAL_RATIO = 0.5  # of gamma to beta
 CHUNK_ROWS = 128  # (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower
@@ -103,23 +103,20 @@ def response_logps(logps: Tensor, owners: Tensor, responses: Tensor) -> Response
 class SimpoOptions:
     """The constants of SimPO's equation (6); its margin gamma is given itself or by a ratio."""
 
-    beta: float = option(2.0, "reward of one nat of a response's mean log-probability")
+    beta: float = option(2.0, "reward of one nat of a response's mean log-probability", above=0)
     gamma_beta_ratio: float | None = option(
         None, f"the margin that chosen shall win by, over beta ({USUAL_RATIO} without gamma)"
     )
     gamma: float | None = option(None, "the margin itself, in place of the ratio")
-    nll_weight: float = option(0.0, "weight of the chosen response's NLL; 0: exactly SimPO")
+    nll_weight: float = option(0.0, "weight of the chosen response's NLL; 0: exactly SimPO", low=0)
 
     def __post_init__(self) -> None:
+        check(self)
         if self.gamma is not None and self.gamma_beta_ratio is not None:
             raise ValueError(
                 f"gamma ({self.gamma}) and gamma_beta_ratio ({self.gamma_beta_ratio}) both set the "
                 "margin: give one of them"
             )
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
-        if self.nll_weight < 0:
-            raise ValueError(f"nll_weight must be at least 0, got {self.nll_weight}")
 
     @property
     def margin(self) -> float:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,44 +35,34 @@ from usbrec.llm.objectives import Mean, Objective
 from usbrec.llm.packing import Tree, pack, plain_layout
 from usbrec.llm.run_state import load_state, save_state
 from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.settings import check, option
 
 FALL_OF_CHOSEN = 0.5  # nats a token: an average token has become 1.6 times less likely
 RISE_OF_REPETITION = 0.1
-SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How long and how fast an adapter learns; what it learns is the objective's matter."""
 
-    learning_rate: float = option(3e-4, "peak rate of AdamW")
-    epochs: float = option(1.0, "passes over the items")
-    steps: int = option(0, "stop after so many steps; 0: by epochs")
-    batch_size: int = option(16, "items a step")
-    tokens_per_pass: int = option(1024, "tokens laid into one row")
+    learning_rate: float = option(3e-4, "peak rate of AdamW", above=0)
+    epochs: float = option(1.0, "passes over the items", above=0)
+    steps: int = option(0, "stop after so many steps; 0: by epochs", low=0)
+    batch_size: int = option(16, "items a step", low=1)
+    tokens_per_pass: int = option(1024, "tokens laid into one row", low=1)
     packing: bool = option(True, "lay a shared beginning out once; off: once a branch")
-    warmup: float = option(0.1, "share of the steps that warm up")
-    schedule: str = option("cosine", "constant or cosine")
-    weight_decay: float = option(0.0, "AdamW's decay")
-    max_grad_norm: float = option(1.0, "clip to this norm; 0: never")
+    warmup: float = option(0.1, "share of the steps that warm up", low=0, high=1)
+    schedule: Literal["constant", "cosine"] = option("cosine", "of the rate, after the warm-up")
+    weight_decay: float = option(0.0, "AdamW's decay", low=0)
+    max_grad_norm: float = option(1.0, "clip to this norm; 0: never", low=0)
     checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
     shuffle: bool = option(True, "a new order every epoch; off: the order given")
     seed: int = option(0, "decides the order of the items")
-    save_every: int = option(20, "steps between two saved states")
-    eval_every: int = option(0, "steps between two validations; 0: a tenth of all")
+    save_every: int = option(20, "steps between two saved states", low=1)
+    eval_every: int = option(0, "steps between two validations; 0: a tenth of all", low=0)
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
-        for name in ("learning_rate", "epochs", "batch_size", "tokens_per_pass", "save_every"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("steps", "weight_decay", "max_grad_norm", "eval_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"warmup must lie in [0, 1], got {self.warmup}")
+        check(self)
 
 
 @dataclass
