@@ -160,6 +160,7 @@ import torch.distributed as dist
 sys.path[:0] = sys.argv[4:]
 import test_training as t
 from conftest import TINY, random_decoder
+from usbrec import parallel
 
 torch.set_num_threads(1)
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -168,6 +169,7 @@ model = random_decoder(TINY)
 t.add_adapter(model, "one", t.LoraConfig(r=2), seed=1)
 t.train(model, "one", t.pairs(), t.Simpo(), t.QUICK, folder / "run", "simpo", t.pairs(3, 9))
 torch.save(t.weights(model), folder / f"adapter{rank}")
+parallel.meet()  # as run_together does: who leaves while the other still speaks may abort
 dist.destroy_process_group()
 """
 
