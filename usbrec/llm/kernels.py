@@ -178,15 +178,11 @@ def unfold(x: Tensor, n: int) -> Tensor:
     return x.unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def aligned(keys: int) -> int:
-    """Return the number of keys up to which products and softmaxes are padded."""
-    return -(-keys // KEY_ALIGNMENT) * KEY_ALIGNMENT
-
-
 def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where a key is seen and -inf elsewhere, (n, keys) -> (n, S) with S aligned."""
     n, keys = visible.shape
-    bias = torch.full((n, aligned(keys)), -torch.inf, dtype=dtype, device=visible.device)
+    S = -(-keys // KEY_ALIGNMENT) * KEY_ALIGNMENT
+    bias = torch.full((n, S), -torch.inf, dtype=dtype, device=visible.device)
     bias[:, :keys].masked_fill_(visible, 0)
     return bias
 

@@ -16,13 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usbrec.llm.kernels import (
-    adapted_product,
-    has_order,
-    ordered,
-    quick_form,
-    quick_product,
-)
+from usbrec.llm.kernels import adapted_product, has_order, ordered, quick_form, quick_product
 from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
 from usbrec.settings import check, option
 

@@ -209,7 +209,7 @@ class DecodeAttention:
             [layer[:, places].transpose(0, 1).contiguous() for layer in arena]  # (B, H_kv, C, d)
             for arena in (cache.k, cache.v)
         )
-        self.bias = cache.k.new_zeros(len(paths), 1, 1, self.first)
+        self.bias = cache.k.new_zeros(len(paths), 1, self.first)
         for row, rest in enumerate(rests):
             self.bias[row, ..., : self.first - rest] = -torch.inf
         self.buckets = self.make_buckets()
@@ -248,7 +248,7 @@ class DecodeAttention:
         rows = slice(groups[0].rows[0], groups[-1].rows[-1] + 1)
         P = max(group.length for group in groups)
         slots = torch.zeros(len(groups), P, dtype=torch.long)
-        bias = self.bias.new_zeros(len(groups), 1, 1, 1, P)
+        bias = self.bias.new_zeros(len(groups), 1, 1, P)
         for i, group in enumerate(groups):
             slots[i, : group.length] = self.paths[group.rows[0]].slots[: group.length]
             bias[i, ..., group.length :] = -torch.inf
@@ -263,8 +263,8 @@ class DecodeAttention:
         )  # (L, G, H_kv, P, d)
         if len(groups) > 1:
             k, v = k.contiguous(), v.contiguous()
-        shared = bias.expand(-1, n, -1, -1, -1).flatten(0, 1)
-        both = torch.cat([shared, self.bias[rows]], -1).squeeze(1)  # (G n, 1, P + C)
+        shared = bias.expand(-1, n, -1, -1).flatten(0, 1)
+        both = torch.cat([shared, self.bias[rows]], -1)  # (G n, 1, P + C)
         return Bucket(rows, n, k, v, both.repeat_interleave(k.shape[2], 0))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
