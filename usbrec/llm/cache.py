@@ -22,7 +22,7 @@ from usbrec.errors import UserError
 from usbrec.llm.model import ModelConfig
 
 # What a second product costs in a step, in keys read: to share fewer is slower than not to share
-SHARING_COSTS, SHARING_COSTS_A_ROW = 1200, 100
+SHARING_COSTS, SHARING_COSTS_A_ROW = 1300, 25
 
 
 @dataclass(eq=False)

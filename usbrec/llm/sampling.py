@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from usbrec.chat import Sampling
 from usbrec.llm.cache import Group, Path, PrefixCache, share_groups
-from usbrec.llm.kernels import plain_attention, visibility_bias
+from usbrec.llm.kernels import KEY_ALIGNMENT, plain_attention, visibility_bias
 from usbrec.llm.lora import Route
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import CPU_WINDOW, attend
@@ -167,16 +167,18 @@ class Bucket:
 
     rows: slice  # G groups of n rows
     n: int
-    k: Tensor  # (layers, G, H_kv, P, d)
+    k: Tensor  # (layers, H_kv, G, P, d)
     v: Tensor
-    bias: Tensor  # (G * n * H_kv, 1, P + C): -inf where a beginning or a tail has no key
 
-    def of_heads(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Multiply every row by its group's keys: (G n H_kv, g, x), (G, H_kv, x, y) -> (..., y)."""
-        G, H_kv = keys.shape[:2]
-        folded = x.view(G, self.n, H_kv, *x.shape[1:]).transpose(1, 2)  # (G, H_kv, n, g, x)
-        out = folded.flatten(2, 3) @ keys  # (G, H_kv, n g, y)
-        return out.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 2)
+    @property
+    def length(self) -> int:
+        """The tokens of the longest beginning, P."""
+        return self.k.shape[3]
+
+    def product(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Multiply its rows by their group's keys: (H_kv, B, g, x), (H_kv, G, x, y) -> (..., y)."""
+        own = x[:, self.rows].unflatten(1, (-1, self.n)).flatten(2, 3)  # (H_kv, G, n g, x)
+        return (own @ keys).unflatten(2, (self.n, -1)).flatten(1, 2)
 
 
 class DecodeAttention:
@@ -184,115 +186,117 @@ class DecodeAttention:
 
     One exact softmax runs over both. Query heads of one key head, and the siblings of a group, are
     folded into the query length. Tails are right-aligned where decoding starts, so a step writes
-    one column; columns are added some at a time and masked until they are written, because a
-    product with a part of the columns would copy it first. Tails are moved layer by layer, so that
-    they never exist twice. Rows of a group, and groups of one size, must be neighbours:
-    `neighbours` orders them so.
+    one column; columns are added some at a time, because a product with a part of the columns would
+    copy it first. Tails are moved layer by layer, so that they never exist twice. Rows of a group,
+    and groups of one size, must be neighbours: `neighbours` orders them so.
     """
 
     def __init__(self, cache: PrefixCache, paths: Sequence[Path]) -> None:
         self.cache = cache
         self.scale = cache.k.shape[-1] ** -0.5
         self.paths, self.groups = list(paths), sorted(share_groups(paths), key=lambda g: g.rows)
-        rests = [0] * len(paths)  # the tokens of each row's prompt beyond its group's beginning
-        for group in self.groups:
-            for row in group.rows:
-                rests[row] = len(paths[row].slots) - group.length
-        self.column = self.first = max(rests)
         lengths = [len(path.slots) for path in paths]
+        # the most tokens that a row's prompt has beyond its group's beginning
+        self.column = self.first = max(
+            lengths[row] - group.length for group in self.groups for row in group.rows
+        )
         self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
         # the rows' rests, right-aligned; what lies before a rest is read and masked
         back = torch.arange(-self.first, 0)
         places = torch.stack([p.slots[(len(p.slots) + back).clamp(min=0)] for p in paths])  # (B, C)
         places = places.to(cache.k.device)
         self.k, self.v = (
-            [layer[:, places].transpose(0, 1).contiguous() for layer in arena]  # (B, H_kv, C, d)
+            [layer[:, places] for layer in arena]  # (H_kv, B, C, d)
             for arena in (cache.k, cache.v)
         )
-        self.bias = cache.k.new_zeros(len(paths), 1, self.first)
-        for row, rest in enumerate(rests):
-            self.bias[row, ..., : self.first - rest] = -torch.inf
-        self.buckets = self.make_buckets()
+        self.group_rows()
 
-    def open_column(self) -> None:
-        """Let the next column be written and read."""
-        if self.column == self.bias.shape[-1]:
-            more = COLUMNS * (1 + self.column // 32)
-            for tails in (self.k, self.v):
-                for layer, tail in enumerate(tails):
-                    tails[layer] = F.pad(tail, (0, 0, 0, more))
-            self.bias = F.pad(self.bias, (0, more), value=-torch.inf)
-            self.buckets = [
-                replace(b, bias=F.pad(b.bias, (0, more), value=-torch.inf)) for b in self.buckets
-            ]
-        self.bias[..., self.column] = 0
-        for bucket in self.buckets:
-            bucket.bias[..., bucket.k.shape[3] + self.column] = 0
-
-    def close_column(self) -> None:
-        """Go on to the next column, now that every layer has written this one."""
-        self.column += 1
-        self.positions += 1
-
-    def make_buckets(self) -> list[Bucket]:
-        """Gather the beginnings of neighbouring groups of one size."""
-        buckets: list[Bucket] = []
+    def group_rows(self) -> None:
+        """Gather the beginnings of neighbouring groups of one size, and mask what no row has."""
+        places = [row for group in self.groups for row in group.rows]
+        assert places == list(range(len(self.paths))), "groups must be neighbours"
+        self.buckets: list[Bucket] = []
         for n, run in itertools.groupby(self.groups, key=lambda group: len(group.rows)):
-            buckets.append(self.make_bucket(n, list(run)))
-        places = [row for bucket in buckets for row in range(bucket.rows.start, bucket.rows.stop)]
-        assert places == list(range(len(self.paths))), "groups of one size must be neighbours"
-        return buckets
+            self.buckets.append(self.make_bucket(n, list(run)))
+        self.P = max(bucket.length for bucket in self.buckets)
+        bias = self.cache.k.new_zeros(len(places), 1, self.P + self.first)
+        for group in self.groups:
+            for row in group.rows:
+                rest = len(self.paths[row].slots) - group.length
+                bias[row, :, group.length : self.P + self.first - rest] = -torch.inf
+        self.bias = bias if bias.any() else None  # None: every row has all that is read
+        self.hidden: Tensor | None = None  # the same for few rows
+        self.scores: Tensor | None = None
 
     def make_bucket(self, n: int, groups: Sequence[Group]) -> Bucket:
         """Pad the groups' beginnings to the longest; that of one group is read where it lies."""
         rows = slice(groups[0].rows[0], groups[-1].rows[-1] + 1)
         P = max(group.length for group in groups)
         slots = torch.zeros(len(groups), P, dtype=torch.long)
-        bias = self.bias.new_zeros(len(groups), 1, 1, P)
         for i, group in enumerate(groups):
             slots[i, : group.length] = self.paths[group.rows[0]].slots[: group.length]
-            bias[i, ..., group.length :] = -torch.inf
         flat = slots.flatten()
         if len(groups) == 1 and P and bool((flat.diff() == 1).all()):
             where: Tensor | slice = slice(int(flat[0]), int(flat[0]) + P)  # a view, no copy
         else:
             where = flat.to(self.cache.k.device)
-        k, v = (
-            x[:, :, where].unflatten(2, slots.shape).transpose(1, 2)
-            for x in (self.cache.k, self.cache.v)
-        )  # (L, G, H_kv, P, d)
-        if len(groups) > 1:
-            k, v = k.contiguous(), v.contiguous()
-        shared = bias.expand(-1, n, -1, -1).flatten(0, 1)
-        both = torch.cat([shared, self.bias[rows]], -1)  # (G n, 1, P + C)
-        return Bucket(rows, n, k, v, both.repeat_interleave(k.shape[2], 0))
+        k, v = (x[:, :, where].unflatten(2, slots.shape) for x in (self.cache.k, self.cache.v))
+        return Bucket(rows, n, k, v)
+
+    def open_column(self) -> None:
+        """Make room for the next column."""
+        if self.column == self.k[0].shape[2]:
+            more = COLUMNS * (1 + self.column // 32)
+            for tails in (self.k, self.v):
+                for layer, tail in enumerate(tails):
+                    tails[layer] = F.pad(tail, (0, 0, 0, more))
+            self.scores = None
+        if self.bias is not None:  # as wide as what is written
+            self.hidden = F.pad(self.bias, (0, self.column + 1 - self.first))[:, None]
+
+    def close_column(self) -> None:
+        """Go on to the next column, now that every layer has written this one."""
+        self.column += 1
+        self.positions += 1
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d), k and v (B, H_kv, d) of the rows' newest tokens -> (B, H, d)."""
-        self.k[layer][:, :, self.column], self.v[layer][:, :, self.column] = k, v
-        q4 = q.unflatten(1, (k.shape[1], -1))  # (B, H_kv, g, d)
-        out = [self.read(layer, q4[bucket.rows], bucket) for bucket in self.buckets]
-        return (out[0] if len(out) == 1 else torch.cat(out)).view(q.shape)
+        keys, values = self.k[layer], self.v[layer]  # (H_kv, B, C, d)
+        keys[:, :, self.column], values[:, :, self.column] = k.transpose(0, 1), v.transpose(0, 1)
+        q = q.unflatten(1, (len(keys), -1))  # (B, H_kv, g, d)
+        if not self.P and len(q) <= SDPA_ROWS:
+            return self.read_singly(q, keys, values).flatten(1, 2)
+        return self.read(layer, q.transpose(0, 1), keys, values).transpose(0, 1).flatten(1, 2)
 
-    def read(self, layer: int, q: Tensor, bucket: Bucket) -> Tensor:
-        """Let a bucket's rows read their beginnings and tails: (G n, H_kv, g, d) -> the same.
+    def read_singly(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Let few rows read their tails, q (B, H_kv, g, d), 2 x (H_kv, B, C, d) -> as q."""
+        k, v = (x[:, :, : self.column + 1].transpose(0, 1) for x in (keys, values))
+        return F.scaled_dot_product_attention(q, k, v, self.hidden, scale=self.scale)
+
+    def read(self, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Let all rows read their beginnings and tails, (H_kv, B, g, d) -> the same.
 
         The rows' key heads are one batch dimension of plain products, which take their operands as
-        they lie.
+        they lie. Scores of what a row does not have are -inf from the start.
         """
-        k, v = self.k[layer][bucket.rows], self.v[layer][bucket.rows]
-        P = bucket.k.shape[3]
-        if not P and len(q) <= SDPA_ROWS:
-            bias = bucket.bias.view(*k.shape[:2], 1, -1)
-            return F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)
-        q, k, v = (q * self.scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        scores = torch.bmm(q, k.mT)  # (G n H_kv, g, C)
-        if P:
-            scores = torch.cat([bucket.of_heads(q, bucket.k[layer].mT), scores], -1)
-        probs = scores.add_(bucket.bias).softmax(-1)  # in fp32 inside, whatever the dtype
-        if not P:
-            return torch.bmm(probs, v)
-        return torch.bmm(probs[..., P:], v) + bucket.of_heads(probs[..., :P], bucket.v[layer])
+        P, C, written = self.P, keys.shape[2], self.column + 1
+        if self.scores is None:
+            S = -(-(P + C) // KEY_ALIGNMENT) * KEY_ALIGNMENT
+            self.scores = q.new_full((*q.shape[:3], S), -torch.inf)
+        q = torch.mul(q, self.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format))
+        own = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT)  # (H_kv B, g, C)
+        self.scores[..., P : P + written] = own.view(*q.shape[:3], C)[..., :written]
+        shared = [bucket for bucket in self.buckets if bucket.length]
+        for bucket in shared:
+            of_group = bucket.product(q, bucket.k[layer].mT)
+            self.scores[:, bucket.rows, :, : bucket.length] = of_group
+        if self.bias is not None:
+            self.scores[..., : P + self.first] += self.bias
+        probs = self.scores.softmax(-1)  # in fp32 inside, whatever the dtype
+        out = torch.bmm(probs[..., P : P + C].flatten(0, 1), values.flatten(0, 1)).view(q.shape)
+        for bucket in shared:
+            out[:, bucket.rows] += bucket.product(probs[..., : bucket.length], bucket.v[layer])
+        return out
 
     def keep(self, live: Sequence[int], seats: Tensor, columns: Tensor, slots: Tensor) -> list[int]:
         """Let only the rows `live` go on; return them in their new order.
@@ -310,15 +314,16 @@ class DecodeAttention:
             start = len(order)
             order += group.rows
             self.groups.append(Group(list(range(start, len(order))), group.length))
-        index = torch.tensor(order, dtype=torch.long, device=self.bias.device)
+        index = torch.tensor(order, dtype=torch.long, device=self.positions.device)
         self.buckets = []  # frees their copies before the tails are moved
         for tails, arena in ((self.k, self.cache.k), (self.v, self.cache.v)):
             for layer, tail in enumerate(tails):
-                arena[layer][:, slots] = tail.transpose(0, 1)[:, seats, columns]
-                tails[layer] = tail[index]
-        self.bias, self.positions = self.bias[index], self.positions[index]
+                arena[layer][:, slots] = tail[:, seats, columns]
+                tails[layer] = tail[:, index]
+        self.positions = self.positions[index]
         self.paths = [self.paths[row] for row in order]
-        self.buckets = self.make_buckets()
+        if order:
+            self.group_rows()
         return order
 
 
