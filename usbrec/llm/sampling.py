@@ -20,7 +20,7 @@ TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
 DRAWN_AT_ONCE = 8  # rows; their weights in fp32 take 1.6 MB
 RUN = 128
 LEAST_TEMPERATURE = 1e-6
-SDPA_ROWS = 4  # of so few rows, each by itself, torch's attention is quicker than plain products
+SDPA_KEYS = 900  # of all rows; for fewer, torch's attention is quicker than plain products
 COLUMNS = 4  # added to the rows' tails at a time, and as many more for each 32 columns there are
 
 
@@ -264,7 +264,7 @@ class DecodeAttention:
         keys, values = self.k[layer], self.v[layer]  # (H_kv, B, C, d)
         keys[:, :, self.column], values[:, :, self.column] = k.transpose(0, 1), v.transpose(0, 1)
         q = q.unflatten(1, (len(keys), -1))  # (B, H_kv, g, d)
-        if not self.P and len(q) <= SDPA_ROWS:
+        if not self.P and len(q) * (self.column + 1) <= SDPA_KEYS:
             return self.read_singly(q, keys, values).flatten(1, 2)
         return self.read(layer, q.transpose(0, 1), keys, values).transpose(0, 1).flatten(1, 2)
 
