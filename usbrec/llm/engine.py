@@ -5,7 +5,7 @@ and across calls; nothing in the callers mentions keys, values or batches.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -160,25 +160,27 @@ class Engine:
         variants = [self.variants(choice) for choice in choices]
         flat = [ids for group in variants for ids in group]
         beginnings = list(dict.fromkeys(tuple(ids[:-1]) for ids in flat))  # () for single tokens
-        scores: list[list[float]] = [[] for _ in chats]
+        # among the states of one chat, those after each beginning follow those after the one before
+        ends = itertools.accumulate((1 + len(said) for said in beginnings), initial=0)
+        first = dict(zip(beginnings, ends, strict=False))
+        places = [first[tuple(ids[:-1])] + i for ids in flat for i in range(len(ids))]
+        tokens = [token for ids in flat for token in ids]
         prompts = [self.prompt(chat, max(map(len, flat))) for chat in chats]
+        picked: list[Tensor] = []  # of each chat, the log-probabilities of `tokens`
         for wave in self.waves([sum(len(p) + len(ids) for ids in flat) for p in prompts]):
             self.cache.tick()
             rows = [(chats[i].adapter, [*prompts[i], *said]) for i in wave for said in beginnings]
             since = [len(prompts[i]) - 1 for i in wave for _ in beginnings]
             _, states = self.prefill(rows, since)
-            logits = self.model.lm_head(torch.cat(states)).split([len(rows) for rows in states])
-            for at, i in enumerate(wave):
-                own = logits[at * len(beginnings) : (at + 1) * len(beginnings)]
-                logps = {
-                    said: rows.float().log_softmax(-1).cpu()
-                    for said, rows in zip(beginnings, own, strict=True)
-                }
-                scores[i] = [
-                    float(torch.logsumexp(torch.stack([total(logps, ids) for ids in group]), 0))
-                    for group in variants
-                ]
-        return self.agreed(torch.tensor(scores, dtype=torch.float64)).tolist()
+            logits = self.model.lm_head(torch.cat(states)).unflatten(0, (len(wave), -1))
+            picked += [own.float().log_softmax(-1)[places, tokens] for own in logits]
+        if not picked:
+            return []
+        pieces = torch.stack(picked).split([len(ids) for ids in flat], -1)
+        totals = torch.stack([piece.sum(-1) for piece in pieces], -1)
+        groups = totals.split([len(group) for group in variants], -1)
+        scores = torch.stack([group.logsumexp(-1) for group in groups], -1)
+        return self.agreed(scores.double()).tolist()
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """Over sharded weights, return the first process's numbers, so that all go on alike.
@@ -289,12 +291,14 @@ class Engine:
         penalties = [how.repetition_penalty for how in samplings]
         if any(penalty != 1 for penalty in penalties):
             warped = penalise(logits, penalties, [row.prompt + row.tokens for row in live])
-        tokens = self.agreed(draw(warped, samplings, uniforms)).tolist()
-        for i, how in enumerate(samplings):
-            if how.logprobs:
-                live[i].logprobs.append(float(logits[i].float().log_softmax(-1)[tokens[i]]))
-        self.usage.decoded_tokens += len(tokens)
-        for row, token in zip(live, tokens, strict=True):
+        tokens = self.agreed(draw(warped, samplings, uniforms))  # (B,)
+        asking = [i for i, how in enumerate(samplings) if how.logprobs]
+        if asking:
+            logps = logits[asking].float().log_softmax(-1).gather(1, tokens[asking, None])
+            for i, logp in zip(asking, logps[:, 0].tolist(), strict=True):
+                live[i].logprobs.append(logp)
+        self.usage.decoded_tokens += len(live)
+        for row, token in zip(live, tokens.tolist(), strict=True):  # on a GPU, a step's one wait
             row.tokens.append(token)
             self.read(row)
 
@@ -362,9 +366,3 @@ def unstopped(text: str, stops: Sequence[str]) -> int:
     """Return where the longest end of the text begins that a stop string may begin with."""
     held = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return len(text) - max(held, default=0)
-
-
-def total(logps: Mapping[tuple[int, ...], Tensor], ids: Sequence[int]) -> Tensor:
-    """Sum the log-probabilities of `ids`; `logps` holds the rows after each beginning's states."""
-    rows = logps[tuple(ids[:-1])]
-    return torch.stack([rows[i, token] for i, token in enumerate(ids)]).sum()

@@ -251,7 +251,10 @@ class Decoder(nn.Module):
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.model.layers):
             inputs = (x, number, turn, attention, routes)
-            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+            if recompute:  # nothing in a layer is drawn, so no generator's state need be kept
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from usbrec.files import write_whole
 def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and JSON facts as the new state."""
     header = {"facts": json.dumps(facts, sort_keys=True)}
-    write_whole(path, save(dict(tensors), header))
+    write_whole(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, header))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -219,12 +219,13 @@ class DecodeAttention:
         for n, run in itertools.groupby(self.groups, key=lambda group: len(group.rows)):
             self.buckets.append(self.make_bucket(n, list(run)))
         self.P = max(bucket.length for bucket in self.buckets)
-        bias = self.cache.k.new_zeros(len(places), 1, self.P + self.first)
+        bias = torch.zeros(len(places), 1, self.P + self.first)
         for group in self.groups:
             for row in group.rows:
                 rest = len(self.paths[row].slots) - group.length
                 bias[row, :, group.length : self.P + self.first - rest] = -torch.inf
-        self.bias = bias if bias.any() else None  # None: every row has all that is read
+        # None: every row has all that is read
+        self.bias = bias.to(self.cache.k) if bias.any() else None
         self.hidden: Tensor | None = None  # the same for few rows
         self.scores: Tensor | None = None
 

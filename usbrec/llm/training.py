@@ -390,7 +390,7 @@ class _Run:
         """Return loss and metrics over all processes, whose gradients are left unsummed."""
         size = sum(self.objective.size(tree) for tree in trees)
         names = self.objective.metrics
-        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64)
+        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=self.model.device)
         share = math.ceil(sum(map(len, trees)) / parallel.world())
         rows = passes(trees, min(share, self.options.tokens_per_pass))
         for row, weight in own_rows(rows, self.model.sharded):
@@ -398,8 +398,8 @@ class _Run:
             if backward:
                 (loss * (weight / size)).backward()
             flat = [loss.detach(), *(part for mean in means for part in mean)]
-            sums += weight * torch.stack([part.double() for part in flat]).cpu()
-        loss_sum, *parts = parallel.total(sums.to(self.model.device)).tolist()
+            sums += weight * torch.stack([part.double() for part in flat])
+        loss_sum, *parts = parallel.total(sums).tolist()  # read once a step: on a GPU it waits
         pairs = zip(names, parts[::2], parts[1::2], strict=True)
         return loss_sum / size, {name: total / max(number, 1) for name, total, number in pairs}
 
