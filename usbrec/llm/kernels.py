@@ -8,6 +8,7 @@ any device, and equals its plain formula to rounding.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,11 +92,16 @@ def adapted_product(
     return _AdaptedProduct.apply(x, weight, bias, lora_A, lora_B, scaling)
 
 
+@cache
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device)
+
+
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    unit = x.float()
-    square = torch.linalg.vector_norm(unit, dim=-1, keepdim=True).square_()
-    inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
-    return (unit * inverse).to(x.dtype).mul_(weight), inverse
+    wide, floor = x.float(), _constant(eps, x.device)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = torch.addcmul(floor, norm, norm, value=1 / x.shape[-1]).rsqrt_()  # (..., 1)
+    return torch.mul(wide, inverse, out=torch.empty_like(x)).mul_(weight), inverse
 
 
 class _RmsNorm(torch.autograd.Function):
