@@ -54,11 +54,11 @@ class FarTensor(torch.Tensor):
 
 
 class FarDevice(TorchDispatchMode):
-    """Computes what lies on `far`; `reads` counts how often a number came back from there."""
+    """Computes what lies on `far`; counts how often something was sent there or read back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = 0
+        self.reads = self.sends = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -76,6 +76,8 @@ class FarDevice(TorchDispatchMode):
             refuse_two_devices(func, args, tensors)
         if func in WAITS or (far and not there) or has_mask(func, args):
             self.reads += 1
+        if there and any(x.dim() for x in tensors if not isinstance(x, FarTensor)):
+            self.sends += 1
         own = {id(x.near): x for x in far}
         own_here = own if not there else {id(x): x for x in tensors}
 

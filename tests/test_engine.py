@@ -19,7 +19,7 @@ from usbrec.llm.engine import Engine, Row
 from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Branch, Tree, pack
-from usbrec.llm.sampling import draw, uniform_numbers
+from usbrec.llm.sampling import Sampler, uniform_numbers
 from usbrec.llm.tokenizer import StreamDecoder
 
 STOP = 7
@@ -79,14 +79,20 @@ def plain_logits(model: Decoder, ids: list[int], adapter: str | None) -> torch.T
         return model.logits(model(row.input_ids, row.position_ids, row.attention, routes))
 
 
+def drawn_token(logits: torch.Tensor, sampling: Sampling, uniform: float, text: list[int]) -> int:
+    """The token that a row draws after a text, from its logits (1, V) by its uniform number."""
+    uniforms = torch.tensor([[uniform]], dtype=torch.float64)
+    return int(Sampler([sampling], uniforms, [text], logits.shape[-1]).draw(logits))
+
+
 def plain_reply(model: Decoder, asked: Chat, sampling: Sampling, seed: int) -> tuple[int, ...]:
     """The reference: every token from a full pass, by the row's own uniform numbers."""
-    uniforms = torch.from_numpy(uniform_numbers(seed, sampling.max_new_tokens))
+    uniforms = uniform_numbers(seed, sampling.max_new_tokens)
     ids = LetterTokenizer().prompt(asked.messages)
     drawn: list[int] = []
     for i in range(sampling.max_new_tokens):
         logits = plain_logits(model, ids + drawn, asked.adapter)[-1:]
-        drawn.append(int(draw(logits, [sampling], uniforms[i : i + 1])))
+        drawn.append(drawn_token(logits, sampling, uniforms[i], ids + drawn))
         if drawn[-1] == STOP:
             break
     return tuple(drawn)
@@ -106,13 +112,22 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_mixed_batch_equals_plain_rows_one_by_one(temperature: float) -> None:
+COLD, WARM = Sampling(12, temperature=0), Sampling(12, temperature=0.8)
+SHORT = Sampling(5, temperature=0.8, top_k=30, top_p=0.9, min_p=0.01)
+VARIED = Sampling(12, temperature=1.0, repetition_penalty=1.6)
+
+
+@pytest.mark.parametrize(
+    "samplings",
+    [[COLD] * 6, [WARM] * 6, [VARIED] * 6, [COLD, WARM, SHORT, VARIED, SHORT, COLD]],
+    ids=["greedy", "warm", "penalised", "mixed"],
+)
+def test_a_mixed_batch_equals_plain_rows_one_by_one(samplings: list[Sampling]) -> None:
     """Unequal prompts, three adapters, rows that end early: the tokens are those of full passes."""
     e = engine()
-    sampling = Sampling(max_new_tokens=12, temperature=temperature)
-    replies = e.generate(CHATS, sampling, range(len(CHATS)))
-    expected = [plain_reply(e.model, c, sampling, seed) for seed, c in enumerate(CHATS)]
+    replies = e.generate(CHATS, samplings, range(len(CHATS)))
+    asked = zip(CHATS, samplings, strict=True)
+    expected = [plain_reply(e.model, c, how, seed) for seed, (c, how) in enumerate(asked)]
     assert [ids_of(r) for r in replies] == expected
 
 
@@ -142,7 +157,7 @@ def test_a_continued_conversation_pays_for_its_new_tokens_only() -> None:
     uniforms = uniform_numbers(5, 9)
     for i, token in enumerate(second.token_ids):
         at = logits[len(prompt) - 1 + i : len(prompt) + i]
-        assert int(draw(at, [sampling], torch.tensor(uniforms[i : i + 1]))) == token
+        assert drawn_token(at, sampling, uniforms[i], []) == token
 
 
 def test_choice_logprobs_add_up_the_renderings_of_a_choice() -> None:

@@ -83,6 +83,18 @@ def test_a_token_of_all_rows_is_one_read_and_their_log_probabilities_another(
     assert far.reads == steps * (1 + logprobs)
 
 
+def test_a_step_in_which_no_row_ends_sends_nothing(far: FarDevice) -> None:
+    counts = []
+    for tokens in (2, 12):
+        there = far_engine()
+        there.tokenizer.stop_ids = frozenset()
+        before = far.sends
+        how = Sampling(tokens, temperature=0.9, top_p=0.9, repetition_penalty=1.2, logprobs=True)
+        there.generate(CHATS, [how, Sampling(tokens, temperature=0)] * 3, range(6))
+        counts.append(far.sends - before)
+    assert counts[0] == counts[1] > 0
+
+
 def test_choices_are_the_cpus_and_one_read_for_all_judges(far: FarDevice) -> None:
     here, there = engine(), far_engine()
     found = there.choice_logprobs(CHATS, ["ab", "c"])

@@ -5,7 +5,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from usbrec.chat import Sampling
-from usbrec.llm.sampling import draw, penalise, truncate
+from usbrec.llm.sampling import Sampler, column, limits, penalise, truncate
 
 
 @pytest.mark.parametrize(
@@ -20,14 +20,17 @@ def test_what_is_left_of_a_distribution_is_what_transformers_leaves(top_k, top_p
     if min_p:
         expected = theirs.MinPLogitsWarper(min_p)(None, expected)
     how = Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
-    found = truncate((logits / 0.7).softmax(-1), [how] * 5)
+    found = truncate((logits / 0.7).softmax(-1), *limits([how] * 5))
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected.softmax(-1))
 
 
 def test_a_repetition_penalty_is_transformers_and_each_rows_own():
     logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     texts = [[3, 5, 3, 9], [1], [60, 61, 62, 62]]
-    found = penalise(logits, [1.5, 1.0, 0.8], texts)
+    held = torch.zeros(3, 64, dtype=torch.bool)
+    for row, ids in zip(held, texts, strict=True):
+        row[ids] = True
+    found = penalise(logits, column([1.5, 1.0, 0.8], "cpu"), held)
     for row, (penalty, ids) in enumerate(zip([1.5, 1.0, 0.8], texts, strict=True)):
         processor = theirs.RepetitionPenaltyLogitsProcessor(penalty)
         expected = processor(torch.tensor([ids]), logits[row : row + 1].clone())
@@ -37,9 +40,13 @@ def test_a_repetition_penalty_is_transformers_and_each_rows_own():
 def test_the_coldest_draw_is_the_greedy_one():
     logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * 50
     uniforms = torch.tensor([0.0, 0.3, 0.7, 0.999])
-    greedy = draw(logits, [Sampling(temperature=0)] * 4, uniforms)
+
+    def draw(how: Sampling) -> torch.Tensor:
+        return Sampler([how] * 4, uniforms[:, None], [], 64).draw(logits)
+
+    greedy = draw(Sampling(temperature=0))
     for temperature in (1e-3, 1e-12, 1e-300):
-        cold = draw(logits, [Sampling(temperature=temperature)] * 4, uniforms)
+        cold = draw(Sampling(temperature=temperature))
         assert cold.tolist() == greedy.tolist() == logits.argmax(-1).tolist()
 
 

@@ -14,18 +14,11 @@ from torch import Tensor
 from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
+from usbrec.llm.decoding import DecodeAttention, neighbours, prefill, routes_of
 from usbrec.llm.limits import fit_prompt, prompt_room
 from usbrec.llm.lora import forget_adapter, prepare_adapter
 from usbrec.llm.model import Decoder
-from usbrec.llm.sampling import (
-    DecodeAttention,
-    draw,
-    neighbours,
-    penalise,
-    prefill,
-    routes_of,
-    uniform_numbers,
-)
+from usbrec.llm.sampling import Sampler, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, StreamDecoder
 from usbrec.parallel import as_first
 
@@ -180,7 +173,7 @@ class Engine:
         totals = torch.stack([piece.sum(-1) for piece in pieces], -1)
         groups = totals.split([len(group) for group in variants], -1)
         scores = torch.stack([group.logsumexp(-1) for group in groups], -1)
-        return self.agreed(scores.double()).tolist()
+        return self.agreed(scores).tolist()
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """Over sharded weights, return the first process's numbers, so that all go on alike.
@@ -228,7 +221,7 @@ class Engine:
     def prefill(
         self, rows: Sequence[tuple[str | None, list[int]]], since: Sequence[int]
     ) -> tuple[list[Path], list[Tensor]]:
-        """Run `sampling.prefill`, and count; its adapters are ready for decoding, too."""
+        """Run `decoding.prefill`, and count; its adapters are ready for decoding, too."""
         for name in {name for name, _ in rows if name is not None} - self.prepared:
             prepare_adapter(self.model, name)
             self.prepared.add(name)
@@ -258,7 +251,7 @@ class Engine:
         paths = [self.cache.insert(row.adapter, row.prompt + row.tokens[:-1]) for row in rows]
         prompts = [(row.adapter, row.prompt) for row in joining]
         new, states = self.prefill(prompts, [len(row.prompt) - 1 for row in joining])
-        self.draw(joining, torch.cat(states))
+        self.draw(joining, self.sampler(joining), torch.cat(states))
         rows, paths = [*rows, *joining], paths + new
         order = neighbours(paths)
         return [rows[i] for i in order], DecodeAttention(self.cache, [paths[i] for i in order])
@@ -277,30 +270,51 @@ class Engine:
                     break
                 ended = [i for i, row in enumerate(rows) if row.done]
                 rows = self.remember(rows, attention, ended, going)
-            self.draw(rows, self.step(rows, attention))
+                going = list(range(len(rows)))
+            self.proceed(rows, going, attention)
         self.remember(rows, attention, range(len(rows)), [])
         return [rows[i] for i in going]
 
-    def draw(self, rows: Sequence[Row], hidden: Tensor) -> None:
-        """Add one token to each row that is not done, from its hidden state; hidden (B, D)."""
-        going = [i for i, row in enumerate(rows) if not row.done]
-        live = [rows[i] for i in going]
-        samplings = [row.sampling for row in live]
-        uniforms = torch.stack([row.uniforms[len(row.tokens)] for row in live])
-        logits = warped = self.model.lm_head(hidden[going])
-        penalties = [how.repetition_penalty for how in samplings]
-        if any(penalty != 1 for penalty in penalties):
-            warped = penalise(logits, penalties, [row.prompt + row.tokens for row in live])
-        tokens = self.agreed(draw(warped, samplings, uniforms))  # (B,)
-        asking = [i for i, how in enumerate(samplings) if how.logprobs]
-        if asking:
-            logps = logits[asking].float().log_softmax(-1).gather(1, tokens[asking, None])
-            for i, logp in zip(asking, logps[:, 0].tolist(), strict=True):
-                live[i].logprobs.append(logp)
-        self.usage.decoded_tokens += len(live)
-        for row, token in zip(live, tokens.tolist(), strict=True):  # on a GPU, a step's one wait
+    def proceed(
+        self, rows: Sequence[Row], going: Sequence[int], attention: DecodeAttention
+    ) -> None:
+        """Draw for the rows at `going` until one of them is done; the others feed their last again.
+
+        On a GPU a step sends nothing there, and waits once, for the tokens it has drawn.
+        """
+        live, device = [rows[i] for i in going], self.model.device
+        sampler = self.sampler(live)
+        places = torch.tensor(going, device=device) if len(live) < len(rows) else None
+        routes = routes_of([row.adapter for row in rows], [1] * len(rows))
+        ids = torch.tensor([row.tokens[-1] for row in rows], device=device)
+        while not any(row.done for row in live):
+            attention.open_column()
+            hidden = self.model(ids, attention.positions, attention, routes)
+            attention.close_column()
+            drawn = self.draw(live, sampler, hidden if places is None else hidden[places])
+            ids = drawn if places is None else ids.index_copy(0, places, drawn)
+
+    def sampler(self, rows: Sequence[Row]) -> Sampler:
+        """Return what draws for these rows until the first of them comes to its limit."""
+        steps = min(row.sampling.max_new_tokens - len(row.tokens) for row in rows)
+        uniforms = torch.stack([row.uniforms[len(row.tokens) :][:steps] for row in rows])
+        texts = (row.prompt + row.tokens for row in rows)
+        vocab_size, device = self.model.config.vocab_size, self.model.device
+        return Sampler([row.sampling for row in rows], uniforms, texts, vocab_size, device)
+
+    def draw(self, rows: Sequence[Row], sampler: Sampler, hidden: Tensor) -> Tensor:
+        """Add one token to each row, from its hidden state; (B, D) -> the tokens (B,)."""
+        logits = self.model.lm_head(hidden)
+        drawn = self.agreed(sampler.draw(logits))
+        if any(row.sampling.logprobs for row in rows):
+            logps = logits.float().log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+            for row, logp in zip(rows, logps.tolist(), strict=True):
+                row.logprobs.append(logp)
+        self.usage.decoded_tokens += len(rows)
+        for row, token in zip(rows, drawn.tolist(), strict=True):
             row.tokens.append(token)
             self.read(row)
+        return drawn
 
     def read(self, row: Row) -> None:
         """Notice an end token or a stop string in what the row has drawn, and set its text."""
@@ -323,15 +337,6 @@ class Engine:
             end = len(row.text) if row.done else unstopped(row.text, row.sampling.stop)
             self.listener(row.text[row.heard : end])
             row.heard = end
-
-    def step(self, rows: Sequence[Row], attention: DecodeAttention) -> Tensor:
-        """Feed every row's newest token; a row that is done feeds its last again. -> (B, D)."""
-        attention.open_column()
-        ids = torch.tensor([row.tokens[-1] for row in rows], device=self.model.device)
-        routes = routes_of([row.adapter for row in rows], [1] * len(rows))
-        hidden = self.model(ids, attention.positions, attention, routes)
-        attention.close_column()
-        return hidden
 
     def remember(
         self,

@@ -184,6 +184,7 @@ class Decoder(nn.Module):
         self.config = config
         self.checkpointing = False  # in training: keep no activations inside layers, recompute them
         self.sharded = False  # each process holds a part of every layer: they compute together
+        self.inv_freq: Tensor | None = None  # where positions are, from the first pass on
         self.model = Trunk(config)
         self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -233,8 +234,9 @@ class Decoder(nn.Module):
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines for these positions, (T, 1, rotary_dim) each."""
-        inv_freq = rotary_frequencies(self.config).to(position_ids.device)
-        angles = position_ids.float()[:, None, None] * inv_freq
+        if self.inv_freq is None or self.inv_freq.device != position_ids.device:
+            self.inv_freq = rotary_frequencies(self.config).to(position_ids.device)
+        angles = position_ids.float()[:, None, None] * self.inv_freq
         cos, sin = rotary_tables(angles, self.config.rotary_interleaved)
         return cos.to(self.dtype), sin.to(self.dtype)
 

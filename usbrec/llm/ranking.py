@@ -32,9 +32,9 @@ from torch import Tensor
 
 from usbrec.chat import Chat
 from usbrec.llm.cache import Path, PrefixCache, shared_length
+from usbrec.llm.decoding import routes_of
 from usbrec.llm.engine import Engine
 from usbrec.llm.kernels import fold
-from usbrec.llm.sampling import routes_of
 
 TOKENS = 2000  # of a search: about two seconds of two cores with a model of 135M
 PASS_TOKENS = 96  # more would open what a better text spares
