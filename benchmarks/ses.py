@@ -4,9 +4,12 @@
 
 The same search of one dialogue, 3 samples, 2 turns, 10 sampled votes at each leaf, asked of our
 engine and of transformers' `generate`, one call a reply, as the authors' release asks. The default
-model in bf16, every text forced to 32 tokens and every vote to 2, no adapters. `over_plain` is a
-chain turn with closed-form votes over one plain reply of our own engine (3.5 is the floor: summary
-and three dependent replies of 32 tokens against one).
+model in bf16, every text forced to 32 tokens and every vote to 2, no adapters. All texts but the
+summary are drawn at temperature 1: at the search's own temperatures some come out equal and are
+searched once, so that the two would differ in their work by chance. Here both make 40 replies
+(chain) or 106 (tree), which is checked. `over_plain` is a chain turn with closed-form votes over
+one plain reply of our own engine (3.5 is the floor: summary and three dependent replies of 32
+tokens against one).
 """
 
 import argparse
@@ -25,7 +28,27 @@ from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine
 
 TOKENS, VOTE_TOKENS, VOTES = 32, 2, 10
+REPLIES = {"chain": 1 + 3 * 3 + 3 * VOTES, "tree": 1 + 3 + 3 + 9 + 9 * VOTES}
 REACH = {"chain": 10.0, "tree": 20.0, "over_plain": 5.0}
+
+
+class Counted:
+    """Our engine, counting the replies it makes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.replies = 0
+
+    def generate(
+        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
+    ) -> list[Reply]:
+        """Return one reply a chat."""
+        self.replies += len(chats)
+        return self.engine.generate(chats, sampling, seeds)
+
+    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
+        """Return the log-probabilities of closed-form votes."""
+        return self.engine.choice_logprobs(chats, choices)
 
 
 class OneByOne:
@@ -33,7 +56,7 @@ class OneByOne:
 
     def __init__(self, model: Any, engine: Engine) -> None:
         self.model, self.tokenizer = model, engine.tokenizer
-        self.calls = 0
+        self.replies = 0
 
     def generate(
         self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
@@ -44,7 +67,7 @@ class OneByOne:
 
     def reply(self, chat: Chat, how: Sampling) -> Reply:
         """Make one call."""
-        self.calls += 1
+        self.replies += 1
         ids = torch.tensor([self.tokenizer.prompt(chat.messages)])
         warm = {"do_sample": True, "temperature": how.temperature} if how.temperature else {}
         out = self.model.generate(
@@ -79,15 +102,23 @@ def main() -> None:
     tokens, rounds = (4, 1) if quick else (TOKENS, 3)
     agents.VOTE_TOKENS = VOTE_TOKENS
     engine = our_engine()
-    serial = OneByOne(their_model(), engine)
+    ours, serial = Counted(engine), OneByOne(their_model(), engine)
     root, cast = dialogue(), Cast()
 
     def turn(llm: Any, mode: Any, votes: int) -> None:
         engine.forget()
         options = SearchOptions(
-            mode=mode, votes=votes, max_new_tokens=tokens, summary_tokens=tokens
+            mode=mode,
+            votes=votes,
+            temperature=1.0,
+            rollout_temperature=1.0,
+            max_new_tokens=tokens,
+            summary_tokens=tokens,
         )
+        before = llm.replies
         search(llm, cast, [root], [0], options)
+        made, whole = llm.replies - before, REPLIES[mode] if votes else 10
+        assert made == whole or quick, f"equal texts: {made} replies of {whole}"
 
     def plain() -> None:
         engine.forget()
@@ -95,19 +126,18 @@ def main() -> None:
 
     rows, ratios = [], {}
     for mode in ("chain", "tree"):
-        before = serial.calls
         seconds = medians(
             {
                 "transformers": lambda mode=mode: turn(serial, mode, VOTES),
-                "ours": lambda mode=mode: turn(engine, mode, VOTES),
+                "ours": lambda mode=mode: turn(ours, mode, VOTES),
             },
             rounds,
         )
         ratios[mode] = seconds["transformers"] / seconds["ours"]
-        calls = (serial.calls - before) // (rounds + 1)
-        rows.append([mode, calls, *(f"{s:.1f}" for s in seconds.values()), f"{ratios[mode]:.1f}"])
-    show(rows, ["search", "calls", "transformers, s", "ours, s", "ratio"])
-    seconds = medians({"plain": plain, "search": lambda: turn(engine, "chain", 0)}, 2 * rounds)
+        times = (f"{s:.1f}" for s in seconds.values())
+        rows.append([mode, REPLIES[mode], *times, f"{ratios[mode]:.1f}"])
+    show(rows, ["search", "replies", "transformers, s", "ours, s", "ratio"])
+    seconds = medians({"plain": plain, "search": lambda: turn(ours, "chain", 0)}, 2 * rounds)
     ratios["over_plain"] = seconds["search"] / seconds["plain"]
     print(f"a plain reply {seconds['plain']:.2f} s, a searched one {seconds['search']:.2f} s")
     finish("ses", ratios, REACH)
