@@ -44,7 +44,8 @@ def product_peak() -> float:
 def model_flops(config: ModelConfig, trees: Sequence[Tree]) -> float:
     """Return the products of one training pass: forward and input gradient, none for weights.
 
-    Attention, adapters and everything recomputed are not counted.
+    Attention's are counted for the tokens that see each other, two forward and four backward: 6% of
+    the rest at 250 tokens, 35% at 1,500. Adapters and everything recomputed are not counted.
     """
     tokens = sum(map(len, trees))
     supervised = sum(weight > 0 for tree in trees for b in tree.branches for weight in b.weights)
@@ -52,7 +53,20 @@ def model_flops(config: ModelConfig, trees: Sequence[Tree]) -> float:
     attention = config.hidden_size * config.head_dim * (heads + config.num_attention_heads)
     mlp = 3 * config.hidden_size * config.intermediate_size
     layers = config.num_hidden_layers * (attention + mlp)
-    return 4.0 * (tokens * layers + supervised * config.vocab_size * config.hidden_size)
+    linear = 4.0 * (tokens * layers + supervised * config.vocab_size * config.hidden_size)
+    seen = config.num_hidden_layers * sum(map(visible_pairs, trees))
+    return linear + 12.0 * seen * config.num_attention_heads * config.head_dim
+
+
+def visible_pairs(tree: Tree) -> int:
+    """Return how many pairs of a token and one that it sees, itself included, a tree holds."""
+    ends: list[int] = []
+    seen = 0
+    for branch in tree.branches:
+        past, own = 0 if branch.parent is None else ends[branch.parent], len(branch.ids)
+        ends.append(past + own)
+        seen += own * past + own * (own + 1) // 2
+    return seen
 
 
 def peak_memory() -> int:
