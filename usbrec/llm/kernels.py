@@ -98,9 +98,9 @@ def _constant(value: float, device: torch.device) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide, floor = x.float(), _constant(eps, x.device)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    inverse = torch.addcmul(floor, norm, norm, value=1 / x.shape[-1]).rsqrt_()  # (..., 1)
+    wide, size = x.float(), _constant(float(x.shape[-1]), x.device)
+    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    inverse = torch.addcdiv(_constant(eps, x.device), square, size).rsqrt_()  # (..., 1)
     return torch.mul(wide, inverse, out=torch.empty_like(x)).mul_(weight), inverse
 
 
