@@ -18,7 +18,7 @@ from usbrec.llm.checkpoint import load_model  # noqa: E402
 from usbrec.llm.default_model import ensure_default_model  # noqa: E402
 from usbrec.llm.lora import LoraConfig, add_adapter  # noqa: E402
 from usbrec.llm.model import ModelConfig  # noqa: E402
-from usbrec.llm.objectives import Objective  # noqa: E402
+from usbrec.llm.objectives import Objective, path_lengths  # noqa: E402
 from usbrec.llm.packing import Tree  # noqa: E402
 from usbrec.llm.training import TrainingOptions, step_items, train  # noqa: E402
 
@@ -60,13 +60,8 @@ def model_flops(config: ModelConfig, trees: Sequence[Tree]) -> float:
 
 def visible_pairs(tree: Tree) -> int:
     """Return how many pairs of a token and one that it sees, itself included, a tree holds."""
-    ends: list[int] = []
-    seen = 0
-    for branch in tree.branches:
-        past, own = 0 if branch.parent is None else ends[branch.parent], len(branch.ids)
-        ends.append(past + own)
-        seen += own * past + own * (own + 1) // 2
-    return seen
+    sizes = (len(branch.ids) for branch in tree.branches)
+    return sum(n * end - n * (n - 1) // 2 for n, end in zip(sizes, path_lengths(tree), strict=True))
 
 
 def peak_memory() -> int:

@@ -25,30 +25,11 @@ from usbrec.crs import agents
 from usbrec.crs.agents import Cast
 from usbrec.crs.dialogue import Dialogue, Utterance
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.llm.engine import Engine
+from usbrec.llm.engine import Engine, Usage
 
 TOKENS, VOTE_TOKENS, VOTES = 32, 2, 10
-REPLIES = {"chain": 1 + 3 * 3 + 3 * VOTES, "tree": 1 + 3 + 3 + 9 + 9 * VOTES}
+SHAPES = {"chain": (1 + 3 + 3 + 3, 3), "tree": (1 + 3 + 3 + 9, 9)}  # texts, leaves
 REACH = {"chain": 10.0, "tree": 20.0, "over_plain": 5.0}
-
-
-class Counted:
-    """Our engine, counting the replies it makes."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.replies = 0
-
-    def generate(
-        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
-    ) -> list[Reply]:
-        """Return one reply a chat."""
-        self.replies += len(chats)
-        return self.engine.generate(chats, sampling, seeds)
-
-    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
-        """Return the log-probabilities of closed-form votes."""
-        return self.engine.choice_logprobs(chats, choices)
 
 
 class OneByOne:
@@ -56,7 +37,7 @@ class OneByOne:
 
     def __init__(self, model: Any, engine: Engine) -> None:
         self.model, self.tokenizer = model, engine.tokenizer
-        self.replies = 0
+        self.usage = Usage()
 
     def generate(
         self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
@@ -67,7 +48,7 @@ class OneByOne:
 
     def reply(self, chat: Chat, how: Sampling) -> Reply:
         """Make one call."""
-        self.replies += 1
+        self.usage.decoded_tokens += how.max_new_tokens
         ids = torch.tensor([self.tokenizer.prompt(chat.messages)])
         warm = {"do_sample": True, "temperature": how.temperature} if how.temperature else {}
         out = self.model.generate(
@@ -102,7 +83,7 @@ def main() -> None:
     tokens, rounds = (4, 1) if quick else (TOKENS, 3)
     agents.VOTE_TOKENS = VOTE_TOKENS
     engine = our_engine()
-    ours, serial = Counted(engine), OneByOne(their_model(), engine)
+    serial = OneByOne(their_model(), engine)
     root, cast = dialogue(), Cast()
 
     def turn(llm: Any, mode: Any, votes: int) -> None:
@@ -115,10 +96,13 @@ def main() -> None:
             max_new_tokens=tokens,
             summary_tokens=tokens,
         )
-        before = llm.replies
+        before, (texts, leaves) = llm.usage.decoded_tokens, SHAPES[mode]
         search(llm, cast, [root], [0], options)
-        made, whole = llm.replies - before, REPLIES[mode] if votes else 10
-        assert made == whole or quick, f"equal texts: {made} replies of {whole}"
+        drawn, whole = (
+            llm.usage.decoded_tokens - before,
+            texts * tokens + leaves * votes * VOTE_TOKENS,
+        )
+        assert drawn == whole or quick, f"equal texts: {drawn} tokens of {whole}"
 
     def plain() -> None:
         engine.forget()
@@ -129,15 +113,16 @@ def main() -> None:
         seconds = medians(
             {
                 "transformers": lambda mode=mode: turn(serial, mode, VOTES),
-                "ours": lambda mode=mode: turn(ours, mode, VOTES),
+                "ours": lambda mode=mode: turn(engine, mode, VOTES),
             },
             rounds,
         )
         ratios[mode] = seconds["transformers"] / seconds["ours"]
+        replies = SHAPES[mode][0] + SHAPES[mode][1] * VOTES
         times = (f"{s:.1f}" for s in seconds.values())
-        rows.append([mode, REPLIES[mode], *times, f"{ratios[mode]:.1f}"])
+        rows.append([mode, replies, *times, f"{ratios[mode]:.1f}"])
     show(rows, ["search", "replies", "transformers, s", "ours, s", "ratio"])
-    seconds = medians({"plain": plain, "search": lambda: turn(ours, "chain", 0)}, 2 * rounds)
+    seconds = medians({"plain": plain, "search": lambda: turn(engine, "chain", 0)}, 2 * rounds)
     ratios["over_plain"] = seconds["search"] / seconds["plain"]
     print(f"a plain reply {seconds['plain']:.2f} s, a searched one {seconds['search']:.2f} s")
     finish("ses", ratios, REACH)

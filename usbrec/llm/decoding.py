@@ -182,15 +182,16 @@ class DecodeAttention:
     One exact softmax runs over both. Query heads of one key head, and the siblings of a group, are
     folded into the query length. Tails are right-aligned where decoding starts, so a step writes
     one column; columns are added some at a time, because a product with a part of the columns would
-    copy it first. Tails are moved layer by layer, so that they never exist twice. Rows of a group,
-    and groups of one size, must be neighbours: `neighbours` orders them so.
+    copy it first. Tails are moved layer by layer, so that they never exist twice. `order` tells
+    which of the paths each row has become: see `arrange`.
     """
 
     def __init__(self, cache: PrefixCache, paths: Sequence[Path]) -> None:
         self.cache = cache
         self.scale = cache.k.shape[-1] ** -0.5
-        self.paths, self.groups = list(paths), sorted(share_groups(paths), key=lambda g: g.rows)
-        lengths = [len(path.slots) for path in paths]
+        self.order, self.groups = arrange(share_groups(paths))
+        self.paths = [paths[i] for i in self.order]
+        lengths = [len(path.slots) for path in self.paths]
         # the most tokens that a row's prompt has beyond its group's beginning
         self.column = self.first = max(
             lengths[row] - group.length for group in self.groups for row in group.rows
@@ -198,7 +199,7 @@ class DecodeAttention:
         self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
         # the rows' rests, right-aligned; what lies before a rest is read and masked
         back = torch.arange(-self.first, 0)
-        places = torch.stack([p.slots[(len(p.slots) + back).clamp(min=0)] for p in paths])  # (B, C)
+        places = torch.stack([p.slots[(len(p.slots) + back).clamp(min=0)] for p in self.paths])
         places = places.to(cache.k.device)
         self.k, self.v = (
             [layer[:, places] for layer in arena]  # (H_kv, B, C, d)
@@ -208,13 +209,11 @@ class DecodeAttention:
 
     def group_rows(self) -> None:
         """Gather the beginnings of neighbouring groups of one size, and mask what no row has."""
-        places = [row for group in self.groups for row in group.rows]
-        assert places == list(range(len(self.paths))), "groups must be neighbours"
         self.buckets: list[Bucket] = []
         for n, run in itertools.groupby(self.groups, key=lambda group: len(group.rows)):
             self.buckets.append(self.make_bucket(n, list(run)))
         self.P = max(bucket.length for bucket in self.buckets)
-        bias = torch.zeros(len(places), 1, self.P + self.first)
+        bias = torch.zeros(len(self.paths), 1, self.P + self.first)
         for group in self.groups:
             for row in group.rows:
                 rest = len(self.paths[row].slots) - group.length
@@ -304,12 +303,7 @@ class DecodeAttention:
             Group([row for row in group.rows if row in wanted], group.length)
             for group in self.groups
         ]
-        order: list[int] = []
-        self.groups = []
-        for group in sorted(filter(lambda g: g.rows, groups), key=lambda g: len(g.rows)):
-            start = len(order)
-            order += group.rows
-            self.groups.append(Group(list(range(start, len(order))), group.length))
+        order, self.groups = arrange([group for group in groups if group.rows])
         index = torch.tensor(order, dtype=torch.long, device=self.positions.device)
         self.buckets = []  # frees their copies before the tails are moved
         for tails, arena in ((self.k, self.cache.k), (self.v, self.cache.v)):
@@ -323,7 +317,12 @@ class DecodeAttention:
         return order
 
 
-def neighbours(paths: Sequence[Path]) -> list[int]:
-    """Return an order of the rows in which groups, and groups of one size, lie together."""
-    groups = sorted(share_groups(paths), key=lambda group: len(group.rows))
-    return [row for group in groups for row in group.rows]
+def arrange(groups: Sequence[Group]) -> tuple[list[int], list[Group]]:
+    """Let groups, and groups of one size, lie together: the rows' order, the groups in it."""
+    order: list[int] = []
+    arranged: list[Group] = []
+    for group in sorted(groups, key=lambda group: len(group.rows)):
+        start = len(order)
+        order += group.rows
+        arranged.append(Group(list(range(start, len(order))), group.length))
+    return order, arranged

@@ -14,7 +14,7 @@ from torch import Tensor
 from usbrec.chat import Chat, Reply, Sampling
 from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
-from usbrec.llm.decoding import DecodeAttention, neighbours, prefill, routes_of
+from usbrec.llm.decoding import DecodeAttention, prefill, routes_of
 from usbrec.llm.limits import fit_prompt, prompt_room
 from usbrec.llm.lora import forget_adapter, prepare_adapter
 from usbrec.llm.model import Decoder
@@ -252,9 +252,9 @@ class Engine:
         prompts = [(row.adapter, row.prompt) for row in joining]
         new, states = self.prefill(prompts, [len(row.prompt) - 1 for row in joining])
         self.draw(joining, self.sampler(joining), torch.cat(states))
-        rows, paths = [*rows, *joining], paths + new
-        order = neighbours(paths)
-        return [rows[i] for i in order], DecodeAttention(self.cache, [paths[i] for i in order])
+        attention = DecodeAttention(self.cache, paths + new)
+        rows = [*rows, *joining]
+        return [rows[i] for i in attention.order], attention
 
     def advance(
         self, rows: list[Row], attention: DecodeAttention, waiting: Sequence[Row]

@@ -94,6 +94,7 @@ def adapted_product(
 
 @cache
 def _constant(value: float, device: torch.device) -> Tensor:
+    """A number where it is used: to make it anew takes as long as the operation does."""
     return torch.tensor(value, device=device)
 
 

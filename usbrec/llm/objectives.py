@@ -143,12 +143,17 @@ def pair_tree(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[i
     )
 
 
-def longest_path(tree: Tree) -> int:
-    """Return the number of tokens of the tree's longest conversation."""
+def path_lengths(tree: Tree) -> list[int]:
+    """Return for each branch the number of tokens of the conversation that it ends."""
     ends: list[int] = []
     for branch in tree.branches:
         ends.append(len(branch.ids) + (0 if branch.parent is None else ends[branch.parent]))
-    return max(ends, default=0)
+    return ends
+
+
+def longest_path(tree: Tree) -> int:
+    """Return the number of tokens of the tree's longest conversation."""
+    return max(path_lengths(tree), default=0)
 
 
 def usable_lessons(trees: Sequence[Tree], max_length: int) -> tuple[list[Tree], dict[str, int]]:
