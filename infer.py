@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import Sampling
-from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast, recommender_prompt, recommender_turn, say
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
@@ -36,11 +35,10 @@ from usbrec.crs.lessons import popularity_of
 from usbrec.crs.recall import announce, format_recall, ranked_recall
 from usbrec.crs.report import format_dialogue, format_facts, format_search, interval
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.errors import UserError
-from usbrec.files import append_rows, dump, write_rows
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.engine import Engine, Usage
 from usbrec.llm.ranking import TOKENS, Ranking
+from usbrec.options import Parser, UserError, add_flags, check, from_flags, option, seed_for
 from usbrec.run import (
     RUNS,
     ModelOptions,
@@ -51,8 +49,7 @@ from usbrec.run import (
     read_run,
     shortened_line,
 )
-from usbrec.seeds import seed_for
-from usbrec.settings import Parser, add_flags, check, from_flags, option
+from usbrec.runs import append_rows, dump, read_whole_lines, run_chunks, write_rows
 
 Row = dict[str, Any]
 VALIDATED = 100  # held-out dialogues on which the judges are checked

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from usbrec import parallel
 from usbrec.chat import Lesson, Message
-from usbrec.chunks import read_whole_lines, run_chunks
 from usbrec.crs.agents import Cast
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
@@ -38,8 +37,6 @@ from usbrec.crs.lessons import (
 )
 from usbrec.crs.podcs import build_pairs, count_reasons, outcome_record
 from usbrec.crs.report import build_report, format_report
-from usbrec.errors import UserError
-from usbrec.files import write_json, write_rows, write_whole
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.limits import fit_lesson, fit_prompt, prompt_room
@@ -47,6 +44,7 @@ from usbrec.llm.lora import add_adapter
 from usbrec.llm.objectives import Objective, Sft, Simpo, pair_tree, usable_lessons, usable_pairs
 from usbrec.llm.packing import Tree, lesson_tree
 from usbrec.llm.training import TrainingOptions, put_weights, train
+from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.run import (
     RUNS,
     ModelOptions,
@@ -56,8 +54,7 @@ from usbrec.run import (
     pick_rows,
     shortened_line,
 )
-from usbrec.seeds import seed_for
-from usbrec.settings import Parser, add_flags, from_flags
+from usbrec.runs import read_whole_lines, run_chunks, write_json, write_rows, write_whole
 from usbrec.stages import DEFAULTS, DONE, GROUPS, LEARNING, MADE, STAGES, DataOptions, Settings
 
 METHODS = {  # the paper's names -> (recommender's adapter, with search)

@@ -22,12 +22,12 @@ import torch
 from contest import show
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from usbrec.chunks import read_whole_lines  # noqa: E402
 from usbrec.crs.agents import recommender_prompt  # noqa: E402
 from usbrec.crs.dialogue import Utterance  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
 from usbrec.run import ModelOptions, load_engine  # noqa: E402
+from usbrec.runs import read_whole_lines  # noqa: E402
 
 DRAFTS, ROWS, NGRAM = (2, 4, 8), (1, 8, 32), 2
 PAYS = 1.15

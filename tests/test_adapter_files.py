@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import FAMILIES, logits_of, oracle_of, random_ids
 
-from usbrec.errors import UserError
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, Route, adapter_parameters, add_adapter
 from usbrec.llm.merge import main as merge_main
 from usbrec.llm.merge import merge
 from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.options import UserError
 
 LAYOUTS = {
     "all linear": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
@@ -166,7 +166,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(llama, tmp_path, monkeypatch
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("usbrec.files.os.fsync", interrupted)
+    monkeypatch.setattr("usbrec.runs.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, "sft", tmp_path, "base")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import usbrec
 
 HOUSE = Path(usbrec.__file__).parent
-SHARED = {"usbrec.chat", "usbrec.errors", "usbrec.files", "usbrec.seeds", "usbrec.settings"}
+SHARED = {"usbrec.chat", "usbrec.options"}
 
 
 def imported(source: str, parts: tuple[str, ...]) -> set[str]:

@@ -19,7 +19,7 @@ from usbrec.crs.catalogue import (
 )
 from usbrec.crs.datasets import load_catalogue, load_split, read_examples
 from usbrec.crs.titles import GENRE_FORMS
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FACTS = (

@@ -15,13 +15,13 @@ from test_checkpoint import logits_of, random_ids
 from test_tokenizer import LETTERS, plain, random_chat, random_text
 
 from usbrec.chat import Lesson, Message
-from usbrec.errors import UserError
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_config, load_model
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.merge import merge
 from usbrec.llm.packing import lesson_tree
 from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.options import UserError
 
 SETTINGS = {
     "model_type": "chatglm",

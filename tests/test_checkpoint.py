@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from usbrec.errors import UserError
 from usbrec.llm.checkpoint import load_config, load_model
 from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.options import UserError
 
 SIZES = {
     "vocab_size": 96,

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from usbrec.chunks import run_chunks
-from usbrec.errors import UserError
-from usbrec.files import write_rows
+from usbrec.options import UserError
+from usbrec.runs import run_chunks, write_rows
 
 ITEMS = list(range(7))
 OPTIONS = {"seed": 1}

@@ -18,7 +18,7 @@ from usbrec.crs.datasets import (
 )
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.crs.titles import GENRE_WORDS, split_title
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")

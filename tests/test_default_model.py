@@ -9,9 +9,9 @@ import zipfile
 import pytest
 import torch
 
-from usbrec.errors import UserError
 from usbrec.llm import default_model
 from usbrec.llm.gguf_file import llama3_divisors, unpermute
+from usbrec.options import UserError
 
 
 @pytest.fixture

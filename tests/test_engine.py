@@ -11,7 +11,6 @@ from scripted import talk
 from usbrec.chat import Chat, Message, Sampling
 from usbrec.crs.agents import Cast
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.errors import UserError
 from usbrec.llm import cache as cache_module
 from usbrec.llm import engine as engine_module
 from usbrec.llm.cache import Path, PrefixCache, share_groups
@@ -21,6 +20,7 @@ from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.llm.sampling import Sampler, uniform_numbers
 from usbrec.llm.tokenizer import StreamDecoder
+from usbrec.options import UserError
 
 STOP = 7
 

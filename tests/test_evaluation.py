@@ -20,7 +20,7 @@ from usbrec.crs.evaluation import (
     most_popular,
 )
 from usbrec.crs.ses import SearchOptions
-from usbrec.seeds import seed_for
+from usbrec.options import seed_for
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))

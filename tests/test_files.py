@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from usbrec.errors import UserError
-from usbrec.files import append_rows, write_json, write_rows, write_whole
+from usbrec.options import UserError
+from usbrec.runs import append_rows, write_json, write_rows, write_whole
 
 FULL = r"rows\.jsonl cannot be written: No space left on device; what stood there is kept"
 

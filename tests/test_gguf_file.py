@@ -11,13 +11,13 @@ from test_checkpoint import LLAMA31_ROPE, logits_of, oracle_of, random_ids
 from test_tokenizer import family_folder, normalized, random_chat, random_text
 from tokenizers import Tokenizer
 
-from usbrec.errors import UserError
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.checkpoint import load_model, open_model
 from usbrec.llm.gguf_file import TENSOR_NAMES, llama3_divisors
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.merge import merge
 from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.options import UserError
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 KINDS = {"smollm2": "smollm", "llama3.1": "llama-bpe", "qwen2.5": "qwen2"}

@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config, oracle_of
 
-from usbrec.errors import UserError
-from usbrec.files import write_json
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_config, load_model
 from usbrec.llm.files import file_in
@@ -20,6 +18,8 @@ from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.model_config import config_from
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.weights import read_header
+from usbrec.options import UserError
+from usbrec.runs import write_json
 
 INDEX = "model.safetensors.index.json"
 

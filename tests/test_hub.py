@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_checkpoint import oracle_of
 
-from usbrec.errors import UserError
 from usbrec.llm.hub import find_model
+from usbrec.options import UserError
 
 NAME = "someone/tiny-model"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -175,7 +175,7 @@ def test_what_is_in_the_cache_is_found_offline(hub):
 
 
 ERROR = f"""
-from usbrec.errors import UserError
+from usbrec.options import UserError
 from usbrec.llm.hub import find_model
 try:
     find_model({NAME!r})

@@ -12,12 +12,12 @@ from small_run import STAGE_FLAGS, flags, write_small_data, write_small_model
 
 import infer
 import train
-from usbrec.chunks import read_whole_lines
 from usbrec.crs.agents import Cast
 from usbrec.crs.evaluation import search_record
 from usbrec.crs.report import format_search
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine
+from usbrec.runs import read_whole_lines
 
 SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",

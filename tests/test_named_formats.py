@@ -13,8 +13,8 @@ from test_tokenizer import plain, random_text
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from usbrec.chat import Message
-from usbrec.errors import UserError
 from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.options import UserError
 
 SYSTEM_APART = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"

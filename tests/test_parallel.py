@@ -13,11 +13,11 @@ from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_smal
 from test_training import QUICK, pairs, rows
 from torch.distributed import TCPStore
 
-from usbrec.chunks import read_whole_lines
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.objectives import Simpo
 from usbrec.llm.training import train
+from usbrec.runs import read_whole_lines
 
 ROOT = Path(__file__).parents[1]
 GUARD = 600  # seconds: only against a test that hangs
@@ -31,7 +31,7 @@ FAULTY = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import train
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 whole, calls = train.build_pairs, []
 

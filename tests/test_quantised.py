@@ -8,7 +8,6 @@ from conftest import TINY, random_decoder
 from test_engine import LetterTokenizer, chat, ids_of, plain_logits, plain_reply
 
 from usbrec.chat import Sampling
-from usbrec.errors import UserError
 from usbrec.llm.engine import Engine
 from usbrec.llm.lora import (
     QUANTISED_ROWS,
@@ -21,6 +20,7 @@ from usbrec.llm.lora import (
 )
 from usbrec.llm.model import Decoder
 from usbrec.llm.quantised import quantised
+from usbrec.options import UserError
 
 FITTING = replace(TINY, num_attention_heads=4, intermediate_size=64)  # int4: groups of 32 inputs
 KINDS = pytest.mark.parametrize("kind", ["int8", "int4"])

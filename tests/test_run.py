@@ -4,9 +4,9 @@ import pytest
 from test_merge import whole_model
 
 from usbrec.chat import Message
-from usbrec.errors import UserError
 from usbrec.llm.kernels import has_order
 from usbrec.llm.lora import siblings
+from usbrec.options import UserError
 from usbrec.run import ModelOptions, load_engine
 
 HELLO = [Message("user", "Hello")]

@@ -23,9 +23,9 @@ from tokenizers import (
 )
 
 from usbrec.chat import Message
-from usbrec.errors import UserError
 from usbrec.llm.gguf_file import LLAMA3_SPLIT
 from usbrec.llm.tokenizer import FORMATS, ChatTokenizer
+from usbrec.options import UserError
 
 CONTROL = {
     "qwen2.5": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<tool_call>"],

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import infer
 import train
 from usbrec.chat import Message
-from usbrec.chunks import read_whole_lines
 from usbrec.llm import training
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.run import Run
+from usbrec.runs import read_whole_lines
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from usbrec.chat import Message
-from usbrec.errors import UserError
 from usbrec.llm import run_state, training
 from usbrec.llm.lora import (
     LoraConfig,
@@ -31,6 +30,7 @@ from usbrec.llm.objectives import (
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.training import TrainingOptions, passes, step_items, train
+from usbrec.options import UserError
 
 QUICK = TrainingOptions(
     learning_rate=1e-2, epochs=2, batch_size=4, tokens_per_pass=40, save_every=2
@@ -334,7 +334,7 @@ def test_a_full_disk_keeps_the_last_good_state(model, tmp_path, monkeypatch):
         if (tmp_path / "state.safetensors.part").exists() and len(rows(tmp_path)) > 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("usbrec.files.os.fsync", full)
+    monkeypatch.setattr("usbrec.runs.os.fsync", full)
     with pytest.raises(
         UserError,
         match=r"state.* be written: No space left on device.* is kept",

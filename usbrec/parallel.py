@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # one process may wait for another's chunk; torchrun ends lost ones

@@ -25,8 +25,6 @@ import torch
 
 from usbrec import parallel
 from usbrec.crs.dialogue import Example
-from usbrec.errors import UserError
-from usbrec.files import append_rows, write_json
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.default_model import ensure_default_model
@@ -35,8 +33,8 @@ from usbrec.llm.files import read_json
 from usbrec.llm.hub import find_model
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.llm.training import peak_memory
-from usbrec.seeds import seed_for
-from usbrec.settings import option
+from usbrec.options import UserError, option, seed_for
+from usbrec.runs import append_rows, write_json
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 ADAPTERS = {"rl": "simpo", "sft": "sft", "simulator": "simulator"}  # each with its stage

@@ -10,8 +10,8 @@ from usbrec.crs.ses import SearchOptions
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
+from usbrec.options import check, option
 from usbrec.run import ModelOptions, as_json
-from usbrec.settings import check, option
 
 STAGES = ("simulator", "sft", "pairs", "simpo", "report")
 LEARNING = ("simulator", "sft", "simpo")  # the stages that change an adapter

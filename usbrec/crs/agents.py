@@ -15,7 +15,7 @@ from pathlib import Path
 from usbrec.chat import Chat, LanguageModel, Message, Sampling
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Speaker, Utterance, from_viewpoint
-from usbrec.seeds import seed_for
+from usbrec.options import seed_for
 
 SCORES = ("0", "1", "2")
 SILENCE = "..."  # stands in a dialogue for an empty reply, so that the speakers keep alternating

@@ -30,7 +30,7 @@ from usbrec.crs.catalogue import Catalogue, Item, rewrite
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.intervals import auc_interval
-from usbrec.seeds import seed_for
+from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
 

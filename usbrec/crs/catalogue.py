@@ -26,7 +26,7 @@ from usbrec.crs.titles import (
     split_title,
     words_of,
 )
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 DECADE_NAMES = {
     "50s": "fifties", "60s": "sixties", "70s": "seventies", "80s": "eighties", "90s": "nineties"

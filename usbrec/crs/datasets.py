@@ -15,7 +15,7 @@ from typing import Any
 
 from usbrec.crs.catalogue import Catalogue, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
 NAMES = ("sample", "redial", "opendialkg")

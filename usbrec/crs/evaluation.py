@@ -17,8 +17,7 @@ from usbrec.crs.agents import Cast, Verdict, explain_and_judge, recommender_turn
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example
 from usbrec.crs.ses import SearchOptions, SearchResult, search
-from usbrec.seeds import seed_for
-from usbrec.settings import check, option
+from usbrec.options import check, option, seed_for
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 NAMES = {"user": "human", "assistant": "gpt"}
 DATASET_INFO = {

@@ -34,8 +34,7 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.catalogue import Catalogue, Item, describe, genre_word, rewrite
 from usbrec.crs.dialogue import Example, Utterance
-from usbrec.seeds import seed_for
-from usbrec.settings import check, option
+from usbrec.options import check, option, seed_for
 
 FILMLESS = (  # replies that recommend nothing, as an untrained model gives them
     "What kind of film are you in the mood for?",

@@ -32,8 +32,7 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, PreferencePair
-from usbrec.seeds import seed_for
-from usbrec.settings import check, option
+from usbrec.options import check, option, seed_for
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ from typing import Any
 from usbrec.crs.dialogue import Dialogue, Utterance
 from usbrec.crs.evaluation import EvalRow
 from usbrec.crs.intervals import auc, mean_interval, paired_difference, rank_correlation
-from usbrec.errors import UserError
-from usbrec.seeds import seed_for
-from usbrec.settings import Parser
+from usbrec.options import Parser, UserError, seed_for
 
 METHODS = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES")  # the order of the paper's table
 Labels = Sequence[Mapping[str, Any]]

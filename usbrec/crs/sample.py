@@ -26,7 +26,7 @@ from usbrec.crs.catalogue import (
     genre_words,
     with_article,
 )
-from usbrec.seeds import seed_for
+from usbrec.options import seed_for
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "sample"
 SEED = 7

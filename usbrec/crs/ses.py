@@ -33,8 +33,7 @@ from usbrec.crs.agents import (
     summary_prompt,
 )
 from usbrec.crs.dialogue import Dialogue
-from usbrec.seeds import seed_for
-from usbrec.settings import check, option
+from usbrec.options import check, option, seed_for
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from usbrec.errors import UserError
-from usbrec.files import write_json, write_whole
 from usbrec.llm.checkpoint import compare_shapes, stored_module
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.lora import LoraConfig, LoraLinear, remove_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import Settings
 from usbrec.llm.weights import SafetensorsWeights, load_tensor
+from usbrec.options import UserError
+from usbrec.runs import write_json, write_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usbrec.errors import UserError
 from usbrec.llm.model import ModelConfig
+from usbrec.options import UserError
 
 # What a second product costs in a step, in keys read: to share fewer is slower than not to share
 SHARING_COSTS, SHARING_COSTS_A_ROW = 1300, 25

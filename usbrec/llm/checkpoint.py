@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from usbrec.errors import UserError
 from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.model import Decoder, ModelConfig
 from usbrec.llm.model_config import config_from, load_config
 from usbrec.llm.weights import SafetensorsWeights, Weights, load_tensor
+from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
 
 # ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from usbrec.errors import UserError
 from usbrec.llm.gguf_file import GgufFile
+from usbrec.options import UserError
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 NAME = "smollm2-135m-instruct"

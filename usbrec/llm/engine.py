@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from usbrec.chat import Chat, Reply, Sampling
-from usbrec.errors import UserError
 from usbrec.llm.cache import Path, PrefixCache
 from usbrec.llm.decoding import DecodeAttention, prefill, routes_of
 from usbrec.llm.limits import fit_prompt, prompt_room
@@ -20,6 +19,7 @@ from usbrec.llm.lora import forget_adapter, prepare_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.sampling import Sampler, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, StreamDecoder
+from usbrec.options import UserError
 from usbrec.parallel import as_first
 
 MEMORY_BYTES = 1024**3

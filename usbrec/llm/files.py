@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 
 def file_in(folder: Path, name: str) -> Path:

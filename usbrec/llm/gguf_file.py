@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",

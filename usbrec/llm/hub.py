@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 FILES = (
     "config.json",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from usbrec.llm.kernels import adapted_product, has_order, ordered, quick_form, quick_product
 from usbrec.llm.quantised import Kind, QuantisedWeight, quantised
-from usbrec.settings import check, option
+from usbrec.options import check, option
 
 ALL_LINEAR = "all-linear"
 QUANTISED_ROWS = 4  # with more rows the kernels for rounded weights are the slower ones

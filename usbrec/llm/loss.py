@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.settings import check, option
+from usbrec.options import check, option
 
 USUAL_RATIO = 0.5  # of gamma to beta
 CHUNK_ROWS = 128  # (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower

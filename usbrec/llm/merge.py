@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from usbrec.errors import UserError
-from usbrec.files import write_json
 from usbrec.llm.adapter_files import read_adapter
 from usbrec.llm.checkpoint import empty_decoder, open_model, parameter_names
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.hub import find_model
 from usbrec.llm.weights import Weights, load_tensor
+from usbrec.options import UserError
+from usbrec.runs import write_json
 
 MERGED = "merged_adapter"  # the key in config.json that tells of a merge
 SHARD_BYTES = 4 << 30

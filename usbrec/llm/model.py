@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from usbrec.errors import UserError
 from usbrec.llm.kernels import rms_norm, rotary_tables, rotate
 from usbrec.llm.lora import FrozenLinear, LoraLinear, Route, Siblings, siblings
 from usbrec.llm.quantised import GROUP, INT4_OUTPUTS, Kind, fits_int4
+from usbrec.options import UserError
 
 
 class Attention(Protocol):

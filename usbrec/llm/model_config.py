@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from usbrec.errors import UserError
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.model import ModelConfig
+from usbrec.options import UserError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
 LIMITS = {"num_hidden_layers": 1024, "num_layers": 1024}

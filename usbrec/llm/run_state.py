@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from usbrec.errors import UserError
-from usbrec.files import write_whole
+from usbrec.options import UserError
+from usbrec.runs import write_whole
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

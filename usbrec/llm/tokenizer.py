@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import Message
-from usbrec.errors import UserError
 from usbrec.llm.files import file_in, read_json
 from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
+from usbrec.options import UserError
 
 LLAMA31_DATE = "26 Jul 2024"
 

@@ -26,16 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from usbrec import parallel
-from usbrec.errors import UserError
-from usbrec.files import append_rows, write_whole
 from usbrec.llm.lora import Route, adapter_parameters, forget_adapter
 from usbrec.llm.loss import token_logps
 from usbrec.llm.model import Decoder
 from usbrec.llm.objectives import Mean, Objective
 from usbrec.llm.packing import Tree, pack, plain_layout
 from usbrec.llm.run_state import load_state, save_state
-from usbrec.seeds import seed_for
-from usbrec.settings import check, option
+from usbrec.options import UserError, check, option, seed_for
+from usbrec.runs import append_rows, write_whole
 
 FALL_OF_CHOSEN = 0.5  # nats a token: an average token has become 1.6 times less likely
 RISE_OF_REPETITION = 0.1

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from usbrec.errors import UserError
+from usbrec.options import UserError
 
 SPACE = "\u2581"  # how sentencepiece writes it
 CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from usbrec.errors import UserError
 from usbrec.llm.files import file_in, read_json, without_duplicates
 from usbrec.llm.gguf_file import GgufFile
+from usbrec.options import UserError
 
 HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,27 +1,92 @@
-"""Long work in fixed chunks whose results are appended as they come and never done twice.
+"""What a run keeps on disk: files that a kill leaves whole, and rows that are appended and resumed.
 
-A results file holds one JSON line an item. A chunk is appended in one write; started again, whole
-chunks are kept, what a kill left of another is cut off, and that chunk is done again whole, so
-that the final bytes are those of an uninterrupted run. Several processes (parallel.py) do as many
-chunks at a time and the first appends them in order, so that their number changes no byte either.
-Beside FILE.jsonl, FILE.options.json tells with which options it was made; results made with others
-are refused, never mixed or overwritten.
+New content goes to NAME.part beside its place, is forced to the disk, and takes the place of the
+old one. That name is always the same: what a kill has left there is written over by the next start.
+
+A results file holds one JSON line per item. A chunk is appended in one write; started again, whole
+chunks are kept, a torn one is cut off and done again whole, so that the final bytes are those of an
+uninterrupted run. Several processes (parallel.py) do as many chunks at a time and the first appends
+them in order, so that their number changes no byte either. FILE.options.json beside FILE.jsonl
+tells the options that made it; results of other options are refused, never mixed or overwritten.
 """
 
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from usbrec import parallel
-from usbrec.errors import UserError
-from usbrec.files import append_rows, write_json
+from usbrec.options import UserError
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb", buffering=0) as file:
+                _write(file.fileno(), content)
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object whole, as indented JSON."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(path, (text + "\n").encode())
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSONL file whole."""
+    write_whole(path, _lines(rows))
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append to a JSONL file in one write; on a failure leave it as it was."""
+    data = _lines(rows)
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                _write(file.fileno(), data)
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def dump(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON; a number that is not finite is a fault, never written."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(dump(row) + "\n" for row in rows).encode()
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror}; what stood there is kept")
 
 
 def run_chunks(
