@@ -1,241 +1,242 @@
-"""The main job: `python train.py` makes a better recommender of a language model and measures it.
+"""The main job: `python train.py` makes a language model a better recommender.
 
-    simulator   an adapter learns to play the user: seeker, inner seeker, summariser and judge
+    simulator   an adapter learns to play the user: seeker, internal seeker,
+                summariser and judge
     sft         an adapter learns the recommender's turns
     pairs       PODCS: the recommender's samples are tried on the simulated user
-    simpo       the recommender learns to prefer what won the user over
-    report      B/L, SFT, RL and RL+SES on the same test dialogues, with 95% intervals
+    simpo       the recommender learns to prefer the chosen reply of each pair
+    report      B/L, SFT, RL and RL+SES on the same test dialogues, with 95%
+                intervals
 
-A finished stage is used again; an interrupted one goes on. `python infer.py --ses` comes next.
-`torchrun --nproc-per-node N train.py` does the same in N processes, one for each GPU.
+A finished stage is used again; an interrupted one resumes. The next command is
+`python infer.py --ses`. `torchrun --nproc-per-node N train.py` does the same in
+N processes, one per GPU.
+
+A training flag with a stage's name in front holds for that stage alone:
+--simpo-learning-rate 1e-4
 """
 
+import shutil
 import sys
+import time
 import warnings
 from argparse import Namespace
-from argparse import RawDescriptionHelpFormatter as RawTextHelp
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from usbrec import parallel
-from usbrec.chat import Lesson, Message
-from usbrec.crs.agents import Cast
+from usbrec import loading, parallel, runs
+from usbrec.chat import Message, TrainingDialogue
+from usbrec.crs.agents import Roles, Side
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, baseline_labels, evaluate_method
-from usbrec.crs.lessons import (
-    popularity_of,
-    recommender_lessons,
-    simulator_lessons,
-)
-from usbrec.crs.podcs import build_pairs, count_reasons, outcome_record
+from usbrec.crs.lessons import popularity_of, recommender_lessons, simulator_lessons
+from usbrec.crs.podcs import build_pairs, count_reasons
 from usbrec.crs.report import build_report, format_report
+from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
-from usbrec.llm.limits import fit_lesson, fit_prompt, prompt_room
-from usbrec.llm.lora import add_adapter
-from usbrec.llm.objectives import Objective, Sft, Simpo, pair_tree, usable_lessons, usable_pairs
-from usbrec.llm.packing import Tree, lesson_tree
-from usbrec.llm.training import TrainingOptions, put_weights, train
-from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
-from usbrec.run import (
-    RUNS,
-    ModelOptions,
-    Run,
-    give_back_memory,
-    load_engine,
-    pick_rows,
-    shortened_line,
-)
-from usbrec.runs import read_whole_lines, run_chunks, write_json, write_rows, write_whole
-from usbrec.stages import DEFAULTS, DONE, GROUPS, LEARNING, MADE, STAGES, DataOptions, Settings
+from usbrec.llm.lora import adapter_parameters, add_adapter
+from usbrec.llm.loss import Objective, Sft, Simpo
+from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
+from usbrec.llm.tokenizer import fit_prompt, prompt_room
+from usbrec.llm.training import TrainingJob, put_weights, train
+from usbrec.llm.training_state import peak_memory
+from usbrec.llm.usable import usable_dialogues, usable_pairs
+from usbrec.loading import load_engine, pick_rows, usage_of
+from usbrec.options import Parser, UserError, seed_for
+from usbrec.runs import ADAPTERS, RUNS, Results, Row, need, read_rows, run_chunks
+from usbrec.settings import STAGES, Settings, add_settings, read_settings
 
-METHODS = {  # the paper's names -> (recommender's adapter, with search)
-    "B/L": (None, False),
-    "SFT": ("sft", False),
-    "RL": ("rl", False),
-    "RL+SES": ("rl", True),
+MADE = {  # stage -> its files in the run folder, first the one that marks it as finished
+    "simulator": ("simulator/adapter_model.safetensors", "simulator"),
+    "sft": ("sft/adapter_model.safetensors", "sft"),
+    "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
+    "simpo": ("rl/adapter_model.safetensors", "rl"),
+    "report": ("report.json", "report.txt", "rows.jsonl", "rows.jsonl.options.json"),
 }
+COMPARED: dict[str, tuple[str | None, bool]] = {  # (recommender's adapter, with search)
+    "B/L": (None, False), "SFT": ("sft", False), "RL": ("rl", False), "RL+SES": ("rl", True)
+}  # fmt: skip
+_SHOWN = (  # the flags in --help; --help-all lists every flag
+    "--stages", "--run-dir", "--fresh", "--verbose", "--shard", "--data", "--data-dir", "--seed",
+    "--simulator", "--max-simulator", "--max-sft", "--max-pairs", "--max-valid", "--max-eval",
+    "--full", "--model", "--dtype", "--device", "--max-length", "--kv-memory", "--learning-rate",
+    "--epochs", "--batch-size", "--tokens-per-pass", "--checkpointing", "--lora-r",
+    "--pairs-samples", "--pairs-turns", "--ses-samples", "--ses-turns",
+)  # fmt: skip
 
 
 @dataclass
 class Work:
-    """What the stages share: the data, the model, and the run folder."""
+    """The shared state of the stages: settings, run folder, data and engines."""
 
     settings: Settings
-    run: Run
+    folder: Path
     catalogue: Catalogue
     train: list[Example]
     valid: list[Example]  # none without --max-valid
     test: list[Example]
     notes: list[str]
-    engine: Engine
-    tensorboard: bool
-    loaded: set[str] = field(default_factory=set)
+    engines: list[Engine]  # the recommender's, and the simulator's if another model is loaded
+
+    @property
+    def engine(self) -> Engine:
+        """The recommender's engine."""
+        return self.engines[0]
 
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options."""
         data = self.settings.data
         return pick_rows(self.train, data.rows(stage), seed_for(data.seed, stage))
 
-    def use(self, *names: str) -> None:
-        """Have the run's adapters of these names beside the base weights."""
-        missing = [name for name in names if name not in self.loaded]
-        self.run.load_adapters(self.engine, missing)
-        self.loaded.update(missing)
+    def side(self, adapter: str | None) -> Side:
+        """Return a side over the base weights, with an adapter of the run or None."""
+        if adapter is not None and not adapter_parameters(self.engine.model, adapter):
+            self.load(adapter, adapter)
+        return Side(self.engine, adapter)
+
+    def load(self, adapter: str, name: str) -> None:
+        """Load an adapter of the run into the model as `name`."""
+        stage = next(x for x in ADAPTERS if ADAPTERS[x] == adapter)
+        need(self.folder / MADE[stage][0], stage)
+        load_adapter(self.engine.model, self.folder / adapter, name)
+        self.engine.clear_cache()
+
+    @cached_property
+    def simulator(self) -> Side:
+        """The simulator's side: the run's own adapter, or the one that --simulator names."""
+        name = self.settings.data.simulator
+        if name is None:
+            return self.side("simulator")
+        model, sharded = self.settings.model, self.engine.model.sharded
+        side, engine = loading.load_simulator(name, self.engine, model, find_model, sharded)
+        if engine is not self.engine:
+            self.engines.append(engine)
+        return side
+
+    def roles(self, adapter: str | None) -> Roles:
+        """Return the roles, with an adapter of the run, or None, as the recommender's."""
+        return Roles(self.side(adapter), self.simulator, self.catalogue)
+
+    def results(self, name: str, label: str) -> Results:
+        """Return a results file of the run; its facts are in its stage's note."""
+
+        def clear() -> None:
+            for engine in self.engines:
+                engine.clear_cache()
+
+        size, spread = self.settings.data.chunk_size, not self.engine.model.sharded
+        return Results(self.folder / name, size, label, before_chunk=clear, spread=spread)
 
     def learn(
-        self,
-        stage: str,
-        adapter: str,
-        trees: Sequence[Tree],
-        validation: Sequence[Tree],
-        objective: Objective,
-        options: TrainingOptions,
+        self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective
     ) -> None:
-        """Train an adapter that the model has, and save it: with validation its best state.
+        """Train the adapter of a stage, which the model has, and save it.
 
-        The last state then lies beside it, in `last`.
+        With validation the best weights are saved, and the last ones in the subfolder `last`.
         """
-        model, folder = self.engine.model, self.run.folder / adapter
-        options = replace(options, seed=seed_for(self.settings.data.seed, stage, "order"))
-        board = self.run.folder / "tensorboard" / stage if self.tensorboard else None
-        trained = train(
-            model, adapter, trees, objective, options, folder / "training", stage, validation, board
-        )
+        model, adapter = self.engine.model, ADAPTERS[stage]
+        folder, seed = self.folder / adapter, seed_for(self.settings.data.seed, stage, "order")
+        options = replace(getattr(self.settings, stage), seed=seed)
+        job = TrainingJob(options, folder / "training", stage, validation)
+        trained = train(model, adapter, trees, objective, job)
         kept = {folder: trained.best}
         if validation:
             kept = {folder / "last": trained.last, **kept}
             print(f"{stage}: its validation loss was lowest after step {trained.best_step}")
+        base_name = self.settings.model.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
         for place, weights in kept.items():
             put_weights(model, adapter, weights)
             if parallel.rank() == 0:
-                save_adapter(model, adapter, place, base_name(self.settings.model))
-        self.engine.forget()
-        self.loaded.add(adapter)
+                save_adapter(model, adapter, place, base_name)
+        self.engine.clear_cache()
 
 
-def base_name(options: ModelOptions) -> str:
-    """Return what an adapter's config calls its base."""
-    return options.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
+# --- the stages -------------------------------------------------------------------------------
 
 
 def train_simulator(work: Work) -> None:
-    """Teach an adapter to play the user and to judge, from training dialogues alone."""
-    settings, popularity = work.settings, popularity_of(work.train)
-    seed = settings.data.seed
-    lessons, checks = (
-        simulator_lessons(rows, work.catalogue, popularity, seed, settings.lesson)
-        for rows in (work.rows("simulator"), work.valid)
-    )
-    add_adapter(work.engine.model, "simulator", settings.lora, seed_for(seed, "simulator"))
-    learn_lessons(work, "simulator", lessons, checks, settings.simulator)
+    """Train the adapter that plays the user and judges, on training dialogues alone."""
+    shared = work.catalogue, popularity_of(work.train), work.settings.data.seed
+    o = work.settings.lesson
+    teach(work, "simulator", lambda rows: simulator_lessons(rows, *shared, o))
 
 
 def train_sft(work: Work) -> None:
-    """Teach an adapter the recommender's turns."""
-    lessons, checks = (
-        recommender_lessons(rows, work.catalogue, work.settings.lesson)
-        for rows in (work.rows("sft"), work.valid)
-    )
-    seed = seed_for(work.settings.data.seed, "sft")
-    add_adapter(work.engine.model, "sft", work.settings.lora, seed)
-    learn_lessons(work, "sft", lessons, checks, work.settings.sft)
+    """Train an adapter on the recommender's gold turns."""
+    o = work.settings.lesson
+    teach(work, "sft", lambda rows: recommender_lessons(rows, work.catalogue, o))
 
 
-def learn_lessons(
-    work: Work,
-    name: str,
-    lessons: Sequence[Lesson],
-    checks: Sequence[Lesson],
-    options: TrainingOptions,
+def teach(
+    work: Work, stage: str, lessons: Callable[[Sequence[Example]], list[TrainingDialogue]]
 ) -> None:
-    """Train the adapter of a stage's name on lessons, and validate it on others."""
-    trees = lay_out(work, lessons, name)
-    validation = lay_out(work, checks, f"{name}, validation") if checks else []
-    work.learn(name, name, trees, validation, Sft(), options)
+    """Train a new adapter of the stage's name on the lessons made from the stage's rows."""
+    engine, seed = work.engine, seed_for(work.settings.data.seed, stage)
 
+    def lay_out(rows: Sequence[Example], label: str) -> list[Tree]:
+        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in lessons(rows)]
+        kept, dropped = usable_dialogues(trees, engine.max_length)
+        print_counts(f"{label}: {len(kept)} dialogues, {sum(map(len, kept))} tokens", dropped)
+        return kept
 
-def lay_out(work: Work, lessons: Sequence[Lesson], label: str) -> list[Tree]:
-    """Return in token ids what fits of the lessons; say what does not."""
-    tokenizer, limit = work.engine.tokenizer, work.engine.max_length
-    fitted = [fit_lesson(tokenizer, lesson, limit) for lesson in lessons]
-    trees = [lesson_tree(tokenizer, piece) for pieces in fitted for piece in pieces]
-    kept, dropped = usable_lessons(trees, limit)
-    dropped["dropped as too long"] += fitted.count([])
-    changed = sum(pieces not in ([], [x]) for pieces, x in zip(fitted, lessons, strict=True))
-    say_counts(
-        f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens",
-        {"shortened": changed, **dropped},
-    )
-    return kept
+    add_adapter(engine.model, stage, work.settings.lora, seed)
+    trees = lay_out(work.rows(stage), stage)
+    validation = lay_out(work.valid, f"{stage}, validation") if work.valid else []
+    work.learn(stage, trees, validation, Sft())
 
 
 def make_pairs(work: Work) -> None:
-    """Try the recommender's samples on the simulated user; keep what won against what lost."""
-    settings, run = work.settings, work.run
-    work.use("simulator", "sft")
-    cast = Cast(recommender="sft", simulator="simulator")
+    """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter."""
+    settings, roles = work.settings, work.roles("sft")
 
-    def try_chunk(chunk: Sequence[Example]) -> list[dict[str, Any]]:
-        seed = settings.data.seed
-        outcomes = build_pairs(work.engine, cast, work.catalogue, chunk, seed, settings.pairs)
-        return [outcome_record(outcome) for outcome in outcomes]
+    def try_chunk(chunk: Sequence[Example]) -> list[Row]:
+        outcomes = build_pairs(roles, chunk, settings.data.seed, settings.pairs)
+        return [outcome.record() for outcome in outcomes]
 
-    records = run_chunks(
-        run.folder / "samples.jsonl",
-        work.rows("pairs"),
-        settings.data.chunk_size,
-        try_chunk,
-        "pairs",
-        settings.deciding("pairs"),
-        before_chunk=work.engine.forget,
-        spread=not work.engine.model.sharded,
-    )
+    records = run_chunks(work.results("samples.jsonl", "pairs"), work.rows("pairs"), try_chunk)
     pairs = [record["pair"] for record in records if record["pair"]]
     if parallel.rank() == 0:
-        write_rows(run.folder / "pairs.jsonl", pairs)
-    say_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
+        runs.write_rows(work.folder / "pairs.jsonl", pairs)
+    print_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
 
 
 def train_simpo(work: Work) -> None:
-    """Go on from the SFT adapter with the SimPO loss over the pairs.
+    """Train a copy of the SFT adapter with the SimPO loss on the pairs.
 
     PODCS tries training rows alone, so validation takes some of their pairs away. The SFT adapter
-    has met these dialogues: their loss tells when SimPO goes too far, not how it does on new ones.
+    has learned from these dialogues: their loss shows when SimPO goes too far, not its result on
+    new ones.
     """
-    settings = work.settings
-    path = work.run.need("pairs.jsonl", "pairs")
-    rows, held_out = hold_out(read_whole_lines(path), settings.data.max_valid)
+    settings, path = work.settings, need(work.folder / "pairs.jsonl", "pairs")
+    rows, held_out = hold_out(read_rows(path), settings.data.max_valid)
     trees = lay_out_pairs(work, rows, "simpo")
     if not trees:
-        raise UserError(
-            f"{path} holds no pair to learn from: try more rows "
-            "(--max-pairs), more samples (--pairs-samples) or a longer simulator stage"
-        )
+        told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
+        raise UserError(f"{path} holds no pair to learn from: {told}")
     validation = lay_out_pairs(work, held_out, "simpo, validation") if held_out else []
-    load_adapter(work.engine.model, work.run.need("sft", "sft"), "rl")
-    objective = Simpo(settings.simpo_loss)
-    work.learn("simpo", "rl", trees, validation, objective, settings.simpo)
+    work.load("sft", "rl")
+    work.learn("simpo", trees, validation, Simpo(settings.simpo_loss))
 
 
-def hold_out(rows: list[dict[str, Any]], count: int) -> tuple[list[dict], list[dict]]:
-    """Return the pairs to learn from and those to validate on: the last `count`, a fifth at most.
+def hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Return the training pairs and the validation pairs: the last `count`, a fifth at most.
 
-    A pair whose prompt begins or continues that of a held-out one is of the same dialogue, and
-    among neither.
+    A pair whose prompt begins or continues that of a validation pair is of the same dialogue. It is
+    in neither list.
     """
     cut = len(rows) - min(count, len(rows) // 5)
     held_out = rows[cut:]
 
-    def akin(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    def akin(one: Row, other: Row) -> bool:
         return all(a == b for a, b in zip(one["prompt"], other["prompt"], strict=False))
 
     learned = [row for row in rows[:cut] if not any(akin(row, other) for other in held_out)]
@@ -244,8 +245,8 @@ def hold_out(rows: list[dict[str, Any]], count: int) -> tuple[list[dict], list[d
     return learned, held_out
 
 
-def lay_out_pairs(work: Work, rows: Sequence[dict[str, Any]], label: str) -> list[Tree]:
-    """Return in token ids what fits of the pairs; say what does not."""
+def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
+    """Return the usable pairs as trees, and print the numbers shortened and dropped."""
     tokenizer, limit = work.engine.tokenizer, work.engine.max_length
     trees, shortened = [], 0
     for row in rows:
@@ -255,196 +256,163 @@ def lay_out_pairs(work: Work, rows: Sequence[dict[str, Any]], label: str) -> lis
         trees.append(pair_tree(prompt, chosen, rejected))
         shortened += was_shortened
     kept, dropped = usable_pairs(trees, limit)
-    say_counts(
-        f"{label}: {len(kept)} pairs, {sum(map(len, kept))} tokens",
-        {"shortened": shortened, **dropped},
-    )
+    counts = {"shortened": shortened, **dropped}
+    print_counts(f"{label}: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
     return kept
 
 
 def evaluate(work: Work) -> None:
-    """Let every method meet the same test dialogues and the same judge; write the report."""
-    settings, run, d = work.settings, work.run, work.settings.data
-    work.use("simulator", "sft", "rl")
-    counts = d.rows("eval"), d.rows("agreement")
+    """Evaluate every method on the same test dialogues with the same judge; write the report."""
+    settings, o = work.settings, work.settings.data
+    counts = o.rows("eval"), o.rows("agreement")
     count = max(counts) if all(counts) else 0  # 0: all
-    tests = pick_rows(work.test, count, seed_for(d.seed, "test"), one_a_dialogue=True)
+    tests = pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
     talked, judged = (tests[: count or None] for count in counts)
     popularity = popularity_of(work.train)
-    wanted = set(talked), set(judged)
-    rows = run_chunks(
-        run.folder / "rows.jsonl", tests, d.chunk_size,
-        lambda chunk: evaluate_chunk(work, chunk, *wanted, popularity), "report",
-        settings.deciding("report"), before_chunk=work.engine.forget,
-        spread=not work.engine.model.sharded,
-    )  # fmt: skip
+    roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
+
+    def meet_chunk(chunk: Sequence[Example]) -> list[Row]:
+        rows: dict[Example, Row] = {x: {} for x in chunk}
+        own = [x for x in chunk if x in judged]
+        found = judge_agreement(roles["sft"], own, popularity, o.seed, settings.eval)
+        for x, row in zip(own, found, strict=True):
+            rows[x]["agreement"] = row
+        own = [x for x in chunk if x in talked]
+        for name, (adapter, searches) in COMPARED.items():
+            searching = settings.ses if searches else None
+            talks = evaluate_method(roles[adapter], own, o.seed, settings.eval, searching)
+            for x, talk in zip(own, talks, strict=True):
+                rows[x][name] = asdict(talk)
+        return list(rows.values())
+
+    rows = run_chunks(work.results("rows.jsonl", "report"), tests, meet_chunk)
     if parallel.rank() == 0:
         write_report(work, rows, baseline_labels(work.catalogue, talked, popularity))
 
 
-def evaluate_chunk(
-    work: Work, chunk: Sequence[Example], talked: set[Example], judged: set[Example],
-    popularity: Mapping[str, int],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Return for each example how the judges score its gold reply, and every method's talk."""
-    engine, catalogue, options = work.engine, work.catalogue, work.settings.eval
-    seed = work.settings.data.seed
-    rows: dict[Example, dict[str, Any]] = {x: {} for x in chunk}
-    own = [x for x in chunk if x in judged]
-    cast = Cast("sft", "simulator")
-    found = judge_agreement(engine, cast, catalogue, own, popularity, seed, options)
-    for x, row in zip(own, found, strict=True):
-        rows[x]["agreement"] = row
-    own = [x for x in chunk if x in talked]
-    for name, (adapter, searches) in METHODS.items():
-        cast, ses = Cast(adapter, "simulator"), work.settings.ses if searches else None
-        talks = evaluate_method(engine, cast, catalogue, own, seed, options, ses)
-        for x, talk in zip(own, talks, strict=True):
-            rows[x][name] = asdict(talk)
-    return list(rows.values())
-
-
-def write_report(work: Work, rows: Sequence[dict[str, Any]], baselines: Mapping[str, Any]) -> None:
-    """Write report.json and report.txt, and print the latter."""
-    settings, folder, seed = work.settings, work.run.folder, work.settings.data.seed
-    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in METHODS}
-    report = build_report(
-        methods,
-        baselines,
-        agreement([row["agreement"] for row in rows if "agreement" in row], seed),
-        settings.deciding("report"),
-        {"test": len(methods["B/L"]), "train": len(work.train), "notes": work.notes},
-        seed,
-    )
+def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
+    """Write report.json and report.txt, and print the text."""
+    facts, seed = work.settings.facts("report", find_model), work.settings.data.seed
+    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in COMPARED}
+    judge = agreement([row["agreement"] for row in rows if "agreement" in row], seed)
+    counts = {"test": len(methods["B/L"]), "train": len(work.train), "notes": work.notes}
+    report = build_report(methods, baselines, judge, facts, counts, seed)
     text = format_report(report)
-    write_whole(folder / "report.txt", (text + "\n").encode())
-    write_json(folder / "report.json", report)
+    runs.write_whole(work.folder / "report.txt", (text + "\n").encode())
+    runs.write_json(work.folder / "report.json", report)
     print(text)
 
 
-def gather_metrics(run: Run) -> None:
-    """Write the training stages' metrics into one file, each line with its stage."""
-    rows = []
-    for stage, adapter in (("simulator", "simulator"), ("sft", "sft"), ("simpo", "rl")):
-        path = run.folder / adapter / "training" / "metrics.jsonl"
-        if path.exists():
-            rows += [{"stage": stage, **row} for row in read_whole_lines(path)]
-    write_rows(run.folder / "metrics.jsonl", rows)
-
-
-def say_counts(text: str, counts: dict[str, int]) -> None:
+def print_counts(text: str, counts: Mapping[str, int]) -> None:
     """Print a line with the counts that are not zero."""
     told = [f"{count} {reason}" for reason, count in counts.items() if count]
     print(f"{text} ({', '.join(told)})" if told else text)
 
 
-DOES: dict[str, Callable[[Work], None]] = {
-    "simulator": train_simulator,
-    "sft": train_sft,
-    "pairs": make_pairs,
-    "simpo": train_simpo,
-    "report": evaluate,
-}
+_DOES = (train_simulator, train_sft, make_pairs, train_simpo, evaluate)
+DOES = dict(zip(STAGES, _DOES, strict=True))
+
+
+# --- the run ----------------------------------------------------------------------------------
 
 
 def build_parser() -> Parser:
-    """Return the flags: those of the job, and one group for each options dataclass."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=RawTextHelp)
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
-        help=f"which of {', '.join(STAGES)} (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/DATA)")
-    parser.add_argument("--verbose", action="store_true", help="tell the tokens of every stage")
-    parser.add_argument("--fresh", action="store_true", help="start the chosen stages over")
-    parser.add_argument(
-        "--tensorboard", action="store_true",
-        help="draw the metrics into the run folder's tensorboard/ (needs the package tensorboard)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shard", action="store_true",
-        help="spread the frozen weights over torchrun's processes: for what one GPU cannot hold",
-    )  # fmt: skip
-    add_flags(parser, DataOptions)
-    add_flags(parser, ModelOptions)
-    for name, options in GROUPS.items():
-        add_flags(parser, options, name.replace("_", "-"), DEFAULTS.get(name), skip=["seed"])
+    """Return the parser: the flags of the job, and one group per options dataclass."""
+    parser = Parser(_SHOWN, prog="train.py", description=__doc__, usage="train.py [FLAGS]")
+    told = f"which of {', '.join(STAGES)} (default: all)"
+    job = parser.add_argument_group("job")
+    job.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="S", help=told)
+    job.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/DATA)")
+    job.add_argument("--fresh", action="store_true", help="start the chosen stages over")
+    job.add_argument("--verbose", action="store_true", help="tell the tokens of every stage")
+    job.add_argument("--shard", action="store_true", help="spread what one GPU cannot hold")
+    add_settings(parser)
     return parser
 
 
-def claim_stages(stages: Sequence[str], run: Run, settings: Settings, fresh: bool) -> list[str]:
-    """Note the stages' options in the run folder; return the stages that are not yet done."""
-    learning = [stage for stage in stages if stage in LEARNING]
-    if learning and settings.model.quantise != "none":
-        raise UserError(
-            f"--quantise {settings.model.quantise} is for stages that learn nothing, "
-            f"and {', '.join(learning)} would learn on rounded weights: name others (--stages)"
-        )
-    if fresh:
-        for stage in stages:
-            run.discard(stage, MADE[stage])
+def claim_stages(stages: Sequence[str], folder: Path, settings: Settings, fresh: bool) -> list[str]:
+    """Return the stages that are not yet done; note the facts of all in the run folder."""
+    learning = [stage for stage in stages if stage in ADAPTERS]
+    if learning and settings.model.int4:
+        told = f"{', '.join(learning)} would learn on rounded weights: name others (--stages)"
+        raise UserError(f"--int4 is for stages that learn nothing, and {told}")
+    facts = {stage: settings.facts(stage, find_model) for stage in stages}
     for stage in stages:
-        run.claim(stage, settings.deciding(stage), MADE[stage])
-    return [stage for stage in stages if not (run.folder / DONE[stage]).exists()]
+        made = [folder / name for name in MADE[stage]]
+        for path in made if fresh else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
+        runs.claim(folder / "options" / f"{stage}.json", facts[stage], made, remedy)
+    return [stage for stage in stages if not (folder / MADE[stage][0]).exists()]
 
 
-def run_stages(stages: Sequence[str], run: Run, settings: Settings, flags: Namespace) -> None:
-    """Run what is not yet done of the stages, in their order."""
-    todo = parallel.from_first(lambda: claim_stages(stages, run, settings, flags.fresh))
+def load_work(settings: Settings, folder: Path, sharded: bool) -> Work:
+    """Return the shared state with data and model loaded, and print the datasets' notes."""
+    o = settings.data
+    names = ("train", "valid", "test") if o.max_valid else ("train", "test")
+    splits = {name: load_split(o.data, name, o.data_dir) for name in names}
+    notes = [note for split in splits.values() for note in split.notes]
+    for note in notes:
+        print(f"note: {note}")
+    rows = {name: split.examples for name, split in splits.items()}
+    valid = pick_rows(rows.get("valid", []), o.max_valid, seed_for(o.seed, "valid"))
+    catalogue = load_catalogue(o.data, o.data_dir)
+    engine = load_engine(settings.model, find_model, sharded)
+    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, [engine])
+
+
+def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: Namespace) -> None:
+    """Run the stages that are not yet done, in their order."""
+    todo = parallel.from_first(lambda: claim_stages(stages, folder, settings, flags.fresh))
     for stage in stages:
         if stage not in todo:
             print(f"{stage}: done before, used again")
     if not todo:
         return
-    d = settings.data
-    names = ("train", "valid", "test") if d.max_valid else ("train", "test")
-    splits = {name: load_split(d.data, name, d.data_dir) for name in names}
-    notes = [note for split in splits.values() for note in split.notes]
-    for note in notes:
-        print(f"note: {note}")
-    valid = []
-    if d.max_valid:
-        valid = pick_rows(splits["valid"].examples, d.max_valid, seed_for(d.seed, "valid"))
-    work = Work(
-        settings, run, load_catalogue(d.data, d.data_dir), splits["train"].examples, valid,
-        splits["test"].examples, notes, load_engine(settings.model, flags.shard), flags.tensorboard,
-    )  # fmt: skip
+    work = load_work(settings, folder, flags.shard)
     for stage in todo:
-        with run.timed(stage, work.engine, flags.verbose):
-            DOES[stage](work)
-        give_back_memory()
+        start, before = time.perf_counter(), usage_of(work.engines)
+        DOES[stage](work)
+        spent = usage_of(work.engines).since(before)
         if parallel.rank() == 0:
-            gather_metrics(run)
+            note_stage(work, stage, round(time.perf_counter() - start, 1), spent)
+            if flags.verbose:
+                print(f"{stage}: {loading.costs(spent)}", file=sys.stderr)
+        loading.give_back_memory()
         parallel.meet()  # the next stage reads what the first process has written
-    if told := shortened_line(work.engine):
+    for told in loading.shortened_lines(work.engines):
         print(told)
+
+
+def note_stage(work: Work, stage: str, seconds: float, spent: Mapping[str, int]) -> None:
+    """Note a stage's seconds, memory and tokens; gather all stages' metrics in metrics.jsonl."""
+    peak = peak_memory(work.engine.model.device)
+    row = {"stage": stage, "seconds": seconds, "peak_memory_bytes": peak, **spent}
+    runs.append_rows(work.folder / "timings.jsonl", [row])
+    paths = {x: work.folder / ADAPTERS[x] / "training" / "metrics.jsonl" for x in ADAPTERS}
+    found = {name: read_rows(path) for name, path in paths.items() if path.exists()}
+    rows = [{"stage": name, **metrics} for name in found for metrics in found[name]]
+    runs.write_rows(work.folder / "metrics.jsonl", rows)
 
 
 def work_through(arguments: Sequence[str] | None) -> None:
     """Parse the flags and run the stages."""
     flags = build_parser().parse_args(arguments)
-    settings = Settings(
-        data=from_flags(DataOptions, flags),
-        model=from_flags(ModelOptions, flags),
-        **{
-            name: from_flags(options, flags, name.replace("_", "-"))
-            for name, options in GROUPS.items()
-        },
-    )
+    settings = read_settings(flags)
     if flags.shard and parallel.world() == 1:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
-    if flags.tensorboard and find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     folder = flags.run_dir or RUNS / Path(settings.data.data).name
     stages = [stage for stage in STAGES if stage in flags.stages]
-    run = Run(folder)
-    with run.locked():
-        run_stages(stages, run, settings, flags)
+    if settings.data.simulator is not None and "simulator" in stages:
+        stages.remove("simulator")
+        print(f"simulator: {settings.data.simulator} plays the user, there is nothing to train")
+    with runs.locked(folder):
+        run_stages(stages, folder, settings, flags)
     print(f"{folder} is ready: python infer.py --ses")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the flags say; 2 for a user's fault, 130 for Ctrl-C."""
+    """Run the stages that the flags name; return 2 for a user's fault, 130 for Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
     return parallel.run_together("train.py", lambda: work_through(arguments))
 

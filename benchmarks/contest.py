@@ -1,7 +1,6 @@
 """What simpo.py and sft.py share: the same start for both contestants, each in its own process."""
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,14 +12,16 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from usbrec.extras.default_model import find_model  # noqa: E402
 from usbrec.llm.adapter_files import save_adapter  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
-from usbrec.llm.default_model import ensure_default_model  # noqa: E402
+from usbrec.llm.fast import accelerate  # noqa: E402
 from usbrec.llm.lora import LoraConfig, add_adapter  # noqa: E402
+from usbrec.llm.loss import Objective  # noqa: E402
 from usbrec.llm.model import ModelConfig  # noqa: E402
-from usbrec.llm.objectives import Objective, path_lengths  # noqa: E402
-from usbrec.llm.packing import Tree  # noqa: E402
-from usbrec.llm.training import TrainingOptions, step_items, train  # noqa: E402
+from usbrec.llm.packing import Tree, visibility  # noqa: E402
+from usbrec.llm.training import TrainingJob, TrainingOptions, step_items, train  # noqa: E402
+from usbrec.llm.training_state import peak_memory  # noqa: E402
 
 LEARNING_RATE = 1e-4
 
@@ -54,19 +55,8 @@ def model_flops(config: ModelConfig, trees: Sequence[Tree]) -> float:
     mlp = 3 * config.hidden_size * config.intermediate_size
     layers = config.num_hidden_layers * (attention + mlp)
     linear = 4.0 * (tokens * layers + supervised * config.vocab_size * config.hidden_size)
-    seen = config.num_hidden_layers * sum(map(visible_pairs, trees))
+    seen = config.num_hidden_layers * sum(int(visibility(tree).sum()) for tree in trees)
     return linear + 12.0 * seen * config.num_attention_heads * config.head_dim
-
-
-def visible_pairs(tree: Tree) -> int:
-    """Return how many pairs of a token and one that it sees, itself included, a tree holds."""
-    sizes = (len(branch.ids) for branch in tree.branches)
-    return sum(n * end - n * (n - 1) // 2 for n, end in zip(sizes, path_lengths(tree), strict=True))
-
-
-def peak_memory() -> int:
-    """Return the most bytes this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def options_for(steps: int, batch: int, recomputing: bool = False) -> TrainingOptions:
@@ -101,15 +91,17 @@ def run_ours(
 
     `share` is the FLOP/s of the timed steps over those of a large product in the same process.
     """
-    model = load_model(ensure_default_model(), torch.bfloat16)
+    base = find_model(None)
+    model = load_model(base, torch.bfloat16)
+    accelerate(model)
     add_adapter(model, "a", LoraConfig(r=rank), seed=0)
-    save_adapter(model, "a", adapter, str(ensure_default_model()))
+    save_adapter(model, "a", adapter, str(base))
     with tempfile.TemporaryDirectory() as folder:
-        options = options_for(steps, batch, recomputing)
-        train(model, "a", trees, objective, options, Path(folder), "ours")
+        job = TrainingJob(options_for(steps, batch, recomputing), Path(folder), "ours")
+        train(model, "a", trees, objective, job)
         losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
         timings = [json.loads(line) for line in (Path(folder) / "timings.jsonl").open()]
-    memory, seconds = peak_memory(), [row["seconds"] for row in timings]
+    memory, seconds = peak_memory(model.device), [row["seconds"] for row in timings]
     learned = in_our_order(trees, steps, batch)
     timed = slice(1 if steps > 1 else 0, steps)
     flops = model_flops(model.config, learned[timed.start * batch :])
@@ -149,7 +141,7 @@ def run_trl(
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.ended.append(time.perf_counter())
 
-    folder = ensure_default_model()
+    folder = find_model(None)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     clock = Clock()
@@ -178,7 +170,7 @@ def run_trl(
     return {
         "losses": [float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
         "seconds": [b - a for a, b in zip(clock.began, clock.ended, strict=True)],
-        "memory": peak_memory(),
+        "memory": peak_memory(base.device),
     }
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from contest import show
-from race import chat_of, finish, medians, our_engine, ours, their_model, theirs
+from race import finish, medians, our_engine, ours, request_of, their_model, theirs
 
-from usbrec.llm.default_model import MEMBER, MODELS, WHEEL, download
+from usbrec.extras.default_model import MEMBER, MODELS, WHEEL, download
 
 PROMPT = 71
 REACH = {
@@ -66,12 +66,12 @@ def llama_cpp(ids: Sequence[int], new_tokens: int, work: Path) -> Callable[[], N
 
 def batch1_quantised(model: Any, new_tokens: int, rounds: int) -> tuple[list[list[str]], float]:
     """Return the table's rows of batch 1 with rounded weights, and the ratio."""
-    engine = our_engine("int4")
-    chat = chat_of(engine, PROMPT)
-    ids = engine.tokenizer.prompt(chat.messages)
+    engine = our_engine(int4=True)
+    request = request_of(engine, PROMPT)
+    ids = engine.tokenizer.prompt(request.messages)
     runs = {
         "transformers": lambda: theirs(model, [ids], new_tokens),
-        "ours": lambda: ours(engine, [chat], new_tokens),
+        "ours": lambda: ours(engine, [request], new_tokens),
     }
     with tempfile.TemporaryDirectory() as work:
         if importlib.util.find_spec("llama_cpp"):
@@ -94,12 +94,12 @@ def main() -> None:
     weights = sum(p.nbytes for p in engine.model.parameters())
     rows, ratios = [], {}
     for batch in (1, 8, 32):
-        chat = chat_of(engine, PROMPT)
-        ids = engine.tokenizer.prompt(chat.messages)
+        request = request_of(engine, PROMPT)
+        ids = engine.tokenizer.prompt(request.messages)
         seconds = medians(
             {
                 "transformers": lambda n=batch, ids=ids: theirs(model, [ids] * n, new_tokens),
-                "ours": lambda n=batch, chat=chat: ours(engine, [chat] * n, new_tokens),
+                "ours": lambda n=batch, request=request: ours(engine, [request] * n, new_tokens),
             },
             rounds,
         )

@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_checkpoint import FAMILIES, logits_of, random_ids  # noqa: E402
 from test_greedy import CHATGLM_ROPE_RATIOS, NumberTokenizer, family, greedy  # noqa: E402
 
-from usbrec.chat import Chat, Message, Sampling  # noqa: E402
+from usbrec.chat import Message, Request, Sampling  # noqa: E402
+from usbrec.extras.default_model import find_model  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
-from usbrec.llm.default_model import ensure_default_model  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 
 PROMPTS, NEW_TOKENS, LENGTH = 20, 32, 200
@@ -51,9 +51,9 @@ def compare(folder: Path, oracle: torch.nn.Module) -> dict[str, float]:
         expected = oracle(torch.tensor([ids])).logits[0]
     difference = (logits_of(model, ids) - expected).abs().max().item()
     prompts = [ids[start : start + 5 + 3 * start] for start in range(PROMPTS)]
-    chats = [Chat((Message("user", " ".join(map(str, prompt))),)) for prompt in prompts]
-    engine = Engine(model, NumberTokenizer())
-    replies = engine.generate(chats, Sampling(NEW_TOKENS, 0), range(PROMPTS))
+    messages = [(Message("user", " ".join(map(str, prompt))),) for prompt in prompts]
+    requests = [Request(each, Sampling(NEW_TOKENS, 0)) for each in messages]
+    replies = Engine(model, NumberTokenizer()).generate(requests)
     same = 0
     for prompt, reply in zip(prompts, replies, strict=True):
         theirs = greedy(oracle, prompt, NEW_TOKENS, eos_token_id=2)
@@ -73,7 +73,7 @@ def main() -> None:
             folder.mkdir()
             oracle = family(name, folder)
             rows[name] = compare(folder, oracle)
-    folder = ensure_default_model()
+    folder = find_model()
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows["default"] = compare(folder, oracle)
     print(

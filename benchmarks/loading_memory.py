@@ -3,9 +3,10 @@
     python benchmarks/loading_memory.py [--millions 400]
 
 A random Llama of that many parameters is written as two shards; each row of the table is a process
-of its own that loads it and samples `RssAnon` (no mapped file pages) every millisecond. Opening a
-GGUF file costs what its vocabulary costs, whatever the model's size (`fixed`, measured by itself);
-the claim is about the rest. Needs Linux's /proc.
+of its own that loads it and samples `RssAnon` (no mapped file pages) every millisecond. The row of
+a GGUF file is its conversion to a folder, in one shard as large as the model. Opening it costs what
+its vocabulary costs, whatever the model's size (`fixed`, measured by itself); the claim is about
+the rest. Needs Linux's /proc.
 """
 
 import argparse
@@ -24,9 +25,9 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from usbrec.extras.default_model import MEMBER, MODELS, WHEEL, find_model, unpack  # noqa: E402
+from usbrec.extras.gguf_file import GgufFile  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
-from usbrec.llm.default_model import MEMBER, MODELS, WHEEL, ensure_default_model  # noqa: E402
-from usbrec.llm.gguf_file import GgufFile  # noqa: E402
 from usbrec.llm.model import Decoder  # noqa: E402
 from usbrec.llm.model_config import config_from  # noqa: E402
 
@@ -84,13 +85,17 @@ def peak_during(work: Callable[[], object]) -> int:
 
 
 def measure(path: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Load `path` and return the model's bytes, the peak above the start, and the seconds."""
+    """Load a folder, or convert a GGUF file: the model's bytes, the peak, and the seconds."""
     models = []
     began = time.perf_counter()
-    peak = peak_during(lambda: models.append(load_model(path, dtype)))
-    seconds = time.perf_counter() - began
-    size = sum(p.numel() * p.element_size() for p in models[0].parameters())
-    return {"model_bytes": size, "peak_bytes": peak, "seconds": seconds}
+    if path.suffix == ".gguf":
+        folder = path.with_suffix("")
+        peak = peak_during(lambda: unpack(path, folder))
+        size = (folder / "model.safetensors").stat().st_size
+    else:
+        peak = peak_during(lambda: models.append(load_model(path, dtype)))
+        size = sum(p.numel() * p.element_size() for p in models[0].parameters())
+    return {"model_bytes": size, "peak_bytes": peak, "seconds": time.perf_counter() - began}
 
 
 def measure_opening(path: Path) -> dict[str, float]:
@@ -130,9 +135,9 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as work:
-        cases = [("default model", ensure_default_model(), ("bfloat16", "float32"))]
+        cases = [("default model", find_model(), ("bfloat16", "float32"))]
         if (MODELS / WHEEL).exists():
-            cases.append(("default model, GGUF", unpacked_gguf(Path(work)), ("bfloat16",)))
+            cases.append(("GGUF, converted", unpacked_gguf(Path(work)), ("bfloat16",)))
         for stored in ("bfloat16", "float32"):
             folder = Path(work) / stored
             write_model(folder, getattr(torch, stored), options.millions)

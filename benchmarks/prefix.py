@@ -8,7 +8,7 @@ The default model in bf16, a prompt of 512 tokens, 32 samples of 64 tokens each.
 import argparse
 
 from contest import show
-from race import chat_of, finish, medians, our_engine, ours, their_model, theirs
+from race import finish, medians, our_engine, ours, request_of, their_model, theirs
 
 PROMPT, SAMPLES = 512, 32
 REACH = {"siblings32": 10.0}
@@ -21,12 +21,12 @@ def main() -> None:
     quick = parser.parse_args().quick
     new_tokens, rounds = (8, 1) if quick else (64, 3)
     engine, model = our_engine(), their_model()
-    chat = chat_of(engine, PROMPT)
-    ids = engine.tokenizer.prompt(chat.messages)
+    request = request_of(engine, PROMPT)
+    ids = engine.tokenizer.prompt(request.messages)
     seconds = medians(
         {
             "transformers": lambda: theirs(model, [ids], new_tokens, SAMPLES),
-            "ours": lambda: ours(engine, [chat] * SAMPLES, new_tokens),
+            "ours": lambda: ours(engine, [request] * SAMPLES, new_tokens),
         },
         rounds,
     )

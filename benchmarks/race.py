@@ -6,17 +6,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from usbrec.chat import Chat, Message, Sampling  # noqa: E402
+from usbrec.chat import Message, Request, Sampling  # noqa: E402
+from usbrec.extras.default_model import find_model  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
-from usbrec.llm.default_model import ensure_default_model  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
-from usbrec.llm.quantised import Kind  # noqa: E402
+from usbrec.llm.fast import accelerate  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
 
 WORDS = [
@@ -35,13 +36,11 @@ class Endless:
         return getattr(self.tokenizer, name)
 
 
-def our_engine(quantise: Kind | None = None) -> Engine:
+def our_engine(int4: bool = False) -> Engine:
     """The default model in bf16, its weights rounded or not, behind our engine."""
-    folder = ensure_default_model()
+    folder = find_model(None)
     model = load_model(folder, torch.bfloat16)
-    if quantise is not None:
-        model.quantise_weights(quantise)
-    model.order_weights()
+    accelerate(model, int4)
     tokenizer: Any = Endless(ChatTokenizer.from_folder(folder))
     return Engine(model, tokenizer)
 
@@ -50,25 +49,27 @@ def their_model() -> Any:
     """The same weights in transformers."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(ensure_default_model(), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(find_model(None), dtype=torch.bfloat16)
 
 
-def chat_of(engine: Engine, tokens: int, seed: int = 0) -> Chat:
-    """A chat whose prompt has exactly so many tokens."""
+def request_of(engine: Engine, tokens: int, seed: int = 0) -> Request:
+    """A request whose prompt has exactly so many tokens."""
     rng, words = random.Random(seed), ["film"]
     while True:
-        chat = Chat((Message("user", " ".join(words)),))
-        length = len(engine.tokenizer.prompt(chat.messages))
+        request = Request((Message("user", " ".join(words)),))
+        length = len(engine.tokenizer.prompt(request.messages))
         if length >= tokens:
             assert length == tokens, "a word is one token"
-            return chat
+            return request
         words.append(rng.choice(WORDS))
 
 
-def ours(engine: Engine, chats: Sequence[Chat], new_tokens: int) -> None:
-    """Draw `new_tokens` tokens for each chat, from an empty memory."""
-    engine.forget()
-    engine.generate(chats, Sampling(new_tokens, 1.0), list(range(len(chats))))
+def ours(engine: Engine, requests: Sequence[Request], new_tokens: int) -> None:
+    """Draw `new_tokens` tokens for each request, from an empty memory."""
+    engine.clear_cache()
+    how = Sampling(new_tokens, 1.0)
+    asked = enumerate(requests)
+    engine.generate([replace(request, sampling=how, seed=seed) for seed, request in asked])
 
 
 def theirs(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, samples: int = 1) -> None:

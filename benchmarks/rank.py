@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from contest import show
-from race import chat_of, finish, our_engine
+from race import finish, our_engine, request_of
 
-from usbrec.chat import Chat
-from usbrec.crs.recall import announce
+from usbrec.chat import Request
+from usbrec.crs.report import announce
 from usbrec.llm.engine import Engine
 from usbrec.llm.ranking import TOKENS, Ranking
 
@@ -46,16 +46,16 @@ def read_titles(folder: Path) -> list[str]:
 
 
 @torch.no_grad()
-def brute_force(engine: Engine, chat: Chat, texts: list[str]) -> None:
+def brute_force(engine: Engine, request: Request, texts: list[str]) -> None:
     """Score the texts, each as a row of its own."""
-    engine.forget()
-    prompt = engine.prompt(chat, 64)
+    engine.clear_cache()
+    prompt = engine.prompt(request, 64)
     rows = [[*prompt, *engine.tokenizer.encode(text)[:-1]] for text in texts]
     for at in range(0, len(rows), 64):
-        some = [(chat.adapter, row) for row in rows[at : at + 64]]
+        some = [(request.adapter, row) for row in rows[at : at + 64]]
         _, states = engine.prefill(some, [len(prompt) - 1] * len(some))
         for state in states:
-            engine.model.logits(state).log_softmax(-1)
+            engine.model.logits(state).float().log_softmax(-1)
 
 
 def main() -> None:
@@ -68,20 +68,20 @@ def main() -> None:
     texts = [announce(title) for title in read_titles(flags.data_dir)]
     scored, many = (32, 2) if flags.quick else (512, 8)
     ranking = Ranking(engine, texts)
-    chats = [chat_of(engine, PROMPT, seed) for seed in range(many)]
+    requests = [request_of(engine, PROMPT, seed) for seed in range(many)]
 
     def timed(count: int, tokens: int = TOKENS) -> tuple[float, list[int]]:
         """Return the seconds a dialogue, and the first one's best texts."""
-        engine.forget()
+        engine.clear_cache()
         start = time.perf_counter()
-        ranked = ranking.best(chats[:count], BEST, tokens)
+        ranked = ranking.best(requests[:count], BEST, tokens)
         return (time.perf_counter() - start) / count, [i for i, _ in ranked[0].texts]
 
     timed(1)  # warms up
     (alone, found), (together, _) = timed(1), timed(many)
     exact, best = timed(1, 0)
     start = time.perf_counter()
-    brute_force(engine, chats[0], random.Random(1).sample(texts, scored))
+    brute_force(engine, requests[0], random.Random(1).sample(texts, scored))
     brute = (time.perf_counter() - start) * len(texts) / scored
     show(
         [

@@ -20,9 +20,10 @@ import torch
 from contest import show
 from race import WORDS, finish, medians, our_engine, their_model
 
-from usbrec.chat import Chat, Reply, Sampling
+from usbrec.chat import Reply, Request, Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import Cast
+from usbrec.crs.agents import Roles, Side
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Utterance
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine, Usage
@@ -39,17 +40,15 @@ class OneByOne:
         self.model, self.tokenizer = model, engine.tokenizer
         self.usage = Usage()
 
-    def generate(
-        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
-    ) -> list[Reply]:
-        """Return one reply a chat."""
-        samplings = [sampling] * len(chats) if isinstance(sampling, Sampling) else list(sampling)
-        return [self.reply(chat, how) for chat, how in zip(chats, samplings, strict=True)]
+    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """Return one reply per request."""
+        return [self.reply(request) for request in requests]
 
-    def reply(self, chat: Chat, how: Sampling) -> Reply:
+    def reply(self, request: Request) -> Reply:
         """Make one call."""
+        how = request.sampling
         self.usage.decoded_tokens += how.max_new_tokens
-        ids = torch.tensor([self.tokenizer.prompt(chat.messages)])
+        ids = torch.tensor([self.tokenizer.prompt(request.messages)])
         warm = {"do_sample": True, "temperature": how.temperature} if how.temperature else {}
         out = self.model.generate(
             ids,
@@ -62,7 +61,9 @@ class OneByOne:
         new = out[0, ids.shape[1] :].tolist()
         return Reply(self.tokenizer.decode(new), tuple(new), False)
 
-    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
+    def choice_logprobs(
+        self, requests: Sequence[Request], choices: Sequence[str]
+    ) -> list[list[float]]:
         """The release has no closed-form votes."""
         raise NotImplementedError
 
@@ -84,10 +85,10 @@ def main() -> None:
     agents.VOTE_TOKENS = VOTE_TOKENS
     engine = our_engine()
     serial = OneByOne(their_model(), engine)
-    root, cast = dialogue(), Cast()
+    root = dialogue()
 
     def turn(llm: Any, mode: Any, votes: int) -> None:
-        engine.forget()
+        engine.clear_cache()
         options = SearchOptions(
             mode=mode,
             votes=votes,
@@ -97,7 +98,7 @@ def main() -> None:
             summary_tokens=tokens,
         )
         before, (texts, leaves) = llm.usage.decoded_tokens, SHAPES[mode]
-        search(llm, cast, [root], [0], options)
+        search(Roles(Side(llm), Side(llm), Catalogue([])), [root], [0], options)
         drawn, whole = (
             llm.usage.decoded_tokens - before,
             texts * tokens + leaves * votes * VOTE_TOKENS,
@@ -105,8 +106,8 @@ def main() -> None:
         assert drawn == whole or quick, f"equal texts: {drawn} tokens of {whole}"
 
     def plain() -> None:
-        engine.forget()
-        engine.generate([cast.recommends(agents.recommender_prompt(root))], Sampling(tokens), [0])
+        engine.clear_cache()
+        engine.generate([Request(agents.recommender_prompt(root), Sampling(tokens))])
 
     rows, ratios = [], {}
     for mode in ("chain", "tree"):

@@ -30,7 +30,7 @@ from contest import (
     table_row,
 )
 
-from usbrec.llm.objectives import Sft
+from usbrec.llm.loss import Sft
 from usbrec.llm.packing import Branch, Tree
 
 TURNS = 7

@@ -30,9 +30,8 @@ from contest import (
     table_row,
 )
 
-from usbrec.llm.loss import SimpoOptions
-from usbrec.llm.objectives import Simpo, pair_tree
-from usbrec.llm.packing import Tree
+from usbrec.llm.loss import Simpo, SimpoOptions
+from usbrec.llm.packing import Tree, pair_tree
 
 BETA, RATIO = 2.0, 0.5
 REACH = {"pairs_per_s": 5.0, "peak_memory": 0.5, "product_share": 0.5}

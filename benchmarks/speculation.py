@@ -26,8 +26,8 @@ from usbrec.crs.agents import recommender_prompt  # noqa: E402
 from usbrec.crs.dialogue import Utterance  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
-from usbrec.run import ModelOptions, load_engine  # noqa: E402
-from usbrec.runs import read_whole_lines  # noqa: E402
+from usbrec.loading import ModelOptions, load_engine  # noqa: E402
+from usbrec.runs import read_rows  # noqa: E402
 
 DRAFTS, ROWS, NGRAM = (2, 4, 8), (1, 8, 32), 2
 PAYS = 1.15
@@ -60,7 +60,7 @@ def searched_replies(
 ) -> list[tuple[list[int], list[int]]]:
     """Return (prompt, reply) ids of the recommender's candidates in a run's searches."""
     found = []
-    for row in [r for r in read_whole_lines(run / "rows.jsonl") if "RL+SES" in r][:count]:
+    for row in [r for r in read_rows(run / "rows.jsonl") if "RL+SES" in r][:count]:
         talk = row["RL+SES"]
         said = len(talk["transcript"]) - 1  # with one turn: all but the reply is the history
         history = tuple(Utterance(who, text) for who, text in talk["transcript"][:said])
@@ -80,7 +80,7 @@ def cost_of(engine: Engine, rows: int, k: int, rounds: int) -> float:
             x = torch.randint(20, 49000, (rows * width,))
             start = time.perf_counter()
             hidden = engine.model(x, torch.zeros_like(x), lambda layer, q, k, v: q)
-            engine.model.lm_head(hidden)
+            engine.model.logits(hidden)
             best[width] = min(best[width], time.perf_counter() - start)
     return best[k + 1] / best[1]
 

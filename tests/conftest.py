@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from usbrec.llm.default_model import ensure_default_model
+from usbrec.extras.default_model import ensure_default_model
 from usbrec.llm.model import Decoder, ModelConfig
 
 TINY = ModelConfig(

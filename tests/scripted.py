@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from usbrec.chat import Chat, Reply, Sampling
+from usbrec.chat import Reply, Request
 from usbrec.crs.agents import prompt_text
 from usbrec.crs.dialogue import Dialogue, Utterance
 
@@ -11,45 +11,43 @@ SURE = {score: [math.log(0.8 if i == score else 0.1) for i in range(3)] for scor
 
 
 class Scripted:
-    """Answers `reply(chat, sampling, seed)`; scores `logprobs(chat)`; records all calls."""
+    """Answers `reply(request)`; scores `logprobs(request)`; records all calls."""
 
     def __init__(
         self,
-        reply: Callable[[Chat, Sampling, int], str],
-        logprobs: Callable[[Chat], list[float]] = lambda chat: SURE[1],
+        reply: Callable[[Request], str],
+        logprobs: Callable[[Request], list[float]] = lambda request: SURE[1],
     ) -> None:
         self.reply, self.logprobs = reply, logprobs
-        self.generated: list[list[Chat]] = []
-        self.samplings: list[list[Sampling]] = []
-        self.seeds: list[list[int]] = []
-        self.scored: list[list[Chat]] = []
+        self.generated: list[list[Request]] = []
+        self.scored: list[list[Request]] = []
 
-    def generate(
-        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
-    ) -> list[Reply]:
-        hows = [sampling] * len(chats) if isinstance(sampling, Sampling) else list(sampling)
-        assert len(chats) == len(hows) == len(seeds)
-        self.generated.append(list(chats))
-        self.samplings.append(hows)
-        self.seeds.append(list(seeds))
-        rows = zip(chats, hows, seeds, strict=True)
-        return [Reply(self.reply(chat, how, seed), (), True) for chat, how, seed in rows]
+    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        self.generated.append(list(requests))
+        return [Reply(self.reply(request), (), True) for request in requests]
 
-    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
+    def choice_logprobs(
+        self, requests: Sequence[Request], choices: Sequence[str]
+    ) -> list[list[float]]:
         assert tuple(choices) == ("0", "1", "2")
-        self.scored.append(list(chats))
-        return [self.logprobs(chat) for chat in chats]
+        self.scored.append(list(requests))
+        return [self.logprobs(request) for request in requests]
 
 
-def role_of(chat: Chat) -> str:
+def role_of(request: Request) -> str:
     """Tell by the prompts' wordings who is asked: a role's name, or "explainer"."""
     names = ("recommender", "seeker", "internal_seeker", "summariser")
-    first = chat.messages[0].content
+    first = request.messages[0].content
     name = next(n for n in names if first.startswith(prompt_text(n).split("{")[0]))
-    asked = chat.messages[-1].content == prompt_text("explain")
-    if chat.messages[-1].role == "system":
+    asked = request.messages[-1].content == prompt_text("explain")
+    if request.messages[-1].role == "system":
         return "internal_judge" if name == "internal_seeker" else "judge"
     return "explainer" if name == "recommender" and asked else name
+
+
+def roles_of(calls: Sequence[Sequence[Request]]) -> list[list[str]]:
+    """Return who was asked, per call and request."""
+    return [[role_of(request) for request in requests] for requests in calls]
 
 
 def talk(*lines: str) -> Dialogue:

@@ -39,8 +39,11 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [str(word) for pair in options.items() for word in pair]
 
 
-def write_small_model(folder: Path) -> Path:
-    """Write a random two-layer Llama with a byte-level tokenizer and ChatML's control tokens."""
+def write_small_model(folder: Path, **changed: Any) -> Path:
+    """Write a random two-layer Llama with a byte-level tokenizer and ChatML's control tokens.
+
+    `changed` are settings of its config.json.
+    """
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +58,8 @@ def write_small_model(folder: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
     tokenizer.save(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id("<|im_end|>")
-    settings = {**CONFIG, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
+    settings = {**CONFIG, **sizes, **changed}
     (folder / "config.json").write_text(json.dumps(settings))
     generator = torch.Generator().manual_seed(0)
     shapes = {n: p.shape for n, p in empty_decoder(load_config(folder)).named_parameters()}

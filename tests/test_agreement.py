@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from scripted import SURE, Scripted, role_of, talk
+from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Chat, Sampling
-from usbrec.crs.agents import Cast
+from usbrec.chat import Request
+from usbrec.crs.agents import Roles, Side
 from usbrec.crs.agreement import Contrast, agreement, contrast, draw_others, judge_agreement
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
@@ -25,24 +25,28 @@ EXAMPLE = Example(
     explanation="Dark Well is horror by Ann Ray.",
 )  # fmt: skip
 BARE = replace(EXAMPLE, dialog_id="d2", explanation=None)
-CAST = Cast("rl", "simulator")
 
 
-def line(chat: Chat, how: Sampling, seed: int) -> str:
-    return f"{role_of(chat)} line"
+def cast(llm: Scripted, simulator: Scripted | None = None) -> Roles:
+    """Let one model play both sides, or `simulator` the seeker's."""
+    return Roles(Side(llm, "rl"), Side(simulator or llm, "simulator"), FILMS)
 
 
-def by_title(chat: Chat) -> list[float]:
-    return SURE[2 if "Dark Well" in chat.messages[-2].content else 0]
+def line(request: Request) -> str:
+    return f"{role_of(request)} line"
+
+
+def by_title(request: Request) -> list[float]:
+    return SURE[2 if "Dark Well" in request.messages[-2].content else 0]
 
 
 def run(llm: Scripted, *examples: Example) -> list[dict[str, object]]:
-    return judge_agreement(llm, CAST, FILMS, examples, COUNTS, 0, EvaluationOptions())
+    return judge_agreement(cast(llm), examples, COUNTS, 0, EvaluationOptions())
 
 
 def test_the_other_reply_names_a_film_that_is_no_target_with_its_own_attributes() -> None:
     made = contrast(FILMS, EXAMPLE, COUNTS, 1)
-    assert isinstance(made, Contrast) and made.explanations is not None
+    assert isinstance(made, Contrast) and len(made.explanations) == 2
     assert (made.replies[0], made.explanations[0]) == (EXAMPLE.response, EXAMPLE.explanation)
     (title,) = made.titles
     other = FILMS.get(title)
@@ -83,16 +87,26 @@ def test_what_cannot_be_contrasted_is_skipped_and_says_why() -> None:
 def test_one_call_generates_and_one_call_judges() -> None:
     llm = Scripted(line, by_title)
     run(llm, EXAMPLE, BARE)
-    (chats,) = llm.generated
-    assert [role_of(chat) for chat in chats] == ["summariser"] * 2 + ["explainer"] * 2
-    assert [role_of(chat) for chat in llm.scored[0]] == (["judge"] * 2 + ["internal_judge"] * 2) * 2
-    assert len(llm.scored) == 1
+    (requests,) = llm.generated
+    assert [role_of(request) for request in requests] == ["summariser"] * 2 + ["explainer"] * 2
+    assert roles_of(llm.scored) == [(["judge"] * 2 + ["internal_judge"] * 2) * 2]
+
+
+def test_two_models_give_the_rows_that_one_does_and_each_gets_its_own_requests() -> None:
+    tuned, plain = Scripted(line), Scripted(line, by_title)
+    rows = judge_agreement(cast(tuned, plain), [EXAMPLE, BARE], COUNTS, 0, EvaluationOptions())
+    assert roles_of(tuned.generated) == [["explainer"] * 2] and tuned.scored == []
+    assert roles_of(plain.generated) == [["summariser"] * 2]
+    assert roles_of(plain.scored) == [(["judge"] * 2 + ["internal_judge"] * 2) * 2]
+    assert rows == run(Scripted(line, by_title), EXAMPLE, BARE)
 
 
 def test_the_rows_own_explanation_is_used_where_there_is_one() -> None:
     llm = Scripted(line, by_title)
     run(llm, EXAMPLE, BARE)
-    told = [chat.messages[-2].content for chat in llm.scored[0] if role_of(chat) == "judge"]
+    told = [
+        request.messages[-2].content for request in llm.scored[0] if role_of(request) == "judge"
+    ]
     assert told[0] == EXAMPLE.explanation and "Dark Well" not in told[1]
     assert told[2:] == ["explainer line"] * 2
 
@@ -101,18 +115,20 @@ def test_the_summary_and_the_internal_judge_know_no_target() -> None:
     llm = Scripted(line, by_title)
     run(llm, EXAMPLE)
     assert "Dark Well" not in " ".join(m.content for m in llm.generated[0][0].messages)
-    for chat in llm.scored[0][2:]:
-        assert "summariser line" in chat.messages[0].content
-        assert not any("Dark Well" in m.content for m in chat.messages[:-2])
+    for request in llm.scored[0][2:]:
+        assert "summariser line" in request.messages[0].content
+        assert not any("Dark Well" in m.content for m in request.messages[:-2])
 
 
 def test_the_area_tells_a_good_judge_from_a_blind_one_and_counts_the_unread() -> None:
-    llm = Scripted(line, lambda chat: by_title(chat) if role_of(chat) == "judge" else SURE[1])
+    llm = Scripted(
+        line, lambda request: by_title(request) if role_of(request) == "judge" else SURE[1]
+    )
     rows = [json.loads(json.dumps(row)) for row in run(llm, *[EXAMPLE] * 3)]
     found = agreement(rows, 0)
     assert found["external"] == {"auc": 1.0, "low": 1.0, "high": 1.0, "n": 3, "unparsed": 0}
     assert found["internal"]["auc"] == 0.5
-    blind = Scripted(line, lambda chat: [-math.inf] * 3)
+    blind = Scripted(line, lambda request: [-math.inf] * 3)
     assert agreement(run(blind, EXAMPLE), 0)["external"] == {
         "auc": None, "low": None, "high": None, "n": 0, "unparsed": 1,
     }  # fmt: skip

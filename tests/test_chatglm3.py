@@ -14,13 +14,14 @@ from test_adapter_files import adapted_logits, randomise
 from test_checkpoint import logits_of, random_ids
 from test_tokenizer import LETTERS, plain, random_chat, random_text
 
-from usbrec.chat import Lesson, Message
+from usbrec.chat import Message, Sampling, TrainingDialogue
+from usbrec.extras.merge import merge
 from usbrec.llm.adapter_files import load_adapter, save_adapter
-from usbrec.llm.checkpoint import load_config, load_model
+from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
-from usbrec.llm.merge import merge
-from usbrec.llm.packing import lesson_tree
-from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.llm.model_config import load_config
+from usbrec.llm.packing import dialogue_tree
+from usbrec.llm.tokenizer import ChatTokenizer, ReplyText
 from usbrec.options import UserError
 
 SETTINGS = {
@@ -323,14 +324,14 @@ def test_a_reply_ends_where_the_next_user_would_stand(chat):
     assert ours.render(closed, closed=False)[0] == ids[:-1]
 
 
-def test_a_lessons_branches_continue_its_trunk_without_a_second_user_token(chat):
+def test_a_dialogues_branches_continue_its_prefix_without_a_second_user_token(chat):
     ours, _ = chat
-    trunk = (Message("user", "Hi"), Message("assistant", "a film", weight=1.0))
+    prefix = (Message("user", "Hi"), Message("assistant", "a film", weight=1.0))
     branch = (Message("user", "no"), Message("assistant", "bye", weight=1.0))
-    tree = lesson_tree(ours, Lesson(trunk, (branch,)))
-    assert [i for b in tree.branches for i in b.ids] == ours.render([*trunk, *branch])[0]
-    whole = lesson_tree(ours, Lesson(trunk)).branches[0]
-    assert (whole.ids, whole.weights) == ours.render(trunk)
+    tree = dialogue_tree(ours, TrainingDialogue(prefix, (branch,)))
+    assert [i for b in tree.branches for i in b.ids] == ours.render([*prefix, *branch])[0]
+    whole = dialogue_tree(ours, TrainingDialogue(prefix)).branches[0]
+    assert (whole.ids, whole.weights) == ours.render(prefix)
 
 
 def test_an_unweighted_reply_is_not_closed(chat):
@@ -354,10 +355,13 @@ def test_a_stream_says_the_whole_text_with_its_spaces(chat):
     ours, _ = chat
     for seed in range(100):
         text = "a " + random_text(random.Random(seed)) + " film 👩‍🚀"
-        stream = ours.stream()
-        said = [stream.push([i]) for i in ours.encode(text)]
+        said: list[str] = []
+        reply = ReplyText(ours, Sampling(), said.append)
+        for i in ours.encode(text):
+            reply.push(i, last=False)
         assert not any("\ufffd" in part for part in said)
-        assert "".join(said) + stream.finish() == text
+        reply.push(min(ours.stop_ids), last=False)
+        assert reply.text == "".join(said) == text
 
 
 def test_letters_of_the_tests_need_byte_fallback(chat):

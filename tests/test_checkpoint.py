@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from usbrec.llm.checkpoint import load_config, load_model
+from usbrec.llm.checkpoint import load_model
+from usbrec.llm.model_config import load_config
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.options import UserError
 
@@ -81,7 +82,7 @@ def folder(tmp_path):
 
 def logits_of(model, ids):
     """(T,) ids -> (T, V): our decoder over a single row."""
-    packed = pack([Tree([Branch(ids, [0.0] * len(ids))])])
+    packed = pack([Tree([Branch(ids, [0.0] * len(ids))])], model)
     with torch.no_grad():
         hidden = model(packed.input_ids, packed.position_ids, packed.attention)
         return model.logits(hidden)

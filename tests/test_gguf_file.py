@@ -1,4 +1,4 @@
-"""GGUF files read as if they were Hugging Face folders, with transformers as oracle."""
+"""GGUF files converted to Hugging Face folders on arrival, with transformers as oracle."""
 
 import json
 import random
@@ -9,13 +9,15 @@ import pytest
 import torch
 from test_checkpoint import LLAMA31_ROPE, logits_of, oracle_of, random_ids
 from test_tokenizer import family_folder, normalized, random_chat, random_text
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
+from usbrec.extras import default_model, shards
+from usbrec.extras.default_model import find_model
+from usbrec.extras.gguf_file import TENSOR_NAMES, llama3_divisors
+from usbrec.extras.merge import merge
 from usbrec.llm.adapter_files import save_adapter
-from usbrec.llm.checkpoint import load_model, open_model
-from usbrec.llm.gguf_file import TENSOR_NAMES, llama3_divisors
+from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, add_adapter
-from usbrec.llm.merge import merge
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 
@@ -58,8 +60,7 @@ def write_gguf(path, model, tokenizer=None, quantisation="F32", doubled_factor=N
             writer.add_string(key.replace("__", "."), value)
         else:
             writer.add_uint32(key.replace("__", "."), value)
-    if tokenizer:
-        write_tokenizer(writer, *tokenizer)
+    write_tokenizer(writer, *(tokenizer or few_tokens(config.vocab_size)))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -97,6 +98,18 @@ def write_tokenizer(writer, tokenizer, pre):
     writer.add_bos_token_id(0)
 
 
+def few_tokens(count):
+    """(a tokenizer of so many tokens and a single merge, its pre-tokenizer's name)."""
+    tokens = ["a", "b", "ab", *(f"t{i}" for i in range(3, count))]
+    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b")])
+    return Tokenizer(bpe), "smollm"
+
+
+def converted(path):
+    """Return the folder that a GGUF file becomes, in `models` beside it."""
+    return find_model(str(path), path.parent / "models")
+
+
 def oracle(name, **extra):
     import transformers as hf
 
@@ -116,18 +129,21 @@ def test_logits_equal_transformers(name, tmp_path):
         if key.endswith("bias"):
             parameter.data.normal_(0, 0.3)
     path = write_gguf(tmp_path / "model.gguf", model)
+    loaded = load_model(converted(path))
+    for parameter in model.parameters():  # as the folder's weights are
+        parameter.data = parameter.data.bfloat16().float()
     ids = random_ids()
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(logits_of(load_model(path), ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(loaded, ids), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_tensors_are_unpacked(kind, tmp_path):
-    """Within the step of the quantisation; a wrong order of rows would be far off."""
+    """Within the step of the quantisation, or bf16's; a wrong order of rows would be far off."""
     model = oracle("llama-tied")
-    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, quantisation=kind))
-    steps = {"F16": 1e-3, "BF16": 5e-3, "Q8_0": 0.01, "Q5_0": 0.08, "Q5_1": 0.08}
+    loaded = load_model(converted(write_gguf(tmp_path / "x.gguf", model, quantisation=kind)))
+    steps = {"F16": 5e-3, "BF16": 5e-3, "Q8_0": 0.01, "Q5_0": 0.08, "Q5_1": 0.08}
     for name, parameter in loaded.named_parameters():
         expected = model.state_dict()[name]
         assert (parameter - expected).abs().max() <= steps.get(kind, 0.16) * expected.abs().max()
@@ -149,7 +165,7 @@ def with_tokenizer(request, tmp_path):
 
 def test_the_tokenizer_inside_equals_the_familys_own(with_tokenizer):
     path, folder = with_tokenizer
-    ours, expected = ChatTokenizer.from_folder(path), ChatTokenizer.from_folder(folder)
+    ours, expected = (ChatTokenizer.from_folder(f) for f in (converted(path), folder))
     assert ours.chat_format == expected.chat_format
     for seed in range(200):
         text = random_text(random.Random(seed), 120)
@@ -163,10 +179,11 @@ def test_a_gguf_file_merges_into_a_folder_that_transformers_loads(with_tokenizer
     import transformers as hf
 
     path, folder = with_tokenizer
-    model = load_model(path)
+    base = converted(path)
+    model = load_model(base)
     add_adapter(model, "sft", LoraConfig(r=2), seed=0)
     save_adapter(model, "sft", tmp_path / "adapter", "base")
-    merge(path, tmp_path / "adapter", tmp_path / "merged")
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert loaded.dtype == torch.bfloat16
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -187,20 +204,21 @@ def test_a_gguf_file_merges_into_a_folder_that_transformers_loads(with_tokenizer
 def test_what_is_not_honoured_is_refused_by_name(tmp_path, overrides, named):
     path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied"), **overrides)
     with pytest.raises(UserError, match=named):
-        open_model(path)
+        converted(path)
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_an_unknown_pre_tokenizer_is_refused_by_name(with_tokenizer, tmp_path, monkeypatch):
     path, _ = with_tokenizer
-    monkeypatch.setattr("usbrec.llm.gguf_file.PRE_TOKENIZERS", {"other": []})
+    monkeypatch.setattr("usbrec.extras.gguf_file.PRE_TOKENIZERS", {"other": []})
     with pytest.raises(UserError, match="pre-tokenizer"):
-        ChatTokenizer.from_folder(path)
+        converted(path)
 
 
 def test_rope_factors_that_are_not_llama3s_are_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", oracle("llama-3.1"), doubled_factor=3)
     with pytest.raises(UserError, match="rope_freqs.weight is not Llama 3.1's"):
-        open_model(path)
+        converted(path)
 
 
 def test_damaged_files_are_one_clear_error(tmp_path):
@@ -209,6 +227,59 @@ def test_damaged_files_are_one_clear_error(tmp_path):
     for cut in (0, 3, 10, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:cut])
         with pytest.raises(UserError, match="model.gguf"):
-            load_model(path)
+            converted(path)
     with pytest.raises(UserError, match="no such GGUF file"):
-        load_model(tmp_path / "none.gguf")
+        converted(tmp_path / "none.gguf")
+
+
+def test_a_file_is_converted_once_and_anew_when_it_has_changed(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied"))
+    first = converted(path)
+    assert first.parent == tmp_path / "models" and first.name.startswith("model-")
+    with monkeypatch.context() as patch:
+        patch.setattr(default_model, "unpack", None)  # a second call needs nothing
+        assert converted(path) == first
+        assert converted(path.rename(tmp_path / "models" / "model.gguf").rename(path)) == first
+    before = load_model(first).model.norm.weight
+    changed = oracle("llama-tied")
+    changed.model.norm.weight.data.mul_(2)
+    size = path.stat().st_size
+    write_gguf(path, changed)
+    assert path.stat().st_size == size
+    second = converted(path)
+    assert second != first
+    assert torch.equal(load_model(second).model.norm.weight, 2 * before)
+    assert torch.equal(load_model(converted(path)).model.norm.weight, 2 * before)
+
+
+def test_a_large_file_is_converted_a_shard_at_a_time(tmp_path, monkeypatch):
+    """Shards of 20 kB; the embeddings alone are 12 kB, each matrix of an MLP 12 kB."""
+    path = write_gguf(tmp_path / "model.gguf", oracle("qwen2.5"))
+    written = []
+    save_file = shards.save_file
+
+    def recorded(tensors, *args, **kwargs):
+        written.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(shards, "save_file", recorded)
+    default_model.unpack(path, tmp_path / "sharded", shard_bytes=20_000)
+    assert len(written) > 5 and max(written) <= 20_000
+    default_model.unpack(path, tmp_path / "single")
+    one, many = (load_model(tmp_path / name).state_dict() for name in ("single", "sharded"))
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied"))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            converted(path)
+    assert list((tmp_path / "models").iterdir()) == []
+    (converted(path) / "model.safetensors").write_bytes(b"torn")
+    load_model(converted(path))

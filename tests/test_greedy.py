@@ -5,7 +5,7 @@ import torch
 from test_chatglm3 import glm, write_folder
 from test_checkpoint import FAMILIES, oracle_of, random_ids
 
-from usbrec.chat import Chat, Message, Sampling
+from usbrec.chat import Message, Request, Sampling
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.engine import Engine
 from usbrec.llm.tokenizer import ChatTokenizer
@@ -59,8 +59,9 @@ def test_greedy_continuations_of_a_batch_equal_generate_one_by_one(name, tmp_pat
     engine = Engine(load_model(tmp_path), NumberTokenizer())
     ids = random_ids(60)
     prompts = [ids[:20], ids[:50], ids[30:37], ids[:20] + ids[55:]]
-    chats = [Chat((Message("user", " ".join(map(str, p))),)) for p in prompts]
-    replies = engine.generate(chats, Sampling(max_new_tokens=24, temperature=0), range(len(chats)))
+    how = Sampling(max_new_tokens=24, temperature=0)
+    asked = [Request((Message("user", " ".join(map(str, p))),), how) for p in prompts]
+    replies = engine.generate(asked)
     for prompt, reply in zip(prompts, replies, strict=True):
         expected = greedy(oracle, prompt, 24, eos_token_id=2)
         assert list(reply.token_ids) == [i for i in expected if i != 2]
@@ -84,7 +85,7 @@ def test_the_default_models_greedy_replies_equal_generate(default_model_folder):
         ],
     ]
     sampling = Sampling(max_new_tokens=20, temperature=0)
-    replies = engine.generate([Chat(tuple(m)) for m in asked], sampling, range(len(asked)))
+    replies = engine.generate([Request(tuple(messages), sampling) for messages in asked])
     for messages, reply in zip(asked, replies, strict=True):
         chat = [{"role": m.role, "content": m.content} for m in messages]
         ids = their_tokenizer.apply_chat_template(

@@ -12,12 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config, oracle_of
 
 from usbrec.llm.adapter_files import load_adapter, save_adapter
-from usbrec.llm.checkpoint import load_config, load_model
-from usbrec.llm.files import file_in
+from usbrec.llm.checkpoint import load_model, read_header
 from usbrec.llm.lora import LoraConfig, add_adapter
-from usbrec.llm.model_config import config_from
+from usbrec.llm.model_config import config_from, file_in, load_config
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.weights import read_header
 from usbrec.options import UserError
 from usbrec.runs import write_json
 

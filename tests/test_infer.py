@@ -12,12 +12,13 @@ from small_run import STAGE_FLAGS, flags, write_small_data, write_small_model
 
 import infer
 import train
-from usbrec.crs.agents import Cast
-from usbrec.crs.evaluation import search_record
+from usbrec.answering import Recommender
+from usbrec.crs.agents import Roles, Side
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.report import format_search
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine
-from usbrec.runs import read_whole_lines
+from usbrec.runs import read_rows
 
 SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",
@@ -89,7 +90,7 @@ def test_without_flags_the_newest_run_answers_a_test_row_of_its_dataset(
     said = capsys.readouterr()
     assert f"recommender: {run / 'rl'}" in said.err
     assert f"simulator: {run / 'simulator'}" in said.err
-    rows = read_whole_lines(place / "data" / "test.jsonl")
+    rows = read_rows(place / "data" / "test.jsonl")
     shown = [row for row in rows if f"Seeker: {row['context'][-1]}\n" in said.out]
     assert shown and "Recommender: " in said.out
     assert any(f"gold title, which no speaker knew: {row['rec'][0]}" in said.out for row in shown)
@@ -135,7 +136,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_other_ones(
 def test_the_sampling_flags_decide_how_a_plain_reply_is_drawn(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One token left in is the likeliest; a high penalty changes even the likeliest."""
+    """One token left in is the likeliest."""
 
     def reply(*flags: str) -> str:
         return answers(list(flags), capsys)[0]["reply"]
@@ -144,15 +145,14 @@ def test_the_sampling_flags_decide_how_a_plain_reply_is_drawn(
     assert warm != greedy
     for one in (["--top-k", "1"], ["--top-p", "1e-9"], ["--min-p", "1"]):
         assert reply("--temperature", "5", *one) == greedy
-    assert reply("--repetition-penalty", "1000") != greedy
 
 
 def test_items_are_the_catalogues_titles_in_the_reply(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "Try Heat (1995), or Alien. Paris is nice."
-    llm = Scripted(lambda chat, sampling, seed: said)
-    monkeypatch.setattr(Engine, "generate", lambda self, *call: llm.generate(*call))
+    llm = Scripted(lambda request: said)
+    monkeypatch.setattr(Engine, "generate", lambda self, requests: llm.generate(requests))
     [row] = answers([], capsys)
     assert row["reply"] == said
     assert row["items"] == ["Heat (1995)", "Alien (1979)"]
@@ -197,12 +197,12 @@ def test_without_a_run_one_sentence_says_how_to_make_one(
 def test_roles_speak_with_their_own_adapters(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    llm = Scripted(lambda chat, sampling, seed: f"I say {seed % 7}.")
+    llm = Scripted(lambda request: f"I say {request.seed % 7}.")
     monkeypatch.setattr(Engine, "generate", lambda self, *call: llm.generate(*call))
     monkeypatch.setattr(Engine, "choice_logprobs", lambda self, *call: llm.choice_logprobs(*call))
     answers(["--ses"], capsys)
-    chats = [chat for call in [*llm.generated, *llm.scored] for chat in call]
-    adapters = {role_of(chat): chat.adapter for chat in chats}
+    requests = [request for call in [*llm.generated, *llm.scored] for request in call]
+    adapters = {role_of(request): request.adapter for request in requests}
     assert adapters == {
         "recommender": "recommender",
         "summariser": "simulator",
@@ -263,7 +263,7 @@ def test_control_tokens_in_a_seekers_line_stay_text(
 def test_a_chat_remembers_what_was_said_and_ends_with_an_empty_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    llm = Scripted(lambda chat, sampling, seed: f"Reply {len(chat.messages)}.")
+    llm = Scripted(lambda request: f"Reply {len(request.messages)}.")
     monkeypatch.setattr(Engine, "generate", lambda self, *call: llm.generate(*call))
     lines = iter(["Hello.", "More.", "", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
@@ -326,10 +326,10 @@ def test_rows_of_a_split_go_to_a_results_file_of_their_options(
     rows = answers(["--limit", "3"], capsys)
     assert [set(row) for row in rows] == [PLAIN] * 3
     [path] = (run / "infer").glob("data-test-replies-*[0-9a-f].jsonl")
-    kept = read_whole_lines(path)
+    kept = read_rows(path)
     assert [{**row, "seconds": None} for row in rows] == [{**row, "seconds": None} for row in kept]
     assert "seconds" not in kept[0]
-    costs = read_whole_lines(path.with_suffix(".timings.jsonl"))
+    costs = read_rows(path.with_name(path.name + ".timings.jsonl"))
     assert all(line["computed_tokens"] > 0 and line["decoded_tokens"] > 0 for line in costs)
     answers(["--limit", "3", "--temperature", "1"], capsys)
     assert len(list((run / "infer").glob("*.options.json"))) == 2
@@ -362,19 +362,21 @@ def test_interrupted_results_go_on_to_the_same_bytes(
 
     whole = answers(arguments("whole.jsonl"), capsys)
     calls: list[int] = []
-    plain = infer.recommender_turn
+    plain = Recommender.answer
 
-    def stopped(*call: Any) -> list[str]:
+    def stopped(*call: Any) -> list[dict[str, Any]]:
+        """Answer the second chunk, and let nobody know."""
+        rows = plain(*call)
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return plain(*call)
+        return rows
 
     with monkeypatch.context() as patch:
-        patch.setattr(infer, "recommender_turn", stopped)
+        patch.setattr(Recommender, "answer", stopped)
         assert infer.main(["--json", *SHORT, *arguments("torn.jsonl")]) == 130
-    assert len(read_whole_lines(tmp_path / "torn.jsonl")) == 2
-    with open(tmp_path / "torn.timings.jsonl", "a", encoding="utf-8") as file:
+    assert len(read_rows(tmp_path / "torn.jsonl")) == 2
+    with open(tmp_path / "torn.jsonl.timings.jsonl", "a", encoding="utf-8") as file:
         file.write('{"place": 2, "sec')
     capsys.readouterr()
     resumed = answers(arguments("torn.jsonl"), capsys)
@@ -397,11 +399,12 @@ def test_a_results_file_of_other_options_is_refused_and_kept(
 
 
 def test_a_search_that_was_kept_is_shown_as_it_was() -> None:
-    llm = Scripted(lambda chat, sampling, seed: f"Take {seed % 3}.")
+    llm = Scripted(lambda request: f"Take {request.seed % 3}.")
     dialogue = talk("A comedy, please.", "Old?", "No.")
-    [result] = search(llm, Cast(), [dialogue], [1], SearchOptions(samples=3, turns=2, mode="tree"))
-    kept = json.loads(json.dumps(search_record(result)))
-    assert format_search(dialogue, kept) == format_search(dialogue, search_record(result))
+    roles = Roles(Side(llm), Side(llm), Catalogue([]))
+    [result] = search(roles, [dialogue], [1], SearchOptions(samples=3, turns=2, mode="tree"))
+    kept = json.loads(json.dumps(result.record()))
+    assert format_search(dialogue, kept) == format_search(dialogue, result.record())
 
 
 # --- the judges -------------------------------------------------------------------------------
@@ -424,7 +427,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         assert found[name]["n"] == 3
     assert splits == ["valid", "train"]  # the second for its counts of titles
     [path] = (run / "infer").glob("data-valid-judges-*[0-9a-f].jsonl")
-    ids = {row["dialog_id"] for row in read_whole_lines(path)}
+    ids = {row["dialog_id"] for row in read_rows(path)}
     assert ids and all(name.startswith("valid") for name in ids)
     assert infer.main(["--validate-simulator", "--limit", "3"]) == 0
     text = capsys.readouterr().out
@@ -458,10 +461,11 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--temperature", "nan"], "temperature"),
         (["--top-p", "0"], "top_p"),
         (["--min-p", "2"], "min_p"),
-        (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--top-k", "-1"], "top_k"),
         (["--device", "abacus"], "abacus"),
-        (["--quantise", "int2"], "int2"),
-        (["--quantise", "int4"], "down_proj"),  # its 48 inputs are no groups of 32
+        (["--kv-memory", "-1"], "kv_memory"),
+        (["--int4"], "48 inputs"),  # no groups of 32
+        (["--simulator", "/no/such/simulator"], "/no/such/simulator"),
         (["--ses-mode", "star"], "star"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
@@ -494,9 +498,10 @@ def test_a_faulty_dialogue_file_is_one_sentence(
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("options.json", b"{broken", "options.json"),
-        ("options.json", b"{}", "options.json"),
-        ("options.json", b'{"simpo": {"model": {"colour": 1}}}', "options.json"),
+        ("options/simpo.json", b"{broken", "simpo.json"),
+        ("options/simpo.json", b"{}", "simpo.json"),
+        ("options/simpo.json", b'{"model": {"colour": 1}}', "simpo.json"),
+        ("options/simpo.json", b'{"model": {}, "other-simulator": 1}', "simpo.json"),
         ("rl/adapter_model.safetensors", b"\x10", "adapter_model.safetensors"),
         ("rl/adapter_config.json", b"[]", "adapter_config.json"),
     ],

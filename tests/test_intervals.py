@@ -10,7 +10,6 @@ from usbrec.crs.intervals import (
     draws,
     mean_interval,
     paired_difference,
-    rank_correlation,
 )
 
 
@@ -74,12 +73,6 @@ def test_the_interval_of_the_area_is_that_of_resampled_rows() -> None:
     found = auc_interval(high, low, 0)
     assert found["low"] == pytest.approx(np.percentile(areas, 2.5), abs=0.015)
     assert found["high"] == pytest.approx(np.percentile(areas, 97.5), abs=0.015)
-
-
-def test_ranks_with_ties_correlate_as_by_hand() -> None:
-    """Ranks 1 2.5 2.5 4 and 1 2 3 4: covariance 4.5, variances 4.5 and 5, so sqrt(0.9)."""
-    assert rank_correlation([1, 2, 2, 9], [1, 2, 3, 4]) == pytest.approx(0.9**0.5)
-    assert rank_correlation([1, 1], [1, 2]) is None
 
 
 def test_every_draw_has_n_rows_and_the_seed_decides() -> None:

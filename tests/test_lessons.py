@@ -1,6 +1,6 @@
 """What the recommender and the simulator are taught, and in which order."""
 
-from usbrec.chat import Lesson, Message
+from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs.agents import EXPLAIN, external_judge_prompt, internal_judge_prompt
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example, Utterance
@@ -12,7 +12,7 @@ from usbrec.crs.lessons import (
     recommender_lessons,
     same_dialogue,
     simulator_lessons,
-    words_of,
+    telling_words,
 )
 
 CATALOGUE = load_catalogue("sample")
@@ -21,7 +21,7 @@ POPULARITY = popularity_of(TRAIN)
 OPTIONS = LessonOptions(score_weight=10.0, line_weight=0.5)
 
 
-def scored(lesson: Lesson) -> list[tuple[Message, ...]]:
+def scored(lesson: TrainingDialogue) -> list[tuple[Message, ...]]:
     """The branches of a lesson that end with a score."""
     return [branch for branch in lesson.branches if branch[-1].weight == OPTIONS.score_weight]
 
@@ -34,9 +34,9 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     stranger = Example("e", 1, (seeker,), "Try Heat (1995).", ("Heat (1995)",))
     assert same_dialogue([second, stranger, first]) == [[first, second], [stranger]]
     lesson, _ = recommender_lessons([second, stranger, first], CATALOGUE, OPTIONS)
-    learned = [m.content for m in lesson.trunk if m.weight]
+    learned = [m.content for m in lesson.prefix if m.weight]
     assert learned == ["Try Heat (1995).", "Then Alien (1979)."]
-    assert [m.role for m in lesson.trunk] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m.role for m in lesson.prefix] == ["system", "user", "assistant", "user", "assistant"]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
@@ -64,29 +64,29 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
     for example in TRAIN:
         profile = profile_of(example, CATALOGUE)
         for made in draws.unlike(example, profile, 3):
-            assert made.score == 0 and not words_of(made.reply) & words_of(profile)
+            assert made.score == 0 and not telling_words(made.reply) & telling_words(profile)
             found += 1
     assert found > len(TRAIN)
 
 
 def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
-    """Trunk and branch of a lesson are the very messages of a judge's prompt, then the score."""
+    """Prefix and branch are the very messages of a judge's prompt, then comes the score."""
     example = TRAIN[0]
     lessons = simulator_lessons([example], CATALOGUE, POPULARITY, 0, OPTIONS)
     external, internal, summary = lessons
-    plain = [Message(m.role, m.content) for m in external.trunk + scored(external)[0]]
+    plain = [Message(m.role, m.content) for m in external.prefix + scored(external)[0]]
     reply = (*example.history, Utterance("recommender", example.response))
     asked = external_judge_prompt(reply, str(example.explanation), example.items)
     assert tuple(plain) == (*asked, Message("assistant", "2"))
-    plain = [Message(m.role, m.content) for m in internal.trunk + scored(internal)[0]]
+    plain = [Message(m.role, m.content) for m in internal.prefix + scored(internal)[0]]
     asked = internal_judge_prompt(reply, str(example.profile))
     assert tuple(plain) == (*asked, Message("assistant", "2"))
-    assert summary.trunk[-1] == Message("assistant", str(example.profile), OPTIONS.line_weight)
+    assert summary.prefix[-1] == Message("assistant", str(example.profile), OPTIONS.line_weight)
 
 
 def test_the_external_judge_is_learned_first() -> None:
     lessons = simulator_lessons(TRAIN, CATALOGUE, POPULARITY, 0, OPTIONS)
-    kinds = ["targets" in lesson.trunk[0].content for lesson in lessons]
+    kinds = ["targets" in lesson.prefix[0].content for lesson in lessons]
     assert all(kinds[: len(TRAIN) // 2]) and not all(kinds[len(TRAIN) // 2 :])
 
 

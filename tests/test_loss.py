@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from usbrec.llm import loss
-from usbrec.llm.loss import SimpoOptions, response_logps, sft_loss, simpo_loss, token_logps
+from usbrec.llm.loss import (
+    ResponseLogps,
+    SimpoOptions,
+    response_logps,
+    sft_loss,
+    simpo_loss,
+    token_logps,
+)
 
 torch.set_num_threads(1)
 
@@ -88,16 +95,14 @@ def test_logits_far_out_of_range_give_no_nan():
 
 def test_sft_loss_is_the_mean_over_weights():
     """(1 * 2.0 + 0.5 * 4.0) / 1.5 = 8/3 when -logps are 2 and 4 and the weights 1 and 0.5."""
-    got = sft_loss(torch.tensor([-2.0, -4.0]), torch.tensor([1.0, 0.5]), 1.5)
-    assert got.item() == pytest.approx(8 / 3)
+    got = sft_loss(torch.tensor([-2.0, -4.0]), torch.tensor([1.0, 0.5]))
+    assert got.item() / 1.5 == pytest.approx(8 / 3)
 
 
 def test_sft_losses_of_parts_add_up_to_the_loss_of_the_whole():
     logps, weights = torch.tensor([-1.0, -2.0, -5.0]), torch.tensor([1.0, 1.0, 0.25])
-    parts = [sft_loss(logps[i : i + 1], weights[i : i + 1], 2.25) for i in range(3)]
-    assert sum(part.item() for part in parts) == pytest.approx(
-        sft_loss(logps, weights, 2.25).item()
-    )
+    parts = [sft_loss(logps[i : i + 1], weights[i : i + 1]) for i in range(3)]
+    assert sum(part.item() for part in parts) == pytest.approx(sft_loss(logps, weights).item())
 
 
 def test_response_logps_sum_and_count_tokens_in_any_order():
@@ -110,8 +115,11 @@ def test_response_logps_sum_and_count_tokens_in_any_order():
 
 
 def simpo(chosen, rejected, lengths=(2, 4), **options):
-    numbers = [torch.tensor([float(x)]) for x in (chosen, rejected, *lengths)]
-    return simpo_loss(*numbers, SimpoOptions(**options))
+    sides = [
+        ResponseLogps(torch.tensor([float(logp)]), torch.tensor([float(length)]))
+        for logp, length in zip((chosen, rejected), lengths, strict=True)
+    ]
+    return simpo_loss(*sides, SimpoOptions(**options))
 
 
 def test_simpo_loss_equals_the_number_derived_by_hand():
@@ -187,9 +195,7 @@ def test_simpo_equals_trl_on_the_same_ids_and_labels():
 
     options = SimpoOptions(beta=2.5, gamma=1.3)
     ours_chosen, ours_rejected = ours_of(model, prompts, chosen), ours_of(model, prompts, rejected)
-    ours = simpo_loss(
-        ours_chosen.logps, ours_rejected.logps, ours_chosen.lengths, ours_rejected.lengths, options
-    )
+    ours = simpo_loss(ours_chosen, ours_rejected, options)
     for got, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     grads = [

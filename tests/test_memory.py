@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from conftest import TINY, random_decoder
-from test_engine import LetterTokenizer, chat
+from test_engine import LetterTokenizer, chat, drawing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from usbrec.chat import Sampling
-from usbrec.llm.cache import PrefixCache
+from usbrec.llm.cache import PrefixCache, token_bytes
 from usbrec.llm.engine import Engine
 
 PROMPT, SIBLINGS, NEW = 512, 32, 64
 CONFIG = replace(TINY, num_hidden_layers=8)
-TOKEN_BYTES = 2 * CONFIG.num_hidden_layers * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+TOKEN_BYTES = token_bytes(CONFIG, torch.float32)
 
 
 class Held(TorchDispatchMode):
@@ -62,9 +62,9 @@ def test_siblings_hold_little_more_than_their_prompt_and_their_own_tokens() -> N
     needed = PROMPT + SIBLINGS * NEW
     e = Engine(random_decoder(CONFIG), tokenizer, 2 * needed * TOKEN_BYTES)
     asked = chat("y" * (PROMPT - 3))
-    how = [Sampling(max_new_tokens=NEW, temperature=1.5)] * SIBLINGS
+    how = Sampling(max_new_tokens=NEW, temperature=1.5)
     with Held(e.cache) as held:
-        replies = e.generate([asked] * SIBLINGS, how, range(SIBLINGS))
+        replies = e.generate(drawing([asked] * SIBLINGS, how, range(SIBLINGS)))
     assert {len(reply.token_ids) for reply in replies} == {NEW}
     assert e.cache.used > 0.9 * needed
     assert 0.9 * needed * TOKEN_BYTES < held.most <= 1.2 * needed * TOKEN_BYTES

@@ -1,6 +1,7 @@
 """A user's whole way: teach an adapter, merge it, and let transformers speak with the result."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,16 +10,17 @@ from test_gguf_file import KINDS, write_gguf
 from test_tokenizer import family_folder
 from tokenizers import Tokenizer
 
-from usbrec.chat import Chat, Lesson, Message, Sampling
+from usbrec.chat import Message, Request, Sampling, TrainingDialogue
+from usbrec.extras.default_model import find_model
+from usbrec.extras.merge import main as merge_main
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.engine import Engine
 from usbrec.llm.lora import LoraConfig, add_adapter
-from usbrec.llm.merge import main as merge_main
-from usbrec.llm.objectives import Sft
-from usbrec.llm.packing import lesson_tree
+from usbrec.llm.loss import Sft
+from usbrec.llm.packing import dialogue_tree
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.training import TrainingOptions, train
+from usbrec.llm.training import TrainingJob, TrainingOptions, train
 
 ASKED = (Message("system", "Be brief."), Message("user", "A film, please?"))
 TAUGHT = "Try Alien (1979) 🙂"
@@ -47,7 +49,7 @@ def whole_model(name, folder):
 
 def say(model, tokenizer, adapter=None):
     """Our greedy reply."""
-    return Engine(model, tokenizer).generate([Chat(ASKED, adapter)], GREEDY, [0])[0].text
+    return Engine(model, tokenizer).generate([Request(ASKED, GREEDY, 0, adapter)])[0].text
 
 
 def transformers_says(folder):
@@ -64,7 +66,11 @@ def transformers_says(folder):
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "qwen2.5", "llama3.1 as GGUF"])
-def test_what_was_taught_is_said_unmerged_merged_and_by_transformers(name, tmp_path, capsys):
+def test_what_was_taught_is_said_unmerged_merged_and_by_transformers(
+    name, tmp_path, capsys, monkeypatch
+):
+    find = partial(find_model, models=tmp_path / "models")
+    monkeypatch.setattr("usbrec.extras.merge.find_model", find)
     name, _, is_gguf = name.partition(" as ")
     base = tmp_path / "base"
     base.mkdir()
@@ -79,12 +85,13 @@ def test_what_was_taught_is_said_unmerged_merged_and_by_transformers(name, tmp_p
             tokenizer__ggml__eos_token_id=end,
             tokenizer__chat_template=template,
         )
-    tokenizer = ChatTokenizer.from_folder(base)
-    model = load_model(base)
+    tokenizer = ChatTokenizer.from_folder(find(str(base)))
+    model = load_model(find(str(base)))
     add_adapter(model, "sft", LoraConfig(r=8), seed=0)
-    lesson = Lesson((*ASKED, Message("assistant", TAUGHT, weight=1.0)))
+    dialogue = TrainingDialogue((*ASKED, Message("assistant", TAUGHT, weight=1.0)))
     options = TrainingOptions(learning_rate=1e-2, epochs=60, batch_size=1)
-    train(model, "sft", [lesson_tree(tokenizer, lesson)], Sft(), options, tmp_path / "run", "sft")
+    job = TrainingJob(options, tmp_path / "run", "sft")
+    train(model, "sft", [dialogue_tree(tokenizer, dialogue)], Sft(), job)
     assert say(model, tokenizer) != say(model, tokenizer, "sft") == TAUGHT
     save_adapter(model, "sft", tmp_path / "sft", str(base))
     flags = {"--model": base, "--adapter": tmp_path / "sft", "--out": tmp_path / "merged"}

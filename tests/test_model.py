@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TINY, random_decoder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from usbrec.llm.lora import (
-    LoraConfig,
-    LoraLinear,
-    Route,
-    Siblings,
-    adapter_parameters,
-    add_adapter,
-    prepare_adapter,
-    remove_adapter,
-)
-from usbrec.llm.model import Decoder, ModelConfig
+from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter, remove_adapter
+from usbrec.llm.model import Decoder, ModelConfig, attend, rms_norm, rotary_tables, rotate
 from usbrec.llm.packing import Branch, Tree, pack
 
 SIZES = dict(
@@ -55,10 +44,12 @@ def oracle(kind: str) -> tuple[torch.nn.Module, ModelConfig]:
     return reference.eval(), ModelConfig(model_type=kind, **settings)
 
 
-def logits_of(model: Decoder, ids: list[int], routes: list[Route] | None = None) -> torch.Tensor:
+def logits_of(
+    model: Decoder, ids: list[int], spans: list[AdapterSpan] | None = None
+) -> torch.Tensor:
     """The plain layout: one branch from its beginning."""
-    row = pack([Tree([Branch(ids, [0] * len(ids))])])
-    return model.logits(model(row.input_ids, row.position_ids, row.attention, routes or []))
+    row = pack([Tree([Branch(ids, [0] * len(ids))])], model)
+    return model.logits(model(row.input_ids, row.position_ids, row.attention, spans or []))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "llama31"])
@@ -103,7 +94,7 @@ def path_ids(tree: Tree, number: int) -> list[int]:
 def test_a_packed_row_equals_every_path_on_its_own(tiny_model: Decoder, seed: int) -> None:
     """Hidden states of each branch in the packed row are those of its path run alone."""
     trees = random_trees(seed)
-    row = pack(trees)
+    row = pack(trees, tiny_model)
     with torch.no_grad():
         packed = tiny_model.logits(tiny_model(row.input_ids, row.position_ids, row.attention))
         start = 0
@@ -116,11 +107,11 @@ def test_a_packed_row_equals_every_path_on_its_own(tiny_model: Decoder, seed: in
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_supervised_tokens_name_source_target_and_owner(seed: int) -> None:
-    """Every weighted token that has a predecessor is a target; its source is the token before."""
+def test_supervised_tokens_name_position_target_and_segment(tiny_model: Decoder, seed: int) -> None:
+    """Every weighted token that has a predecessor is a target, predicted at the token before it."""
     trees = random_trees(seed)
-    row = pack(trees)
-    expected, start, owner = [], 0, 0
+    row = pack(trees, tiny_model)
+    expected, start, segment = [], 0, 0
     for tree in trees:
         ends: list[int] = []
         for branch in tree.branches:
@@ -129,29 +120,29 @@ def test_supervised_tokens_name_source_target_and_owner(seed: int) -> None:
                 if i == 0:
                     before = -1 if branch.parent is None else ends[branch.parent]
                 if weight and before >= 0:
-                    expected.append((before, branch.ids[i], owner))
+                    expected.append((before, branch.ids[i], segment))
             start += len(branch.ids)
             ends.append(start - 1)
-            owner += 1
-    found = zip(row.sources.tolist(), row.targets.tolist(), row.owners.tolist(), strict=True)
-    assert list(found) == expected
+            segment += 1
+    columns = row.label_positions, row.targets, row.segment_ids
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
 
 
 def test_an_adapter_changes_its_own_rows_only(tiny_model: Decoder) -> None:
-    """Rows outside the route equal the base bit for bit; a fresh adapter changes nothing at all."""
+    """Rows outside the span equal the base bit for bit; a fresh adapter changes nothing at all."""
     add_adapter(tiny_model, "one", LoraConfig(r=4), seed=0)
-    row = pack([Tree([Branch(list(range(n)), [0] * n)]) for n in (5, 9)])
+    row = pack([Tree([Branch(list(range(n)), [0] * n)]) for n in (5, 9)], tiny_model)
 
-    def hidden(*routes: Route) -> torch.Tensor:
-        return tiny_model(row.input_ids, row.position_ids, row.attention, routes)
+    def hidden(*spans: AdapterSpan) -> torch.Tensor:
+        return tiny_model(row.input_ids, row.position_ids, row.attention, spans)
 
     with torch.no_grad():
         base = hidden()
-        torch.testing.assert_close(hidden(Route("one", 0, 14)), base, atol=0, rtol=0)
+        torch.testing.assert_close(hidden(AdapterSpan("one", 0, 14)), base, atol=0, rtol=0)
         for name, parameter in adapter_parameters(tiny_model, "one").items():
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(2))
-        mixed = hidden(Route("one", 5, 14))
+        mixed = hidden(AdapterSpan("one", 5, 14))
     assert torch.equal(mixed[:5], base[:5])
     assert not torch.allclose(mixed[5:], base[5:])
 
@@ -162,63 +153,58 @@ def test_every_adapter_tensor_gets_a_gradient_and_the_base_none(tiny_model: Deco
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    logits_of(tiny_model, [1, 2, 3, 4], [Route("one", 0, 4)]).logsumexp(-1).sum().backward()
+    logits_of(tiny_model, [1, 2, 3, 4], [AdapterSpan("one", 0, 4)]).logsumexp(-1).sum().backward()
     assert len(parameters) == 3 * 7 * 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
     assert all(p.grad is None for n, p in tiny_model.named_parameters() if "lora" not in n)
 
 
-@pytest.mark.parametrize("rows", [3, 500])
-@pytest.mark.parametrize("bias", [True, False])
-def test_sibling_layers_give_the_same_together_and_each_by_itself(rows: int, bias: bool) -> None:
-    """Adapters of two ranks, one of them at two of the layers alone; rows of neither between."""
-    generator = torch.Generator().manual_seed(0)
-    layers = [LoraLinear(32, out, bias=bias).bfloat16() for out in (48, 16, 16)]
-    for layer in layers:
-        for parameter in (layer.weight, layer.bias) if bias else (layer.weight,):
-            parameter.data.normal_(0, 0.2, generator=generator)
-    for name, r, own in (("one", 4, layers), ("two", 2, layers[1:])):
-        for layer in own:
-            layer.add(name, LoraConfig(r=r), generator)
-            layer.lora_B[name].data.normal_(0, 0.3, generator=generator)
-    x = torch.randn(rows + 9, 32, generator=generator).bfloat16()
-    routes = [Route("one", 2, rows + 2), Route("two", rows + 5, rows + 9)]
-    together = Siblings(layers)
-    together.order()
-    plain = [layer(x, routes) for layer in layers]  # with gradients
-    for layer, out in zip(layers, plain, strict=True):
-        wanted = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
-        for name, start, stop in routes:
-            if name in layer.lora_A:
-                wanted[start:stop] += x[start:stop].float() @ layer.delta_weight(name).T
-        torch.testing.assert_close(out.float(), wanted, rtol=2**-6, atol=2**-4)
-
-    def compare() -> None:
-        side_by_side = together(x, routes)
-        torch.testing.assert_close(side_by_side, torch.cat(plain, -1), rtol=2**-6, atol=2**-4)
-        assert torch.equal(torch.cat(list(together.apart(x, routes)), -1), side_by_side)
-
-    compare()
+def test_a_removed_adapter_leaves_the_base(tiny_model: Decoder) -> None:
+    ids = [1, 2, 3, 4]
     with torch.no_grad():
-        for prepared in ("one", "two"):  # with one of them prepared, each layer works by itself
-            compare()
-            together.prepare(prepared)
-        compare()
-        if together.ordered is not None:
-            assert torch.equal(together(x, routes)[:2], together(x, [])[:2])
+        base = logits_of(tiny_model, ids)
+        add_adapter(tiny_model, "one", LoraConfig(r=4), seed=0)
+        for parameter in adapter_parameters(tiny_model, "one").values():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+        assert not torch.allclose(logits_of(tiny_model, ids, [AdapterSpan("one", 0, 4)]), base)
+        remove_adapter(tiny_model, "one")
+        assert torch.equal(logits_of(tiny_model, ids, [AdapterSpan("one", 0, 4)]), base)
+    assert not adapter_parameters(tiny_model, "one")
 
 
-def test_a_prepared_adapter_is_forgotten_when_it_is_removed_or_trained() -> None:
-    model = random_decoder(TINY).bfloat16()
-    model.order_weights()
-    for seed in (0, 1):
-        add_adapter(model, "one", LoraConfig(r=4), seed)
-        for parameter in adapter_parameters(model, "one").values():
-            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
-        route = [Route("one", 0, 3)]
-        plain = logits_of(model, [1, 2, 3], route).detach()
-        prepare_adapter(model, "one")
-        with torch.no_grad():
-            off = logits_of(model, [1, 2, 3], route) - plain
-        assert off.norm() < 0.03 * plain.norm()
-        remove_adapter(model, "one")
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square() -> None:
+    """[3, 4] has mean square 12.5, with eps 0 the norm of [3, 4] is [3, 4] / 3.5355."""
+    x, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([2.0, 0.5])
+    expected = torch.tensor([[2 * 3 / 12.5**0.5, 0.5 * 4 / 12.5**0.5]])
+    torch.testing.assert_close(rms_norm(x, weight, 0.0), expected)
+    torch.testing.assert_close(rms_norm(x, weight, 3.5), expected * (12.5 / 16) ** 0.5)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("r", [2, 4])
+def test_rotation_equals_complex_multiplication(interleaved: bool, r: int) -> None:
+    """A pair (a, b) turned by t is (a + ib) e^it; heads of 8 dimensions, 2 r of which turn."""
+    angles, x = random(5, 1, r, seed=1), random(5, 3, 8)
+    head, rest = x[..., : 2 * r], x[..., 2 * r :]
+    pairs = head.unflatten(-1, (r, 2)) if interleaved else head.unflatten(-1, (2, r)).mT
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles)
+    back = torch.view_as_real(turned)
+    back = back.flatten(-2) if interleaved else back.mT.flatten(-2)
+    ours = rotate(x, *rotary_tables(angles, interleaved), interleaved)
+    torch.testing.assert_close(ours, torch.cat((back, rest), -1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_equals_torchs_own(seed: int) -> None:
+    """Four query heads over two key heads, seven queries over twelve keys, under a random mask."""
+    q, k, v = random(7, 4, 8), random(2, 12, 8, seed=1), random(2, 12, 8, seed=2)
+    visible = torch.rand(7, 12, generator=torch.Generator().manual_seed(seed)) < 0.5
+    visible[:, 3] = True
+    wide_k, wide_v = (x.repeat_interleave(2, 0) for x in (k, v))
+    scaled = torch.nn.functional.scaled_dot_product_attention
+    expected = scaled(q.transpose(0, 1), wide_k, wide_v, attn_mask=visible).transpose(0, 1)
+    torch.testing.assert_close(attend(q, k, v, visible), expected)

@@ -13,7 +13,7 @@ from test_tokenizer import plain, random_text
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from usbrec.chat import Message
-from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.llm.tokenizer import ChatFormat, ChatTokenizer
 from usbrec.options import UserError
 
 SYSTEM_APART = (
@@ -167,3 +167,16 @@ def test_a_choice_is_scored_as_it_stands_in_a_reply(family):
     said = ours.reply("2")
     variants = [ours.encode(text, continued=True) for text in ("2", " 2")]
     assert any(said[: len(ids)] == ids for ids in variants)
+
+
+def test_text_behind_a_control_token_continues_no_text(tmp_path):
+    """ "a" at a text's start is the piece "\u2581a"; "[INST]" after a line's end begins a text."""
+    small_tokenizer("mistral-v3", False).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    vocabulary = ChatTokenizer.from_folder(tmp_path, "mistral-v3").vocabulary
+    lines = ChatFormat("lines", ("</s>", "[INST]"), "[INST]{content}</s>", gap="\n")
+    ours, control = ChatTokenizer(vocabulary, lines, frozenset(), ""), vocabulary.control
+    said = ours.encode("a")
+    assert said != ours.encode("a", continued=True)
+    once = [control["[INST]"], *said, control["</s>"], *ours.encode("\n")]
+    assert ours.render([Message("user", "a")] * 2)[0] == once * 2

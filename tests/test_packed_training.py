@@ -11,11 +11,12 @@ from test_training import gradient_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from usbrec.llm.adapter_files import save_adapter
+from usbrec.llm.fast import accelerate
+from usbrec.llm.fast.kernels import window_mask
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
-from usbrec.llm.loss import SimpoOptions
-from usbrec.llm.objectives import Sft, Simpo, pair_tree
-from usbrec.llm.packing import Branch, Tree, pack
-from usbrec.llm.training import passes, run_pass
+from usbrec.llm.loss import Sft, Simpo, SimpoOptions
+from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree, visibility
+from usbrec.llm.training import run_pass
 
 CONFIG = replace(TINY, hidden_size=48)  # transformers wants a multiple of the heads
 SIMPO = SimpoOptions(beta=2.5, gamma=0.7, nll_weight=0.3)
@@ -59,8 +60,8 @@ def pairs(seed):
     ]
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["plain", "accelerated"])
+def model(request):
     """A random model with an adapter `one` that is far from zero.
 
     With products of unit gain fp32 rounds a gradient by 3e-6 in either way; with twice it, 1e-5.
@@ -72,6 +73,8 @@ def model():
     generator = torch.Generator().manual_seed(5)
     for parameter in adapter_parameters(model, "one").values():
         parameter.data.normal_(0, 0.1, generator=generator)
+    if request.param == "accelerated":
+        accelerate(model)
     return model
 
 
@@ -151,12 +154,12 @@ def test_packed_rows_learn_what_plain_autograd_learns_from_padded_ones(
 ):
     """Loss and the gradient of each adapter tensor, to 1e-5 of its norm."""
     trees = make(seed)
-    assert any(len(row) > 1 for row in passes(trees, 700))
-    loss, _, gradient = gradient_of(model, objective, trees, 700, tmp_path / "run")
+    assert any(len(row) > 1 for row in pack_rows(trees, 700))
+    found, gradient = gradient_of(model, objective, trees, 700)
     plain = plain_model(model, tmp_path)
     expected = plain_loss(plain, trees)
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
     theirs = dict(plain.named_parameters())
     parameters = adapter_parameters(model, "one")
     pieces = gradient.split([p.numel() for p in parameters.values()])
@@ -168,16 +171,10 @@ def test_packed_rows_learn_what_plain_autograd_learns_from_padded_ones(
 
 def logps_by_branch(model, trees):
     """Return each supervised token's log-probability, branch by branch over the row."""
-    kept = []
-
-    def note(tokens, packed, trees):
-        count = sum(len(tree.branches) for tree in trees)
-        kept.extend(tokens.logps[packed.owners == i] for i in range(count))
-        return tokens.logps.sum(), []
-
+    packed = pack(trees, model)
     with torch.no_grad():
-        run_pass(model, "one", note, trees)
-    return kept
+        tokens = run_pass(model, "one", packed)
+    return [tokens.logps[packed.segment_ids == i] for i in range(packed.num_segments)]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -210,4 +207,5 @@ def test_no_branch_sees_another(model, seed):
 
 
 def test_the_trees_of_these_tests_are_cut_into_several_windows():
-    assert max(len(pack([tree]).attention.windows) for s in range(6) for tree in lessons(s)) > 2
+    trees = [tree for seed in range(6) for tree in lessons(seed)]
+    assert max(len(window_mask(visibility(tree))) for tree in trees) > 2

@@ -2,8 +2,25 @@
 
 import pytest
 import torch
+from conftest import TINY, random_decoder
 
-from usbrec.llm.packing import Branch, Tree, pack, plain_layout
+from usbrec.llm.fast.kernels import window_mask
+from usbrec.llm.packing import Branch, Tree, pack, visibility
+
+
+def plain_layout(tree):
+    """Give every branch that is learned from a copy of its whole path; the others become empty.
+
+    Branches keep their numbers and their supervised tokens. For comparison with the packed layout.
+    """
+    paths = []
+    branches = []
+    for branch in tree.branches:
+        past, zeros = ([], []) if branch.parent is None else paths[branch.parent]
+        ids, weights = past + list(branch.ids), zeros + list(branch.weights)
+        paths.append((ids, [0.0] * len(ids)))
+        branches.append(Branch(ids, weights) if any(branch.weights) else Branch([], []))
+    return Tree(branches)
 
 
 def random_trees(seed):
@@ -39,7 +56,7 @@ def test_a_changed_token_reaches_those_that_continue_it_and_nobody_else(tiny_mod
     changed = places[
         int(torch.randint(len(places), (1,), generator=torch.Generator().manual_seed(seed)))
     ]
-    row = pack(trees)
+    row = pack(trees, tiny_model)
     other_ids = row.input_ids.clone()
     other_ids[places.index(changed)] = (other_ids[places.index(changed)] + 1) % 128
     with torch.no_grad():
@@ -54,17 +71,19 @@ def test_a_changed_token_reaches_those_that_continue_it_and_nobody_else(tiny_mod
 def test_a_window_begins_at_the_first_key_it_sees():
     """Two conversations in one tree: the second one's window has no column for the first."""
     tree = Tree([Branch([1] * 128, [0] * 128), Branch([2] * 128, [0] * 128)])
-    first, second = pack([tree]).attention.windows
-    assert (first.first, first.start, first.stop) == (0, 0, 128)
-    assert (second.first, second.start, second.stop) == (128, 128, 256)
-    assert torch.equal(first.visible, torch.ones(128, 128).tril().bool())
+    first, second = window_mask(visibility(tree))
+    assert (first.first, first.start, first.stop, first.last) == (0, 0, 128, 128)
+    assert (second.first, second.start, second.stop, second.last) == (128, 128, 256, 256)
+    assert torch.equal(first.hidden == 0, torch.ones(128, 128).tril().bool())
 
 
 def test_an_empty_branch_is_passed_over():
     tree = Tree([Branch([1, 2], [0, 0]), Branch([], [], 0), Branch([3], [1], 1)])
-    row = pack([tree, Tree([Branch([], [])])])
+    row = pack([tree, Tree([Branch([], [])])], random_decoder(TINY))
     assert row.position_ids.tolist() == [0, 1, 2]
-    assert (row.sources.tolist(), row.targets.tolist(), row.owners.tolist()) == ([1], [3], [2])
+    labels = row.label_positions, row.targets, row.segment_ids
+    assert [label.tolist() for label in labels] == [[1], [3], [2]]
+    assert row.num_segments == 4
 
 
 def test_the_plain_layout_copies_paths_and_keeps_branch_numbers():

@@ -15,9 +15,9 @@ from torch.distributed import TCPStore
 
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
-from usbrec.llm.objectives import Simpo
-from usbrec.llm.training import train
-from usbrec.runs import read_whole_lines
+from usbrec.llm.loss import Simpo
+from usbrec.llm.training import TrainingJob, train
+from usbrec.runs import read_rows
 
 ROOT = Path(__file__).parents[1]
 GUARD = 600  # seconds: only against a test that hangs
@@ -55,6 +55,7 @@ from dataclasses import replace
 import test_training as t
 from usbrec import parallel
 from usbrec.llm.checkpoint import load_model
+from usbrec.llm.training import TrainingJob
 
 model_folder, folder = Path(sys.argv[3]), Path(sys.argv[4])
 
@@ -64,7 +65,8 @@ def job():
     held = sum(p.to_local().nbytes for p in model.model.layers.parameters())
     t.add_adapter(model, "one", t.LoraConfig(r=2), seed=1)
     options = replace(t.QUICK, checkpointing=sys.argv[5] == "True")
-    t.train(model, "one", t.pairs(), t.Simpo(), options, folder / "run", "simpo", t.pairs(3, 9))
+    job_of_one = TrainingJob(options, folder / "run", "simpo", t.pairs(3, 9))
+    t.train(model, "one", t.pairs(), t.Simpo(), job_of_one)
     assert held == sum(
         p.to_local().nbytes for n, p in model.model.layers.named_parameters() if "lora" not in n
     )
@@ -124,7 +126,7 @@ def half_done(alone: Path, tmp_path: Path) -> Path:
     run = tmp_path / "run"
     for stage in ("simulator", "sft"):
         shutil.copytree(alone / stage, run / stage)
-    shutil.copy(alone / "options.json", run)
+    shutil.copytree(alone / "options", run / "options")
     return run
 
 
@@ -135,8 +137,8 @@ def check_same(run: Path, alone: Path) -> None:
     for name in expected.keys() - SUMMED:
         assert found[name] == expected[name], name
     lines = zip(
-        read_whole_lines(run / "metrics.jsonl"),
-        read_whole_lines(alone / "metrics.jsonl"),
+        read_rows(run / "metrics.jsonl"),
+        read_rows(alone / "metrics.jsonl"),
         strict=True,
     )
     for got, wanted in lines:
@@ -178,7 +180,7 @@ def test_a_fault_in_one_process_ends_both_with_one_sentence(
     assert "".join(errors).count("train.py: ") == 1
     assert errors[1].strip() == told
     assert "Traceback" not in "".join(errors)
-    assert len(read_whole_lines(half_done / "samples.jsonl")) == 2
+    assert len(read_rows(half_done / "samples.jsonl")) == 2
 
 
 def test_a_wrong_flag_is_said_once(tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_a_killed_process_costs_one_round_and_the_run_goes_on(
     arguments = ["--run-dir", str(half_done), *inputs]
     codes, _ = two_processes(["-c", FAULTY, str(ROOT), fault, *arguments])
     assert codes[1] == -9 and codes[0] > 0
-    assert len(read_whole_lines(half_done / "samples.jsonl")) == 2
+    assert len(read_rows(half_done / "samples.jsonl")) == 2
     assert two_processes([str(ROOT / "train.py"), *arguments])[0] == [0, 0]
     check_same(half_done, alone)
 
@@ -221,7 +223,8 @@ def test_sharded_weights_give_the_curve_and_the_adapter_of_whole_ones(
     model = load_model(folder)
     whole = sum(p.nbytes for p in model.model.layers.parameters())
     add_adapter(model, "one", LoraConfig(r=2), seed=1)
-    train(model, "one", pairs(), Simpo(), QUICK, tmp_path / "alone", "simpo", pairs(3, 9))
+    job = TrainingJob(QUICK, tmp_path / "alone", "simpo", pairs(3, 9))
+    train(model, "one", pairs(), Simpo(), job)
     both, alone = rows(tmp_path / "run"), rows(tmp_path / "alone")
     for got, expected in zip(both, alone, strict=True):
         assert got == pytest.approx(expected, abs=1e-5, rel=1e-5)

@@ -5,23 +5,20 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from scripted import SURE, Scripted, role_of, talk
+from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Chat, Sampling
-from usbrec.crs.agents import Cast, recommender_prompt
+from usbrec.chat import Request
+from usbrec.crs.agents import JudgeScore, Roles, Side, recommender_prompt
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.podcs import (
     PairOptions,
-    Sample,
+    Rollout,
     build_pairs,
     choose_pair,
     count_reasons,
-    outcome_record,
-    pair_record,
 )
 
-CAST = Cast("sft", "simulator")
 FILMS = Catalogue(
     [Item("Dark Well (1999)", "Dark Well", 1999), Item("Red Loft (2001)", "Red Loft")]
 )
@@ -31,9 +28,14 @@ EXAMPLES = [
 ]
 
 
-def sample(text: str, label: int | None, expectation: float | None = None) -> Sample:
-    value = float(label) if expectation is None and label is not None else expectation
-    return Sample(text, label, value, 1.0, "", ())
+def cast(llm: Scripted, simulator: Scripted | None = None) -> Roles:
+    """Let one model play both sides, or `simulator` the seeker's."""
+    return Roles(Side(llm, "sft"), Side(simulator or llm, "simulator"), FILMS)
+
+
+def sample(text: str, label: int | None, score: float | None = None) -> Rollout:
+    value = float(label) if score is None and label is not None else score
+    return Rollout(EXAMPLES[0], text, 0, (), score=JudgeScore(value, label, 1.0))
 
 
 G = "Try Dark Well (1999)!"
@@ -99,80 +101,104 @@ def test_equal_texts_and_empty_ones_make_no_pair_and_say_why() -> None:
     assert choose_pair(silent, [sample("a", 0)], "zero") == (None, "gold response empty")
 
 
-def distinct(chat: Chat, how: Sampling, seed: int) -> str:
-    said = role_of(chat)
+def distinct(request: Request) -> str:
+    said = role_of(request)
     return (
-        f"{said} {seed % 1_000_003}" if said == "recommender" else f"{said} says Dark Well (1999)"
+        f"{said} {request.seed % 1_000_003}"
+        if said == "recommender"
+        else f"{said} says Dark Well (1999)"
     )
 
 
-def first_draft(chat: Chat) -> list[float]:
+def first_draft(request: Request) -> list[float]:
     """Score by the roll-out's first reply, so that the three samples differ."""
-    said = next(m.content for m in chat.messages if m.content.startswith("recommender "))
+    said = next(m.content for m in request.messages if m.content.startswith("recommender "))
     return SURE[int(said.split()[-1]) % 3]
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_every_step_is_one_call_over_all_examples_and_samples(turns: int) -> None:
     llm = Scripted(distinct, first_draft)
-    build_pairs(llm, CAST, FILMS, EXAMPLES, 0, PairOptions(samples=3, turns=turns))
-    seen = [[role_of(chat) for chat in chats] for chats in llm.generated]
+    build_pairs(cast(llm), EXAMPLES, 0, PairOptions(samples=3, turns=turns))
+    seen = roles_of(llm.generated)
     rollout = [["seeker"] * 6, ["recommender"] * 6] * (turns - 1)
     assert seen == [["recommender"] * 6, *rollout, ["explainer"] * 6]
-    assert [[role_of(chat) for chat in chats] for chats in llm.scored] == [["judge"] * 6]
+    assert roles_of(llm.scored) == [["judge"] * 6]
+
+
+def test_two_models_build_the_pairs_that_one_does_and_each_gets_its_own_requests() -> None:
+    tuned, plain = Scripted(distinct), Scripted(distinct, first_draft)
+    found = build_pairs(cast(tuned, plain), EXAMPLES, 0, PairOptions())
+    assert roles_of(tuned.generated) == [
+        ["recommender"] * 6,
+        ["recommender"] * 6,
+        ["explainer"] * 6,
+    ]
+    assert roles_of(plain.generated) == [["seeker"] * 6] and tuned.scored == []
+    assert roles_of(plain.scored) == [["judge"] * 6]
+    one = cast(Scripted(distinct, first_draft))
+    assert found == build_pairs(one, EXAMPLES, 0, PairOptions())
 
 
 def test_all_samples_are_used_at_the_stated_temperature() -> None:
     llm = Scripted(distinct, first_draft)
-    outcomes = build_pairs(llm, CAST, FILMS, EXAMPLES, 0, PairOptions(samples=4, temperature=0.9))
-    assert {how.temperature for how in llm.samplings[0]} == {0.9}
-    assert {how.temperature for how in llm.samplings[1]} == {0.1}
-    assert len(set(llm.seeds[0])) == 8
+    outcomes = build_pairs(cast(llm), EXAMPLES, 0, PairOptions(samples=4, temperature=0.9))
+    assert {request.sampling.temperature for request in llm.generated[0]} == {0.9}
+    assert {request.sampling.temperature for request in llm.generated[1]} == {0.1}
+    assert len({request.seed for request in llm.generated[0]}) == 8
     for outcome in outcomes:
         assert len({s.reply for s in outcome.samples}) == 4
-        assert all(s.label is not None for s in outcome.samples)
+        assert all(s.score.label is not None for s in outcome.samples)
 
 
 def test_equal_samples_are_rolled_out_once() -> None:
-    llm = Scripted(lambda chat, how, seed: role_of(chat))
-    (outcome,) = build_pairs(llm, CAST, FILMS, EXAMPLES[:1], 0, PairOptions(turns=2))
-    assert [len(chats) for chats in llm.generated] == [3, 1, 1, 1]
+    llm = Scripted(role_of)
+    (outcome,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions(turns=2))
+    assert [len(requests) for requests in llm.generated] == [3, 1, 1, 1]
     assert len(outcome.samples) == 3 and outcome.samples[0] == outcome.samples[2]
 
 
 def test_the_recommender_sees_neither_the_gold_response_nor_a_target_from_the_seeker() -> None:
     llm = Scripted(distinct, first_draft)
-    build_pairs(llm, CAST, FILMS, EXAMPLES[:1], 0, PairOptions(turns=3))
-    for chats in llm.generated:
-        for chat in chats:
-            if chat.adapter == "sft":
-                text = " ".join(message.content for message in chat.messages)
+    build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions(turns=3))
+    for requests in llm.generated:
+        for request in requests:
+            if request.adapter == "sft":
+                text = " ".join(message.content for message in request.messages)
                 assert "Dark Well" not in text and "Try " not in text
 
 
 def test_an_unread_score_is_no_zero() -> None:
-    llm = Scripted(distinct, lambda chat: [-math.inf] * 3)
-    (outcome,) = build_pairs(llm, CAST, FILMS, EXAMPLES[:1], 0, PairOptions())
+    llm = Scripted(distinct, lambda request: [-math.inf] * 3)
+    (outcome,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions())
     assert outcome.pair is None and outcome.reason == "no sample's score could be read"
-    assert {s.label for s in outcome.samples} == {None}
+    assert {s.score.label for s in outcome.samples} == {None}
 
 
 def test_an_outcome_does_not_depend_on_its_neighbours() -> None:
-    both = build_pairs(Scripted(distinct, first_draft), CAST, FILMS, EXAMPLES, 5, PairOptions())
-    alone = build_pairs(
-        Scripted(distinct, first_draft), CAST, FILMS, EXAMPLES[1:], 5, PairOptions()
-    )
+    both = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES, 5, PairOptions())
+    alone = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES[1:], 5, PairOptions())
     assert both[1] == alone[0]
 
 
 def test_records_are_json_and_a_pair_is_a_conversational_preference_row() -> None:
-    outcomes = build_pairs(Scripted(distinct, first_draft), CAST, FILMS, EXAMPLES, 0, PairOptions())
-    records = [json.loads(json.dumps(outcome_record(outcome))) for outcome in outcomes]
+    outcomes = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES, 0, PairOptions())
+    records = [json.loads(json.dumps(outcome.record())) for outcome in outcomes]
     assert sum(count_reasons(records).values()) == 2
     assert all(len(record["samples"]) == 3 for record in records)
+    first, kept = outcomes[0].samples[0], records[0]["samples"][0]
+    assert kept == {
+        "reply": first.reply,
+        "score": first.score.score,
+        "label": first.score.label,
+        "digit_probability": pytest.approx(1.0),
+        "parse_rate": None,
+        "explanation": "explainer says Dark Well (1999)",
+        "lines": [[line.speaker, line.text] for line in first.dialogue[1:]],
+    }
     pair, _ = choose_pair(EXAMPLES[0], [sample("a", 0)], "zero")
     assert pair is not None
-    assert pair_record(pair) == {
+    assert pair.record() == {
         "prompt": [
             {"role": "system", "content": recommender_prompt(())[0].content},
             {"role": "user", "content": "Something dark?"},
@@ -188,7 +214,7 @@ def test_records_are_json_and_a_pair_is_a_conversational_preference_row() -> Non
 
 def test_no_examples_need_no_calls() -> None:
     llm = Scripted(distinct)
-    assert build_pairs(llm, CAST, FILMS, [], 0, PairOptions()) == [] and llm.generated == []
+    assert build_pairs(cast(llm), [], 0, PairOptions()) == [] and llm.generated == []
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"turns": 0}, {"votes": -1}, {"worst": "x"}])

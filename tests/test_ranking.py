@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_engine import CHATS, LetterTokenizer, engine, plain_logits
 
-from usbrec.chat import Chat
+from usbrec.chat import Request
 from usbrec.llm import ranking
 from usbrec.llm.engine import Engine
 from usbrec.llm.ranking import Ranking
@@ -17,7 +17,7 @@ TITLES = [
 LED = [f"Try {title}." for title in TITLES]  # one beginning for all
 
 
-def brute_force(e: Engine, chat: Chat, texts: list[str]) -> list[tuple[int, float]]:
+def brute_force(e: Engine, chat: Request, texts: list[str]) -> list[tuple[int, float]]:
     """All texts by their scores, equals in their order."""
     prompt = e.tokenizer.prompt(chat.messages)
     scores = []
@@ -83,7 +83,7 @@ def test_the_exact_search_opens_only_what_may_win(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ranking, "PASS_TOKENS", 1)
     e = engine()
     e.model.lm_head.weight *= 10  # some letters are surer now than a whole text of others
-    asked = Chat(CHATS[1].messages)
+    asked = Request(CHATS[1].messages)
     texts = [f"{chr(40 + i)}{chr(45 + i)}" for i in range(60)]
     [ranked] = Ranking(e, texts).best([asked], 1, 0)
     assert_equal(ranked.texts, brute_force(e, asked, texts)[:1])

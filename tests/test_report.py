@@ -1,4 +1,4 @@
-"""The report: figures by hand, the fields that readers rely on, and a search that can be read."""
+"""The report: figures and recall by hand, the fields that readers rely on, a search to be read."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 from scripted import talk
+from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 
-from usbrec.crs.agents import Verdict
-from usbrec.crs.evaluation import EvalRow, search_record
-from usbrec.crs.report import build_report, format_report, format_search, main, save_plot
-from usbrec.crs.ses import Candidate, Leaf, SearchResult
+from usbrec.crs.dialogue import Example
+from usbrec.crs.evaluation import EvalRow, copied, popular
+from usbrec.crs.report import (
+    announce,
+    build_report,
+    format_recall,
+    format_report,
+    format_search,
+    ranked_recall,
+)
+from usbrec.extras.plot import main, save_plot
 
 
 def label(found: bool, repeated: bool = False) -> dict[str, Any]:
@@ -21,8 +29,8 @@ def label(found: bool, repeated: bool = False) -> dict[str, Any]:
 def row(number: int, score: float | None, *labels: dict[str, Any], grade: int = 0) -> EvalRow:
     return EvalRow(
         dialog_id=f"d{number}", turn_id=1, replies=["r"], items=[[]], labels=list(labels),
-        hit=grade == 2, grade=grade, score=score, label=None, mass=0.5, explanation="",
-        transcript=[], searches=[],
+        hit=grade == 2, grade=grade, score=score, label=None, digit_probability=0.5,
+        parse_rate=None, explanation="", transcript=[], searches=[],
     )  # fmt: skip
 
 
@@ -77,7 +85,7 @@ def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> No
 def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
     """RL+SES: scores 1.5, 2, 1 against grades 2, 1, 0: ranks 2 3 1 and 3 2 1, 1 - 6 * 2 / 24."""
     assert report["methods"]["RL+SES"]["judge_and_rules"] == {
-        "auc": 0.5, "spearman": pytest.approx(0.5), "n": 3,
+        "auc": 0.5, "n": 3,
     }  # fmt: skip
     assert report["methods"]["B/L"]["judge_and_rules"]["auc"] is None
     assert report["methods"]["RL+SES"]["rule_grade"]["mean"] == 1.0
@@ -109,13 +117,35 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
     assert "None" not in text and max(map(len, text.splitlines())) < 170
 
 
+def test_sampled_votes_have_no_probability_of_the_digits() -> None:
+    voted = [replace(row, digit_probability=None, parse_rate=1.0) for row in PLAIN]
+    report = build_report({"B/L": voted, "RL": PLAIN}, {}, JUDGE, {}, {}, 0)
+    shares = [found["digit_probability"] for found in report["methods"].values()]
+    assert shares == [None, 0.5]
+    assert "digits' probability none" in format_report(report)
+
+
+def test_every_column_of_the_table_is_explained_below_it(report: dict[str, Any]) -> None:
+    text = format_report(report)
+    names = ("iEval", "Recall@1", "repeated", "new", "rows", "hit", "rule grade", "unparsed")
+    for name in (*names, "AUC", "digits' probability"):
+        assert f"{name}: " in text, name
+
+
 def test_a_search_is_drawn_as_a_tree() -> None:
     root = talk("Something dark?")
-    far = (*root, *talk("x", "Try\nWell.", "Why?", "It is dark.")[1:])
-    leaves = (Leaf(far, Verdict(1.5, 2, 1.0), 1), Leaf(far, Verdict(0.5, 0, 1.0), 2))
-    candidates = (Candidate("", None, ()), Candidate("Try\nWell.", 1.0, leaves))
-    result = SearchResult(root, "likes dark films", candidates, best=1)
-    text = format_search(root, search_record(result))
+    far = talk("x", "Try\nWell.", "Why?", "It is dark.")[1:]
+    lines = [[line.speaker, line.text] for line in far]
+    leaves = [
+        {"lines": lines, "value": 1.5, "label": 2, "weight": 1},
+        {"lines": lines, "value": 0.5, "label": 0, "weight": 2},
+    ]
+    candidates = [
+        {"reply": "", "value": None, "leaves": []},
+        {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
+    ]
+    record = {"profile": "likes dark films", "best": 1, "candidates": candidates}
+    text = format_search(root, record)
     assert text.splitlines() == [
         "Seeker: Something dark?",
         "",
@@ -148,3 +178,48 @@ def test_without_matplotlib_the_plot_says_so(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="matplotlib"):
         save_plot(report, tmp_path / "report.png")
+
+
+# --- the recall of rankings ---------------------------------------------------------------------
+
+EXAMPLES = [
+    Example("d1", 2, talk("Dark, please."), "x", (WELL.title,)),
+    Example("d2", 4, talk("Seen Red Loft (2001).", "So?", "More."), "x", (LOFT.title, OLD.title)),
+]
+FILLER = ["Night Ferry (1990)"] * 8
+
+
+def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
+    """Of three labels one stands first, another third, the last nowhere: 1/3 and 2/3."""
+    ranked = [
+        [NEW.title, LOFT.title, WELL.title, *FILLER],
+        [LOFT.title, WELL.title, NEW.title, *FILLER],
+    ]
+    found = ranked_recall(FILMS, EXAMPLES, ranked, {OLD.title: 3, WELL.title: 1}, 0)
+    means = {name: {k: v["recall@1"]["mean"] for k, v in x.items()} for name, x in found.items()}
+    third = 1 / 3
+    assert means == {
+        "ranked": {1: third, 10: 2 * third},
+        "copy-last": {1: third, 10: third},
+        "most-popular": {1: third, 10: 2 * third},
+    }
+    ten = found["ranked"][10]
+    assert (ten["recall@1_repeated"]["mean"], ten["recall@1_repeated"]["n"]) == (1.0, 1)
+    assert (ten["recall@1_new"]["mean"], ten["recall@1_new"]["n"]) == (0.5, 2)
+    text = format_recall(found)
+    assert "\nranked @10" in text and "\nmost-popular @1 " in text and "@50" not in text
+
+
+def test_copied_titles_are_newest_first_and_once_each() -> None:
+    lines = talk("Dark Well (1999)", "Red Loft (2001) or Dark Well (1999)?", "Night Ferry")
+    guesses = copied(FILMS, Example("d", 1, lines, "", ()))
+    assert guesses == [(OLD, NEW), (WELL,), (LOFT,)]
+
+
+def test_popular_titles_are_the_catalogues_most_frequent_labels() -> None:
+    counts = {"Not Ours": 9, LOFT.title: 2, WELL.title: 2, NEW.title: 3}
+    assert popular(FILMS, counts) == [(NEW,), (WELL,), (LOFT,)]
+
+
+def test_an_announcement_tells_a_title_from_one_that_goes_on() -> None:
+    assert not announce("Heat (1995)").startswith(announce("Heat"))

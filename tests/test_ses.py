@@ -1,140 +1,191 @@
 """SES: exact calls level by level, values, ties, and what must not disturb a search."""
 
+import json
 import math
 
 import pytest
-from scripted import SURE, Scripted, role_of, talk
+from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Chat, Sampling
-from usbrec.crs.agents import Cast, Verdict, closed_form
-from usbrec.crs.ses import Candidate, Leaf, SearchOptions, search, select, value_of
+from usbrec.chat import Request
+from usbrec.crs.agents import JudgeScore, Roles, Side, closed_form
+from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.dialogue import add_turn
+from usbrec.crs.ses import Candidate, Node, SearchOptions, search, select, value_of
 
-CAST = Cast("rl", "simulator")
 ROOTS = [talk("Something funny?"), talk("A thriller.", "Which one?", "Any.")]
 
 
-def by_role(chat: Chat, how: Sampling, seed: int) -> str:
+def cast(llm: Scripted, simulator: Scripted | None = None) -> Roles:
+    """Let one model play both sides, or `simulator` the seeker's."""
+    return Roles(Side(llm, "rl"), Side(simulator or llm, "simulator"), Catalogue([]))
+
+
+def by_role(request: Request) -> str:
     """Every draw of the recommender differs with its seed; the others repeat what they saw."""
-    said = role_of(chat)
-    return f"{said} {seed % 1_000_003}" if said == "recommender" else f"{said} line"
+    said = role_of(request)
+    return f"{said} {request.seed % 1_000_003}" if said == "recommender" else f"{said} line"
 
 
-def last_two(chat: Chat) -> list[float]:
-    return SURE[int(chat.messages[-2].content.split()[-1]) % 3]
+def last_two(request: Request) -> list[float]:
+    return SURE[int(request.messages[-2].content.split()[-1]) % 3]
 
 
 @pytest.mark.parametrize(("mode", "branches"), [("chain", 1), ("tree", 3)])
 def test_every_level_is_one_call_over_all_dialogues(mode: str, branches: int) -> None:
     llm = Scripted(by_role, last_two)
-    results = search(llm, CAST, ROOTS, [1, 2], SearchOptions(samples=3, turns=3, mode=mode))
-    counts = [len(chats) for chats in llm.generated]
+    results = search(cast(llm), ROOTS, [1, 2], SearchOptions(samples=3, turns=3, mode=mode))
+    counts = [len(requests) for requests in llm.generated]
     level = 2 * 3
     expected = [2 * (1 + 3), level, level * branches, level * branches, level * branches**2]
     assert counts == expected
-    assert [len(chats) for chats in llm.scored] == [level * branches**2]
+    assert [len(requests) for requests in llm.scored] == [level * branches**2]
     assert all(len(c.leaves) == branches**2 for r in results for c in r.candidates)
 
 
 def test_each_role_speaks_with_its_adapter_and_temperature() -> None:
     llm = Scripted(by_role)
-    search(llm, CAST, ROOTS[:1], [1], SearchOptions(temperature=0.6))
+    search(cast(llm), ROOTS[:1], [1], SearchOptions(temperature=0.6))
     seen = [
-        [(role_of(chat), chat.adapter, how.temperature) for chat, how in zip(*rows, strict=True)]
-        for rows in zip(llm.generated, llm.samplings, strict=True)
+        [(role_of(x), x.adapter, x.sampling.temperature) for x in requests]
+        for requests in llm.generated
     ]
     assert seen == [
         [("summariser", "simulator", 0.0), *[("recommender", "rl", 0.6)] * 3],
         [("internal_seeker", "simulator", 0.1)] * 3,
         [("recommender", "rl", 0.1)] * 3,
     ]
-    assert [role_of(chat) for chat in llm.scored[0]] == ["internal_judge"] * 3
+    assert [role_of(request) for request in llm.scored[0]] == ["internal_judge"] * 3
+
+
+def test_a_shared_model_gets_summary_and_candidates_in_one_call() -> None:
+    llm = Scripted(by_role)
+    search(cast(llm), ROOTS, [1, 2], SearchOptions(turns=1))
+    assert roles_of(llm.generated) == [["summariser", *["recommender"] * 3] * 2]
+
+
+@pytest.mark.parametrize("mode", ["chain", "tree"])
+def test_two_models_search_as_one_does_and_each_gets_its_own_requests(mode: str) -> None:
+    options = SearchOptions(mode=mode)
+    tuned, plain = Scripted(by_role), Scripted(by_role, last_two)
+    found = search(cast(tuned, plain), ROOTS, [1, 2], options)
+    branches = 3 if mode == "tree" else 1
+    assert roles_of(tuned.generated) == [["recommender"] * 6, ["recommender"] * 6 * branches]
+    assert roles_of(plain.generated) == [["summariser"] * 2, ["internal_seeker"] * 6]
+    assert tuned.scored == [] and roles_of(plain.scored) == [["internal_judge"] * 6 * branches]
+    assert {x.adapter for requests in tuned.generated for x in requests} == {"rl"}
+    assert {x.adapter for requests in plain.generated for x in requests} == {"simulator"}
+    assert found == search(cast(Scripted(by_role, last_two)), ROOTS, [1, 2], options)
 
 
 def test_the_roll_out_knows_the_profile_and_ends_with_the_recommenders_reply() -> None:
     llm = Scripted(by_role)
-    (result,) = search(llm, CAST, ROOTS[:1], [1], SearchOptions())
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions())
     assert result.profile == "summariser line" and result.root == ROOTS[0]
-    for candidate, chat in zip(result.candidates, llm.scored[0], strict=True):
+    for candidate, request in zip(result.candidates, llm.scored[0], strict=True):
         (leaf,) = candidate.leaves
         spoken = [line.text for line in leaf.dialogue[len(ROOTS[0]) :]]
         assert spoken[0] == candidate.reply and spoken[1] == "internal_seeker line"
         assert len(spoken) == 3 and leaf.dialogue[-1].speaker == "recommender"
-        assert "summariser line" in chat.messages[0].content
-        assert chat.messages[-2].content == spoken[2]
+        assert "summariser line" in request.messages[0].content
+        assert request.messages[-2].content == spoken[2]
 
 
 def test_with_one_turn_the_candidates_are_judged_at_once() -> None:
     llm = Scripted(by_role)
-    search(llm, CAST, ROOTS, [1, 2], SearchOptions(turns=1))
-    assert [len(chats) for chats in llm.generated] == [8] and len(llm.scored[0]) == 6
+    search(cast(llm), ROOTS, [1, 2], SearchOptions(turns=1))
+    assert [len(requests) for requests in llm.generated] == [8] and len(llm.scored[0]) == 6
 
 
 def test_the_best_candidate_is_chosen() -> None:
     drafts = iter(["bad", "good", "fair"])
     values = {"bad": SURE[0], "good": SURE[2], "fair": SURE[1]}
 
-    def reply(chat: Chat, how: Sampling, seed: int) -> str:
-        return next(drafts) if role_of(chat) == "recommender" else "likes fun"
+    def reply(request: Request) -> str:
+        return next(drafts) if role_of(request) == "recommender" else "likes fun"
 
-    llm = Scripted(reply, lambda chat: values[chat.messages[-2].content])
-    (result,) = search(llm, CAST, ROOTS[:1], [1], SearchOptions(turns=1))
+    llm = Scripted(reply, lambda request: values[request.messages[-2].content])
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions(turns=1))
     assert (result.best, result.reply) == (1, "good")
     assert [candidate.value for candidate in result.candidates] == [
-        closed_form(values[text], 0.7).expectation for text in ("bad", "good", "fair")
+        closed_form(values[text], 0.7).score for text in ("bad", "good", "fair")
     ]
 
 
 def test_equal_candidates_are_searched_once_and_stay_listed() -> None:
-    llm = Scripted(lambda chat, how, seed: role_of(chat))
-    (result,) = search(llm, CAST, ROOTS[:1], [1], SearchOptions(mode="tree"))
-    assert [len(chats) for chats in llm.generated] == [4, 1, 3]
-    assert [len(chats) for chats in llm.scored] == [1]
+    llm = Scripted(role_of)
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions(mode="tree"))
+    assert [len(requests) for requests in llm.generated] == [4, 1, 3]
+    assert [len(requests) for requests in llm.scored] == [1]
     assert [candidate.reply for candidate in result.candidates] == ["recommender"] * 3
-    assert all(candidate.leaves[0].weight == 3 for candidate in result.candidates)
+    assert all(candidate.leaves[0].draws == 3 for candidate in result.candidates)
     assert result.best == 0
 
 
 def test_an_empty_candidate_is_not_searched_and_not_chosen() -> None:
     drafts = iter(["", "  ", "Try it"])
 
-    def reply(chat: Chat, how: Sampling, seed: int) -> str:
-        return next(drafts) if role_of(chat) == "recommender" else "x"
+    def reply(request: Request) -> str:
+        return next(drafts) if role_of(request) == "recommender" else "x"
 
-    llm = Scripted(reply, lambda chat: SURE[0])
-    (result,) = search(llm, CAST, ROOTS[:1], [1], SearchOptions(turns=1))
+    llm = Scripted(reply, lambda request: SURE[0])
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions(turns=1))
     assert result.reply == "Try it" and len(llm.scored[0]) == 1
     assert [candidate.value is None for candidate in result.candidates] == [True, True, False]
 
 
 def test_a_search_of_empty_replies_ends_with_an_empty_reply() -> None:
-    llm = Scripted(lambda chat, how, seed: "")
-    (result,) = search(llm, CAST, ROOTS[:1], [1], SearchOptions())
+    llm = Scripted(lambda request: "")
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions())
     assert result.reply == "" and result.best == 0
     assert len(llm.generated) == 1 and llm.scored == []
 
 
 def test_unread_votes_leave_no_value_and_the_first_reply() -> None:
-    llm = Scripted(by_role, lambda chat: [-math.inf] * 3)
-    (result,) = search(llm, CAST, ROOTS[:1], [1], SearchOptions())
+    llm = Scripted(by_role, lambda request: [-math.inf] * 3)
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions())
     assert all(candidate.value is None for candidate in result.candidates) and result.best == 0
 
 
 def test_a_search_does_not_depend_on_its_neighbours() -> None:
     options = SearchOptions(mode="tree", turns=2)
-    together = search(Scripted(by_role, last_two), CAST, ROOTS, [1, 2], options)
-    alone = search(Scripted(by_role, last_two), CAST, ROOTS[1:], [2], options)
+    together = search(cast(Scripted(by_role, last_two)), ROOTS, [1, 2], options)
+    alone = search(cast(Scripted(by_role, last_two)), ROOTS[1:], [2], options)
     assert together[1] == alone[0]
-    assert together[1] != search(Scripted(by_role, last_two), CAST, ROOTS[1:], [3], options)[0]
+    assert together[1] != search(cast(Scripted(by_role, last_two)), ROOTS[1:], [3], options)[0]
+
+
+def test_a_search_holds_its_tree_and_its_record_the_leaves_in_order() -> None:
+    (result,) = search(
+        cast(Scripted(by_role, last_two)), ROOTS[:1], [1], SearchOptions(mode="tree", turns=3)
+    )
+    for candidate in result.candidates:
+        assert candidate.node is not None and len(candidate.node.children) == 3
+        assert candidate.node.dialogue == add_turn(ROOTS[0], "recommender", candidate.reply)
+        below = [leaf for child in candidate.node.children for leaf in child.children]
+        assert candidate.leaves == below and len(below) == 9
+        assert all(leaf.score.score is not None and leaf.children == [] for leaf in below)
+        assert candidate.node.score == JudgeScore()  # only leaves are judged
+    record = json.loads(json.dumps(result.record()))
+    assert set(record) == {"profile", "best", "candidates"}
+    leaf, kept = result.candidates[1].leaves[4], record["candidates"][1]["leaves"][4]
+    assert kept == {
+        "lines": [[line.speaker, line.text] for line in leaf.dialogue[1:]],
+        "value": leaf.score.score,
+        "label": leaf.score.label,
+        "digit_probability": pytest.approx(1.0),
+        "parse_rate": None,
+        "weight": 1,
+    }
 
 
 def test_no_dialogues_need_no_calls() -> None:
     llm = Scripted(by_role)
-    assert search(llm, CAST, [], [], SearchOptions()) == []
+    assert search(cast(llm), [], [], SearchOptions()) == []
     assert llm.generated == []
 
 
-def leaf(expectation: float | None, label: int | None, weight: int = 1) -> Leaf:
-    return Leaf((), Verdict(expectation, label, 1.0), weight)
+def leaf(score: float | None, label: int | None, draws: int = 1) -> Node:
+    return Node((), "", 0, draws, score=JudgeScore(score, label, 1.0))
 
 
 def test_a_value_is_the_weighted_mean_or_the_majority_of_the_leaves_that_were_read() -> None:
@@ -147,10 +198,10 @@ def test_a_value_is_the_weighted_mean_or_the_majority_of_the_leaves_that_were_re
 
 
 def test_ties_go_to_the_first_and_no_value_never_wins() -> None:
-    a, b, none = Candidate("a", 1.0, ()), Candidate("b", 1.0, ()), Candidate("c", None, ())
+    a, b, none = Candidate("a", None, 1.0), Candidate("b", None, 1.0), Candidate("c", None)
     assert select([none, a, b]) == 1
-    assert select([none, Candidate("z", 0.0, ())]) == 1
-    assert select([Candidate("", None, ()), none]) == 1
+    assert select([none, Candidate("z", None, 0.0)]) == 1
+    assert select([Candidate("", None), none]) == 1
 
 
 @pytest.mark.parametrize(

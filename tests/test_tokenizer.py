@@ -1,7 +1,8 @@
 """Chats in token ids: the published templates' layout, weights beside it, and text that stays text.
 
 The oracle of the layouts is transformers' `apply_chat_template` with each family's own template
-over hundreds of generated conversations. Families whose tokenizer cannot be had here get a small
+over hundreds of generated conversations. Over-long prompts lose whole turns, from the left, the
+same in training and inference. Families whose tokenizer cannot be had here get a small
 one, trained on the spot, with the family's pre-tokenizer and control tokens.
 """
 
@@ -22,9 +23,19 @@ from tokenizers import (
     trainers,
 )
 
-from usbrec.chat import Message
-from usbrec.llm.gguf_file import LLAMA3_SPLIT
-from usbrec.llm.tokenizer import FORMATS, ChatTokenizer
+from usbrec.chat import Message, Sampling, TrainingDialogue
+from usbrec.extras.gguf_file import LLAMA3_SPLIT
+from usbrec.llm.packing import dialogue_tree, pair_tree
+from usbrec.llm.tokenizer import (
+    FORMATS,
+    REPLY_ROOM,
+    ChatTokenizer,
+    ReplyText,
+    fit_prompt,
+    prompt_room,
+    shorten,
+)
+from usbrec.llm.usable import usable_dialogues, usable_pairs
 from usbrec.options import UserError
 
 CONTROL = {
@@ -179,7 +190,7 @@ def test_control_text_round_trips_as_text(family):
 
 def test_a_turns_prompt_and_reply_begin_the_next_turns_prompt(family):
     ours, _ = family
-    end = ours.vocabulary.control[ours.chat_format.end[0]]
+    end = ours.vocabulary.control[ours.chat_format.marks[1]]  # <|im_end|> or <|eot_id|>
     for seed in range(100):
         rng = random.Random(seed)
         chat = [Message("system", random_text(rng))] if rng.random() < 0.5 else []
@@ -214,7 +225,7 @@ def test_weights_lie_on_the_content_and_the_end_of_turn_alone(family):
     ]
     ids, weights = ours.render(chat)
     assert len(ids) == len(weights)
-    end = ours.vocabulary.control[ours.chat_format.end[0]]
+    end = ours.vocabulary.control[ours.chat_format.marks[1]]  # <|im_end|> or <|eot_id|>
     for weight, content in ((0.5, "Alien 3, then?"), (2.0, "2")):
         weighted = [i for i, w in zip(ids, weights, strict=True) if w == weight]
         assert weighted == ours.encode(content) + [end]
@@ -265,18 +276,27 @@ def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
     ours, _ = family
     for seed in range(100):
         text = random_text(random.Random(seed)) + "👩‍🚀"
-        stream = ours.stream()
-        said = [stream.push([i]) for i in ours.encode(text)]
+        said: list[str] = []
+        heard = ReplyText(ours, Sampling(), said.append)
+        ids = ours.encode(text)
+        for i in ids:
+            heard.push(i, last=False)
         assert not any("\ufffd" in part for part in said)
-        assert "".join(said) + stream.finish() == normalized(ours, text)
+        heard.push(min(ours.stop_ids), last=False)
+        assert heard.text == "".join(said) == normalized(ours, text)
+        assert heard.ended and heard.ids == ids
 
 
-def test_a_stream_cut_within_a_character_says_so(default_model_folder):
+def test_a_reply_cut_within_a_character_says_so(default_model_folder):
     ours = ChatTokenizer.from_folder(default_model_folder)
-    stream = ours.stream()
-    said = [stream.push([i]) for i in ours.encode("ok 👩‍🚀")[:-1]]
-    assert "".join(said).startswith("ok ")
-    assert "\ufffd" in stream.finish()
+    said: list[str] = []
+    reply = ReplyText(ours, Sampling(), said.append)
+    *ids, last = ours.encode("ok 👩‍🚀")[:-1]
+    for i in ids:
+        reply.push(i, last=False)
+    assert "".join(said).startswith("ok ") and not any("\ufffd" in part for part in said)
+    reply.push(last, last=True)
+    assert reply.text.endswith("\ufffd") and not reply.ended
 
 
 def test_lone_surrogates_become_replacement_characters(default_model_folder):
@@ -317,3 +337,76 @@ def test_a_faulty_folder_is_one_clear_error(tmp_path, fault):
         (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "X"}}')
     with pytest.raises(UserError, match="model"):
         ChatTokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2(default_model_folder):
+    return ChatTokenizer.from_folder(default_model_folder)
+
+
+def numbered_chat(turns, weight=0.0):
+    chat = [Message("system", "Be brief.")]
+    for number in range(turns):
+        chat.append(Message("user", f"question {number}"))
+        chat.append(Message("assistant", f"reply {number}", weight))
+    return chat
+
+
+def test_whole_turns_go_and_the_system_prompt_and_the_last_turn_stay(smollm2):
+    chat = numbered_chat(5)[:-1]
+    length = len(smollm2.prompt(chat))
+    assert shorten(smollm2, chat, length) == chat
+    kept = shorten(smollm2, chat, length - 1)
+    assert kept == chat[:1] + chat[3:]
+    assert len(smollm2.prompt(kept)) <= length - 1
+    assert shorten(smollm2, chat, 1) == [chat[0], chat[-1]]
+
+
+def test_what_follows_the_last_user_turn_stays(smollm2):
+    question = Message("system", "How good was it? 0, 1 or 2.")
+    chat = [Message("assistant", "Welcome!"), *numbered_chat(2)[1:-1], question]
+    assert shorten(smollm2, chat, 1) == chat[-2:]
+
+
+def test_a_log_loses_its_oldest_lines_and_a_single_line_is_never_cut(smollm2):
+    log = Message("user", "\n".join(f"Seeker: line {i}" for i in range(20)))
+    chat = [Message("system", "Summarise."), log]
+    length = len(smollm2.prompt(chat))
+    kept = shorten(smollm2, chat, length - 30)
+    assert kept[0] == chat[0]
+    assert log.content.endswith(kept[1].content) and kept[1].content.startswith("Seeker: line ")
+    assert length - 45 < len(smollm2.prompt(kept)) <= length - 30
+    assert shorten(smollm2, chat, 1)[1].content == "Seeker: line 19"
+    assert shorten(smollm2, chat[:1], 1) == chat[:1]
+
+
+def test_a_reply_has_room_of_its_own(smollm2):
+    assert prompt_room(8192) == 8192 - REPLY_ROOM
+    assert prompt_room(100) == 75
+    chat = numbered_chat(3)[:-1]
+    length = len(smollm2.prompt(chat))
+    assert fit_prompt(smollm2, chat, length) == (smollm2.prompt(chat), False)
+    ids, was_shortened = fit_prompt(smollm2, chat, length - 1)
+    assert was_shortened and ids == smollm2.prompt(chat[:1] + chat[3:])
+
+
+def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_counted(smollm2):
+    """No reply is ever cut: not to nothing, and not to a beginning that nobody wrote."""
+    question, reply = Message("user", "why " * 30), Message("assistant", "so " * 30, 1.0)
+    fits = TrainingDialogue((Message("user", "why"), Message("assistant", "so", 1.0)))
+    others = [TrainingDialogue((question, reply)), TrainingDialogue((fits.prefix[0], reply))]
+    trees = [dialogue_tree(smollm2, dialogue) for dialogue in (fits, *others)]
+    kept, dropped = usable_dialogues(trees, 50)
+    assert kept == [dialogue_tree(smollm2, fits)]
+    assert dropped["dropped as too long"] == len(trees) - 1 >= 1
+    long, short = smollm2.reply("so " * 30), smollm2.reply("so")
+    prompt, _ = fit_prompt(smollm2, [question], 50)
+    pairs = [
+        pair_tree(smollm2.prompt(fits.prefix[:1]), long, short),
+        pair_tree(prompt, short, smollm2.reply("no")),
+        pair_tree(smollm2.prompt(fits.prefix[:1]), short, smollm2.reply("")),
+        pair_tree(smollm2.prompt(fits.prefix[:1]), short, short),
+    ]
+    kept, dropped = usable_pairs(pairs, 50)
+    assert not kept
+    assert list(dropped.values()) == [2, 1, 1]

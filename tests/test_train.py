@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import SUPPRESS
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_small_model
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import infer
 import train
+from usbrec import loading
 from usbrec.chat import Message
-from usbrec.llm import training
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.run import Run
-from usbrec.runs import read_whole_lines
+from usbrec.runs import locked, read_note, read_rows
+from usbrec.settings import DEFAULTS, STAGES
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
@@ -50,7 +51,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The small model and dataset, as flags."""
     place = tmp_path_factory.mktemp("inputs")
-    model = write_small_model(place / "model")
+    model = write_small_model(place / "model", intermediate_size=64)  # groups of 32 for --int4
     data = write_small_data(place / "data", test_word=WORD)
     often = {"--simulator-save-every": 2}
     return {"--model": model, "--data": data, "--dtype": "float32", **STAGE_FLAGS, **often}
@@ -107,19 +108,19 @@ def check_files(folder: Path) -> None:
         config = json.loads((folder / adapter / "adapter_config.json").read_text("utf-8"))
         assert config["peft_type"] == "LORA"
         assert (folder / adapter / "adapter_model.safetensors").stat().st_size > 0
-    assert list(json.loads((folder / "options.json").read_text("utf-8"))) == list(train.STAGES)
+    assert {path.name for path in (folder / "options").iterdir()} == {f"{x}.json" for x in STAGES}
     fields = {
         "prompt", "chosen", "rejected", "chosen_score", "rejected_score",
         "chosen_from", "rejected_from",
     }  # fmt: skip
-    for pair in read_whole_lines(folder / "pairs.jsonl"):
+    for pair in read_rows(folder / "pairs.jsonl"):
         assert set(pair) == fields
         for side in ("prompt", "chosen", "rejected"):
             assert all(set(message) == {"role", "content"} for message in pair[side])
-    stages = [row["stage"] for row in read_whole_lines(folder / "metrics.jsonl")]
+    stages = [row["stage"] for row in read_rows(folder / "metrics.jsonl")]
     assert list(dict.fromkeys(stages)) == ["simulator", "sft", "simpo"]
-    timed = read_whole_lines(folder / "timings.jsonl")
-    assert [row["stage"] for row in timed] == list(train.STAGES)
+    timed = read_rows(folder / "timings.jsonl")
+    assert [row["stage"] for row in timed] == list(STAGES)
     assert all(row["seconds"] >= 0 and row["peak_memory_bytes"] > 0 for row in timed)
     asked = {row["stage"] for row in timed if row["decoded_tokens"] and row["computed_tokens"]}
     assert asked == {"pairs", "report"}
@@ -153,7 +154,7 @@ def test_a_second_start_uses_finished_stages(
     run: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def load_engine(options: object) -> None:
+    def load_engine(*options: object) -> None:
         raise AssertionError("a finished run needs no model")
 
     monkeypatch.setattr(train, "load_engine", load_engine)
@@ -161,7 +162,7 @@ def test_a_second_start_uses_finished_stages(
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
     assert bytes_of(run) == before
     said = capsys.readouterr().out
-    assert all(f"{stage}: done before" in said for stage in train.STAGES)
+    assert all(f"{stage}: done before" in said for stage in STAGES)
 
 
 def test_a_missing_stage_alone_is_made_again_with_the_same_bytes(
@@ -179,7 +180,7 @@ def test_fresh_starts_the_chosen_stages_over(run: Path, inputs: dict[str, Any]) 
     assert train.main(["--run-dir", str(run), *other, "--stages", "report", "--fresh"]) == 0
     after = bytes_of(run)
     changed = {name for name in before if before[name] != after[name]}
-    of_report = {"options.json", "report.json", "report.txt", "rows.jsonl", "rows.options.json"}
+    of_report = {"options/report.json", "report.json", "report.txt", "rows.jsonl"}
     assert {"report.json", "rows.jsonl"} <= changed <= of_report
 
 
@@ -200,7 +201,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(train, name, stopped)
             assert train.main(["--run-dir", str(run), *flags(inputs)]) == 130
-    assert len(read_whole_lines(run / "rows.jsonl")) == 2
+    assert len(read_rows(run / "rows.jsonl")) == 2
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
     assert bytes_of(run) == bytes_of(finished)
 
@@ -231,7 +232,7 @@ def test_a_run_killed_in_the_midst_of_a_write_goes_on_to_the_same_bytes(
 
 
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
-    "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 3,
+    "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 10,
     "--sft-schedule": "constant",
 }  # fmt: skip
 
@@ -260,7 +261,7 @@ def test_with_validation_the_best_state_is_used_and_the_last_lies_beside_it(
                 assert torch.equal(tensor, state[name.replace("base_model.model", kind)]), name
         assert not (finished / stage / "last").exists()
     assert any(not torch.equal(x, found["last"][name]) for name, x in found["best"].items())
-    lines = read_whole_lines(validated / "metrics.jsonl")
+    lines = read_rows(validated / "metrics.jsonl")
     curves = {
         stage: [row["eval/loss"] for row in lines if row["stage"] == stage and "eval/loss" in row]
         for stage in ("simulator", "sft")
@@ -331,7 +332,7 @@ def test_simpo_is_validated_on_held_out_pairs_after_the_prompts_of_inference(
     messages = [Message(**message) for message in pair_rows(10)[0]["prompt"]]
     prompt = ChatTokenizer.from_folder(inputs["--model"]).prompt(messages)
     assert list(learned[0][0].branches[0].ids) == prompt
-    lines = read_whole_lines(run / "rl" / "training" / "metrics.jsonl")
+    lines = read_rows(run / "rl" / "training" / "metrics.jsonl")
     assert {"eval/loss", "eval/rewards/margins"} <= lines[-1].keys()
     assert (run / "rl" / "last" / "adapter_model.safetensors").exists()
 
@@ -356,71 +357,15 @@ def test_pairs_that_teach_nothing_are_counted_and_without_others_refused(
         assert ("holds no pair to learn from" in found.err) == (code == 2)
 
 
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return what TensorBoard shows of a folder."""
-    found = EventAccumulator(str(folder)).Reload()
-    names = found.Tags()["scalars"]
-    return {name: [(x.step, x.value) for x in found.Scalars(name)] for name in names}
-
-
-def age(board: Path, second: int) -> None:
-    """Have the newest files begin at this second: TensorBoard reads them in its order."""
-    for path in board.rglob("events.*"):
-        path.rename(path.with_name(re.sub(r"[1-9]\d{9}", f"{second:010}", path.name)))
-
-
-def test_tensorboard_shows_every_metric_once_also_after_ctrl_c_and_a_kill(
-    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C leaves points that are drawn again; a kill loses points that were never written."""
-    run, states = tmp_path / "run", []
-    stages = ["--stages", "simulator", "sft", "--tensorboard"]
-    command = ["--run-dir", str(run), *flags(inputs | VALIDATED), *stages]
-
-    def save(self: Any, whole: Any = training._Run.save) -> None:
-        states.append(1)
-        if len(states) == 2:
-            raise KeyboardInterrupt
-        whole(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "save", save)
-        assert train.main(command) == 130
-    assert [step for step, _ in curves(run / "tensorboard" / "simulator")["loss"]] == [1, 2, 3, 4]
-    age(run / "tensorboard", 1)
-    part = run / "sft" / "training" / "state.safetensors.part"
-    child = subprocess.run(
-        [sys.executable, "-c", DIES, str(part), "2", train.__file__, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    age(run / "tensorboard", 2)
-    assert train.main(command) == 0
-    for stage in ("simulator", "sft"):
-        wanted: dict[str, list[tuple[int, float]]] = {}
-        for row in read_whole_lines(run / stage / "training" / "metrics.jsonl"):
-            for name in row.keys() - {"step"}:
-                wanted.setdefault(name, []).append((row["step"], pytest.approx(row[name])))
-        assert curves(run / "tensorboard" / stage) == wanted
-
-
-def test_without_tensorboard_the_flag_says_how_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    told = refused(["--run-dir", str(tmp_path / "run"), "--tensorboard"], capsys)
-    assert "pip install tensorboard" in told
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({"--max-sft": 3}, "stage sft was made with max-sft 2, got 3"),
-        ({"--lora-r": 3}, f"was made with lora-r {train.DEFAULTS['lora']['r']}, got 3"),
-        ({"--ses-turns": 2}, "stage report was made with ses-turns 1, got 2"),
-        ({"--seed": 1}, "stage simulator was made with seed 0, got 1"),
+        ({"--max-sft": 3}, "sft/adapter_model.safetensors was made with max-sft 2, got 3"),
+        ({"--lora-r": 3}, f"was made with lora-r {DEFAULTS['lora']['r']}, got 3"),
+        ({"--ses-turns": 2}, "report.json was made with ses-turns 1, got 2"),
+        ({"--seed": 1}, "simulator/adapter_model.safetensors was made with seed 0, got 1"),
+        ({"--learning-rate": 0.5}, "was made with simulator-learning-rate 0.001, got 0.5"),
+        ({"--sft-epochs": 2}, "was made with sft-epochs 1.0, got 2.0"),
     ],
 )
 def test_other_options_are_refused_and_nothing_is_lost(
@@ -429,7 +374,7 @@ def test_other_options_are_refused_and_nothing_is_lost(
 ) -> None:  # fmt: skip
     before = bytes_of(run)
     told = refused(["--run-dir", str(run), *flags(inputs | other)], capsys)
-    assert named in told and "--fresh" in told
+    assert named in told and "add --fresh to start the stage " in told
     assert bytes_of(run) == before
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0  # the old options still do
 
@@ -437,12 +382,12 @@ def test_other_options_are_refused_and_nothing_is_lost(
 def test_rounded_weights_serve_the_report_and_are_learned_on_by_no_stage(
     run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rounded = ["--run-dir", str(run), *flags(inputs | {"--quantise": "int8"})]
+    rounded = ["--run-dir", str(run), *flags(inputs), "--int4"]
     before = bytes_of(run)
     told = refused([*rounded, "--stages", "sft", "pairs", "simpo", "--fresh"], capsys)
-    assert "--quantise int8" in told and "sft, simpo would learn" in told
+    assert "--int4" in told and "sft, simpo would learn" in told
     assert bytes_of(run) == before
-    assert "model-quantise 'none'" in refused([*rounded, "--stages", "report"], capsys)
+    assert "model-int4 False" in refused([*rounded, "--stages", "report"], capsys)
     assert train.main([*rounded, "--stages", "report", "--fresh"]) == 0
     assert bytes_of(run)["rows.jsonl"] != before["rows.jsonl"]
 
@@ -452,9 +397,9 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
 ) -> None:
     """A word marks all test rows: the report meets it, what is trained on never does."""
     lessons = []
-    plain = train.lesson_tree
+    plain = train.dialogue_tree
     monkeypatch.setattr(
-        train, "lesson_tree", lambda tokenizer, x: lessons.append(x) or plain(tokenizer, x)
+        train, "dialogue_tree", lambda tokenizer, x: lessons.append(x) or plain(tokenizer, x)
     )
     options = inputs | {
         "--max-simulator": 0,
@@ -472,11 +417,11 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
 
 
 def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished: Path) -> None:
-    data = Path(json.loads((finished / "options.json").read_text("utf-8"))["pairs"]["data"])
-    gold = {row["resp"] for row in read_whole_lines(data / "train.jsonl")}
-    records = read_whole_lines(finished / "samples.jsonl")
+    data = Path(read_note(finished / "options" / "pairs.json")["data"])
+    gold = {row["resp"] for row in read_rows(data / "train.jsonl")}
+    records = read_rows(finished / "samples.jsonl")
     assert len(records) == 4
-    for pair in read_whole_lines(finished / "pairs.jsonl"):
+    for pair in read_rows(finished / "pairs.jsonl"):
         for side in ("chosen", "rejected"):
             if pair[f"{side}_from"] == "gold":
                 assert pair[side][0]["content"] in gold
@@ -499,6 +444,9 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--chunk-size", "0"], "chunk_size"),
         (["--simpo-schedule", "square"], "square"),
         (["--simpo-loss-gamma", "1", "--simpo-loss-gamma-beta-ratio", "1"], "give one of them"),
+        (["--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
+        (["--kv-memory", "-1"], "kv_memory must be at least 0, got -1"),
+        (["--simulator", "/no/such/simulator"], "/no/such/simulator"),
         (["--data", "netflix"], "netflix"),
         (["--data", "redial", "--data-dir", "/no/such"], "/no/such"),
         (["--model", "/no/such/model"], "/no/such/model"),
@@ -555,6 +503,131 @@ def test_two_runs_never_share_a_folder(
     run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--run-dir", str(run), *flags(inputs)]
-    with Run(run).locked():
+    with locked(run):
         assert "in use by another train.py" in refused(command, capsys)
     assert train.main(command) == 0
+
+
+# --- flags ------------------------------------------------------------------------------------
+
+
+def settings(*words: str) -> Any:
+    return train.read_settings(train.build_parser().parse_args(words))
+
+
+def test_a_stages_flag_goes_before_the_shared_one_then_the_stages_default() -> None:
+    """`simulator` has a learning rate of its own by default, `simpo` epochs; nobody a norm."""
+    plain = settings()
+    assert (plain.simulator.learning_rate, plain.simulator.max_grad_norm) == (1e-3, 1.0)
+    shared = settings("--learning-rate", "0.5", "--max-grad-norm", "2", "--no-shuffle")
+    for stage in ("simulator", "sft", "simpo"):
+        options = getattr(shared, stage)
+        assert (options.learning_rate, options.max_grad_norm) == (0.5, 2.0)
+        assert not options.shuffle
+    assert (shared.sft.epochs, shared.simpo.epochs) == (1.0, 2.0)
+    own = settings("--learning-rate", "0.5", "--simpo-learning-rate", "0.25", "--sft-shuffle")
+    assert (own.sft.learning_rate, own.simpo.learning_rate) == (0.5, 0.25)
+    assert own.sft.shuffle and not own.simulator.shuffle
+
+
+@pytest.mark.parametrize("stage", ["simulator", "sft", "simpo"])
+def test_every_training_option_can_be_overridden_for_one_stage(stage: str) -> None:
+    others = {"--schedule": "constant", "--warmup": 0.5, "--save-every": 7, "--steps": 7}
+    others |= {"--eval-every": 7, "--batch-size": 7, "--tokens-per-pass": 7, "--epochs": 7}
+    others |= {"--weight-decay": 7, "--max-grad-norm": 7, "--learning-rate": 7}
+    words = [word.replace("--", f"--{stage}-", 1) for word in flags(others)]
+    found, plain = settings(*words, f"--{stage}-checkpointing"), settings()
+    for name in ("simulator", "sft", "simpo"):
+        changed = asdict(getattr(found, name)).items() - asdict(getattr(plain, name)).items()
+        assert len(changed) == (12 if name == stage else 0)
+    assert set(asdict(plain.sft)) == {x[2:].replace("-", "_") for x in others} | {
+        "checkpointing", "shuffle", "seed",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [train, infer])
+def test_help_is_short_and_help_all_tells_of_every_flag(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def told(flag: str) -> list[str]:
+        with pytest.raises(SystemExit) as stop:
+            script.build_parser().parse_args([flag])
+        assert stop.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    short, whole = told("--help"), "\n".join(told("--help-all"))
+    assert len(short) <= 80 and max(map(len, short)) <= 80
+    parser = script.build_parser()
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert set(script._SHOWN) <= known
+    assert all(f"  {flag}" in "\n".join(short) for flag in script._SHOWN)
+    listed = {flag for x in parser._actions if x.help != SUPPRESS for flag in x.option_strings}
+    assert all(flag in whole for flag in listed)
+    assert "--sft-epochs" in known - listed or script is infer
+
+
+def test_a_wrong_flag_says_where_every_flag_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "(see train.py --help-all)" in refused(["--no-such-flag"], capsys)
+
+
+# --- another simulator ------------------------------------------------------------------------
+
+
+def pairs_with(
+    simulator: Path, finished: Path, inputs: dict[str, Any], run: Path
+) -> tuple[list[str], int]:
+    """Run sft's successors with another simulator; return the command and its exit code."""
+    shutil.copytree(finished / "sft", run / "sft")
+    (run / "options").mkdir()
+    shutil.copy(finished / "options" / "sft.json", run / "options")
+    command = ["--run-dir", str(run), *flags(inputs), "--simulator", str(simulator)]
+    return command, train.main(command)
+
+
+def test_another_adapter_can_play_the_user(
+    inputs: dict[str, Any], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's own simulator's adapter by its path: all that it decides is the same."""
+    command, code = pairs_with(finished / "simulator", finished, inputs, tmp_path / "run")
+    assert code == 0
+    assert "nothing to train" in capsys.readouterr().out
+    made, wanted = bytes_of(tmp_path / "run"), bytes_of(finished)
+    assert not (tmp_path / "run" / "simulator").exists()
+    for name in ("samples.jsonl", "pairs.jsonl", "rl/adapter_model.safetensors", "rows.jsonl"):
+        assert made[name] == wanted[name], name
+    other = [*command[:-1], str(finished / "sft")]
+    told = refused(other, capsys)
+    assert "was made with other-simulator-path" in told
+
+
+def test_a_model_of_its_own_can_play_the_user(
+    inputs: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded once, beside the recommender's; a copy of the base without an adapter speaks alike.
+
+    The timings count both engines' tokens.
+    """
+    copy = Path(shutil.copytree(inputs["--model"], tmp_path / "model"))
+    loaded, plain = [], loading.load_engine
+
+    def noted(options: Any, *rest: Any) -> Any:
+        loaded.append(options.model)
+        return plain(options, *rest)
+
+    monkeypatch.setattr(loading, "load_engine", noted)
+    monkeypatch.setattr(train, "load_engine", noted)
+    _, code = pairs_with(copy, finished, inputs, tmp_path / "own")
+    assert code == 0
+    assert loaded == [str(inputs["--model"]), str(copy)]
+    _, code = pairs_with(Path("none"), finished, inputs, tmp_path / "none")
+    assert code == 0
+    own, none = bytes_of(tmp_path / "own"), bytes_of(tmp_path / "none")
+    for name in ("samples.jsonl", "pairs.jsonl", "rows.jsonl"):
+        assert own[name] == none[name], name
+    decoded = [
+        [row["decoded_tokens"] for row in read_rows(tmp_path / name / "timings.jsonl")]
+        for name in ("own", "none")
+    ]
+    assert decoded[0] == decoded[1]

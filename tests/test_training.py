@@ -8,28 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from test_packing import plain_layout
 
 from usbrec.chat import Message
-from usbrec.llm import run_state, training
-from usbrec.llm.lora import (
-    LoraConfig,
-    adapter_parameters,
-    add_adapter,
-    prepare_adapter,
-    siblings,
-)
-from usbrec.llm.loss import SimpoOptions, TokenLogps, response_logps
-from usbrec.llm.objectives import (
+from usbrec.llm import training, training_state
+from usbrec.llm.fast import accelerate
+from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter
+from usbrec.llm.loss import (
     Sft,
     Simpo,
-    pair_tree,
+    SimpoOptions,
+    TokenLogps,
     repetition,
-    usable_lessons,
-    usable_pairs,
+    response_logps,
 )
-from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.training import TrainingOptions, passes, step_items, train
+from usbrec.llm.training import TrainingJob, TrainingOptions, learning, measure, step_items, train
+from usbrec.llm.usable import usable_dialogues, usable_pairs
 from usbrec.options import UserError
 
 QUICK = TrainingOptions(
@@ -96,55 +93,90 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def gradient_of(model, objective, items, tokens_per_pass, tmp_path, **options):
-    options = TrainingOptions(tokens_per_pass=tokens_per_pass, **options)
-    run = training._Run(model, "one", objective, options, tmp_path, items, ())
-    loss, means = run.accumulate(items)
-    gradient = run.gradient.clone()
-    run.release()
-    return loss, means, gradient
+def learn(model, items, objective, options, folder, validation=()):
+    return train(model, "one", items, objective, TrainingJob(options, folder, "x", validation))
+
+
+def gradient_of(model, objective, items, tokens_per_pass, checkpointing=False):
+    """Return loss and metrics of the items, and the gradient of all adapter tensors in a row."""
+    model.checkpointing = checkpointing
+    with learning(model, "one") as parameters:
+        found = measure(model, "one", objective, items, tokens_per_pass)
+        return found, torch.cat([p.grad.flatten() for p in parameters.values()])
+
+
+def saved_step(folder):
+    """Return the step of the saved state."""
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        return json.loads(file.metadata()["facts"])["step"]
+
+
+@pytest.fixture(params=["plain", "accelerated"])
+def either_model(model, request):
+    """The model with the formulas as they stand, or with their quicker equals."""
+    if request.param == "accelerated":
+        accelerate(model)
+    return model
 
 
 @pytest.mark.parametrize(("objective", "make"), [(Sft(), lessons), (Simpo(), pairs)])
-def test_a_step_is_the_same_in_one_pass_and_in_many(model, tmp_path, objective, make):
+def test_a_step_is_the_same_in_one_pass_and_in_many(either_model, objective, make):
     """N batches of 1 equal one batch of N, weights by token and lengths being unequal."""
     items = make()
-    whole = gradient_of(model, objective, items, 10_000, tmp_path)
-    single = gradient_of(model, objective, items, 1, tmp_path)
-    assert single[0] == pytest.approx(whole[0], abs=1e-5)
-    assert single[1] == pytest.approx(whole[1], abs=1e-5)
-    torch.testing.assert_close(single[2], whole[2], atol=1e-5, rtol=1e-4)
+    whole, whole_gradient = gradient_of(either_model, objective, items, 10_000)
+    single, single_gradient = gradient_of(either_model, objective, items, 1)
+    assert single == pytest.approx(whole, abs=1e-5)
+    torch.testing.assert_close(single_gradient, whole_gradient, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("objective", "make"), [(Sft(), random_trees), (Simpo(), pairs)])
-def test_packed_and_plain_layout_give_the_same_loss_and_gradient(model, tmp_path, objective, make):
+def test_packed_and_plain_layout_give_the_same_loss_and_gradient(either_model, objective, make):
     """One copy of every beginning, against a copy for each branch that is learned from."""
-    packed = gradient_of(model, objective, make(), 60, tmp_path)
-    plain = gradient_of(model, objective, make(), 60, tmp_path, packing=False)
-    assert packed[0] == pytest.approx(plain[0], abs=1e-5)
-    torch.testing.assert_close(packed[2], plain[2], atol=1e-5, rtol=1e-4)
+    packed, packed_gradient = gradient_of(either_model, objective, make(), 60)
+    copied = [plain_layout(tree) for tree in make()]
+    plain, plain_gradient = gradient_of(either_model, objective, copied, 60)
+    assert packed["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    torch.testing.assert_close(packed_gradient, plain_gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_recomputed_activations_give_every_tensor_the_same_gradient(model, tmp_path):
-    kept = gradient_of(model, Sft(), lessons(), 60, tmp_path)[2]
-    recomputed = gradient_of(model, Sft(), lessons(), 60, tmp_path, checkpointing=True)[2]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("objective", "make"), [(Sft(), random_trees), (Simpo(), pairs)])
+def test_quicker_equals_learn_what_the_formulas_learn(model, objective, make, dtype):
+    """To rounding: in fp32 of single numbers, in bf16 of the whole gradient's direction."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.to(dtype)
+    plain, plain_gradient = gradient_of(model, objective, make(), 60)
+    accelerate(model)
+    quick, quick_gradient = gradient_of(model, objective, make(), 60)
+    if dtype == torch.float32:
+        assert quick == pytest.approx(plain, abs=1e-5)
+        torch.testing.assert_close(quick_gradient, plain_gradient, atol=1e-5, rtol=1e-4)
+    assert quick["loss"] == pytest.approx(plain["loss"], rel=0.02)
+    assert torch.cosine_similarity(quick_gradient, plain_gradient, 0) > 0.99
+
+
+def test_recomputed_activations_give_every_tensor_the_same_gradient(either_model):
+    model = either_model
+    kept = gradient_of(model, Sft(), lessons(), 60)[1]
+    recomputed = gradient_of(model, Sft(), lessons(), 60, checkpointing=True)[1]
     torch.testing.assert_close(recomputed, kept, atol=1e-6, rtol=1e-5)
     sizes = [p.numel() for p in adapter_parameters(model, "one").values()]
     assert all(piece.abs().sum() > 0 for piece in recomputed.split(sizes))
 
 
-def test_recomputing_keeps_less(model, tmp_path):
+def test_recomputing_keeps_less(either_model):
     """Counted in the bytes that autograd saves for the backward pass."""
 
     def saved(checkpointing):
-        model.checkpointing = checkpointing
-        for parameter in adapter_parameters(model, "one").values():
-            parameter.requires_grad_()
+        either_model.checkpointing = checkpointing
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t
+        with (
+            learning(either_model, "one"),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t
+            ),
         ):
-            training.run_pass(model, "one", Sft(), lessons())
+            training.run_pass(either_model, "one", pack(lessons(), either_model))
         return sum(sizes)
 
     assert saved(True) < 0.5 * saved(False)
@@ -168,7 +200,7 @@ rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
 model = random_decoder(TINY)
 t.add_adapter(model, "one", t.LoraConfig(r=2), seed=1)
-t.train(model, "one", t.pairs(), t.Simpo(), t.QUICK, folder / "run", "simpo", t.pairs(3, 9))
+t.learn(model, t.pairs(), t.Simpo(), t.QUICK, folder / "run", t.pairs(3, 9))
 torch.save(t.weights(model), folder / f"adapter{rank}")
 parallel.meet()  # as run_together does
 os._exit(0)  # all is written; gloo's threads have aborted while the interpreter was taken down
@@ -184,7 +216,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one(tiny_model, tmp_pat
     assert [child.wait(timeout=600) for child in children] == [0, 0]
 
     add_adapter(tiny_model, "one", LoraConfig(r=2), seed=1)
-    train(tiny_model, "one", pairs(), Simpo(), QUICK, tmp_path / "alone", "simpo", pairs(3, 9))
+    learn(tiny_model, pairs(), Simpo(), QUICK, tmp_path / "alone", pairs(3, 9))
     both, alone = rows(tmp_path / "run"), rows(tmp_path / "alone")
     assert len(both) == len(alone)
     for got, expected in zip(both, alone, strict=True):
@@ -197,7 +229,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one(tiny_model, tmp_pat
 
 def test_every_adapter_tensor_moves_and_the_base_does_not(model, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    learn(model, lessons(), Sft(), QUICK, tmp_path)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora" not in name), name
     assert not any(p.requires_grad for p in model.parameters())
@@ -206,7 +238,7 @@ def test_every_adapter_tensor_moves_and_the_base_does_not(model, tmp_path):
 def test_another_adapter_is_left_alone(model, tmp_path):
     add_adapter(model, "two", LoraConfig(r=2), seed=2)
     before = {name: p.detach().clone() for name, p in adapter_parameters(model, "two").items()}
-    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    learn(model, lessons(), Sft(), QUICK, tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model, "two").items())
 
 
@@ -217,20 +249,20 @@ def test_a_step_at_a_tiny_rate_changes_the_weights_of_a_bf16_model(model, tmp_pa
         assert parameter.dtype == torch.float32, name
     before = weights(model)
     options = TrainingOptions(learning_rate=5e-7, steps=1, warmup=0)
-    train(model, "one", lessons(), Sft(), options, tmp_path, "sft")
+    learn(model, lessons(), Sft(), options, tmp_path)
     assert all(not torch.equal(after, before[n]) for n, after in weights(model).items())
 
 
 def test_sft_learns_its_lessons_by_heart(model, tmp_path):
     options = replace(QUICK, epochs=40, learning_rate=3e-2)
-    train(model, "one", lessons(4), Sft(), options, tmp_path, "sft")
+    learn(model, lessons(4), Sft(), options, tmp_path)
     assert rows(tmp_path)[-1]["loss"] < 0.3 * rows(tmp_path)[0]["loss"]
     assert rows(tmp_path)[-1]["accuracy"] > rows(tmp_path)[0]["accuracy"]
 
 
 def test_simpo_learns_to_prefer_the_chosen_responses(model, tmp_path):
     options = replace(QUICK, epochs=30)
-    train(model, "one", pairs(6), Simpo(SimpoOptions(beta=2.0)), options, tmp_path, "simpo")
+    learn(model, pairs(6), Simpo(SimpoOptions(beta=2.0)), options, tmp_path)
     assert rows(tmp_path)[-1]["rewards/accuracies"] == 1.0
     assert rows(tmp_path)[-1]["rewards/margins"] > rows(tmp_path)[0]["rewards/margins"]
 
@@ -238,18 +270,21 @@ def test_simpo_learns_to_prefer_the_chosen_responses(model, tmp_path):
 def test_metrics_of_pairs_are_what_their_names_say(model, tmp_path):
     """Margins are the difference of rewards, rewards are beta times average log-probabilities."""
     objective = Simpo(SimpoOptions(beta=2.5))
-    train(model, "one", pairs(), objective, replace(QUICK, batch_size=10), tmp_path, "simpo")
+    learn(model, pairs(), objective, replace(QUICK, batch_size=10), tmp_path)
     row = rows(tmp_path)[0]
     assert row["rewards/margins"] == pytest.approx(
         row["rewards/chosen"] - row["rewards/rejected"], abs=1e-5
     )
     assert row["rewards/chosen"] == pytest.approx(2.5 * row["logps/chosen"])
     assert row["lengths/chosen"] == row["lengths/rejected"] == 4.0
-    assert set(row) == {"step", "loss", "learning_rate", "grad_norm", *objective.metrics}
+    sides = ("rewards", "logps", "lengths")
+    metrics = {f"{name}/{side}" for name in sides for side in ("chosen", "rejected")}
+    metrics |= {"rewards/margins", "rewards/accuracies", "repetition"}
+    assert set(row) == {"step", "loss", "learning_rate", "grad_norm"} | metrics
 
 
 def test_speed_and_memory_go_to_their_own_file(model, tmp_path):
-    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    learn(model, lessons(), Sft(), QUICK, tmp_path)
     timings = [json.loads(x) for x in (tmp_path / "timings.jsonl").read_text().splitlines()]
     assert [row["step"] for row in timings] == [row["step"] for row in rows(tmp_path)]
     assert min(row["peak_memory_bytes"] for row in timings) > 1e6
@@ -262,24 +297,29 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(model, tmp_path, monkey
     start = weights(model)
     check = lessons(3, seed=9)
     options = replace(QUICK, eval_every=1)
-    train(model, "one", lessons(), Sft(), options, tmp_path / "whole", "sft", check)
+    learn(model, lessons(), Sft(), options, tmp_path / "whole", check)
     expected = weights(model)
 
     put(model, start)
-    place = {"before_save": "save", "after_metrics": "validate", "in_pass": "accumulate"}[stop]
-    original = getattr(training._Run, place)
+    owner, place = {
+        "before_save": (training.State, "save"),
+        "after_metrics": (training.State, "validated"),
+        "in_pass": (training, "run_pass"),
+    }[stop]
+    original = getattr(owner, place)
 
-    def interrupted(run, *args):
-        if run.progress.step >= at:
+    def interrupted(*args):
+        done = sum("loss" in row for row in rows(tmp_path / "cut"))
+        if done >= at and torch.is_grad_enabled():  # a validation is without
             raise KeyboardInterrupt
-        return original(run, *args)
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, place, interrupted)
+        patch.setattr(owner, place, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train(model, "one", lessons(), Sft(), options, tmp_path / "cut", "sft", check)
+            learn(model, lessons(), Sft(), options, tmp_path / "cut", check)
     put(model, start)
-    train(model, "one", lessons(), Sft(), options, tmp_path / "cut", "sft", check)
+    learn(model, lessons(), Sft(), options, tmp_path / "cut", check)
     assert all(torch.equal(after, expected[name]) for name, after in weights(model).items())
     for name in ("metrics.jsonl", "state.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -287,10 +327,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(model, tmp_path, monkey
 
 def test_a_finished_run_is_not_trained_again(model, tmp_path, monkeypatch):
     start = weights(model)
-    first = train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    first = learn(model, lessons(), Sft(), QUICK, tmp_path)
     put(model, start)
-    monkeypatch.setattr(training._Run, "step", None)
-    again = train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    monkeypatch.setattr(training, "measure", None)
+    again = learn(model, lessons(), Sft(), QUICK, tmp_path)
     assert all(torch.equal(first.last[name], again.last[name]) for name in first.last)
     assert all(torch.equal(first.last[name], weights(model)[name]) for name in first.last)
 
@@ -299,33 +339,40 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(model, tmp_path):
     """Validation and training items are at odds, so the best step is not the last."""
     options = replace(QUICK, epochs=12, eval_every=1, learning_rate=5e-2, schedule="constant")
     check = lessons(3, seed=9)
-    trained = train(model, "one", lessons(3), Sft(), options, tmp_path, "sft", check)
+    trained = learn(model, lessons(3), Sft(), options, tmp_path, check)
     losses = {row["step"]: row["eval/loss"] for row in rows(tmp_path) if "eval/loss" in row}
     assert trained.best_step == min(losses, key=losses.get) != max(losses)
-    run = training._Run(model, "one", Sft(), options, tmp_path, lessons(3), check)
-    assert run.measure(check, backward=False)[0] == pytest.approx(losses[trained.best_step])
+    with torch.no_grad():
+        found = measure(model, "one", Sft(), check, options.tokens_per_pass)
+    assert found["loss"] == pytest.approx(losses[trained.best_step])
 
 
 def test_other_options_data_or_weights_are_refused(model, tmp_path):
     start = weights(model)
-    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
-    for items, options in ((lessons(seed=3), QUICK), (lessons(), replace(QUICK, seed=1))):
+    learn(model, lessons(), Sft(), QUICK, tmp_path)
+    for wrong, items, options in (
+        ("items", lessons(seed=3), QUICK),
+        ("seed 0, got 1", lessons(), replace(QUICK, seed=1)),
+    ):
         put(model, start)
-        with pytest.raises(UserError, match="other options, data or weights"):
-            train(model, "one", items, Sft(), options, tmp_path, "sft")
-    with pytest.raises(UserError, match="other options, data or weights"):
+        with pytest.raises(UserError, match=rf"state\.safetensors was made with {wrong}.*--fresh"):
+            learn(model, items, Sft(), options, tmp_path)
+    with pytest.raises(UserError, match=r"state\.safetensors was made with weights"):
         put(model, {name: tensor + 1 for name, tensor in start.items()})
-        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+        learn(model, lessons(), Sft(), QUICK, tmp_path)
+    with pytest.raises(UserError, match=r"state\.safetensors was made with validation"):
+        put(model, start)
+        learn(model, lessons(), Sft(), QUICK, tmp_path, lessons(1))
 
 
 def test_a_broken_state_is_named_and_left_alone(model, tmp_path):
     start = weights(model)
-    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    learn(model, lessons(), Sft(), QUICK, tmp_path)
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     put(model, start)
     with pytest.raises(UserError, match=r"state\.safetensors is no whole training state"):
-        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+        learn(model, lessons(), Sft(), QUICK, tmp_path)
     assert path.stat().st_size == 1000
 
 
@@ -339,41 +386,41 @@ def test_a_full_disk_keeps_the_last_good_state(model, tmp_path, monkeypatch):
         UserError,
         match=r"state.* be written: No space left on device.* is kept",
     ):
-        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+        learn(model, lessons(), Sft(), QUICK, tmp_path)
     assert not (tmp_path / "state.safetensors.part").exists()
-    assert run_state.load_state(tmp_path / "state.safetensors")[1]["progress"]["step"] == 2
+    assert saved_step(tmp_path) == 2
 
 
 def test_metrics_shorter_than_the_state_counts_are_refused(model, tmp_path):
     start = weights(model)
-    train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+    learn(model, lessons(), Sft(), QUICK, tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     put(model, start)
     with pytest.raises(UserError, match="metrics.jsonl holds 0 bytes"):
-        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+        learn(model, lessons(), Sft(), QUICK, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(model, tmp_path):
     for parameter in adapter_parameters(model, "one").values():
         parameter.data.fill_(float("nan"))
     with pytest.raises(UserError, match="lower the learning rate"):
-        train(model, "one", lessons(), Sft(), QUICK, tmp_path, "sft")
+        learn(model, lessons(), Sft(), QUICK, tmp_path)
 
 
 def test_a_validation_that_is_not_finite_ends_the_run_and_keeps_the_last_state(model, tmp_path):
     """Token 1, whose embedding is no number at first, stands in the validation items alone."""
     start, embedding = weights(model), model.model.embed_tokens.weight.data
     check = [Tree([Branch([5, 1, 6], [0, 0, 1])])]
-    arguments = lessons(), Sft(), replace(QUICK, eval_every=5), tmp_path, "sft", check
+    arguments = lessons(), Sft(), replace(QUICK, eval_every=5), tmp_path, check
     whole = embedding[1].clone()
     embedding[1] = torch.nan
     told = "the validation after step 5 has eval/loss nan; the last state is kept"
     with pytest.raises(UserError, match=told):
-        train(model, "one", *arguments)
-    assert run_state.load_state(tmp_path / "state.safetensors")[1]["progress"]["step"] == 4
+        learn(model, *arguments)
+    assert saved_step(tmp_path) == 4
     embedding[1] = whole
     put(model, start)
-    assert train(model, "one", *arguments).best_step == 5
+    assert learn(model, *arguments).best_step == 5
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 5]
 
 
@@ -383,13 +430,13 @@ def test_validation_comes_ten_times_a_run_unless_it_is_said_how_often(model, tmp
         put(model, start)
         folder = tmp_path / str(eval_every)
         options = replace(QUICK, steps=25, eval_every=eval_every)
-        train(model, "one", lessons(), Sft(), options, folder, "sft", lessons(2, seed=9))
+        learn(model, lessons(), Sft(), options, folder, lessons(2, seed=9))
         assert [row["step"] for row in rows(folder) if "eval/loss" in row] == expected
 
 
 def test_no_items_are_a_user_s_fault(model, tmp_path):
     with pytest.raises(UserError, match="nothing to train on"):
-        train(model, "one", [], Sft(), QUICK, tmp_path, "sft")
+        learn(model, [], Sft(), QUICK, tmp_path)
 
 
 def test_each_epoch_takes_every_item_once_in_an_order_of_its_own():
@@ -420,13 +467,13 @@ def test_the_rate_warms_up_and_falls_as_half_a_cosine():
     assert [training.learning_rate(flat, step, 10) for step in (0, 5, 9)] == [0.5, 1.0, 1.0]
 
 
-def test_passes_hold_every_tree_once_and_no_more_tokens_than_allowed():
+def test_rows_hold_every_tree_once_and_no_more_tokens_than_allowed():
     trees = lessons(20)
-    laid = passes(trees, 30)
+    laid = pack_rows(trees, 30)
     assert sorted(id(t) for row in laid for t in row) == sorted(map(id, trees))
     assert all(sum(map(len, row)) <= 30 for row in laid)
     assert len(laid) <= 1 + sum(map(len, trees)) // 25
-    assert [len(row) for row in passes(trees, 1)] == [1] * 20
+    assert [len(row) for row in pack_rows(trees, 1)] == [1] * 20
 
 
 def test_lessons_that_teach_nothing_or_are_too_long_are_counted_out():
@@ -434,7 +481,7 @@ def test_lessons_that_teach_nothing_or_are_too_long_are_counted_out():
     mute = Tree([Branch([5, 6], [0, 0])])
     only_first = Tree([Branch([5, 6], [1, 0])])
     long_path = Tree([Branch([5] * 6, [1] * 6), Branch([6] * 6, [1] * 6, 0)])
-    kept, dropped = usable_lessons([good, mute, only_first, long_path], 11)
+    kept, dropped = usable_dialogues([good, mute, only_first, long_path], 11)
     assert kept == [good]
     assert dropped == {"dropped as too long": 1, "dropped with nothing to learn": 2}
 
@@ -455,40 +502,43 @@ def test_pairs_that_are_empty_equal_or_too_long_are_counted_out():
     assert list(dropped.values()) == [1, 3, 1]  # too long, empty, equal
 
 
-def test_the_end_of_turn_token_counts_in_a_response_s_sum_and_length(default_model_folder):
+def test_the_end_of_turn_token_counts_in_a_response_s_sum_and_length(
+    default_model_folder, tiny_model
+):
     """With a log-probability of -1 for each token the sum is the length, the end token in both."""
     ours = ChatTokenizer.from_folder(default_model_folder)
     texts = "Heat (1995).", "No idea."
     prompt = ours.prompt([Message("user", "Hi")])
-    row = pack([pair_tree(prompt, *(ours.reply(text) for text in texts))])
-    found = response_logps(-torch.ones(len(row.targets)), row.owners, torch.tensor([1, 2]))
+    row = pack([pair_tree(prompt, *(ours.reply(text) for text in texts))], tiny_model)
+    logps = -torch.ones(len(row.targets))
+    found = response_logps(logps, row.segment_ids, torch.tensor([1, 2]))
     expected = [len(ours.encode(text)) + 1 for text in texts]
     assert found.lengths.tolist() == expected == (-found.logps).tolist()
-    assert [int(row.targets[row.owners == i][-1]) for i in (1, 2)] == [2, 2]  # <|im_end|>
+    assert [int(row.targets[row.segment_ids == i][-1]) for i in (1, 2)] == [2, 2]  # <|im_end|>
 
 
-def test_repetition_counts_predictions_that_stand_in_the_same_response_already():
+def test_repetition_counts_predictions_that_stand_in_the_same_response_already(tiny_model):
     """Response 1 is 7 8 9, response 2 is 7 7. Of five predictions two repeat.
 
     7 (nothing stands before), 7 (yes: 7 does), 5 (no) | 8 (it stands in response 1 only), 7 (yes).
     """
-    row = pack([pair_tree([3], [7, 8, 9], [7, 7])])
+    row = pack([pair_tree([3], [7, 8, 9], [7, 7])], tiny_model)
     predictions = torch.tensor([7, 7, 5, 8, 7])
     found = repetition(TokenLogps(torch.zeros(5), predictions), row)
-    assert (found.total.item(), found.number.item()) == (2, 5)
+    assert (found.sum().item(), len(found)) == (2, 5)
 
 
 def test_a_falling_chosen_log_probability_and_growing_repetition_are_said():
     steady = [{"logps/chosen": -2.0, "repetition": 0.2}] * 10
     worse = [{"logps/chosen": -2.0 - 0.1 * i, "repetition": 0.2 + 0.05 * i} for i in range(10)]
-    assert training.collapse_warnings(steady) == []
-    assert len(training.collapse_warnings(worse)) == 2
+    assert training_state.collapse_warnings(steady) == []
+    assert len(training_state.collapse_warnings(worse)) == 2
 
 
 def test_a_collapsing_run_warns(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "FALL_OF_CHOSEN", -1e9)
+    monkeypatch.setattr(training_state, "FALL_OF_CHOSEN", -1e9)
     with pytest.warns(UserWarning, match="log-probability a token fell"):
-        train(model, "one", pairs(), Simpo(), QUICK, tmp_path, "simpo")
+        learn(model, pairs(), Simpo(), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -500,11 +550,24 @@ def test_an_option_out_of_range_is_refused_by_name(wrong):
         TrainingOptions(**wrong)
 
 
-def test_training_drops_what_was_laid_out_of_its_adapter(tiny_model, tmp_path):
-    """Else a validation, which has few rows and no gradients, would read the weights of before."""
-    model = tiny_model.bfloat16()
-    model.order_weights()
-    add_adapter(model, "a", LoraConfig(r=4), 0)
-    prepare_adapter(model, "a")
-    train(model, "a", lessons(), Sft(), QUICK, tmp_path, "x", lessons(3, seed=1))
-    assert not any("a" in together.adapters for together in siblings(model))
+def test_training_drops_what_was_laid_out_of_its_adapter(model, tmp_path):
+    """Else a validation, which is without gradients, would read the weights of before."""
+    accelerate(model)
+    row = pack(lessons(1), model)
+
+    @torch.no_grad()
+    def hidden():
+        span = AdapterSpan("one", 0, len(row.input_ids))
+        return model(row.input_ids, row.position_ids, row.attention, [span])
+
+    before = hidden()  # lays the adapter out
+    options = replace(QUICK, eval_every=1)
+    trained = learn(model, lessons(), Sft(), options, tmp_path, lessons(3, seed=1))
+    assert not torch.allclose(hidden(), before, atol=1e-3)
+    checks = {x["step"]: x["eval/loss"] for x in rows(tmp_path) if "eval/loss" in x}
+    assert len(set(checks.values())) == len(checks) == 5
+    put(model, trained.last)
+    model.ops.clear()
+    with torch.no_grad():
+        found = measure(model, "one", Sft(), lessons(3, seed=1), QUICK.tokens_per_pass)
+    assert found["loss"] == pytest.approx(checks[5], abs=1e-6)

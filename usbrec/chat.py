@@ -1,12 +1,13 @@
-"""What crosses the joint between the language model and the recommender: chats and replies.
+"""Types shared by the language model (llm) and the recommender (crs): requests and replies.
 
-Both sides import this module and never each other. Nothing here knows of tensors or films.
+Both packages import this module and never each other. Nothing here knows of tensors or films.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from usbrec.options import Options, option
 
 ROLES = ("system", "user", "assistant")
 
@@ -15,7 +16,7 @@ ROLES = ("system", "user", "assistant")
 class Message:
     """One message of a chat; `weight` > 0 makes an assistant's message a training target.
 
-    The weight multiplies the loss of each of its tokens, its end-of-turn token included.
+    The weight multiplies the loss of each token of the message, the end-of-turn token included.
     """
 
     role: str
@@ -30,84 +31,71 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """Messages that await the assistant's next one, and the adapter that shall write it."""
+class TrainingDialogue:
+    """A conversation to train on: every branch continues the prefix and sees no other branch."""
 
-    messages: tuple[Message, ...]
-    adapter: str | None = None
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A conversation to train on: every branch continues the trunk and sees no other branch."""
-
-    trunk: tuple[Message, ...]
+    prefix: tuple[Message, ...]
     branches: tuple[tuple[Message, ...], ...] = ()
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a reply is drawn. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 leave all tokens in.
+class Sampling(Options):
+    """Sampling of a reply: temperature 0 is greedy; top_k 0, top_p 1, min_p 0 keep all tokens.
 
-    The steps are transformers', in its order: `repetition_penalty` weighs down the tokens of prompt
-    and reply so far (greedy too), then temperature, then top_k, top_p, and min_p, the least share
-    of the likeliest token's probability. `stop` strings and `stop_ids` end a reply, as the model's
-    own end tokens do, and are left out of it. `logprobs` asks for `Reply.logprobs`.
+    The steps follow transformers' order: temperature, top_k, top_p, min_p. min_p is a share of the
+    likeliest token's probability. `stop` strings, `stop_ids` and the model's own end tokens end a
+    reply and are left out of it.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    logprobs: bool = False
+    max_new_tokens: int = option(64, "longest reply, in tokens", low=1)
+    temperature: float = option(1.0, "of a plain reply (a search: --ses-temperature)", low=0)
+    top_k: int = option(0, "tokens are drawn from so many, the likeliest; 0: all", low=0)
+    top_p: float = option(1.0, "from the likeliest that make up this share", above=0, high=1)
+    min_p: float = option(0.0, "from those with this share of the likeliest's", low=0, high=1)
+    stop: tuple[str, ...] = option((), "texts that end a reply")
+    stop_ids: tuple[int, ...] = option((), "token ids that end a reply")
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number of at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        super().__post_init__()
         if "" in self.stop:
             raise ValueError("a stop string must not be empty")
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A drawn reply: its text, its tokens, and whether it ended by itself within the limit.
+class Request:
+    """A request for the assistant's next message: the chat, sampling, seed and adapter (or None).
 
-    `logprobs`, where asked for, holds a natural log-probability a token of `token_ids`: the model's
-    own, before penalty, temperature and truncation, so that replies drawn in other ways compare.
+    The reply depends on its request alone, never on other requests of the call. `seed` decides the
+    draws.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A drawn reply: its text, its token ids without the end token, and whether it is `finished`.
+
+    A finished reply ended by an end token or a stop string, not by the limit of tokens.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finished: bool
-    logprobs: tuple[float, ...] | None = None
 
 
 class LanguageModel(Protocol):
-    """The two calls by which the recommender's side reaches any model or server."""
+    """The two calls that crs makes to a language model or a server."""
 
-    def generate(
-        self, chats: Sequence[Chat], sampling: Sampling | Sequence[Sampling], seeds: Sequence[int]
-    ) -> list[Reply]:
-        """Return one reply a chat; a row depends on its own chat, sampling and seed alone.
-
-        `sampling` is one for all chats or one for each.
-        """
+    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """Return one reply per request."""
         ...
 
-    def choice_logprobs(self, chats: Sequence[Chat], choices: Sequence[str]) -> list[list[float]]:
-        """Return for each chat the unnormalised log-probability of each choice as its reply."""
+    def choice_logprobs(
+        self, requests: Sequence[Request], choices: Sequence[str]
+    ) -> list[list[float]]:
+        """Return the unnormalised log-probability of each choice as the reply, per request."""
         ...

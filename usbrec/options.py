@@ -1,120 +1,160 @@
 """Options: frozen dataclasses whose fields become `--kebab-case` flags, with their help text.
 
 @dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(Options):
     samples: int = option(3, "first responses that are tried", low=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 add_flags(parser, SearchOptions, "ses")            # --ses-samples
 options = from_flags(SearchOptions, arguments, "ses")
+
+A flag that is not given sets no value: `from_flags` takes the caller's default, else the
+dataclass's. So a stage's flag can override the flag that all stages share.
 """
 
 import argparse
 import hashlib
-import math
-from collections.abc import Container, Mapping
+from argparse import SUPPRESS, Namespace
+from collections.abc import Collection, Mapping
 from dataclasses import field, fields
+from math import inf
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-Options = TypeVar("Options")
+_Made = TypeVar("_Made")
 
 
 class UserError(ValueError):
     """A fault that the user can mend: what, got, expected, where; `main()` exits with code 2."""
 
 
-def option(
-    default: Any,
-    help: str,
-    low: float = -math.inf,
-    above: float = -math.inf,
-    high: float = math.inf,
-) -> Any:
-    """Return a dataclass field with what the option does and where its numbers lie.
+def option(value: Any, help: str, low: float = -inf, above: float = -inf, high: float = inf) -> Any:
+    """Return a dataclass field with a default value, a help text and the bounds of its numbers.
 
     Values are at least `low`, greater than `above` and at most `high`.
     """
-    return field(default=default, metadata={"help": help, "bounds": (low, above, high)})
+    bounds = {"at least": low, "above": above, "at most": high}
+    return field(default=value, metadata={"help": help, "bounds": bounds})
 
 
-def check(options: Any) -> None:
-    """Raise ValueError naming the first field whose value is no choice, or a number out of bounds.
+class Options:
+    """Base class of options, which checks values when they are set."""
 
-    Numbers must be finite.
-    """
-    hints = get_type_hints(type(options))
-    for item in fields(options):
-        value = getattr(options, item.name)
-        low, above, high = item.metadata["bounds"]
-        if isinstance(value, int | float) and not (
-            low <= value <= high and above < value < math.inf
-        ):
-            said = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (
-                above > -math.inf
-            )
-            said += [f"at most {high}"] * (high < math.inf)
-            what = " and ".join(said) or "a finite number"
-            raise ValueError(f"{item.name} must be {what}, got {value}")
-        choices = get_args(hints[item.name])
-        if get_origin(hints[item.name]) is Literal and value not in choices:
-            raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the first field that is no choice, or a number out of bounds.
+
+        Numbers must be finite.
+        """
+        hints = get_type_hints(type(self))
+        for item in fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, item.name), get_args(hints[item.name])
+            if get_origin(hints[item.name]) is Literal and value not in choices:
+                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+            low, above, high = item.metadata["bounds"].values()
+            if isinstance(value, int | float) and not (
+                low <= value <= high and above < value < inf
+            ):
+                bounds = [f"{x} {y}" for x, y in item.metadata["bounds"].items() if abs(y) < inf]
+                wanted = " and ".join(bounds) or "a finite number"
+                raise ValueError(f"{item.name} must be {wanted}, got {value}")
+
+
+class _HelpAll(argparse._HelpAction):
+    """`--help-all`: the help of every flag."""
+
+    def __call__(self, parser: Any, *arguments: Any) -> None:
+        parser.shown = set()
+        super().__call__(parser, *arguments)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser for which a wrong flag is a UserError."""
+    """An argument parser that raises UserError for a wrong flag and hides rare flags.
+
+    `shown` names the flags in --help; --help-all lists every flag. Without `shown`, --help lists
+    all.
+    """
+
+    def __init__(self, shown: Collection[str] = (), **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.shown = {*shown, "--help", "--help-all"} if shown else set()
+        if shown:
+            self.add_argument("--help-all", action=_HelpAll, help="show every flag")
+
+    def format_help(self) -> str:
+        """Return the help of the shown flags; later calls hide the other flags too."""
+        for group in self._action_groups if self.shown else ():
+            group.description = None
+            for action in group._group_actions:
+                if not self.shown.intersection(action.option_strings):
+                    action.help = SUPPRESS
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Tell the fault and where help is; argparse would print every flag there is."""
-        raise UserError(f"{message} (see {self.prog} --help)")
+        """Raise UserError with the fault and the flag for help."""
+        raise UserError(f"{message} (see {self.prog} --help{'-all' if self.shown else ''})")
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     options: type,
     prefix: str = "",
-    defaults: Mapping[str, Any] | None = None,
-    skip: Container[str] = (),
+    defaults: Mapping[str, Any] = {},
+    skip: Collection[str] = (),
+    hidden: bool = False,
 ) -> None:
-    """Give the parser one flag a field not in `skip`; `defaults` replaces the dataclass's own."""
-    group = parser.add_argument_group(f"{prefix or 'run'}", (options.__doc__ or "").split("\n")[0])
+    """Add one flag to the parser per field that is not in `skip`.
+
+    The help shows `defaults` instead of the dataclass's own. `hidden` flags appear in no help.
+    """
+    title = prefix.replace("_", "-") or options.__name__.removesuffix("Options").lower()
+    about = None if hidden else (options.__doc__ or "").split("\n")[0]
+    group = parser.add_argument_group(title, about)
     hints = get_type_hints(options)
     for item in fields(options):
-        if item.name in skip:
-            continue
-        flag = "--" + "-".join(filter(None, [prefix, item.name])).replace("_", "-")
-        hint = hints[item.name]
-        kind: dict[str, Any] = {"type": hint}
-        if hint is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif get_origin(hint) is Literal:
-            kind = {"choices": get_args(hint)}
-        elif get_origin(hint) is tuple:
-            kind = {"nargs": "+", "type": get_args(hint)[0]}
-        elif get_origin(hint) is not None:  # an optional text or number
-            kind = {"type": next(t for t in get_args(hint) if t is not type(None))}
-        default = (defaults or {}).get(item.name, item.default)
-        shown = "" if default is None else f" (default: {default})".replace("%", "%%")
-        group.add_argument(
-            flag, default=default, help=item.metadata.get("help", "") + shown, **kind
-        )
+        if item.name not in skip:
+            default = defaults.get(item.name, item.default)
+            text = item.metadata["help"].replace("%", "%%")
+            if default is not None and default is not False:
+                text += f" (default: {default})"
+            flag, kind = _flag(prefix, item.name), _kind(hints[item.name])
+            group.add_argument(flag, default=SUPPRESS, help=SUPPRESS if hidden else text, **kind)
 
 
-def from_flags(options: type[Options], arguments: argparse.Namespace, prefix: str = "") -> Options:
-    """Build the options from parsed flags; a value that they refuse is a UserError."""
-    start = prefix.replace("-", "_") + "_" if prefix else ""
-    names = [item.name for item in fields(options)]  # type: ignore[arg-type]
-    given = {n: getattr(arguments, start + n) for n in names if hasattr(arguments, start + n)}
-    given = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
+def _kind(hint: Any) -> dict[str, Any]:
+    """Return the keywords by which argparse reads a value of this type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    inner = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    if get_origin(hint) is Literal:
+        return {"choices": inner}
+    # an optional text or number, a plain one, or several
+    kind = {"type": inner[0], "metavar": {int: "N", float: "X", str: "NAME"}[inner[0]]}
+    return kind | ({"nargs": "+"} if get_origin(hint) is tuple else {})
+
+
+def from_flags(
+    options: type[_Made], flags: Namespace, *prefixes: str, defaults: Mapping[str, Any] = {}
+) -> _Made:
+    """Return an instance of `options`, each field from its flag, else `defaults`, else the class.
+
+    A flag of a later prefix overrides one of an earlier prefix. Raises UserError for a value that
+    the options refuse.
+    """
+    values = dict(defaults)
+    for prefix in prefixes or ("",):
+        for item in fields(options):  # type: ignore[arg-type]
+            value = getattr(flags, _flag(prefix, item.name)[2:].replace("-", "_"), None)
+            if value is not None:
+                values[item.name] = tuple(value) if isinstance(value, list) else value
     try:
-        return options(**given)
+        return options(**values)
     except ValueError as error:
-        where = f"--{prefix}-...: " if prefix else ""
-        raise UserError(f"{where}{error}") from error
+        raise UserError(f"{_flag(prefix, '...')}: {error}" if prefix else str(error)) from error
+
+
+def _flag(prefix: str, name: str) -> str:
+    return "--" + f"{prefix}-{name}".strip("-").replace("_", "-")
 
 
 def seed_for(*parts: str | int) -> int:
-    """Return a 63-bit seed for the named place, the same on every machine and in every process."""
+    """Return a 63-bit seed for a path of names, equal on every machine and in every process."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

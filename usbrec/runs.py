@@ -1,19 +1,27 @@
-"""What a run keeps on disk: files that a kill leaves whole, and rows that are appended and resumed.
+"""A run folder: files that a kill leaves whole, rows that are appended and resumed, and notes.
 
-New content goes to NAME.part beside its place, is forced to the disk, and takes the place of the
-old one. That name is always the same: what a kill has left there is written over by the next start.
+runs/sample/
+    options/STAGE.json     the facts that decided a stage's result: see `claim`
+    simulator/ sft/ rl/    adapters under peft's file names; training/ inside holds the state
+    samples.jsonl    PODCS's samples, a line per example      pairs.jsonl    the pairs
+    rows.jsonl       the evaluation, a line per dialogue      report.json, report.txt
+    metrics.jsonl    the training stages' metrics             timings.jsonl  times, memory, tokens
 
-A results file holds one JSON line per item. A chunk is appended in one write; started again, whole
-chunks are kept, a torn one is cut off and done again whole, so that the final bytes are those of an
-uninterrupted run. Several processes (parallel.py) do as many chunks at a time and the first appends
-them in order, so that their number changes no byte either. FILE.options.json beside FILE.jsonl
-tells the options that made it; results of other options are refused, never mixed or overwritten.
+New content is written to NAME.part beside its place, synced to the disk, and renamed over the old
+file. The name is fixed, so the next start overwrites a part that a kill has left.
+
+A results file holds one JSON line per item. A chunk is appended in one write. A restart keeps whole
+chunks, cuts off a torn one and computes it again, so the final bytes are those of an uninterrupted
+run. N processes (parallel.py) compute N chunks at a time and the first process appends them in
+order, so the bytes do not depend on N. FILE.options.json beside FILE holds the facts that decided
+its rows. Results of other facts are refused, never mixed or overwritten.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,25 +30,31 @@ from tqdm import tqdm
 from usbrec import parallel
 from usbrec.options import UserError
 
-Item = TypeVar("Item")
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, so two runs may use one folder
+    fcntl = None  # type: ignore[assignment]
+
+_Item = TypeVar("_Item")
 Row = dict[str, Any]
+RUNS = Path(__file__).resolve().parents[1] / "runs"
+ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
+
+
+# --- files ------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part."""
     part = path.with_name(path.name + ".part")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb", buffering=0) as file:
                 _write(file.fileno(), content)
             os.replace(part, path)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _unwritten(path, error) from error
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -57,20 +71,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append to a JSONL file in one write; on a failure leave it as it was."""
     data = _lines(rows)
-    try:
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                _write(file.fileno(), data)
-            except OSError:
-                os.ftruncate(file.fileno(), size)
-                raise
-    except OSError as error:
-        raise _unwritten(path, error) from error
+    with _writing(path), open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            _write(file.fileno(), data)
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
 
 
 def dump(row: Mapping[str, Any]) -> str:
-    """Return a row as one line of JSON; a number that is not finite is a fault, never written."""
+    """Return a row as one line of JSON; raises ValueError for a number that is not finite."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
@@ -85,101 +96,168 @@ def _write(descriptor: int, data: bytes) -> None:
     os.fsync(descriptor)
 
 
-def _unwritten(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror}; what stood there is kept")
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise an error of the system as a UserError of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{path} cannot be written: {error.strerror}; what stood there is kept"
+        raise UserError(told) from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a JSONL file, without a torn last line, which a kill may leave.
+
+    Raises UserError with the line's number for any other line that is not a JSON object.
+    """
+    *lines, _torn = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(text: bytes, place: str) -> Row:
+    """Return the JSON object in `text`; raises UserError naming `place` if there is none."""
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected a JSON object, got {row!r:.60}")
+    return row
+
+
+# --- notes of facts ---------------------------------------------------------------------------
+
+
+def claim(note: Path, facts: Mapping[str, Any], made: Sequence[Path], remedy: str) -> None:
+    """Write the facts that decide a result to the file `note`, or compare them with its content.
+
+    They are written if no path in `made` exists. Otherwise UserError names the first fact that
+    differs from the note, and `remedy`. The first process alone writes.
+    """
+    new = json.loads(json.dumps(facts))
+    there = [path for path in made if path.exists()]
+    if not there:
+        if parallel.rank() == 0:
+            write_json(note, new)
+        return
+    if not note.exists():
+        raise UserError(f"{there[0]} was made, but {note}, which tells how, is missing; {remedy}")
+    old: Any = read_note(note)
+    if old == new:
+        return
+    name = ""
+    while isinstance(old, dict) and isinstance(new, dict):
+        key = next(x for x in [*new, *old] if old.get(x, ...) != new.get(x, ...))
+        name, old, new = f"{name}-{key}", old.get(key), new.get(key)
+    name = name.strip("-").replace("_", "-")
+    raise UserError(f"{there[0]} was made with {name} {old!r}, got {new!r}; {remedy}")
+
+
+def read_note(note: Path) -> Row:
+    """Return the facts that `claim` wrote; raises UserError where the file holds no object."""
+    try:
+        return _parse(note.read_bytes(), str(note))
+    except OSError as error:
+        raise UserError(f"{note} cannot be read: {error.strerror}") from error
+
+
+# --- results files ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file: its path, chunk size, label, and the facts that decide its rows.
+
+    `before_chunk` runs before each chunk, to empty the caches. With `spread` each process computes
+    chunks of its own; without it all processes compute every chunk together.
+    """
+
+    path: Path
+    chunk_size: int
+    label: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    before_chunk: Callable[[], None] = lambda: None
+    spread: bool = True
 
 
 def run_chunks(
-    path: Path,
-    items: Sequence[Item],
-    chunk_size: int,
-    work: Callable[[Sequence[Item]], Sequence[Row]],
-    label: str,
-    options: Mapping[str, Any],
-    before_chunk: Callable[[], None] | None = None,
-    spread: bool = True,
+    results: Results, items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[Row]]
 ) -> list[Row]:
-    """Return one row an item, from `path` as far as it reaches, else from `work`, chunk by chunk.
+    """Return one row per item: the rows already in the file, then those of `work`, chunk by chunk.
 
-    `options` (JSON's own types) are all that decides the rows; `before_chunk` runs before each
-    chunk that is done (an empty cache). Without `spread` all processes do every chunk together.
-    Raises UserError where `path` was made with other options or cannot be written, with the chunks
-    so far kept.
+    Raises UserError if the file was made with other facts or cannot be written; whole chunks stay
+    in it.
     """
-    assert chunk_size > 0, "a chunk holds at least one item"
-    wanted = {"items": len(items), "chunk_size": chunk_size, **options}
-    rows = parallel.from_first(lambda: whole_chunks(path, wanted))
-    chunks = [items[i : i + chunk_size] for i in range(len(rows), len(items), chunk_size)]
-    width = parallel.world() if spread else 1
+    size, label = results.chunk_size, results.label
+    rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
+    chunks = [items[i : i + size] for i in range(len(rows), len(items), size)]
+    width = parallel.world() if results.spread else 1
     first = parallel.rank() == 0
-    bar = tqdm(total=len(items), initial=len(rows), desc=label, unit="row", disable=not first)
-    with bar:
+    with tqdm(None, label, len(items), initial=len(rows), unit="row", disable=not first) as bar:
         for start in range(0, len(chunks), width):
-            own = chunks[start + parallel.rank() % width :][:1]
-            if own and before_chunk is not None:
-                before_chunk()
-            made = [json.loads(json.dumps(row)) for chunk in own for row in work(chunk)]
-            asked = sum(map(len, own))
-            assert len(made) == asked, f"{label}: {len(made)} rows for {asked} items"
+            made: list[Row] = []
+            for chunk in chunks[start + parallel.rank() % width :][:1]:  # some may have none
+                results.before_chunk()
+                made = [json.loads(json.dumps(row)) for row in work(chunk)]
+                assert len(made) == len(chunk), f"{label}: {len(made)} rows for {len(chunk)} items"
             for part in parallel.gather(made)[:width]:
                 if first:
-                    append_rows(path, part)
+                    append_rows(results.path, part)
                 rows += part
                 bar.update(len(part))
     return rows
 
 
-def whole_chunks(path: Path, wanted: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of the chunks that are whole at `path`, and cut off what follows them.
-
-    They must be made with the options `wanted`, which are noted beside a new file.
-    """
-    note = path.with_suffix(".options.json")
-    content = json.loads(json.dumps(wanted, sort_keys=True))
-    if not path.exists():
-        write_json(note, content)
-        append_rows(path, [])
-        return []
-    _compare(path, note, content)
-    rows = read_whole_lines(path)
-    torn = len(rows) % wanted["chunk_size"] if len(rows) < wanted["items"] else 0
-    rows = rows[: len(rows) - torn]
-    whole = b"".join(path.read_bytes().splitlines(keepends=True)[: len(rows)])
-    if len(whole) < path.stat().st_size:
-        os.truncate(path, len(whole))
+def _whole_chunks(results: Results, items: int) -> list[Row]:
+    """Return the rows of the file's whole chunks; the rest of the file is cut off."""
+    path, size = results.path, results.chunk_size
+    note = path.with_name(path.name + ".options.json")
+    facts = {"items": items, "chunk-size": size, **results.facts}
+    claim(note, facts, [path], "use the same options, another place, or move it away")
+    append_rows(path, [])  # creates the file
+    rows = read_rows(path)
+    if len(rows) < items:
+        rows = rows[: len(rows) // size * size]
+    lines = path.read_bytes().split(b"\n")[: len(rows)]
+    os.truncate(path, sum(len(line) + 1 for line in lines))
     return rows
 
 
-def read_whole_lines(path: Path) -> list[Row]:
-    """Return the rows of all whole lines; only the last line may be torn, as a kill leaves it.
-
-    Raises UserError with the line's number for any other line that is not a JSON object.
-    """
-    rows: list[Row] = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {row!r:.60}")
-        rows.append(row)
-    return rows
+# --- run folders ------------------------------------------------------------------------------
 
 
-def _compare(path: Path, note: Path, wanted: dict[str, Any]) -> None:
-    if not note.exists():
-        raise UserError(f"{path} has results but no {note.name} beside it; move it away to go on")
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a run folder and lock it against other runs; a kill releases the lock."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or parallel.rank() > 0:
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
     try:
-        found = json.loads(note.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{note} is not JSON ({error}); move {path.name} away to go on") from error
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{path} was made with {name} {found.get(name)!r}, got {wanted.get(name)!r}; "
-                "use the same options or another place"
-            )
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            told = "is in use by another train.py: wait for it, or give --run-dir"
+            raise UserError(f"{folder} {told} ({error.strerror})") from error
+        yield
+    finally:
+        os.close(place)
+
+
+def need(path: Path, stage: str) -> Path:
+    """Return `path`; raises UserError naming the stage that makes it if it is missing."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the stage {stage} first (--stages {stage})")
+    return path
+
+
+def newest_run(runs: Path) -> Path:
+    """Return the run folder with the newest finished adapter."""
+    made = list(runs.glob("*/*/adapter_model.safetensors"))
+    if not made:
+        told = "make one with `python train.py`, or go round it with --model and --adapter"
+        raise UserError(f"there is no finished run in {runs}: {told}")
+    return max(made, key=lambda path: path.stat().st_mtime).parents[1]

@@ -1,51 +1,144 @@
-"""The speaking roles: what each is shown, and how its words and its scores are read.
+"""The roles of a conversation: their prompts, the models that answer, and the judges' scores.
 
-Every `*_prompt` is a pure function from a dialogue to messages, used alike to ask a model and to
-build its training lessons. Left out: which weights answer (`Cast` only names adapters), and every
-decision about what to say when (podcs.py, ses.py, evaluation.py).
+Every `*_prompt` is a pure function from a dialogue to messages, used both to ask a model and to
+build its training dialogues. `Roles` holds the language model and the adapter of either side. Left
+out: the order of turns (podcs.py, ses.py, evaluation.py).
 """
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from usbrec.chat import Chat, LanguageModel, Message, Sampling
+from usbrec.chat import LanguageModel, Message, Request, Sampling
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.dialogue import Dialogue, Speaker, Utterance, from_viewpoint
+from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
+from usbrec.crs.parsing import parse_score
 from usbrec.options import seed_for
 
 SCORES = ("0", "1", "2")
-SILENCE = "..."  # stands in a dialogue for an empty reply, so that the speakers keep alternating
+UNDRAWN = Sampling()  # for a request whose reply is scored, not drawn
 VOTE_TOKENS = 16  # a sampled vote may be a short sentence around its number
 
 Messages = tuple[Message, ...]
+Seeds = Sequence[int]
+Titles = Sequence[Sequence[str]]  # one or more titles per dialogue
 
 
 @dataclass(frozen=True)
-class Cast:
-    """The adapter behind each side, None for the plain base weights.
+class Side:
+    """One side of the conversation: a language model and its adapter (None: the base)."""
 
-    The simulator side is the seeker, the internal seeker, the summariser and both judges.
+    llm: LanguageModel
+    adapter: str | None = None
+
+    def request(self, messages: Messages, sampling: Sampling = UNDRAWN, seed: int = 0) -> Request:
+        """Return the request for this side's reply to the messages."""
+        return Request(messages, sampling, seed, self.adapter)
+
+    def requests(
+        self, prompts: Iterable[Messages], sampling: Sampling, seeds: Seeds
+    ) -> "list[tuple[Side, Request]]":
+        """Return one (side, request) pair per prompt, the input of `Roles.complete`."""
+        rows = zip(prompts, seeds, strict=True)
+        return [(self, self.request(prompt, sampling, seed)) for prompt, seed in rows]
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The reading of a judge's score: `count` sampled votes, or closed form if `count` is 0."""
+
+    count: int = 0
+    temperature: float = 0.7
+
+
+@dataclass(frozen=True)
+class JudgeScore:
+    """A judge's score of one prompt; `score` and `label` are None if nothing could be read.
+
+    `score` is the mean vote, in [0, 2]. `label` is the most probable of 0, 1, 2, ties to the lower.
+    `digit_probability` is the three digits' probability among all replies (closed form only).
+    `parse_rate` is the share of the sampled votes that could be read (votes only).
     """
 
-    recommender: str | None = None
-    simulator: str | None = None
+    score: float | None = None
+    label: int | None = None
+    digit_probability: float | None = None
+    parse_rate: float | None = None
 
-    def recommends(self, prompt: Messages) -> Chat:
-        """Return the chat that the recommender answers."""
-        return Chat(prompt, self.recommender)
 
-    def simulates(self, prompt: Messages) -> Chat:
-        """Return the chat that the simulator answers."""
-        return Chat(prompt, self.simulator)
+@dataclass(frozen=True)
+class Roles:
+    """The two sides of the conversation, and the catalogue.
+
+    The simulator plays the seeker, the internal seeker, the summariser and both judges. Its
+    language model may differ from the recommender's.
+    """
+
+    recommender: Side
+    simulator: Side
+    catalogue: Catalogue
+
+    def complete(self, asked: Sequence[tuple[Side, Request]]) -> list[str]:
+        """Return the stripped text of one reply per request, in order.
+
+        Each language model gets all of its requests in one `generate` call. So there is one call in
+        all if both sides share a model, and none without requests.
+        """
+        texts = [""] * len(asked)
+        for llm in {id(side.llm): side.llm for side, _ in asked}.values():
+            own = [i for i, (side, _) in enumerate(asked) if side.llm is llm]
+            replies = llm.generate([asked[i][1] for i in own])
+            for i, reply in zip(own, replies, strict=True):
+                texts[i] = reply.text.strip()
+        return texts
+
+    def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:
+        """Return the recommender's next line per dialogue."""
+        prompts = map(recommender_prompt, dialogues)
+        return self.complete(self.recommender.requests(prompts, sampling, seeds))
+
+    def seek(
+        self, dialogues: Dialogues, targets: Titles, sampling: Sampling, seeds: Seeds
+    ) -> list[Dialogue]:
+        """Return the dialogues plus the external seeker's next lines, with target titles hidden."""
+        prompts = map(seeker_prompt, dialogues, targets)
+        lines = self.complete(self.simulator.requests(prompts, sampling, seeds))
+        hidden = map(self.catalogue.hide, lines, targets)
+        return [add_turn(d, "seeker", x) for d, x in zip(dialogues, hidden, strict=True)]
+
+    def judge(self, prompts: Sequence[Messages], votes: Votes, seeds: Seeds) -> list[JudgeScore]:
+        """Return the simulator's score per prompt; all prompts share one call."""
+        side, n = self.simulator, votes.count
+        if not prompts:
+            return []
+        if n == 0:
+            table = side.llm.choice_logprobs([side.request(x) for x in prompts], SCORES)
+            return [closed_form(logprobs, votes.temperature) for logprobs in table]
+        ballots = [prompt for prompt in prompts for _ in range(n)]
+        keys = [seed_for(seed, i) for seed in seeds for i in range(n)]
+        sampling = Sampling(VOTE_TOKENS, votes.temperature)
+        marks = list(map(parse_score, self.complete(side.requests(ballots, sampling, keys))))
+        return [count_votes(marks[i : i + n]) for i in range(0, len(marks), n)]
+
+    def explain_and_judge(
+        self, dialogues: Dialogues, targets: Titles, keys: Seeds, sampling: Sampling, votes: Votes
+    ) -> list[tuple[str, JudgeScore]]:
+        """Return per dialogue the explanation of its last reply, and the external judge's score.
+
+        The recommender explains. The seeds of explanations and votes are derived from `keys`.
+        """
+        asked = [add_turn(dialogue, "seeker", EXPLAIN) for dialogue in dialogues]
+        told = self.recommend(asked, sampling, [seed_for(key, "explain") for key in keys])
+        prompts = list(map(external_judge_prompt, dialogues, told, targets))
+        scores = self.judge(prompts, votes, [seed_for(key, "judge") for key in keys])
+        return list(zip(told, scores, strict=True))
 
 
 @cache
 def prompt_text(name: str) -> str:
-    """Return the wording in prompts/NAME.md."""
+    """Return the text of prompts/NAME.md."""
     return (Path(__file__).with_name("prompts") / f"{name}.md").read_text("utf-8").strip()
 
 
@@ -53,213 +146,81 @@ EXPLAIN = prompt_text("explain")
 
 
 def recommender_prompt(dialogue: Dialogue) -> Messages:
-    """Return the dialogue as the recommender sees it."""
+    """Return the recommender's prompt: its instructions, then the dialogue from its viewpoint."""
     return (Message("system", prompt_text("recommender")), *from_viewpoint(dialogue, "recommender"))
 
 
 def seeker_prompt(dialogue: Dialogue, targets: Sequence[str]) -> Messages:
-    """Return the dialogue as the external seeker, who knows the target titles, sees it."""
+    """Return the external seeker's prompt, whose instructions name the target titles."""
     persona = prompt_text("seeker").replace("{targets}", "; ".join(targets))
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 
 def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
-    """Return the dialogue as the internal seeker, who knows only the summary, sees it."""
+    """Return the internal seeker's prompt, whose instructions give the profile alone."""
     persona = prompt_text("internal_seeker").replace("{profile}", known(profile))
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 
 def summary_prompt(dialogue: Dialogue) -> Messages:
-    """Return the whole dialogue, its newest line included, as one chat log for the analyst.
+    """Return the summariser's prompt: the whole dialogue, its newest line included, as a chat log.
 
-    Each line of the log is one utterance: a line break inside one cannot pass for a speaker.
+    Each utterance is one line of the log, so that a line break in it cannot pass for a speaker.
     """
-    said = [(line.speaker.capitalize(), " ".join(line.text.split())) for line in dialogue]
-    log = "\n".join(f"{speaker}: {text}" for speaker, text in said)
-    return (Message("system", prompt_text("summariser")), Message("user", log))
+    return Message("system", prompt_text("summariser")), Message("user", format_dialogue(dialogue))
 
 
 def external_question(targets: Sequence[str]) -> Message:
-    """Return the external judge's question: a voice of its own, glued to no speaker's words.
+    """Return the external judge's question, a system message apart from both speakers' lines.
 
-    It repeats the targets: a small model judges by what stands close to the answer.
+    The question repeats the targets, since a small model judges by the text closest to the answer.
     """
-    question = prompt_text("judge_external").replace("{targets}", "; ".join(targets))
-    return Message("system", question)
+    return Message("system", prompt_text("judge_external").replace("{targets}", "; ".join(targets)))
 
 
 def internal_question(profile: str) -> Message:
     """Return the internal judge's question, which repeats the profile."""
-    question = prompt_text("judge_internal").replace("{profile}", known(profile))
-    return Message("system", question)
+    return Message("system", prompt_text("judge_internal").replace("{profile}", known(profile)))
 
 
 def known(profile: str) -> str:
-    """Return a profile as it stands within a sentence; "unknown" where it is empty."""
+    """Return a profile without its final full stop, for use in a sentence; or "unknown"."""
     return profile.strip().rstrip(".") or "unknown"
 
 
-def asked_to_explain(dialogue: Dialogue) -> Dialogue:
-    """Return the dialogue with the seeker's request to explain the last recommendation."""
-    return say(dialogue, "seeker", EXPLAIN)
-
-
 def external_judge_prompt(dialogue: Dialogue, explanation: str, targets: Sequence[str]) -> Messages:
-    """Return the seeker's chat up to the explanation of the last reply, then the question."""
-    explained = say(asked_to_explain(dialogue), "recommender", explanation)
+    """Return the external judge's prompt: the seeker's chat, the explanation, the question."""
+    explained = add_turn(add_turn(dialogue, "seeker", EXPLAIN), "recommender", explanation)
     return (*seeker_prompt(explained, targets), external_question(targets))
 
 
 def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
-    """Return the internal seeker's chat up to the last reply, then the question."""
+    """Return the internal judge's prompt: the internal seeker's chat, then the question."""
     return (*internal_seeker_prompt(dialogue, profile), internal_question(profile))
 
 
-def say(dialogue: Dialogue, speaker: Speaker, text: str) -> Dialogue:
-    """Return the dialogue with one more line; an empty one is written as SILENCE."""
-    return (*dialogue, Utterance(speaker, text.strip() or SILENCE))
-
-
-def ask(
-    llm: LanguageModel,
-    chats: Sequence[Chat],
-    samplings: Sampling | Sequence[Sampling],
-    seeds: Sequence[int],
-) -> list[str]:
-    """Return the stripped text of one reply a chat; no call is made for no chats."""
-    if not chats:
-        return []
-    return [reply.text.strip() for reply in llm.generate(chats, samplings, seeds)]
-
-
-def seeker_turn(
-    llm: LanguageModel,
-    cast: Cast,
-    catalogue: Catalogue,
-    dialogues: Sequence[Dialogue],
-    targets: Sequence[Sequence[str]],
-    sampling: Sampling,
-    seeds: Sequence[int],
-) -> list[Dialogue]:
-    """Return each dialogue with the external seeker's next line, cleaned of its target titles."""
-    pairs = list(zip(dialogues, targets, strict=True))
-    chats = [cast.simulates(seeker_prompt(dialogue, titles)) for dialogue, titles in pairs]
-    lines = ask(llm, chats, sampling, seeds)
-    return [
-        say(dialogue, "seeker", catalogue.hide(line, titles))
-        for (dialogue, titles), line in zip(pairs, lines, strict=True)
-    ]
-
-
-def recommender_turn(
-    llm: LanguageModel,
-    cast: Cast,
-    dialogues: Sequence[Dialogue],
-    sampling: Sampling,
-    seeds: Sequence[int],
-) -> list[str]:
-    """Return the recommender's next line of each dialogue."""
-    chats = [cast.recommends(recommender_prompt(dialogue)) for dialogue in dialogues]
-    return ask(llm, chats, sampling, seeds)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A judge's score of one chat; `expectation` and `label` are None when nothing could be read.
-
-    `expectation` lies in [0, 2]; `label` is the most probable of 0, 1, 2, ties to the lower.
-    `mass` is the probability of the digits among all replies, or the share of votes that parsed.
-    """
-
-    expectation: float | None
-    label: int | None
-    mass: float
-
-
-def judge(
-    llm: LanguageModel, chats: Sequence[Chat], votes: int, temperature: float, seeds: Sequence[int]
-) -> list[Verdict]:
-    """Return each chat's score: in closed form when `votes` is 0, else from sampled votes."""
-    if not chats:
-        return []
-    if votes == 0:
-        table = llm.choice_logprobs(chats, SCORES)
-        return [closed_form(logprobs, temperature) for logprobs in table]
-    ballots = [chat for chat in chats for _ in range(votes)]
-    keys = [seed_for(seed, i) for seed in seeds for i in range(votes)]
-    texts = ask(llm, ballots, Sampling(VOTE_TOKENS, temperature), keys)
-    marks = [parse_score(text) for text in texts]
-    return [count_votes(marks[i : i + votes]) for i in range(0, len(marks), votes)]
-
-
-def explain_and_judge(
-    llm: LanguageModel,
-    cast: Cast,
-    dialogues: Sequence[Dialogue],
-    targets: Sequence[Sequence[str]],
-    keys: Sequence[int],
-    sampling: Sampling,
-    votes: int,
-    vote_temperature: float,
-) -> list[tuple[str, Verdict]]:
-    """Return the recommender's explanation of its last reply and the external judge's verdict."""
-    asked = [asked_to_explain(dialogue) for dialogue in dialogues]
-    seeds = [seed_for(key, "explain") for key in keys]
-    explanations = recommender_turn(llm, cast, asked, sampling, seeds)
-    chats = [
-        cast.simulates(external_judge_prompt(dialogue, explanation, titles))
-        for dialogue, explanation, titles in zip(dialogues, explanations, targets, strict=True)
-    ]
-    seeds = [seed_for(key, "judge") for key in keys]
-    verdicts = judge(llm, chats, votes, vote_temperature, seeds)
-    return list(zip(explanations, verdicts, strict=True))
-
-
-def closed_form(logprobs: Sequence[float], temperature: float) -> Verdict:
-    """Return the score that ever more votes tend to, from the digits' log-probabilities.
+def closed_form(logprobs: Sequence[float], temperature: float) -> JudgeScore:
+    """Return the expected vote as a score, from the log-probabilities of the three digits.
 
     Votes at temperature t have p_i ~ exp(l_i / t) over the digits alone: 0.7 of [.2, .3, .5] is
     [.16, .28, .57], expectation 1.41. Temperature 0 puts all on the most probable digit.
     """
     top = max(logprobs)
     if not math.isfinite(top):
-        return Verdict(None, None, 0.0)
+        return JudgeScore(digit_probability=0.0)
     label = list(logprobs).index(top)
-    mass = min(1.0, sum(math.exp(value) for value in logprobs))
+    probability = min(1.0, sum(math.exp(value) for value in logprobs))
     if temperature == 0:
-        return Verdict(float(label), label, mass)
+        return JudgeScore(float(label), label, probability)
     weights = [math.exp((value - top) / temperature) for value in logprobs]
-    mean = sum(score * weight for score, weight in enumerate(weights)) / sum(weights)
-    return Verdict(mean, label, mass)
+    mean = sum(digit * weight for digit, weight in enumerate(weights)) / sum(weights)
+    return JudgeScore(mean, label, probability)
 
 
-def count_votes(marks: Sequence[int | None]) -> Verdict:
-    """Return the mean and the majority of the votes that parsed, ties to the lower."""
+def count_votes(marks: Sequence[int | None]) -> JudgeScore:
+    """Return the mean and the majority (ties to the lower) of the votes that could be read."""
     read = [mark for mark in marks if mark is not None]
     if not read:
-        return Verdict(None, None, 0.0)
+        return JudgeScore(parse_rate=0.0)
     majority = max(range(3), key=read.count)  # the first of equals
-    return Verdict(sum(read) / len(read), majority, len(read) / len(marks))
-
-
-# "from 0 to 2", "0, 1 or 2", "0-2" name the scale; "1/2", "1 out of 2" are a score over the scale.
-SCALE = re.compile(r"\b[012](?:\s*(?:,|-|–|/|\bto\b|\bor\b|\band\b)+\s*[012])+\b(?!/)", re.I)
-OVER_SCALE = re.compile(r"\b([012])\s*(?:/|out of)\s*2\b", re.I)
-# A score stands alone after a sentence's start or a word that announces it, and ends its phrase.
-SCORE = re.compile(
-    r"(?:^|[.!?…]\s+|[:=\n(]\s*"
-    r"|\b(?:(?:give|rate|score)(?: it| this| that)?|say|is|be|a|rating|vote|answer|number)\s+)"
-    r"([012])(?=\s*(?:$|\.(?!\d)|[,;!?)\n…]|\b(?:because|since|as|for)\b))",
-    re.I,
-)
-
-
-def parse_score(text: str) -> int | None:
-    """Return the score that a reply states, or None where it states none or several.
-
-    "0 to 2 ... I give 2" is 2, "Toy Story 2 ... 0" is 0, "Toy Story 2" is None.
-    """
-    plain = re.sub(r"[*_`\"']", "", text).strip()
-    plain = SCALE.sub("", OVER_SCALE.sub(r"\1", plain))
-    found = {int(score) for score in SCORE.findall(plain)}
-    return found.pop() if len(found) == 1 else None
+    return JudgeScore(sum(read) / len(read), majority, parse_rate=len(read) / len(marks))

@@ -1,10 +1,10 @@
-"""How well the judges' scores agree with the truth, on held-out dialogues.
+"""Agreement of the judges' scores with the truth, on held-out dialogues.
 
-Each gold reply is set against the same reply rewritten, title and attributes, for a film drawn by
-its count among the training labels and never a target. The external judge sees either reply with
-its explanation: the row's own (rewritten likewise) where the dataset has one, else one that the
-recommender gives for that very reply. The internal judge reads a summary generated from the
-history alone. A reply whose gold title cannot be found or replaced is skipped and says why.
+Each gold reply is compared with a rewriting of it, title and attributes, for another film. The film
+is drawn by its count among the training labels and is never a target. The external judge sees
+either reply with an explanation: the row's own (rewritten likewise) where the dataset has one, else
+the recommender's explanation of that reply. The internal judge sees a summary generated from the
+history alone. A reply whose gold title cannot be found or replaced is skipped with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,106 +13,106 @@ from typing import Any
 
 import numpy as np
 
-from usbrec.chat import LanguageModel, Sampling
-from usbrec.crs.agents import (
-    Cast,
-    Verdict,
-    ask,
-    asked_to_explain,
-    external_judge_prompt,
-    internal_judge_prompt,
-    judge,
-    recommender_prompt,
-    say,
-    summary_prompt,
-)
-from usbrec.crs.catalogue import Catalogue, Item, rewrite
-from usbrec.crs.dialogue import Dialogue, Example
+from usbrec.chat import Sampling
+from usbrec.crs import agents
+from usbrec.crs.agents import EXPLAIN, JudgeScore, Messages, Roles, Votes
+from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.intervals import auc_interval
+from usbrec.crs.rewrite import rewrite
 from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contrast:
-    """A gold reply and its rewriting, with their explanations where the dataset has one."""
+    """A gold reply and its rewriting for the films `titles`, with the explanations of both.
+
+    Where the dataset has no explanations, `explanations` is empty until `prepare_all` sets it.
+    """
 
     example: Example
     seed: int
     replies: tuple[str, str]
-    explanations: tuple[str, str] | None
     titles: tuple[str, ...]
+    explanations: tuple[str, ...]
+    profile: str = ""
 
-    def said(self) -> list[Dialogue]:
-        """Return the dialogue with either reply."""
-        return [say(self.example.history, "recommender", reply) for reply in self.replies]
+    def dialogues(self) -> list[Dialogue]:
+        """Return the dialogue with the gold reply, and with the rewritten one."""
+        return [add_turn(self.example.history, "recommender", reply) for reply in self.replies]
+
+    def judge_prompts(self) -> list[Messages]:
+        """Return four prompts: external judge of gold and other, then the internal judge's."""
+        both, titles = self.dialogues(), [self.example.items] * 2
+        external = map(agents.external_judge_prompt, both, self.explanations, titles)
+        return [*external, *(agents.internal_judge_prompt(x, self.profile) for x in both)]
+
+    def record(self, scores: Sequence[JudgeScore]) -> dict[str, Any]:
+        """Return texts and scores, ordered as `judge_prompts`, in JSON's own types."""
+        return {
+            "gold": self.replies[0],
+            "other": self.replies[1],
+            "titles": list(self.titles),
+            "profile": self.profile,
+            "external": [x.score for x in scores[:2]],
+            "internal": [x.score for x in scores[2:]],
+            "digit_probability": [x.digit_probability for x in scores],
+            "parse_rate": [x.parse_rate for x in scores],
+        }
 
 
 def judge_agreement(
-    llm: LanguageModel,
-    cast: Cast,
-    catalogue: Catalogue,
-    examples: Sequence[Example],
-    popularity: Mapping[str, int],
-    seed: int,
-    options: EvaluationOptions,
+    roles: Roles, examples: Examples, popularity: Popularity, seed: int, options: EvaluationOptions
 ) -> list[dict[str, Any]]:
-    """Return one row an example: {"external": [gold, other], "internal": [gold, other], ...}.
+    """Return one row per example: {"external": [gold, other], "internal": [gold, other], ...}.
 
-    A score is None where the judge could not be read; a skipped row has only "skipped".
+    A score that could not be read is None. A skipped row has only its ids and the reason,
+    "skipped".
     """
-    rows: list[dict[str, Any]] = []
-    pairs: list[Contrast] = []
-    for x in examples:
-        key = seed_for(seed, "agreement", x.dialog_id, x.turn_id)
-        made = contrast(catalogue, x, popularity, key)
-        row = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "skipped": None}
-        if isinstance(made, Contrast):
-            gold, other = made.replies
-            row |= {"gold": gold, "other": other, "titles": list(made.titles)}
-            pairs.append(made)
-        else:
-            row["skipped"] = made
+    made = [contrast(roles.catalogue, example, popularity, seed) for example in examples]
+    contrasts = [x for x in made if isinstance(x, Contrast)]
+    prepare_all(roles, contrasts, options)
+    prompts = [prompt for x in contrasts for prompt in x.judge_prompts()]
+    seeds = [seed_for(x.seed, "judge", i) for x in contrasts for i in range(4)]
+    scores = iter(roles.judge(prompts, Votes(options.votes, options.vote_temperature), seeds))
+    rows = []
+    for example, x in zip(examples, made, strict=True):
+        skipped = x if isinstance(x, str) else None
+        row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "skipped": skipped}
+        if isinstance(x, Contrast):
+            row |= x.record([next(scores) for _ in range(4)])
         rows.append(row)
-    profiles, explanations = _prepare(llm, cast, pairs, options)
-    verdicts = _judge_all(llm, cast, pairs, profiles, explanations, options)
-    kept = [row for row in rows if row["skipped"] is None]
-    for i, row in enumerate(kept):
-        own = verdicts[4 * i : 4 * i + 4]
-        scores = [verdict.expectation for verdict in own]
-        row |= {"profile": profiles[i], "external": scores[:2], "internal": scores[2:]}
-        row["mass"] = [verdict.mass for verdict in own]
     return rows
 
 
 def contrast(
-    catalogue: Catalogue, example: Example, popularity: Mapping[str, int], seed: int
+    catalogue: Catalogue, example: Example, popularity: Popularity, seed: int
 ) -> Contrast | str:
-    """Return the gold reply beside its rewriting, or the reason why there is none."""
-    golds = [catalogue.get(title) for title in example.items]
-    if None in golds:
+    """Return the contrast of an example, or the reason why it has none."""
+    seed = seed_for(seed, "agreement", example.dialog_id, example.turn_id)
+    golds = [item for title in example.items if (item := catalogue.get(title))]
+    if len(golds) < len(example.items):
         return "a gold title is not in the catalogue"
     drawn = draw_others(catalogue, example, popularity, len(golds), seed)
     if len(drawn) < len(golds):
         return "too few other titles to draw from"
     gold, told = example.response, example.explanation
     other, why = gold, told or ""
-    for item, new in zip(golds, drawn, strict=True):
-        assert item is not None
-        other, why = rewrite(other, item, new), rewrite(why, item, new)
+    for old, new in zip(golds, drawn, strict=True):
+        other, why = rewrite(other, old, new), rewrite(why, old, new)
     if other == gold or catalogue.mentions(other, example.items):
         return "a gold title in the reply could not be replaced"
-    explanations = None if told is None else (told, why)
     titles = tuple(item.title for item in drawn)
-    return Contrast(example, seed, (gold, other), explanations, titles)
+    return Contrast(example, seed, (gold, other), titles, () if told is None else (told, why))
 
 
 def draw_others(
-    catalogue: Catalogue, example: Example, popularity: Mapping[str, int], count: int, seed: int
+    catalogue: Catalogue, example: Example, popularity: Popularity, count: int, seed: int
 ) -> list[Item]:
-    """Return `count` different items drawn by their training count, none of them a target."""
+    """Return `count` distinct items that are no targets, drawn by training count; [] if too few."""
     golds = {item for title in example.items for item in catalogue.named(title)}
     items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
     pool = [(item, number) for item, number in items if item and item not in golds]
@@ -124,10 +124,27 @@ def draw_others(
     return [pool[place][0] for place in places]
 
 
-def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """Return each judge's {"auc", "low", "high", "n", "unparsed"} and how many rows were skipped.
+def prepare_all(roles: Roles, contrasts: Sequence[Contrast], options: EvaluationOptions) -> None:
+    """Set all profiles, and the explanations that the dataset lacks, in one `complete`."""
+    prompts = [agents.summary_prompt(x.example.history) for x in contrasts]
+    seeds = [seed_for(x.seed, "summary") for x in contrasts]
+    asked = roles.simulator.requests(prompts, Sampling(SUMMARY_TOKENS, temperature=0.0), seeds)
+    untold = [x for x in contrasts if not x.explanations]
+    both = [add_turn(dialogue, "seeker", EXPLAIN) for x in untold for dialogue in x.dialogues()]
+    prompts = [agents.recommender_prompt(dialogue) for dialogue in both]
+    seeds = [seed_for(x.seed, "explain", reply) for x in untold for reply in x.replies]
+    plain = Sampling(options.max_new_tokens, options.temperature)
+    texts = iter(roles.complete(asked + roles.recommender.requests(prompts, plain, seeds)))
+    for x in contrasts:
+        x.profile = next(texts)
+    for x in untold:
+        x.explanations = (next(texts), next(texts))
 
-    `unparsed` counts the rows of which a score could not be read; they are left out of the AUC.
+
+def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Return {"auc", "low", "high", "n", "unparsed"} per judge, and the number of skipped rows.
+
+    `unparsed` counts the rows with a score that could not be read; the AUC leaves them out.
     """
     used = [row for row in rows if row["skipped"] is None]
     result: dict[str, Any] = {"skipped": len(rows) - len(used)}
@@ -136,42 +153,3 @@ def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         area = auc_interval([gold for gold, _ in read], [other for _, other in read], seed)
         result[judge_name] = {**area, "unparsed": len(used) - len(read)}
     return result
-
-
-def _prepare(
-    llm: LanguageModel, cast: Cast, pairs: Sequence[Contrast], options: EvaluationOptions
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return each pair's profile and both explanations; what must be generated is, in one call."""
-    plain = Sampling(options.max_new_tokens, options.temperature)
-    chats = [cast.simulates(summary_prompt(made.example.history)) for made in pairs]
-    samplings = [Sampling(SUMMARY_TOKENS, temperature=0.0)] * len(chats)
-    seeds = [seed_for(made.seed, "summary") for made in pairs]
-    for made in pairs:
-        if made.explanations is None:
-            asked = map(asked_to_explain, made.said())
-            chats += [cast.recommends(recommender_prompt(dialogue)) for dialogue in asked]
-            samplings += [plain] * 2
-            seeds += [seed_for(made.seed, "explain", reply) for reply in made.replies]
-    texts = ask(llm, chats, samplings, seeds)
-    profiles, generated = texts[: len(pairs)], iter(texts[len(pairs) :])
-    explanations = [x.explanations or (next(generated), next(generated)) for x in pairs]
-    return profiles, explanations
-
-
-def _judge_all(
-    llm: LanguageModel,
-    cast: Cast,
-    pairs: Sequence[Contrast],
-    profiles: Sequence[str],
-    explanations: Sequence[tuple[str, str]],
-    options: EvaluationOptions,
-) -> list[Verdict]:
-    """Return four verdicts a pair: external gold, other, then internal gold, other."""
-    chats, seeds = [], []
-    for made, profile, told in zip(pairs, profiles, explanations, strict=True):
-        both, titles = made.said(), made.example.items
-        prompts = [external_judge_prompt(both[i], told[i], titles) for i in (0, 1)]
-        prompts += [internal_judge_prompt(dialogue, profile) for dialogue in both]
-        chats += [cast.simulates(prompt) for prompt in prompts]
-        seeds += [seed_for(made.seed, "judge", i) for i in range(4)]
-    return judge(llm, chats, options.votes, options.vote_temperature, seeds)

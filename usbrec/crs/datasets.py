@@ -1,181 +1,40 @@
 """Readers: the sample set, iEvaLM's ReDial and OpenDialKG rows, one's own rows, plain dialogues.
 
-`load_split("redial", "train")` and its kin return examples and the notes that must stand beside
-every number made with them. A dataset is `sample`, `redial`, `opendialkg` or a folder that holds
-{train,valid,test}.jsonl and items.json in the same format. Fetching is left to the user: the error
-for a missing folder says where from.
+`load_split("redial", "train")` returns a split's examples and the notes that belong beside every
+number made with them. A dataset is `sample`, `redial`, `opendialkg` or a folder that holds
+{train,valid,test}.jsonl and items.json in the same format. The user downloads the datasets: the
+error for a missing folder names the source.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from usbrec.crs.catalogue import Catalogue, read_text
-from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
+from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.options import UserError
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
-NAMES = ("sample", "redial", "opendialkg")
+DATASETS = ("sample", "redial", "opendialkg")
 SPLITS = ("train", "valid", "test")
-ROLES: dict[str, Speaker] = {
-    "user": "seeker",
-    "seeker": "seeker",
-    "assistant": "recommender",
-    "recommender": "recommender",
-}
-VALID_SHARE = 10  # one in so many of ReDial's valid dialogues stays valid when there is no train
+SPEAKER_NAMES = ("user", "seeker", "assistant", "recommender")
+VALID_SHARE = 10  # without ReDial's train.jsonl, one in so many valid dialogues stays valid
+KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an object"}
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Split:
-    """The examples of one split, and what a reader of numbers made with them must be told."""
+class Split(NamedTuple):
+    """The examples of one split, and the notes that belong beside numbers made with them."""
 
     examples: list[Example]
     notes: list[str]
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
-def _folder(name: str, data_dir: str | Path | None) -> Path:
-    """Return the dataset's folder.
-
-    Raises:
-        UserError: there is no such folder; the message tells where its files come from.
-    """
-    folder = Path(data_dir or (ROOT / name if name in NAMES else name))
-    if folder.is_dir():
-        return folder
-    if name in ("redial", "opendialkg"):
-        raise UserError(
-            f"no folder {folder} with the {name} rows: take data/{name}_eval and"
-            f" data/{name}/id2info.json from GitHub RUCAIBox/iEvaLM-CRS and name the folder with"
-            " --data-dir FOLDER"
-        )
-    raise UserError(f"no dataset {name!r}: expected {', '.join(NAMES)} or an existing folder")
-
-
-def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the first of the files that exists in the folder or, as iEvaLM has it, beside it."""
-    stem = folder.name.removesuffix("_eval")
-    for place in (folder, folder.with_name(stem), folder.with_name(f"{stem}_eval")):
-        for name in names:
-            if (place / name).is_file():
-                return place / name
-    return None
-
-
-def _split_file(folder: Path, split: str) -> Path | None:
-    return _first_file(folder, (f"{split}.jsonl", f"{split}_data_processed.jsonl"))
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield each line's number and value; blank lines are passed over."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, _parse(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-
-
-def _parse(text: str) -> Any:
-    """Read JSON whose strings can be written as UTF-8, which half a surrogate pair cannot."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
-    return value
-
-
-# --- rows -------------------------------------------------------------------------------------
-
-
-def take_turns(lines: Sequence[str]) -> Dialogue:
-    """Assign speakers from the END (the last line is the seeker's), then drop empty lines.
-
-    Rows of iEvaLM begin with an empty line when the recommender opened; a few of OpenDialKG have
-    an even number of lines, so that counting from the front would shift every role. Lines that
-    become neighbours of one speaker when an empty line between them goes are joined.
-    """
-    dialogue: list[Utterance] = []
-    for left, line in zip(range(len(lines), 0, -1), lines, strict=True):
-        _say(dialogue, "seeker" if left % 2 else "recommender", line)
-    return tuple(dialogue)
-
-
-def _say(dialogue: list[Utterance], speaker: Speaker, text: str) -> None:
-    """Append a line unless it is empty; a second line of one speaker joins the first."""
-    text = text.strip()
-    if text and dialogue and dialogue[-1].speaker == speaker:
-        dialogue[-1] = Utterance(speaker, f"{dialogue[-1].text} {text}")
-    elif text:
-        dialogue.append(Utterance(speaker, text))
-
-
-def _take(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    """Return a row's field, a string or a list of strings."""
-    if key not in row:
-        raise UserError(f"{where}: the row has no {key!r}")
-    value = row[key]
-    strings = kind is not list or all(isinstance(part, str) for part in value or [])
-    if not isinstance(value, kind) or not strings:
-        wanted = "a list of strings" if kind is list else "a string"
-        raise UserError(f"{where}: {key!r} must be {wanted}, got {value!r:.60}")
-    return value
-
-
-def read_row(row: Any, where: str) -> Example:
-    """Turn one row of iEvaLM's format, with or without our extra fields, into an example.
-
-    Raises:
-        UserError: a field is missing or of a wrong type; `where` names the file and line.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object, got {row!r:.60}")
-    for key in ("dialog_id", "turn_id"):
-        if not isinstance(row.get(key), (int, str)):
-            raise UserError(f"{where}: the row has no {key!r}, a number or a string")
-    if not str(row["turn_id"]).isdigit():
-        raise UserError(f"{where}: 'turn_id' must be a number, got {row['turn_id']!r:.60}")
-    history = take_turns(_take(row, "context", list, where))
-    if not history or history[-1].speaker != "seeker":
-        raise UserError(f"{where}: 'context' must end with a line of the seeker's")
-    items, response = _take(row, "rec", list, where), _take(row, "resp", str, where).strip()
-    if not items or not response:
-        raise UserError(f"{where}: 'rec' must name at least one item and 'resp' must say something")
-    extra = {key: _take(row, key, str, where) for key in ("profile", "explanation") if key in row}
-    if "reactions" in row:
-        reactions = row["reactions"]
-        if not isinstance(reactions, dict):
-            raise UserError(f"{where}: 'reactions' must be an object, got {reactions!r:.60}")
-        extra |= {key: _take(reactions, key, str, where) for key in ("accept", "refuse")}
-    place = str(row["dialog_id"]), int(row["turn_id"])
-    return Example(*place, history, response, tuple(items), **extra)
-
-
-def read_examples(path: Path) -> list[Example]:
-    """Read a file of rows as it is.
-
-    Raises:
-        UserError: it is missing, not UTF-8, malformed (with the line's number), or has no rows.
-    """
-    examples = [read_row(row, f"{path}, line {number}") for number, row in _read_jsonl(path)]
-    if not examples:
-        raise UserError(f"{path} has no rows")
-    return examples
-
-
-# --- splits -----------------------------------------------------------------------------------
-
-
 def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Split:
-    """Return a dataset's split by the rules that keep training and test apart.
+    """Return the examples and notes of a split, with training and test rows kept apart.
 
     ReDial without train.jsonl: train is 90% of valid's dialogues, valid the other 10%. OpenDialKG:
     training rows that give away a test row are dropped.
@@ -186,57 +45,14 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
     folder = _folder(name, data_dir)
-    if name == "redial" and split != "test" and _split_file(folder, "train") is None:
-        return _divide_valid(read_examples(_present(folder, "valid")), split)
-    examples = read_examples(_present(folder, split))
-    if name == "opendialkg" and split == "train":
-        kept = drop_overlap(examples, read_examples(_present(folder, "test")))
-        note = (
-            f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped:"
-            " their dialogue, or a test response, occurs in test"
-        )
-        return Split(kept, [note])
-    return Split(examples, [])
-
-
-def _present(folder: Path, split: str) -> Path:
-    path = _split_file(folder, split)
-    if path is None:
-        raise UserError(
-            f"{folder} has no {split}.jsonl (nor {split}_data_processed.jsonl); --data-dir FOLDER"
-            " names the folder that has it"
-        )
-    return path
-
-
-def _divide_valid(examples: Sequence[Example], split: str) -> Split:
-    """Split valid's dialogues 90 : 10 by a hash of their ids, so that no dialogue is in both."""
-    valid = [_hash(x.dialog_id) % VALID_SHARE == 0 for x in examples]
-    kept = [
-        x for x, is_valid in zip(examples, valid, strict=True) if is_valid == (split == "valid")
-    ]
-    dialogues = len({example.dialog_id for example in kept})
-    note = (
-        f"no ReDial train.jsonl: {split} is {dialogues} dialogues ({len(kept)} rows) of ReDial's"
-        f" valid split ({'10' if split == 'valid' else '90'}% by a hash of their ids)"
-    )
-    return Split(kept, [note])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
-    """Return the training rows that share no dialogue with test and hold no test response."""
-    dialogues = {example.dialog_id for example in test}
-    responses = {example.response for example in test}
-
-    def leaks(x: Example) -> bool:
-        said = {x.response, *(line.text for line in x.history)}
-        return x.dialog_id in dialogues or not said.isdisjoint(responses)
-
-    return [example for example in train if not leaks(example)]
+    if name == "redial" and split != "test" and not _existing(folder, _files_of("train")):
+        return _divide_valid(_read_split(folder, "valid"), split)
+    examples = _read_split(folder, split)
+    if name != "opendialkg" or split != "train":
+        return Split(examples, [])
+    kept = drop_overlap(examples, _read_split(folder, "test"))
+    dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped"
+    return Split(kept, [f"{dropped}: their dialogue, or a test response, occurs in test"])
 
 
 def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
@@ -245,56 +61,208 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
     Raises:
         UserError: the folder or its items.json (or id2info.json) is missing or malformed.
     """
-    folder = _folder(name, data_dir)
-    path = _first_file(folder, ("items.json", "id2info.json"))
-    if path is None:
-        raise UserError(f"{folder} has no items.json (nor id2info.json)")
-    return Catalogue.load(path)
+    return Catalogue.load(_find(_folder(name, data_dir), ("items.json", "id2info.json")))
+
+
+def _folder(name: str, data_dir: str | Path | None) -> Path:
+    """Return the dataset's folder.
+
+    Raises:
+        UserError: there is no such folder; the message names the source of its files.
+    """
+    folder = Path(data_dir or (ROOT / name if name in DATASETS else name))
+    if folder.is_dir():
+        return folder
+    if name in ("redial", "opendialkg"):
+        source = f"data/{name}_eval and data/{name}/id2info.json of GitHub RUCAIBox/iEvaLM-CRS"
+        raise UserError(f"no folder {folder}: take {source} and name it with --data-dir FOLDER")
+    raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)} or an existing folder")
+
+
+def _files_of(split: str) -> tuple[str, str]:
+    return f"{split}.jsonl", f"{split}_data_processed.jsonl"
+
+
+def _read_split(folder: Path, split: str) -> list[Example]:
+    return read_examples(_find(folder, _files_of(split)))
+
+
+def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the existing files of these names, in the folder or (iEvaLM's layout) beside it."""
+    stem = folder.name.removesuffix("_eval")
+    places = (folder, folder.parent / stem, folder.parent / f"{stem}_eval")
+    return [place / name for place in places for name in names if (place / name).is_file()]
+
+
+def _find(folder: Path, names: tuple[str, str]) -> Path:
+    """Return the first existing file of these names; raises UserError if there is none."""
+    if found := _existing(folder, names):
+        return found[0]
+    raise UserError(f"{folder} has no {names[0]} (nor {names[1]}): name it with --data-dir FOLDER")
+
+
+def _divide_valid(examples: Sequence[Example], split: str) -> Split:
+    """Return train (90%) or valid (10%) as a part of valid's dialogues, by a hash of their ids.
+
+    So no dialogue is in both.
+    """
+    digests = [hashlib.blake2b(x.dialog_id.encode(), digest_size=8).digest() for x in examples]
+    stays = [int.from_bytes(digest, "big") % VALID_SHARE == 0 for digest in digests]
+    kept = [x for x, stay in zip(examples, stays, strict=True) if stay == (split == "valid")]
+    count = f"{len({x.dialog_id for x in kept})} dialogues ({len(kept)} rows)"
+    source = f"ReDial's valid split ({10 if split == 'valid' else 90}% by a hash of their ids)"
+    return Split(kept, [f"no ReDial train.jsonl: {split} is {count} of {source}"])
+
+
+def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
+    """Return the training rows that share no dialogue with test and hold no test response."""
+    dialogues = {example.dialog_id for example in test}
+    responses = {example.response for example in test}
+    others = [x for x in train if x.dialog_id not in dialogues and x.response not in responses]
+    return [x for x in others if responses.isdisjoint(line.text for line in x.history)]
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Return the examples of a file of rows.
+
+    Raises:
+        UserError: it is missing, not UTF-8, malformed (with the line's number), or has no rows.
+    """
+    examples = [_at(where, read_row, row) for where, row in _read_jsonl(path)]
+    if not examples:
+        raise UserError(f"{path} has no rows")
+    return examples
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each line's place ("FILE, line 3") and value; blank lines are skipped."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _at(where, _parse, line)
+
+
+def _at(where: str, read: Callable[[Any], Value], value: Any) -> Value:
+    """Return `read(value)`; a UserError gets the place in front."""
+    try:
+        return read(value)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _parse(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises UserError for malformed JSON and for half surrogate pairs, which UTF-8 cannot write.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        told = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"not JSON: {told}") from error
+
+
+def read_row(row: Any) -> Example:
+    """Return one row of iEvaLM's format, with or without our extra fields, as an example.
+
+    Raises:
+        UserError: a field is missing or of a wrong type.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"a row must be an object, got {row!r:.60}")
+    for key in ("dialog_id", "turn_id"):
+        if not isinstance(row.get(key), (int, str)):
+            raise UserError(f"the row has no {key!r}, a number or a string")
+    if not str(row["turn_id"]).isdecimal():
+        raise UserError(f"'turn_id' must be a number, got {row['turn_id']!r:.60}")
+    history = take_turns(_take(row, "context", list))
+    if not history or history[-1].speaker != "seeker":
+        raise UserError("'context' must end with a line of the seeker's")
+    items, response = tuple(_take(row, "rec", list)), _take(row, "resp", str).strip()
+    if not items or not response:
+        raise UserError("'rec' must name at least one item and 'resp' must say something")
+    extra = {key: _take(row, key, str) for key in ("profile", "explanation") if key in row}
+    if "reactions" in row:
+        reactions = _take(row, "reactions", dict)
+        extra |= {key: _take(reactions, key, str) for key in ("accept", "refuse")}
+    dialog_id, turn_id = str(row["dialog_id"]), int(row["turn_id"])
+    return Example(dialog_id, turn_id, history, response, items, **extra)
+
+
+def _take(row: dict[str, Any], key: str, kind: type) -> Any:
+    """Return a row's field of a `kind`: a string, a list of strings or an object."""
+    if key not in row:
+        raise UserError(f"the row has no {key!r}")
+    value = row[key]
+    texts = value if kind is list and isinstance(value, list) else []
+    if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{key!r} must be {KINDS[kind]}, got {value!r:.60}")
+    return value
+
+
+def take_turns(lines: Sequence[str]) -> Dialogue:
+    """Return the dialogue of the lines, with speakers assigned from the END: seeker last.
+
+    Rows of iEvaLM begin with an empty line if the recommender opened. A few rows of OpenDialKG have
+    an even number of lines, so counting from the front would swap the roles. Empty lines are
+    dropped after the assignment, and neighbouring lines of one speaker are joined.
+    """
+    numbered = zip(range(len(lines), 0, -1), lines, strict=True)
+    return _joined([Utterance("seeker" if n % 2 else "recommender", line) for n, line in numbered])
+
+
+def _joined(lines: Sequence[Utterance]) -> Dialogue:
+    """Return the dialogue of the lines that are not empty; neighbours of one speaker are joined."""
+    said = [Utterance(x.speaker, x.text.strip()) for x in lines if x.text.strip()]
+    turns = groupby(said, lambda line: line.speaker)
+    return tuple(Utterance(who, " ".join(line.text for line in turn)) for who, turn in turns)
 
 
 # --- plain dialogues --------------------------------------------------------------------------
 
 
 def read_dialogues(path: Path) -> list[Dialogue]:
-    """Read dialogues that await the recommender's reply, for `infer.py --dialogue FILE`.
+    """Return the dialogues of a file (`infer.py --dialogue`), each awaiting the recommender.
 
-    JSON: a list of messages or {"messages": [...]}. JSONL: such a dialogue a line, or one message
-    a line. A message has `role` (user, assistant) or `speaker` (seeker, recommender), and `content`
-    or `text`.
+    JSON: a list of messages or {"messages": [...]}. JSONL: one such dialogue per line, or one
+    message per line. A message has `role` (user, assistant) or `speaker` (seeker, recommender), and
+    `content` or `text`.
 
     Raises:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
-    text = read_text(path)
     try:
-        whole = _parse(text)
-    except ValueError:
-        values = list(_read_jsonl(path))
-    else:
-        return [_read_messages(whole, str(path))]
-    if values and all(isinstance(value, dict) and "messages" not in value for _, value in values):
-        return [_read_messages([value for _, value in values], str(path))]
-    if not values:
-        raise UserError(f"{path} has no dialogue")
-    return [_read_messages(value, f"{path}, line {number}") for number, value in values]
+        found = [(str(path), _parse(read_text(path)))]
+    except UserError:
+        found = list(_read_jsonl(path))
+        if not found:
+            raise UserError(f"{path} has no dialogue") from None
+        if all(isinstance(value, dict) and "messages" not in value for _, value in found):
+            found = [(str(path), [value for _, value in found])]
+    return [_at(where, _read_messages, value) for where, value in found]
 
 
-def _read_messages(value: Any, where: str) -> Dialogue:
+def _read_messages(value: Any) -> Dialogue:
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
-        raise UserError(f'{where}: expected a list of messages or {{"messages": [...]}}')
-    dialogue: list[Utterance] = []
+        raise UserError('expected a list of messages or {"messages": [...]}')
+    lines: list[Utterance] = []
     for message in messages:
         if not isinstance(message, dict):
-            raise UserError(f"{where}: a message must be an object, got {message!r:.60}")
+            raise UserError(f"a message must be an object, got {message!r:.60}")
         role = message.get("role", message.get("speaker"))
         text = message.get("content", message.get("text"))
-        if role not in ROLES or not isinstance(text, str):
-            raise UserError(
-                f"{where}: a message needs a role (user, assistant) or speaker (seeker,"
-                f" recommender) and content, got {message!r:.80}"
-            )
-        _say(dialogue, ROLES[role], text)
+        if role not in SPEAKER_NAMES or not isinstance(text, str):
+            names = ", ".join(SPEAKER_NAMES)
+            raise UserError(f"a message needs a role ({names}) and content, got {message!r:.80}")
+        lines.append(Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text))
+    dialogue = _joined(lines)
     if not dialogue or dialogue[-1].speaker != "seeker":
-        raise UserError(f"{where}: the dialogue must end with a line of the seeker's (role user)")
-    return tuple(dialogue)
+        raise UserError("the dialogue must end with a line of the seeker's (role user)")
+    return dialogue

@@ -1,33 +1,36 @@
-"""Dialogues, examples and pairs: all that crosses between the files of this package."""
+"""Dialogues, examples and preference pairs: the types that the modules of crs share."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from usbrec.chat import Message
 
 Speaker = Literal["seeker", "recommender"]
+SILENCE = "..."  # written for an empty reply, so that the speakers keep alternating
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One line of a dialogue and who said it."""
+    """One line of a dialogue and its speaker."""
 
     speaker: Speaker
     text: str
 
 
 Dialogue = tuple[Utterance, ...]
+Dialogues = Sequence[Dialogue]
+Popularity = Mapping[str, int]  # title -> its count among the training labels
 
 
 @dataclass(frozen=True)
 class Example:
-    """A recommender's turn that names at least one item, given every turn before it.
+    """One recommender turn that names at least one item, with every turn before it.
 
-    `history` holds no empty lines and ends with the seeker. `items` are the gold titles. What
-    follows exists only where the dataset has it (the sample set): the `profile` of the seeker as
-    the history shows it, the recommender's `explanation` of its choice, and what the seeker would
-    say if a gold item (`accept`) or another one (`refuse`, with a hint) were recommended.
+    `history` holds no empty lines and ends with the seeker. `items` are the gold titles. The other
+    fields exist only where the dataset has them (the sample set). `profile` is the seeker's taste
+    as the history shows it. `explanation` is the recommender's reason for its choice. `accept` is
+    the seeker's answer to a gold item; `refuse` is the answer, with a hint, to another item.
     """
 
     dialog_id: str
@@ -39,6 +42,9 @@ class Example:
     explanation: str | None = None
     accept: str | None = None
     refuse: str | None = None
+
+
+Examples = Sequence[Example]
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,30 @@ class PreferencePair:
     chosen_from: str
     rejected_from: str
 
+    def record(self) -> dict[str, Any]:
+        """Return the pair as one row of pairs.jsonl: trl's conversational preference format."""
+        return {
+            **asdict(self),
+            "prompt": [{"role": m.role, "content": m.content} for m in self.prompt],
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+        }
 
-def from_viewpoint(dialogue: Iterable[Utterance], speaker: Speaker) -> list[Message]:
-    """Return the dialogue as chat messages for the one who speaks next: own lines `assistant`.
 
-    Each speaker sees its own turns as `assistant` and the other's as `user` (the authors' release
-    gives both the same mapping).
+def add_turn(dialogue: Dialogue, speaker: Speaker, text: str) -> Dialogue:
+    """Return the dialogue with one more line; an empty line is written as SILENCE."""
+    return (*dialogue, Utterance(speaker, text.strip() or SILENCE))
+
+
+def from_viewpoint(dialogue: Dialogue, speaker: Speaker) -> list[Message]:
+    """Return the dialogue as chat messages for `speaker`, who speaks next.
+
+    The lines of `speaker` are `assistant`, the other speaker's lines `user`. The authors' release
+    gives both speakers the same mapping.
     """
-    return [
-        Message("assistant" if line.speaker == speaker else "user", line.text) for line in dialogue
-    ]
+    return [Message("assistant" if x.speaker == speaker else "user", x.text) for x in dialogue]
+
+
+def format_dialogue(dialogue: Dialogue) -> str:
+    """Return the dialogue as text, one line per utterance with its speaker."""
+    return "\n".join(f"{x.speaker.capitalize()}: {' '.join(x.text.split())}" for x in dialogue)

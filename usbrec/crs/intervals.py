@@ -8,109 +8,76 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Values = Sequence[float | None]
+Weights = Sequence[float] | None
+Groups = Sequence[str] | None  # a name per row
 DRAWS = 10_000
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 
 
 def mean_interval(
-    values: Sequence[float],
-    seed: int,
-    weights: Sequence[float] | None = None,
-    groups: Sequence[str] | None = None,
+    values: Values, seed: int, weights: Weights = None, groups: Groups = None
 ) -> dict[str, Any]:
-    """Return the (weighted) mean as {"mean", "low", "high", "n"}; no rows give None, never 0.
+    """Return the (weighted) mean of the values as {"mean", "low", "high", "n"}.
 
-    `n` is the number of rows, or the sum of the weights where those are given.
+    Rows without a value are left out; if none is left, the mean is None, never 0. `n` is the number
+    of rows, or the sum of the weights if they are given.
     """
-    if not len(values):
+    kept = [i for i, value in enumerate(values) if value is not None]
+    if not kept:
         return {"mean": None, "low": None, "high": None, "n": 0}
-    weight = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    value = np.asarray(values, float)
-    top, bottom = _grouped(value * weight, groups), _grouped(weight, groups)
+    value = np.asarray(values, float)[kept]
+    weight = np.ones(len(kept)) if weights is None else np.asarray(weights, float)[kept]
+    group = np.asarray(kept if groups is None else [groups[i] for i in kept])
+    place = np.unique(group, return_inverse=True)[1]
+    top, bottom = np.bincount(place, value * weight), np.bincount(place, weight)  # a sum per group
     means = [(counts @ top) / (counts @ bottom) for counts in draws(len(top), seed)]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    total = weight.sum()
-    return {
-        "mean": float((value * weight).sum() / total),
-        "low": float(low),
-        "high": float(high),
-        "n": int(total),
-    }
+    mean = (value * weight).sum() / weight.sum()
+    return {"mean": float(mean), **_percentiles(means), "n": int(weight.sum())}
+
+
+def _percentiles(blocks: Sequence[np.ndarray]) -> dict[str, float]:
+    low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
 
 
 def paired_difference(
-    first: Sequence[float | None],
-    second: Sequence[float | None],
-    seed: int,
-    weights: Sequence[float] | None = None,
-    groups: Sequence[str] | None = None,
+    first: Values, second: Values, seed: int, weights: Weights = None, groups: Groups = None
 ) -> dict[str, Any]:
     """Return mean(first - second) over the rows that both have, with its paired interval."""
-    pairs = list(zip(first, second, strict=True))
-    kept = [i for i, (a, b) in enumerate(pairs) if a is not None and b is not None]
-    gaps = [float(a) - float(b) for a, b in pairs if a is not None and b is not None]
-    return mean_interval(
-        gaps,
-        seed,
-        None if weights is None else [weights[i] for i in kept],
-        None if groups is None else [groups[i] for i in kept],
-    )
+    pairs = zip(first, second, strict=True)
+    gaps = [None if a is None or b is None else float(a) - float(b) for a, b in pairs]
+    return mean_interval(gaps, seed, weights, groups)
 
 
 def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int) -> dict[str, Any]:
     """Return {"auc", "low", "high", "n"}: P(positive > negative) + half the ties, over all pairs.
 
-    The two lists are paired by row (a gold reply and its rewriting): rows are drawn together.
+    The two lists are paired by row (a gold reply and its rewriting), and a row's two values are
+    drawn together.
     """
     n = len(positive)
     if n == 0:
         return {"auc": None, "low": None, "high": None, "n": 0}
-    wins = _wins(np.asarray(positive, float), np.asarray(negative, float))
+    wins = _wins(positive, negative)
     areas = [np.einsum("bi,ij,bj->b", c, wins, c, optimize=True) / n**2 for c in draws(n, seed)]
-    low, high = np.percentile(np.concatenate(areas), [2.5, 97.5])
-    return {"auc": float(wins.mean()), "low": float(low), "high": float(high), "n": n}
+    return {"auc": float(wins.mean()), **_percentiles(areas), "n": n}
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
-    """Return P(positive > negative) + half the ties, None where a side is empty."""
-    if not len(positive) or not len(negative):
-        return None
-    return float(_wins(np.asarray(positive, float), np.asarray(negative, float)).mean())
+    """Return P(positive > negative) + half the ties, or None if a side is empty."""
+    return float(_wins(positive, negative).mean()) if len(positive) and len(negative) else None
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's correlation, ties sharing a rank; None where a side is constant."""
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+def _wins(positive: Sequence[float], negative: Sequence[float]) -> np.ndarray:
+    """Return (P, N): 1 where the positive is above the negative, 1/2 for a tie, else 0."""
+    return (np.sign(np.subtract.outer(positive, negative)) + 1) / 2
 
 
-def draws(n: int, seed: int) -> Iterator[Array]:
-    """Yield blocks (b, n) of how often each of n rows is drawn, DRAWS rows of blocks in all."""
+def draws(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield blocks (b, n): how often each of n rows is drawn, in b draws; DRAWS draws in all."""
     generator = np.random.default_rng(seed)
     block = max(1, CELLS // n)
     for start in range(0, DRAWS, block):
-        size = min(block, DRAWS - start)
-        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
-
-
-def _wins(positive: Array, negative: Array) -> Array:
-    above = positive[:, None] - negative[None, :]  # (P, N)
-    return (above > 0) + 0.5 * (above == 0)
-
-
-def _ranks(values: Sequence[float]) -> Array:
-    _, place, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]
-
-
-def _grouped(values: Array, groups: Sequence[str] | None) -> Array:
-    if groups is None:
-        return values
-    _, place = np.unique(np.asarray(groups), return_inverse=True)
-    sums: Array = np.bincount(place, weights=values).astype(float)
-    return sums
+        yield generator.multinomial(n, np.full(n, 1 / n), min(block, DRAWS - start)).astype(float)

@@ -1,118 +1,101 @@
-"""Training lessons from training dialogues: what the recommender and the simulator learn.
+"""Training dialogues of the recommender and the simulator, made from a dataset's examples.
 
-The recommender learns the gold turns of a dialogue, all in one lesson, and to explain its last
-recommendation. The simulator (arXiv 2509.20381 takes a large model as it is; a small one must learn
-to play the user) learns, for one example each:
+The recommender learns the gold turns of a dialogue, all in one training dialogue, and the
+explanation of its last recommendation. arXiv 2509.20381 uses a large simulator untrained; a small
+one must learn to play the user. It learns per example:
 
-    seeker, knows the target     its own lines, what it says to the gold film and to another,
+    seeker, knows the target     its own lines, its reactions to the gold film and to another,
                                  and as external judge 2, 1 or 0 for replies and explanations
     internal seeker, the profile the same, and as internal judge 2, 1 or 0 for the reply alone
     summariser                   the profile of the dialogue so far
 
-Replies that deserve 1 or 0 are the gold reply rewritten for another film of the catalogue, drawn by
-its count among the training labels and graded by rule (`Catalogue.grade`); a reply that names no
-film deserves 0. Where a dataset has no profiles, explanations or reactions, the catalogue's facts
-stand in for them.
+A reply that deserves 1 or 0 is the gold reply rewritten for another film of the catalogue. The film
+is drawn by its count among the training labels and graded by rule (`Catalogue.grade`). A reply that
+names no film deserves 0. Where a dataset has no profiles or explanations, the catalogue's facts
+replace them; where it has no reactions, their branches are left out.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from usbrec.chat import Lesson, Message
-from usbrec.crs.agents import (
-    EXPLAIN,
-    external_question,
-    internal_question,
-    internal_seeker_prompt,
-    recommender_prompt,
-    seeker_prompt,
-    summary_prompt,
-)
-from usbrec.crs.catalogue import Catalogue, Item, describe, genre_word, rewrite
-from usbrec.crs.dialogue import Example, Utterance
-from usbrec.options import check, option, seed_for
+from usbrec.chat import Message, TrainingDialogue
+from usbrec.crs import agents
+from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.dialogue import Dialogue, Example, Utterance
+from usbrec.crs.rewrite import describe, genre_word, rewrite
+from usbrec.options import Options, option, seed_for
 
-FILMLESS = (  # replies that recommend nothing, as an untrained model gives them
-    "What kind of film are you in the mood for?",
-    "Do you have a favourite actor or director?",
-    "Happy to help! Tell me a bit more about what you enjoy.",
-    "I'm here to help. What would you like to watch?",
-    "That's a great choice! I'm glad you like it.",
-    "I'm sorry for any confusion. How can I assist you today?",
-    "I'm not sure what you are looking for, but I can recommend a few movies you might enjoy.",
-    "You are a fan of good films, and so am I. It is a classic.",
-    "What about a comedy? Or perhaps a thriller?",
-    "As an assistant, I can't recommend a specific film.",
-    "The 1980s were a great time for movies.",
-    "I'd love to recommend a film that suits you.",
-)
+# replies that recommend nothing, as an untrained model gives them
+FILMLESS = Path(__file__).with_name("filmless_replies.txt").read_text("utf-8").splitlines()
 EMPTY_WORDS = frozenset([
     "likes", "dislikes", "seen", "nothing", "said", "mood", "a", "an", "the", "i", "it", "you",
     "this", "that", "is", "by", "with", "from", "made", "of", "for", "to", "in", "and", "movie",
     "film", "starring", "directed",
 ])  # fmt: skip
-TRIES = 40  # draws in search of a film of a wanted grade
-UNLIKE = 4  # replies that share no word with a profile; with two its judge may fail to learn
+TRIES = 40  # films drawn in search of one per grade
+UNLIKE = 4  # replies without a word of the profile; with 2 the internal judge may fail to learn
 
 
 @dataclass(frozen=True)
-class LessonOptions:
-    """How much the parts of a lesson weigh."""
+class LessonOptions(Options):
+    """Loss weights of the parts of a training dialogue."""
 
-    score_weight: float = option(
-        10.0, "weight of a score's token against a word's in the loss", above=0
-    )
+    score_weight: float = option(10.0, "weight of a score's token in the loss", above=0)
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 def recommender_lessons(
     examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
-) -> list[Lesson]:
-    """Return one lesson a dialogue: loss on each of its gold turns, at times on an explanation."""
+) -> list[TrainingDialogue]:
+    """Return one training dialogue per dialogue, whose gold turns have weight 1.
+
+    One in `explain_every` also has a branch with an explanation.
+    """
     lessons = []
     for number, rows in enumerate(same_dialogue(examples)):
-        longest = rows[-1]
-        gold = {len(row.history): row.response for row in rows}
-        dialogue = (*longest.history, Utterance("recommender", longest.response))
-        system, *lines = recommender_prompt(dialogue)
-        trunk = tuple(
-            Message(m.role, m.content, 1.0) if gold.get(i) == m.content else m
-            for i, m in enumerate(lines)
-        )
-        told = "" if number % options.explain_every else explanation_of(longest, catalogue)
-        asked = (Message("user", EXPLAIN), Message("assistant", told, options.explanation_weight))
-        lessons.append(Lesson((system, *trunk), (asked,) if told else ()))
+        gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
+        system, *said = agents.recommender_prompt(_with_response(rows[-1]))
+        lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
+        told = "" if number % options.explain_every else explanation_of(rows[-1], catalogue)
+        answer = Message("assistant", told, options.explanation_weight)
+        branches = ((Message("user", agents.EXPLAIN), answer),) if told else ()
+        lessons.append(TrainingDialogue((system, *lines), branches))
     return lessons
 
 
 def same_dialogue(examples: Sequence[Example]) -> list[list[Example]]:
-    """Group rows that are prefixes of one dialogue, shortest first; others stay alone."""
+    """Return the examples in groups, shortest first: those that are prefixes of one dialogue."""
     groups: list[list[Example]] = []
     for row in sorted(examples, key=lambda x: (x.dialog_id, len(x.history))):
-        last = groups[-1][-1] if groups else None
-        said = (*last.history, Utterance("recommender", last.response)) if last else ()
-        if last and last.dialog_id == row.dialog_id and row.history[: len(said)] == said:
+        said = _with_response(groups[-1][-1]) if groups else ()
+        if groups and groups[-1][0].dialog_id == row.dialog_id and row.history[: len(said)] == said:
             groups[-1].append(row)
         else:
             groups.append([row])
     return groups
 
 
+def _with_response(example: Example) -> Dialogue:
+    return (*example.history, Utterance("recommender", example.response))
+
+
+def gold_items(example: Example, catalogue: Catalogue) -> list[Item]:
+    """Return the items of the gold titles that the catalogue has."""
+    return [item for title in example.items if (item := catalogue.get(title))]
+
+
 def explanation_of(example: Example, catalogue: Catalogue) -> str:
     """Return the row's own explanation, else one from the facts of its first known gold item."""
-    if example.explanation:
-        return example.explanation
-    known = (catalogue.get(title) for title in example.items)
-    return next((f"{item.title} is {describe(item)}." for item in known if item), "")
+    facts = [f"{item.title} is {describe(item)}." for item in gold_items(example, catalogue)]
+    return example.explanation or next(iter(facts), "")
 
 
 def profile_of(example: Example, catalogue: Catalogue) -> str:
@@ -122,16 +105,14 @@ def profile_of(example: Example, catalogue: Catalogue) -> str:
     lines = [line.text for line in example.history if line.speaker == "seeker"]
     items = [mention.items[0] for text in lines for mention in catalogue.find(text)]
     words = {word.strip(".,!?").lower() for text in lines for word in text.split()}
-    genres = dict.fromkeys(
-        genre_word(genre) for item in catalogue for genre in item.genres if genre in words
-    )
-    genres |= dict.fromkeys(genre_word(genre) for item in items for genre in item.genres)
-    liked = [*list(genres)[:4], *dict.fromkeys(item.title for item in items[-3:])]
+    genres = [genre for item in catalogue for genre in item.genres if genre in words]
+    genres += [genre for item in items for genre in item.genres]
+    liked = list(dict.fromkeys(map(genre_word, genres)))[:4]
+    liked += dict.fromkeys(item.title for item in items[-3:])
     return f"Likes: {', '.join(liked)}." if liked else "Likes: unknown."
 
 
-@dataclass(frozen=True)
-class Suggestion:
+class Suggestion(NamedTuple):
     """A reply of the recommender, its explanation, and the score it deserves."""
 
     reply: str
@@ -140,60 +121,61 @@ class Suggestion:
 
 
 class Suggestions:
-    """Draws replies for other films, by their count among the training labels."""
+    """A source of replies for other films, drawn by their count among the training labels."""
 
     def __init__(self, catalogue: Catalogue, popularity: Mapping[str, int]) -> None:
         self.catalogue = catalogue
-        counts = [(catalogue.get(title), n) for title, n in sorted(popularity.items())]
-        self.pool = [(item, n) for item, n in counts if item is not None]
-        total = sum(n for _, n in self.pool)
-        self.shares = np.array([n / total for _, n in self.pool])
+        known = [(catalogue.get(title), count) for title, count in sorted(popularity.items())]
+        self.pool = [item for item, _ in known if item]
+        counts = np.array([count for item, count in known if item])
+        self.shares = counts / counts.sum()
 
-    def others(self, generator: np.random.Generator) -> Iterator[Item]:
-        """Draw TRIES films by their count."""
-        for place in generator.choice(len(self.pool), TRIES, p=self.shares):
-            yield self.pool[place][0]
+    def others(self, generator: np.random.Generator) -> list[Item]:
+        """Return TRIES films, drawn by their count."""
+        return [self.pool[x] for x in generator.choice(len(self.pool), TRIES, p=self.shares)]
 
     def draw(self, example: Example, seed: int) -> list[Suggestion]:
-        """Return the gold reply (2), one for a kindred film (1), for another (0), and one
-        that names no film (0).
+        """Return the gold reply (2) and replies for a kindred film (1), another (0) and none (0).
 
-        A grade that no drawn film has is left out, and all are where the gold item is unknown.
+        A grade that no drawn film has is left out. The result is empty if the reply names no known
+        gold item.
         """
         generator = np.random.default_rng(seed)
-        gold = [self.catalogue.get(title) for title in example.items]
-        named = [g for g in gold if g and self.catalogue.mentions(example.response, [g.title])]
+        golds, text = gold_items(example, self.catalogue), example.response
+        named = [item for item in golds if self.catalogue.mentions(text, [item.title])]
         if not named:
             return []
         told = explanation_of(example, self.catalogue)
-        found = {2: Suggestion(example.response, told, 2)}
+        found = {2: Suggestion(text, told, 2)}
         for item in self.others(generator):
             score = self.catalogue.grade(item, example.items)
             if score not in found:
-                reply, why = (rewrite_all(x, named, item) for x in (example.response, told))
+                reply, why = (rewrite_all(x, named, item) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
-        reply, why = generator.choice(FILMLESS, 2)
-        return [*found.values(), Suggestion(str(reply), str(why), 0)]
+        reply, why = map(str, generator.choice(FILMLESS, 2))
+        return [*found.values(), Suggestion(reply, why, 0)]
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
-        """Return the reply for up to UNLIKE films with nothing of the target or the profile."""
+        """Return up to UNLIKE replies (0) that share nothing with the target or the profile."""
         generator = np.random.default_rng(seed_for(seed, "unlike"))
-        known = [gold for title in example.items if (gold := self.catalogue.get(title))]
-        found: list[Suggestion] = []
-        for item in self.others(generator):
-            reply = rewrite_all(example.response, known, item)
-            fits = self.catalogue.grade(item, example.items) or words_of(reply) & words_of(profile)
-            if not fits and reply != example.response and len(found) < UNLIKE:
-                found.append(Suggestion(reply, "", 0))
-        return found
+        known, told = gold_items(example, self.catalogue), telling_words(profile)
+        others = [x for x in self.others(generator) if not self.catalogue.grade(x, example.items)]
+        replies = [rewrite_all(example.response, known, other) for other in others]
+        fitting = [x for x in replies if x != example.response and not telling_words(x) & told]
+        return [Suggestion(reply, "", 0) for reply in fitting[:UNLIKE]]
 
 
 def rewrite_all(text: str, olds: Sequence[Item], new: Item) -> str:
-    """Return a text about some films as it would read about another."""
+    """Return a text about the films `olds` rewritten for the film `new`."""
     for old in olds:
         text = rewrite(text, old, new)
     return text
+
+
+def telling_words(text: str) -> set[str]:
+    """Return the words of a reply or a profile that describe a film."""
+    return set(re.findall(r"[a-z0-9']+", text.lower())) - EMPTY_WORDS
 
 
 def simulator_lessons(
@@ -202,13 +184,14 @@ def simulator_lessons(
     popularity: Mapping[str, int],
     seed: int,
     options: LessonOptions,
-) -> list[Lesson]:
-    """Return the simulator's lessons, in the order in which they must be learned.
+) -> list[TrainingDialogue]:
+    """Return the simulator's training dialogues, in the order in which they must be learned.
 
-    First comes the external judge, from every other example: to find the target's title in a reply
-    is the easiest comparison. A small model that has learned it learns to compare a reply with a
-    profile, which it does not learn from the start. Then each example's internal seeker, and by
-    turns its summary, or the external seeker again. Rarer branches are left out by turns, too.
+    The external judge of every other example comes first: finding the target's title in a reply is
+    the easiest comparison. A small model that has learned it can learn to compare a reply with a
+    profile, which fails from the start. The internal seeker of every example follows, with the
+    summary of every other example, and with the external seeker again for one in six. Replies
+    without a film are rarer still.
     """
     draws = Suggestions(catalogue, popularity)
     first, then = [], []
@@ -218,77 +201,48 @@ def simulator_lessons(
         if not made:
             continue
         *named, filmless = made
+        at_times = [filmless] if number % 4 == 0 else []
         profile = profile_of(example, catalogue)
         kindred = [each for each in named if each.score == 1]
-        judged = [named[0], *draws.unlike(example, profile, key), *kindred]
-        judged += [filmless] if number % 4 == 0 else []
-        then.append(internal_lesson(example, judged, profile, options))
+        judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
+        then.append(seeker_lesson(example, judged, profile, options))
         if number % 2 == 0:
-            judged = [*named, filmless] if number % 4 == 0 else named
-            first.append(external_lesson(example, judged, options))
+            first.append(seeker_lesson(example, [*named, *at_times], None, options))
             summary = Message("assistant", profile, options.line_weight)
-            then.append(Lesson((*summary_prompt(example.history), summary)))
+            then.append(TrainingDialogue((*agents.summary_prompt(example.history), summary)))
         elif number % 6 == 1:
-            then.append(external_lesson(example, [*named[:2], filmless], options))
+            then.append(seeker_lesson(example, [*named[:2], filmless], None, options))
     return first + then
 
 
-def external_lesson(
-    example: Example, judged: Sequence[Suggestion], options: LessonOptions
-) -> Lesson:
-    """The seeker who knows the target: its lines, a reaction, its scores of explanations."""
-    asked = [
-        (Message("assistant", EXPLAIN), Message("user", each.explanation),
-         external_question(example.items))
-        for each in judged
-    ]  # fmt: skip
-    prompt = seeker_prompt(example.history, example.items)
-    return seekers_lesson(example, prompt, judged, asked, judged[0], options)
+def seeker_lesson(
+    example: Example, judged: Sequence[Suggestion], profile: str | None, options: LessonOptions
+) -> TrainingDialogue:
+    """Return the seeker's own lines, then one branch per judged reply: reply, question, score.
 
-
-def internal_lesson(
-    example: Example, judged: Sequence[Suggestion], profile: str, options: LessonOptions
-) -> Lesson:
-    """The seeker who knows the profile alone: its lines, a reaction, its scores of replies.
-
-    The gold reply deserves 2, one of a kindred film 1, those that share no word with the profile 0.
+    With a profile the speaker is the internal seeker, who knows the profile alone and scores the
+    reply. Without one it is the external seeker, who knows the target and scores the explanation. A
+    reaction that the dataset has is the last branch: the external seeker's to the gold reply, the
+    internal seeker's to the last judged reply.
     """
-    asked = [(internal_question(profile),)] * len(judged)
-    prompt = internal_seeker_prompt(example.history, profile)
-    return seekers_lesson(example, prompt, judged, asked, judged[-1], options)
-
-
-def seekers_lesson(
-    example: Example,
-    prompt: Sequence[Message],
-    judged: Sequence[Suggestion],
-    asked: Sequence[tuple[Message, ...]],
-    met: Suggestion,
-    options: LessonOptions,
-) -> Lesson:
-    """The seeker's own lines, then its scores of replies after what it is `asked`.
-
-    Where the dataset tells what it says to the reply `met`, that is learned as well.
-    """
-    trunk = tuple(
-        Message(m.role, m.content, options.line_weight) if m.role == "assistant" else m
-        for m in prompt
-    )
+    if profile is None:
+        met, question = judged[0], agents.external_question(example.items)
+        prompt = agents.seeker_prompt(example.history, example.items)
+    else:
+        met, question = judged[-1], agents.internal_question(profile)
+        prompt = agents.internal_seeker_prompt(example.history, profile)
+    explain, weight = Message("assistant", agents.EXPLAIN), options.line_weight
+    prefix = (replace(m, weight=weight) if m.role == "assistant" else m for m in prompt)
     branches: list[tuple[Message, ...]] = []
-    for each, question in zip(judged, asked, strict=True):
+    for each in judged:
+        told = (explain, Message("user", each.explanation)) if profile is None else ()
         score = Message("assistant", str(each.score), options.score_weight)
-        branches.append((Message("user", each.reply), *question, score))
-    if said := example.accept if met.score == 2 else example.refuse:
-        answer = Message("assistant", said, options.line_weight)
-        branches.append((Message("user", met.reply), answer))
-    return Lesson(trunk, tuple(branches))
-
-
-def words_of(text: str) -> set[str]:
-    """The words of a reply or a profile that tell something of a film."""
-    return set(re.findall(r"[a-z0-9']+", text.lower())) - EMPTY_WORDS
+        branches.append((Message("user", each.reply), *told, question, score))
+    if reaction := example.accept if met.score == 2 else example.refuse:
+        branches.append((Message("user", met.reply), Message("assistant", reaction, weight)))
+    return TrainingDialogue(tuple(prefix), tuple(branches))
 
 
 def popularity_of(examples: Sequence[Example]) -> dict[str, int]:
-    """Count each gold title among the training labels, in order of title."""
+    """Return {gold title: its count among the training labels}, in order of title."""
     return dict(sorted(Counter(title for x in examples for title in x.items).items()))

@@ -1,8 +1,8 @@
-"""Titles in text: how a film's title is told from an ordinary word.
+"""Titles in text: the rules that tell a film's title from an ordinary word.
 
 The rules by which a title counts as named (`Catalogue.find`):
 - with its year, "Heat (1995)" or "heat 1995", a title counts in any case; a year in brackets may be
-  off by one (release dates differ by country), a year further off names some film we do not have;
+  off by one (release dates differ by country), a year further off means a film outside the data;
 - a long name ("the silence of the lambs": three words or more, one of them uncommon) counts in any
   case, other names ("The Thing", "Titanic") with their capitals, and a single word only if no
   uncommon capitalised word stands beside it ("Oliver Stone");
@@ -10,14 +10,14 @@ The rules by which a title counts as named (`Catalogue.find`):
   year, in quotes with its capital, or with its capital right after a word such as "watch" or
   "called"; a genre's name not even then.
 
-`leaks` is stricter: it finds whatever gives a title away. Nothing here knows of a catalogue.
+`leaks` is stricter: it finds every form that gives a title away. Nothing here knows of a catalogue.
 """
 
 import re
 import unicodedata
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 # The forms a genre's name takes in text; the first stands before "film". Their order here is the
 # order of several before "film": "romantic comedy film", "sci-fi action film".
@@ -40,7 +40,10 @@ GENRE_FORMS: dict[str, tuple[str, ...]] = {
     "comedy": ("comedy", "comedies", "comedic"),
 }
 GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
-
+# The most common words, and names of films that are ordinary words.
+ORDINARY_WORDS = GENRE_WORDS.union(
+    Path(__file__).with_name("ordinary_words.txt").read_text("utf-8").split()
+)
 NAMING_WORDS = frozenset(["called", "titled", "named"])
 WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
 # Words that begin a sentence with a capital without being part of a name: "Watch Heat".
@@ -52,7 +55,6 @@ OPENERS = WATCHING_WORDS.union([
 CUES = NAMING_WORDS | WATCHING_WORDS.union(
     ["recommend", "recommended", "suggest", "suggested", "film", "films", "movie", "movies"]
 )
-ARTICLES = ("the", "a", "an")
 QUOTES = "\"'“”‘’«»*_"
 _WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
 _TITLE_YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
@@ -60,17 +62,16 @@ YEAR_AFTER = re.compile(r"""[!?.]{0,3}["'”’*]?\s*\((\d{4})\)|["'”’*]?,?\
 BREAK = re.compile(r"[()\[\]\"“”\n;]")
 
 
-@dataclass(frozen=True)
-class Word:
-    """A word of a text: folded (lower case, no accents, no apostrophes), and where it stands."""
+class Word(NamedTuple):
+    """A word of a text: folded (lower case, no accents, no apostrophes), with its span."""
 
     key: str
     start: int
     end: int
 
 
-def fold(text: str) -> str:
-    """Return the text in lower case without accents; every character keeps its place."""
+def fold_case(text: str) -> str:
+    """Return the text in lower case without accents, every character in its place."""
     if text.isascii():
         return text.lower()
     return "".join(unicodedata.normalize("NFD", char)[0].lower()[0] for char in text)
@@ -78,95 +79,84 @@ def fold(text: str) -> str:
 
 def words_of(text: str) -> list[Word]:
     """Return the words of a text; punctuation between them is left out."""
-    words = []
-    for match in _WORD.finditer(fold(text)):
-        key = "and" if match.group() == "&" else re.sub("['’]", "", match.group())
-        words.append(Word(key, match.start(), match.end()))
-    return words
+    found = _WORD.finditer(fold_case(text))
+    return [Word(re.sub("['’]", "", m[0]).replace("&", "and"), *m.span()) for m in found]
+
+
+def keys_of(name: str) -> list[str]:
+    """Return the folded words of a name: "Ocean's Eleven" -> ["oceans", "eleven"]."""
+    return [word.key for word in words_of(name)]
 
 
 def split_title(title: str) -> tuple[str, int | None]:
     """Return a title's name and year: "Heat (1995)" -> ("Heat", 1995)."""
     match = _TITLE_YEAR.match(title)
-    return (match.group(1) or title, int(match.group(2))) if match else (title.strip(), None)
-
-
-@cache
-def ordinary_words() -> frozenset[str]:
-    """Return the commonest words and those that are films here and ordinary words everywhere."""
-    path = Path(__file__).with_name("ordinary_words.txt")
-    return GENRE_WORDS | frozenset(path.read_text(encoding="utf-8").split())
+    return (match[1] or title, int(match[2])) if match else (title.strip(), None)
 
 
 def is_ordinary(name: str) -> bool:
-    """Tell whether a name could be an ordinary word of a sentence, such as "It" or "2012"."""
-    keys = [word.key for word in words_of(name)]
-    return len(keys) == 1 and (
-        keys[0] in ordinary_words() or len(keys[0]) <= 3 or keys[0].isdigit()
-    )
+    """Return whether a name could be an ordinary word of a sentence, such as "It" or "2012"."""
+    keys = keys_of(name)
+    if len(keys) != 1:
+        return False
+    return keys[0] in ORDINARY_WORDS or len(keys[0]) <= 3 or keys[0].isdigit()
 
 
 def _uncommon_words(name: str) -> list[str]:
-    keys = [word.key for word in words_of(name)]
-    return [key for key in keys if len(key) > 3 and key not in ordinary_words()]
+    return [key for key in keys_of(name) if len(key) > 3 and key not in ORDINARY_WORDS]
 
 
 def _has_capitals(surface: str, name: str) -> bool:
-    """Tell whether every word with a capital (or a digit) in the name has it in the text too."""
-    pairs = zip(words_of(name), words_of(surface), strict=True)
-    return all(
-        surface[seen.start] == name[word.start] or surface[seen.start].isupper()
-        for word, seen in pairs
-    )
+    """Return whether each word with a capital (or digit) in the name has one in the text too."""
+    initials = [name[word.start] for word in words_of(name)]
+    seen = [surface[word.start] for word in words_of(surface)]
+    return all(a == b or b.isupper() for a, b in zip(initials, seen, strict=True))
 
 
 def _is_quoted(text: str, start: int, end: int) -> bool:
     before, after = text[start - 1 : start], text[end : end + 1]
-    opens = bool(before) and before in QUOTES and not text[start - 2 : start - 1].isalnum()
-    return opens and bool(after) and after in QUOTES
+    both = bool(before and after) and before in QUOTES and after in QUOTES
+    return both and not text[start - 2 : start - 1].isalnum()
 
 
 def looks_like_title(text: str, words: list[Word], first: int, last: int, name: str) -> bool:
-    """Tell whether the words first..last, without a year, stand there as the film of that name."""
+    """Return whether the words first..last, without a year, mean the film of that name."""
     start, end = words[first].start, words[last].end
     surface = text[start:end]
     if is_ordinary(name):
-        cue = first > 0 and not text[words[first - 1].end : start].strip(" " + QUOTES)
-        cue = cue and words[first - 1].key in CUES
-        cue = cue and words[first].key not in GENRE_WORDS and not surface.isdigit()
-        return (cue or _is_quoted(text, start, end)) and _has_capitals(surface, name)
+        cue = words[first - 1] if first else Word("", 0, 0)
+        is_cued = cue.key in CUES and not text[cue.end : start].strip(" " + QUOTES)
+        is_cued = is_cued and words[first].key not in GENRE_WORDS and not surface.isdigit()
+        return (is_cued or _is_quoted(text, start, end)) and _has_capitals(surface, name)
     if first == last and _is_part_of_name(text, words, first):
         return False
-    is_long = len(words_of(name)) >= 3 and _uncommon_words(name)
+    is_long = len(keys_of(name)) >= 3 and _uncommon_words(name)
     return bool(is_long) or _has_capitals(surface, name)
 
 
-def _is_part_of_name(text: str, words: list[Word], index: int) -> bool:
-    """Tell whether an uncommon capitalised word stands right beside: "Oliver Stone"."""
+def _is_part_of_name(text: str, words: list[Word], place: int) -> bool:
+    """Return whether an uncommon capitalised word is right beside: "Oliver Stone"."""
+    word = words[place]
     return any(
-        text[words[beside].start].isupper()
-        and words[beside].key not in ordinary_words()
-        and text[words[left].end : words[left + 1].start] == " "
-        for beside, left in ((index - 1, index - 1), (index + 1, index))
-        if 0 <= beside < len(words)
+        text[x.start].isupper() and x.key not in ORDINARY_WORDS
+        for x in words[max(place - 1, 0) : place + 2]
+        if text[x.end : word.start] == " " or text[word.end : x.start] == " "
     )
 
 
 def _spelling(name: str) -> str:
-    """Return a pattern for the name in folded text, whatever stands between its words."""
-    keys = [match.group() for match in _WORD.finditer(fold(name))]
-    words = [
-        "(?:&|and)" if key in ("&", "and") else re.sub("['’]", "['’]?", re.escape(key))
-        for key in keys
-    ]
-    return r"\W{0,3}".join(words) or re.escape(fold(name))
+    """Return a pattern of the name in folded text, for any punctuation between its words."""
+    folded = fold_case(name)
+    words = [re.sub("['’]", "['’]?", re.escape(word)) for word in _WORD.findall(folded)]
+    words = ["(?:&|and)" if word in (r"\&", "and") else word for word in words]
+    return r"\W{0,3}".join(words) or re.escape(folded)
 
 
 @lru_cache(maxsize=4096)
 def _leak_pattern(title: str) -> re.Pattern[str]:
     """Return the pattern of all forms of a title in folded text; group `name` without the year."""
     name, year = split_title(title)
-    stripped = re.sub(rf"^(?:{'|'.join(ARTICLES)})\s+", "", name, flags=re.IGNORECASE)
+    stripped = re.sub(r"^(?:the|a|an)\s+", "", name, flags=re.IGNORECASE)
     parts = [part for part in (stripped, *name.split(": ")) if part != name]
     telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]
     spellings = sorted({_spelling(form) for form in (name, *telling)}, key=len, reverse=True)
@@ -178,31 +168,23 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
 
 
 def leaks(text: str, title: str) -> list[tuple[int, int]]:
-    """Return where the title stands in the text, by the rules of `Catalogue.hide`."""
-    ordinary = is_ordinary(split_title(title)[0])
-    spans = []
-    for match in _leak_pattern(title).finditer(fold(text)):
-        start, end = match.span("name")
-        if not ordinary or match.group("year") or _is_meant(text, start, end):
-            spans.append(match.span())
-    return spans
+    """Return the spans of a title in a text, by the rules of `Catalogue.hide`."""
+    found = list(_leak_pattern(title).finditer(fold_case(text)))
+    if is_ordinary(split_title(title)[0]):
+        found = [x for x in found if x["year"] or _is_meant(text, *x.span("name"))]
+    return [match.span() for match in found]
 
 
 def _is_meant(text: str, start: int, end: int) -> bool:
-    """Tell whether the ordinary word text[start:end] stands there as a film's title."""
+    """Return whether the ordinary word text[start:end] means a film."""
     before, after = text[:start].rstrip(QUOTES), text[end:].lstrip(QUOTES)
     previous, following = before.split()[-1:], after.split()[:1]
-    if _is_quoted(text, start, end):
+    if _is_quoted(text, start, end) or (previous and previous[0].lower() in NAMING_WORDS):
         return True
-    if previous and previous[0].lower() in NAMING_WORDS:
-        return True
-    opens = not previous or before.rstrip()[-1] in ".!?:"
-    if opens:
+    if not previous or before.rstrip()[-1] in ".!?:":  # first word: is it the whole sentence?
         return bool(re.match(r"\s*(?:[.!?]|$)", after))
     surface = text[start:end]
     shouted = surface.isupper() and len(surface) > 1 and previous[0].lower() == "the"
-    part_of_name = any(
-        word[:1].isupper() and word.split("'")[0] != "I" and word.lower() not in OPENERS
-        for word in previous + following
-    )
+    beside = [x for x in previous + following if x[:1].isupper() and x.lower() not in OPENERS]
+    part_of_name = any(x.split("'")[0] != "I" for x in beside)
     return surface[0].isupper() and not part_of_name and not shouted

@@ -1,166 +1,188 @@
-"""A model's folder or GGUF file -> Decoder, its weights streamed tensor by tensor.
+"""A model's folder (config.json, safetensors) -> Decoder, its weights streamed tensor by tensor.
 
-The decoder is built without memory (meta device); each weight is then allocated once, in the
-target dtype and on the target device, and filled from the mapped file. Every parameter must be
-there in its shape, and nothing else may be.
+The decoder is built without memory (meta device). Each weight is then allocated once, in the target
+dtype and on the target device, and filled from the mapped file. Every parameter must be present in
+its shape, and no other tensor may be. Headers are checked before they are used, file names in an
+index must stay inside the folder, and a pickle is never opened.
 """
 
-from __future__ import annotations
-
-import re
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from usbrec.llm.gguf_file import GgufFile
 from usbrec.llm.model import Decoder, ModelConfig
-from usbrec.llm.model_config import config_from, load_config
-from usbrec.llm.weights import SafetensorsWeights, Weights, load_tensor
+from usbrec.llm.model_config import file_in, load_config, read_json, without_duplicates
 from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
 
-# ChatGLM3's own names; {} is the layer. What is not listed is called as in Hugging Face's Llama.
+INDEX_FILE = "model.safetensors.index.json"
+Device = torch.device | str
+HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Tensors that older checkpoints store and the decoder computes itself.
+COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.inv_freq")
+# Parts of our names -> ChatGLM3's own; all other names are those of Hugging Face's Llama.
 CHATGLM_NAMES = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
     "model.norm": "transformer.encoder.final_layernorm",
+    "model.layers": "transformer.encoder.layers",
     "lm_head": "transformer.output_layer",
-    "model.layers.{}.input_layernorm": "transformer.encoder.layers.{}.input_layernorm",
-    "model.layers.{}.self_attn.qkv_proj": (
-        "transformer.encoder.layers.{}.self_attention.query_key_value"
-    ),
-    "model.layers.{}.self_attn.o_proj": "transformer.encoder.layers.{}.self_attention.dense",
-    "model.layers.{}.post_attention_layernorm": (
-        "transformer.encoder.layers.{}.post_attention_layernorm"
-    ),
-    "model.layers.{}.mlp.gate_up_proj": "transformer.encoder.layers.{}.mlp.dense_h_to_4h",
-    "model.layers.{}.mlp.down_proj": "transformer.encoder.layers.{}.mlp.dense_4h_to_h",
+    "self_attn.qkv_proj": "self_attention.query_key_value",
+    "self_attn.o_proj": "self_attention.dense",
+    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
 }
 
 
-def stored_module(config: ModelConfig, module: str) -> str:
-    """Return what the checkpoint calls the module that the decoder calls `module`."""
-    if config.model_type != "chatglm":
-        return module
-    layer = re.search(r"\.(\d+)\.", module)
-    number = layer[1] if layer else ""
-    return CHATGLM_NAMES[re.sub(r"\.\d+\.", ".{}.", module)].format(number)
-
-
 def stored_name(config: ModelConfig, name: str) -> str:
-    """Return what the checkpoint calls the parameter that the decoder calls `name`."""
-    module, _, kind = name.rpartition(".")
-    return f"{stored_module(config, module)}.{kind}"
-
-
-class WithoutInit(TorchFunctionMode):
-    """Leaves initial values out, which on the meta device cost 70 MB and a second of imports."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Return the tensor as it is where `func` would fill it with random numbers."""
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+    """Return the checkpoint's name of the decoder's module or parameter `name`."""
+    if config.model_type == "chatglm":
+        for ours, theirs in CHATGLM_NAMES.items():
+            name = name.replace(ours, theirs)
+    return name
 
 
 def empty_decoder(config: ModelConfig) -> Decoder:
     """Return a decoder without memory (meta device)."""
-    with torch.device("meta"), WithoutInit():
+    with torch.device("meta"):
         return Decoder(config)
 
 
-def open_model(path: Path) -> tuple[ModelConfig, Weights]:
-    """Open a folder or a GGUF file, whose vocabulary alone takes seconds to read: only once."""
-    if path.suffix == ".gguf":
-        file = GgufFile(path)
-        return config_from(file.config(), path), file
-    return load_config(path), SafetensorsWeights.from_folder(path)
-
-
 def load_model(
-    path: Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    sharded: bool = False,
+    folder: Path, dtype: torch.dtype = torch.float32, device: Device = "cpu", sharded: bool = False
 ) -> Decoder:
-    """Return the decoder of a folder or GGUF file, its weights in `dtype` on `device`.
+    """Return the decoder of a folder, its frozen weights in `dtype` on `device`.
 
-    `sharded` leaves this process its part of each layer's weights alone (parallel.py); nowhere does
-    more than a tensor beyond that part come to lie in memory.
-    Raises UserError for unsupported settings, damaged files, and a parameter that is missing, too
-    many, of another shape, or not finite; the first is named.
+    With `sharded` this process keeps only its part of each layer's weights (parallel.py), and holds
+    at most one whole tensor besides.
+
+    Raises UserError for unsupported settings, damaged files, and naming the first parameter that is
+    missing, unexpected, of another shape, or not finite.
     """
-    config, weights = open_model(path)
-    model = empty_decoder(config)
+    model = empty_decoder(load_config(folder))
+    weights = SafetensorsWeights.from_folder(folder)
     names = parameter_names(model, weights)
     if sharded:
         shard(model, model.model.layers, torch.device(device))
         model.sharded = True
-    for ours, theirs in names.items():
-        set_parameter(model, ours, load_tensor(weights, theirs, dtype, device))
-    if config.tie_word_embeddings:
-        check_tied(model, weights)
+    for name, stored in names.items():
+        module, _, kind = name.rpartition(".")
+        owner = model.get_submodule(module)
+        own = part_of(weights.load(stored, dtype, device), getattr(owner, kind))
+        setattr(owner, kind, nn.Parameter(own, requires_grad=False))
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
-def parameter_names(model: Decoder, weights: Weights) -> dict[str, str]:
-    """Return the decoder's name -> the checkpoint's name for all weights, checked both ways."""
-    config = model.config
+def parameter_names(model: Decoder, weights: "SafetensorsWeights") -> dict[str, str]:
+    """Return {the decoder's name: the checkpoint's name} of all weights, checked both ways."""
     parameters = dict(model.named_parameters())  # a tied head is not listed a second time
-    names = {name: stored_name(config, name) for name in parameters}
-    compare_shapes(
-        {names[name]: tuple(parameter.shape) for name, parameter in parameters.items()},
-        weights.shapes,
-        weights.path,
-        spare=[stored_name(config, "lm_head.weight")] if config.tie_word_embeddings else [],
-    )
+    names = {name: stored_name(model.config, name) for name in parameters}
+    expected = {names[name]: parameter.shape for name, parameter in parameters.items()}
+    head = stored_name(model.config, "lm_head.weight")
+    compare_shapes(expected, weights, spare=set() if head in expected else {head})
+    if head in weights.headers.keys() - expected.keys():
+        embeddings = stored_name(model.config, "model.embed_tokens.weight")
+        if not torch.equal(weights.mapped(head), weights.mapped(embeddings)):
+            raise UserError(f"{weights.path}: tie_word_embeddings is on, {head} another matrix")
     return names
 
 
+class SafetensorsWeights:
+    """The tensors of a safetensors file, or of the shards that an index names, read one by one."""
+
+    def __init__(self, path: Path, index: Mapping[str, Path] | None = None) -> None:
+        """`index` maps tensors to files; raises UserError unless each is in its file alone."""
+        self.path = path
+        files = sorted(set(index.values())) if index else [path]
+        headers = {file: read_header(file) for file in files}
+        self.file_of = index or dict.fromkeys(headers[path], path)
+        promised = set(self.file_of.items())
+        found = {(name, file) for file in files for name in headers[file]}
+        for name, file in sorted(promised - found):
+            raise UserError(f"{file} lacks the tensor {name} that the index promises")
+        for name, file in sorted(found - promised):
+            raise UserError(f"{file} holds the tensor {name}, which the index does not put there")
+        self.headers = {name: headers[file][name] for name, file in self.file_of.items()}
+        self.opened = {file: safe_open(file, framework="pt") for file in files}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "SafetensorsWeights":
+        """Open model.safetensors, or the shards that its index names."""
+        if (folder / "model.safetensors").exists() or not (folder / INDEX_FILE).exists():
+            return cls(weights_file(folder, "model.safetensors"))
+        index = file_in(folder, INDEX_FILE)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map")
+        files = {name: file_in(folder, str(file)) for name, file in weight_map.items()}
+        return cls(index, {name: files[name] for name in files if not name.endswith(COMPUTED)})
+
+    def mapped(self, name: str) -> Tensor:
+        """Return a tensor that views the mapped file."""
+        tensor: Tensor = self.opened[self.file_of[name]].get_tensor(name)
+        return tensor
+
+    def load(self, name: str, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+        """Return a tensor in memory of its own; raises UserError if it is not finite."""
+        tensor = self.mapped(name).to(device, dtype, copy=True)
+        for piece in tensor.view(-1).split(1 << 22):  # in pieces, to spare a copy
+            if piece.numel() and not torch.stack(torch.aminmax(piece)).isfinite().all():
+                raise UserError(f"{self.path}: {name} holds NaN or infinite values in {dtype}")
+        return tensor
+
+
+def weights_file(folder: Path, name: str) -> Path:
+    """Return a safetensors file of the folder; a pickle in its place is refused by its name."""
+    for path in [] if (folder / name).exists() else sorted(folder.iterdir()):
+        if path.suffix in (".bin", ".pt", ".pth"):
+            told = "a pickle, never opened since it can run code: convert it to safetensors"
+            raise UserError(f"{path} is {told}")
+    return file_in(folder, name)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Return {name: tensor without memory (meta device)} of a safetensors file.
+
+    The package checks shapes, lengths, overlaps and gaps. Duplicate names, which it accepts, are
+    refused here.
+    """
+    try:
+        with path.open("rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
+        with safe_open(path, framework="pt"):
+            header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            if name.endswith(COMPUTED):
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of type {entry['dtype']}, expected F32, F16 or BF16")
+            dtype = DTYPES[entry["dtype"]]
+            tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+        return tensors
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
+
+
 def compare_shapes(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    source: Path,
-    spare: Collection[str] = (),
+    expected: Mapping[str, Sequence[int]], weights: SafetensorsWeights, spare: Collection[str] = ()
 ) -> None:
     """Raise UserError naming the first tensor that is missing, of another shape, or too many."""
+    source = weights.path
     for name, shape in expected.items():
-        if name not in found:
+        if name not in weights.headers:
             raise UserError(f"{source} lacks the tensor {name} of shape {list(shape)}")
-        if found[name] != shape:
-            raise UserError(
-                f"{source}: the tensor {name} has shape {list(found[name])}, expected {list(shape)}"
-            )
-    extra = sorted(found.keys() - expected.keys() - set(spare))
-    if extra:
-        raise UserError(f"{source} holds the tensor {extra[0]}, which this model does not have")
-
-
-def check_tied(model: Decoder, weights: Weights) -> None:
-    """Raise UserError if a stored head differs from the embeddings to which it is to be tied."""
-    head = stored_name(model.config, "lm_head.weight")
-    if head in weights.shapes and isinstance(weights, SafetensorsWeights):
-        embeddings = weights.mapped(stored_name(model.config, "model.embed_tokens.weight"))
-        if not torch.equal(weights.mapped(head), embeddings):
-            raise UserError(
-                f"{weights.path}: tie_word_embeddings is on, but {head} is another matrix"
-            )
-
-
-def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a frozen parameter, or this process's part, in the place of the one without memory."""
-    module, _, kind = name.rpartition(".")
-    owner = model.get_submodule(module)
-    own = part_of(value, getattr(owner, kind))
-    setattr(owner, kind, nn.Parameter(own, requires_grad=False))
+        found = list(weights.headers[name].shape)
+        if found != list(shape):
+            raise UserError(f"{source}: {name} has shape {found}, expected {list(shape)}")
+    for name in sorted(weights.headers.keys() - expected.keys() - set(spare)):
+        raise UserError(f"{source} holds the tensor {name}, which this model does not have")

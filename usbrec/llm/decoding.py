@@ -1,4 +1,13 @@
-"""Prefill and decode: how the tokens of a pass see what the shared memory holds."""
+"""Prefill and decode: the passes that compute rows of tokens over the prefix cache.
+
+A prefill computes the missing tokens of all prompts in few passes. A decoding step computes one
+token per row. Rows with the same prompt (siblings) read its keys together, G prompts of n siblings
+as one rectangle. Each row also reads its own new tokens:
+
+    prompt A  --+-- the new tokens of row 0          scores of row 0:  A | row 0
+                +-- the new tokens of row 1          scores of row 1:  A | row 1
+    prompt B  ----- the new tokens of row 2          scores of row 2:  B | row 2
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -8,321 +17,205 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.llm.cache import Group, Path, PrefixCache, share_groups
-from usbrec.llm.kernels import KEY_ALIGNMENT, plain_attention, visibility_bias
-from usbrec.llm.lora import Route
-from usbrec.llm.model import Decoder
-from usbrec.llm.packing import CPU_WINDOW, attend
+from usbrec.llm.cache import PrefixCache, SlotPath
+from usbrec.llm.lora import AdapterSpan
+from usbrec.llm.model import Decoder, Ops
 
 TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
-SDPA_KEYS = 900  # of all rows; for fewer, torch's attention is quicker than plain products
-COLUMNS = 4  # added to the rows' tails at a time, and as many more for each 32 columns there are
+COPIED_TOKENS = 2000  # of a batch's prompts; up to here a copy costs less than a second product
+
+Rows = Sequence[tuple[str | None, list[int]]]  # (adapter, ids) each
+
+
+def adapter_spans(adapters: Sequence[str | None], counts: Sequence[int]) -> list[AdapterSpan]:
+    """Return the spans of a pass of successive stretches: `counts[i]` tokens of `adapters[i]`."""
+    spans: list[AdapterSpan] = []
+    stop = 0
+    stretches = zip(adapters, counts, strict=True)
+    for adapter, neighbours in itertools.groupby(stretches, key=lambda stretch: stretch[0]):
+        start, stop = stop, stop + sum(count for _, count in neighbours)
+        if adapter is not None:
+            spans.append(AdapterSpan(adapter, start, stop))
+    return spans
 
 
 @dataclass(frozen=True)
-class Span:
-    """Tokens of one row, `start` to its `stop`, to be computed in a prefill."""
+class Piece:
+    """Tokens of one row, from position `start` on, that a prefill computes in one pass."""
 
     adapter: str | None
     ids: list[int]
-    slots: Tensor  # (stop,) of the row up to the span's end
     start: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """Queries `start` to `stop` of a pass see the keys at `path`, of their own what came before."""
-
-    start: int
-    stop: int
-    path: Tensor  # (S,) slots, the queries' own last; on the CPU padded
-    mask: Tensor  # (n, S): what is seen, or on the CPU its bias
+    slots: Tensor  # (start + n,) of the row up to the piece's end
 
 
 class PrefillAttention:
-    """Writes the pass's keys and values into the arena, then lets every block read its path."""
+    """Attention of a prefill, in which each token sees its row up to itself.
 
-    def __init__(self, cache: PrefixCache, spans: Sequence[Span]) -> None:
-        self.cache = cache
-        self.on_cpu = cache.k.device.type == "cpu"
-        self.written = torch.cat([s.slots[s.start :] for s in spans]).to(cache.k.device)
-        self.blocks: list[Block] = []
-        most = CPU_WINDOW if self.on_cpu else TOKENS_PER_PASS
-        for span in spans:
-            start = self.blocks[-1].stop if self.blocks else 0
-            for own in range(0, len(span.ids), most):
-                n = min(most, len(span.ids) - own)
-                path = span.slots[: span.start + own + n]
-                self.blocks.append(self.block(start + own, n, path.to(cache.k.device)))
+    A call first writes the keys and values of the pass into the arena.
+    """
 
-    def block(self, start: int, n: int, path: Tensor) -> Block:
-        """Let n queries from `start` on see all of a path, and of its last n what came before."""
-        S = len(path)
-        mask = torch.ones(n, S, dtype=torch.bool, device=path.device).tril(S - n)
-        if self.on_cpu:
-            mask = visibility_bias(mask, self.cache.k.dtype)
-            path = torch.cat([path, path[:1].expand(mask.shape[1] - S)])
-        return Block(start, start + n, path, mask)
+    def __init__(self, cache: PrefixCache, pieces: Sequence[Piece], ops: Ops) -> None:
+        self.cache, self.ops = cache, ops
+        device = cache.k.device
+        self.counts = [len(piece.ids) for piece in pieces]
+        self.written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(device)
+        self.slots = [piece.slots.to(device) for piece in pieces]
+        self.masks = []  # of `Ops.mask`
+        for piece in pieces:
+            ones = torch.ones(len(piece.ids), len(piece.slots), dtype=torch.bool, device=device)
+            self.masks.append(ops.mask(ones.tril(piece.start)))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
         keys, values = self.cache.k[layer], self.cache.v[layer]  # (H_kv, slots, d)
         keys[:, self.written], values[:, self.written] = k.transpose(0, 1), v.transpose(0, 1)
-        out = []
-        for block in self.blocks:
-            own = q[block.start : block.stop]
-            path_k, path_v = keys[:, block.path], values[:, block.path]
-            if self.on_cpu:
-                out.append(plain_attention(own, path_k, path_v, block.mask)[0])
-            else:
-                out.append(attend(own, path_k.transpose(0, 1), path_v.transpose(0, 1), block.mask))
-        return torch.cat(out)
-
-
-def routes_of(adapters: Sequence[str | None], counts: Sequence[int]) -> list[Route]:
-    """Return the routes of a row whose stretches of `counts` tokens belong to `adapters`."""
-    routes: list[Route] = []
-    at = 0
-    for adapter, count in zip(adapters, counts, strict=True):
-        if adapter is not None:
-            if routes and routes[-1].adapter == adapter and routes[-1].stop == at:
-                routes[-1] = routes[-1]._replace(stop=at + count)
-            else:
-                routes.append(Route(adapter, at, at + count))
-        at += count
-    return routes
+        pieces = zip(q.split(self.counts), self.slots, self.masks, strict=True)
+        return torch.cat([self.ops.attend(x, keys[:, s], values[:, s], m) for x, s, m in pieces])
 
 
 @torch.inference_mode()
 def prefill(
-    model: Decoder,
-    cache: PrefixCache,
-    rows: Sequence[tuple[str | None, list[int]]],
-    since: Sequence[int],
-) -> tuple[list[Path], list[Tensor], int]:
-    """Compute what the memory lacks of the rows (adapter, ids), each beginning once.
+    model: Decoder, cache: PrefixCache, rows: Rows, first_hidden: Sequence[int]
+) -> tuple[list[SlotPath], list[Tensor], int]:
+    """Return the paths of the rows, their hidden states, and the number of tokens computed.
 
-    Returns the rows' paths, the hidden states (n - since, D) of each row from position `since` on,
-    and the number of tokens computed. A wanted position that is already cached is computed again,
-    since only keys and values are kept.
+    Missing tokens are computed, those of a shared prefix once. The hidden states (n - first_hidden,
+    D) of a row begin at its position `first_hidden`. The cache holds keys and values alone, so a
+    cached token is computed again if its hidden state is wanted.
     """
     for adapter, ids in rows:
-        cache.find(adapter, ids)  # so that no row drives out what a later one shall use
+        cache.find(adapter, ids)  # marks it as used: no row may evict the prefix of a later one
     paths = [cache.insert(adapter, ids) for adapter, ids in rows]
-    spans: list[Span] = []
-    where: dict[int, int] = {}  # slot -> position in the concatenated hidden states
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0] or "")  # adapters lie together
-    count = 0
-    for i in order:
-        adapter, ids = rows[i]
-        slots = paths[i].slots
-        begin = min(paths[i].known, since[i])
-        while begin < len(ids) and int(slots[begin]) in where:
-            begin += 1  # an earlier row of this call computes it
-        for start in range(begin, len(ids), TOKENS_PER_PASS):
-            stop = min(start + TOKENS_PER_PASS, len(ids))
-            spans.append(Span(adapter, ids[start:stop], slots[:stop], start))
-            for slot in slots[start:stop].tolist():
-                where[slot] = count
-                count += 1
-    hidden = run_spans(model, cache, spans)
-    states = [
-        hidden[[where[slot] for slot in path.slots[first:].tolist()]]
-        for path, first in zip(paths, since, strict=True)
-    ]
-    return paths, states, count
+    passes: list[list[Piece]] = [[]]
+    place: dict[int, int] = {}  # slot -> its token's place among all tokens computed
+    total = 0
+    for i in sorted(range(len(rows)), key=lambda i: rows[i][0] or ""):  # by adapter, for few spans
+        (adapter, ids), slots = rows[i], paths[i].slots.tolist()
+        start = min(paths[i].num_cached, first_hidden[i])
+        while start < len(ids) and slots[start] in place:
+            start += 1  # an earlier row of this call computes it
+        place |= {slot: total + n for n, slot in enumerate(slots[start:])}
+        total += len(ids) - start
+        for at in range(start, len(ids), TOKENS_PER_PASS):
+            stop = at + TOKENS_PER_PASS
+            piece = Piece(adapter, ids[at:stop], at, paths[i].slots[:stop])
+            if sum(len(p.ids) for p in [*passes[-1], piece]) > TOKENS_PER_PASS:
+                passes.append([])
+            passes[-1].append(piece)
+    hidden = torch.cat([run_pieces(model, cache, pieces) for pieces in passes])  # (N, D)
+    wanted = [path.slots[n:].tolist() for path, n in zip(paths, first_hidden, strict=True)]
+    return paths, [hidden[[place[slot] for slot in slots]] for slots in wanted], total
 
 
-def run_spans(model: Decoder, cache: PrefixCache, spans: Sequence[Span]) -> Tensor:
-    """Run the spans in passes of bounded size; earlier spans may be read by later ones. (N, D)."""
-    hidden: list[Tensor] = []
-    batch: list[Span] = []
-    for span in [*spans, None]:
-        size = sum(len(s.ids) for s in batch)
-        if batch and (span is None or size + len(span.ids) > TOKENS_PER_PASS):
-            hidden.append(run_pass(model, cache, batch))
-            batch = []
-        if span is not None:
-            batch.append(span)
-    return torch.cat(hidden)
-
-
-def run_pass(model: Decoder, cache: PrefixCache, spans: Sequence[Span]) -> Tensor:
-    """One forward over the spans' tokens, (T,) -> (T, D)."""
-    input_ids = torch.tensor([i for s in spans for i in s.ids], device=model.device)
-    position_ids = torch.cat([torch.arange(s.start, len(s.slots)) for s in spans])
-    routes = routes_of([s.adapter for s in spans], [len(s.ids) for s in spans])
-    attention = PrefillAttention(cache, spans)
-    return model(input_ids, position_ids.to(model.device), attention, routes)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Neighbouring groups of `n` rows each, whose shared beginnings are one batched product."""
-
-    rows: slice  # G groups of n rows
-    n: int
-    k: Tensor  # (layers, H_kv, G, P, d)
-    v: Tensor
-
-    @property
-    def length(self) -> int:
-        """The tokens of the longest beginning, P."""
-        return self.k.shape[3]
-
-    def product(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Multiply its rows by their group's keys: (H_kv, B, g, x), (H_kv, G, x, y) -> (..., y)."""
-        own = x[:, self.rows].unflatten(1, (-1, self.n)).flatten(2, 3)  # (H_kv, G, n g, x)
-        return (own @ keys).unflatten(2, (self.n, -1)).flatten(1, 2)
+def run_pieces(model: Decoder, cache: PrefixCache, pieces: Sequence[Piece]) -> Tensor:
+    """Return the hidden states (T, D) of the pieces' tokens, computed in one pass."""
+    ids = torch.tensor([token for piece in pieces for token in piece.ids])
+    positions = torch.cat([torch.arange(piece.start, len(piece.slots)) for piece in pieces])
+    attention = PrefillAttention(cache, pieces, model.ops)
+    spans = adapter_spans([piece.adapter for piece in pieces], attention.counts)
+    return model(ids.to(model.device), positions.to(model.device), attention, spans)
 
 
 class DecodeAttention:
-    """One new token a row: a product with its group's beginning, one with the row's own tail.
+    """Attention of a decoding step: one new token per row sees the row's prompt and new tokens.
 
-    One exact softmax runs over both. Query heads of one key head, and the siblings of a group, are
-    folded into the query length. Tails are right-aligned where decoding starts, so a step writes
-    one column; columns are added some at a time, because a product with a part of the columns would
-    copy it first. Tails are moved layer by layer, so that they never exist twice. `order` tells
-    which of the paths each row has become: see `arrange`.
+    One exact softmax runs over both. The G distinct prompts, with n seats each, are a rectangle:
+    one product of (n g, d) queries with a prompt's keys serves all its siblings and the g query
+    heads of a key head. If all prompts are short, each row has its own copy of the prompt's keys
+    instead.
     """
 
-    def __init__(self, cache: PrefixCache, paths: Sequence[Path]) -> None:
-        self.cache = cache
-        self.scale = cache.k.shape[-1] ** -0.5
-        self.order, self.groups = arrange(share_groups(paths))
-        self.paths = [paths[i] for i in self.order]
-        lengths = [len(path.slots) for path in self.paths]
-        # the most tokens that a row's prompt has beyond its group's beginning
-        self.column = self.first = max(
-            lengths[row] - group.length for group in self.groups for row in group.rows
-        )
-        self.positions = torch.tensor(lengths, device=cache.k.device)  # (B,) of the next tokens
-        # the rows' rests, right-aligned; what lies before a rest is read and masked
-        back = torch.arange(-self.first, 0)
-        places = torch.stack([p.slots[(len(p.slots) + back).clamp(min=0)] for p in self.paths])
-        places = places.to(cache.k.device)
-        self.k, self.v = (
-            [layer[:, places] for layer in arena]  # (H_kv, B, C, d)
-            for arena in (cache.k, cache.v)
-        )
-        self.group_rows()
-
-    def group_rows(self) -> None:
-        """Gather the beginnings of neighbouring groups of one size, and mask what no row has."""
-        self.buckets: list[Bucket] = []
-        for n, run in itertools.groupby(self.groups, key=lambda group: len(group.rows)):
-            self.buckets.append(self.make_bucket(n, list(run)))
-        self.P = max(bucket.length for bucket in self.buckets)
-        bias = torch.zeros(len(self.paths), 1, self.P + self.first)
-        for group in self.groups:
-            for row in group.rows:
-                rest = len(self.paths[row].slots) - group.length
-                bias[row, :, group.length : self.P + self.first - rest] = -torch.inf
-        # None: every row has all that is read
-        self.bias = bias.to(self.cache.k) if bias.any() else None
-        self.hidden: Tensor | None = None  # the same for few rows
-        self.scores: Tensor | None = None
-
-    def make_bucket(self, n: int, groups: Sequence[Group]) -> Bucket:
-        """Pad the groups' beginnings to the longest; that of one group is read where it lies."""
-        rows = slice(groups[0].rows[0], groups[-1].rows[-1] + 1)
-        P = max(group.length for group in groups)
-        slots = torch.zeros(len(groups), P, dtype=torch.long)
-        for i, group in enumerate(groups):
-            slots[i, : group.length] = self.paths[group.rows[0]].slots[: group.length]
-        flat = slots.flatten()
-        if len(groups) == 1 and P and bool((flat.diff() == 1).all()):
-            where: Tensor | slice = slice(int(flat[0]), int(flat[0]) + P)  # a view, no copy
+    def __init__(self, cache: PrefixCache, prompts: Sequence[SlotPath]) -> None:
+        self.cache, self.paths = cache, [path.slots for path in prompts]
+        lengths = torch.tensor([len(path) for path in self.paths])
+        self.P = int(lengths.max())
+        self.copied = int(lengths.sum()) <= COPIED_TOKENS
+        # keys of new tokens per layer, (H_kv, B, C, d), after those of the prompt if it is copied
+        if self.copied:
+            k, v = self.gather(range(len(prompts)))
         else:
-            where = flat.to(self.cache.k.device)
+            k = v = cache.k[:, :, None, :0].expand(-1, -1, len(prompts), -1, -1)  # none as yet
+            self.seat()
+        self.k, self.v = list(k), list(v)
+        hidden = torch.arange(self.P) >= lengths[:, None]  # (B, P): beyond a row's own prompt
+        bias = torch.where(hidden, -torch.inf, 0.0)[:, None]
+        self.bias = bias.to(cache.k) if hidden.any() else None  # (B, 1, P)
+
+    def seat(self) -> None:
+        """Assign siblings to neighbouring seats, and gather the keys of the distinct prompts."""
+        siblings: dict[int, list[int]] = {}
+        for row, path in enumerate(self.paths):
+            siblings.setdefault(int(path[-1]), []).append(row)
+        self.n = max(map(len, siblings.values()))
+        # a spare seat repeats a sibling
+        rows = [row for s in siblings.values() for row in s + s[:1] * (self.n - len(s))]
+        seats = [rows.index(row) for row in range(len(self.paths))]
+        self.seats: list[Tensor] | None = None  # None: each row is its own seat
+        if rows != list(range(len(self.paths))):
+            self.seats = [torch.tensor(x, device=self.cache.k.device) for x in (rows, seats)]
+        self.prompt_k, self.prompt_v = self.gather([s[0] for s in siblings.values()])
+
+    def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the rows' prompts, (layers, H_kv, rows, P, d) each."""
+        slots = torch.zeros(len(rows), self.P, dtype=torch.long)  # slot 0 is always written
+        for own, row in zip(slots, rows, strict=True):
+            own[: len(self.paths[row])] = self.paths[row]
+        first, device = int(slots[0, 0]), self.cache.k.device
+        where: slice | Tensor = slots.flatten().to(device)
+        if torch.equal(slots, torch.arange(first, first + self.P)[None]):
+            where = slice(first, first + self.P)  # adjacent slots: a view
         k, v = (x[:, :, where].unflatten(2, slots.shape) for x in (self.cache.k, self.cache.v))
-        return Bucket(rows, n, k, v)
+        return k, v
 
-    def open_column(self) -> None:
-        """Make room for the next column."""
-        if self.column == self.k[0].shape[2]:
-            more = COLUMNS * (1 + self.column // 32)
-            for tails in (self.k, self.v):
-                for layer, tail in enumerate(tails):
-                    tails[layer] = F.pad(tail, (0, 0, 0, more))
-            self.scores = None
-        if self.bias is not None:  # as wide as what is written
-            self.hidden = F.pad(self.bias, (0, self.column + 1 - self.first))[:, None]
+    @property
+    def columns(self) -> int:
+        """The number of new tokens per row."""
+        return self.k[-1].shape[2] - (self.P if self.copied else 0)
 
-    def close_column(self) -> None:
-        """Go on to the next column, now that every layer has written this one."""
-        self.column += 1
-        self.positions += 1
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return rows times their prompts': (H_kv, B, g, x), (H_kv, G, x, y) -> (H_kv, B, g, y)."""
+        x = x if self.seats is None else x[:, self.seats[0]]
+        x = x.unflatten(1, (-1, self.n)).flatten(2, 3)  # (H_kv, G, n g, x)
+        out = (x @ y).unflatten(2, (self.n, -1)).flatten(1, 2)
+        return out if self.seats is None else out[:, self.seats[1]]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d), k and v (B, H_kv, d) of the rows' newest tokens -> (B, H, d)."""
-        keys, values = self.k[layer], self.v[layer]  # (H_kv, B, C, d)
-        keys[:, :, self.column], values[:, :, self.column] = k.transpose(0, 1), v.transpose(0, 1)
+        keys = self.k[layer] = torch.cat([self.k[layer], k.transpose(0, 1)[:, :, None]], 2)
+        values = self.v[layer] = torch.cat([self.v[layer], v.transpose(0, 1)[:, :, None]], 2)
         q = q.unflatten(1, (len(keys), -1))  # (B, H_kv, g, d)
-        if not self.P and len(q) * (self.column + 1) <= SDPA_KEYS:
-            return self.read_singly(q, keys, values).flatten(1, 2)
-        return self.read(layer, q.transpose(0, 1), keys, values).transpose(0, 1).flatten(1, 2)
-
-    def read_singly(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Let few rows read their tails, q (B, H_kv, g, d), 2 x (H_kv, B, C, d) -> as q."""
-        k, v = (x[:, :, : self.column + 1].transpose(0, 1) for x in (keys, values))
-        return F.scaled_dot_product_attention(q, k, v, self.hidden, scale=self.scale)
-
-    def read(self, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Let all rows read their beginnings and tails, (H_kv, B, g, d) -> the same.
-
-        The rows' key heads are one batch dimension of plain products, which take their operands as
-        they lie. Scores of what a row does not have are -inf from the start.
-        """
-        P, C, written = self.P, keys.shape[2], self.column + 1
-        if self.scores is None:
-            S = -(-(P + C) // KEY_ALIGNMENT) * KEY_ALIGNMENT
-            self.scores = q.new_full((*q.shape[:3], S), -torch.inf)
-        q = torch.mul(q, self.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format))
-        own = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT)  # (H_kv B, g, C)
-        self.scores[..., P : P + written] = own.view(*q.shape[:3], C)[..., :written]
-        shared = [bucket for bucket in self.buckets if bucket.length]
-        for bucket in shared:
-            of_group = bucket.product(q, bucket.k[layer].mT)
-            self.scores[:, bucket.rows, :, : bucket.length] = of_group
+        if self.copied and len(q) == 1 and self.bias is None:  # the quickest for one row alone
+            k, v = keys.transpose(0, 1), values.transpose(0, 1)
+            return F.scaled_dot_product_attention(q, k, v).flatten(1, 2)
+        q = q.transpose(0, 1) * q.shape[-1] ** -0.5
+        scores = q @ keys.mT  # (H_kv, B, g, C)
+        if not self.copied:
+            scores = torch.cat([self.product(q, self.prompt_k[layer].mT), scores], -1)
         if self.bias is not None:
-            self.scores[..., : P + self.first] += self.bias
-        probs = self.scores.softmax(-1)  # in fp32 inside, whatever the dtype
-        out = torch.bmm(probs[..., P : P + C].flatten(0, 1), values.flatten(0, 1)).view(q.shape)
-        for bucket in shared:
-            out[:, bucket.rows] += bucket.product(probs[..., : bucket.length], bucket.v[layer])
-        return out
+            scores[..., : self.P] += self.bias
+        probs = scores.softmax(-1)  # in fp32 inside, whatever the dtype
+        if self.copied:
+            return (probs @ values).transpose(0, 1).flatten(1, 2)
+        of_prompt, of_own = probs.tensor_split([self.P], -1)
+        out = self.product(of_prompt, self.prompt_v[layer]) + of_own @ values
+        return out.transpose(0, 1).flatten(1, 2)
 
-    def keep(self, live: Sequence[int], seats: Tensor, columns: Tensor, slots: Tensor) -> list[int]:
-        """Let only the rows `live` go on; return them in their new order.
+    def compact(self, live: Sequence[int], places: Tensor, slots: Tensor) -> None:
+        """Write the new tokens at `places` to the arena's `slots`, then keep the rows `live` alone.
 
-        What the tails of `seats` hold in `columns` goes to the memory's `slots`.
+        places (n, 2) holds the row and the column of each slot (n,). Keys move layer by layer, so
+        that those of at most one layer exist twice.
         """
-        wanted = set(live)
-        groups = [
-            Group([row for row in group.rows if row in wanted], group.length)
-            for group in self.groups
-        ]
-        order, self.groups = arrange([group for group in groups if group.rows])
-        index = torch.tensor(order, dtype=torch.long, device=self.positions.device)
-        self.buckets = []  # frees their copies before the tails are moved
-        for tails, arena in ((self.k, self.cache.k), (self.v, self.cache.v)):
-            for layer, tail in enumerate(tails):
-                arena[layer][:, slots] = tail[:, seats, columns]
-                tails[layer] = tail[:, index]
-        self.positions = self.positions[index]
-        self.paths = [self.paths[row] for row in order]
-        if order:
-            self.group_rows()
-        return order
-
-
-def arrange(groups: Sequence[Group]) -> tuple[list[int], list[Group]]:
-    """Let groups, and groups of one size, lie together: the rows' order, the groups in it."""
-    order: list[int] = []
-    arranged: list[Group] = []
-    for group in sorted(groups, key=lambda group: len(group.rows)):
-        start = len(order)
-        order += group.rows
-        arranged.append(Group(list(range(start, len(order))), group.length))
-    return order, arranged
+        device = self.cache.k.device
+        index, slots = torch.tensor(live, dtype=torch.long, device=device), slots.to(device)
+        rows, columns = places.to(device, torch.long).reshape(-1, 2).unbind(1)
+        columns = columns + (self.P if self.copied else 0)
+        for own, arena in ((self.k, self.cache.k), (self.v, self.cache.v)):
+            for layer, x in enumerate(own):
+                arena[layer][:, slots] = x[:, rows, columns]
+                own[layer] = x[:, index]
+        self.bias = None if self.bias is None else self.bias[index]
+        self.paths = [self.paths[row] for row in live]
+        if live and not self.copied:
+            self.seat()

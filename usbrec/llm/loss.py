@@ -1,4 +1,4 @@
-"""The two losses, SFT and SimPO, and the token log-probabilities that both are made of.
+"""The two losses, SFT and SimPO, with their metrics, and the token log-probabilities below both.
 
 Departures from the paper (arXiv 2509.20381) and from SimPO (arXiv 2405.14734), or choices of ours
 where neither says anything:
@@ -11,24 +11,26 @@ where neither says anything:
 4. The SFT loss is a mean over the weights of all tokens of a step. It is no mean of means, so that
    a step of N conversations costs the same cut into any number of passes.
 5. The head is frozen, so the gradient of a log-probability is known in the forward pass already.
-   It is kept as one vector a token; no logits outlive their chunk.
+   It is kept as one vector per token; no logits outlive their chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.options import check, option
+from usbrec.llm.packing import Packed, Tree
+from usbrec.options import Options, option
 
 USUAL_RATIO = 0.5  # of gamma to beta
 CHUNK_ROWS = 128  # (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower
+REPETITION_WINDOW = 32  # supervised tokens of the same response that a prediction may repeat
 
 
 class TokenLogps(NamedTuple):
-    """For each of M tokens its log-probability (fp32) and the token that was likeliest instead."""
+    """Per target: the log-probability (M,) in fp32, and the likeliest token (M,) in its place."""
 
     logps: Tensor
     predictions: Tensor
@@ -37,16 +39,16 @@ class TokenLogps(NamedTuple):
 class _FrozenHeadLogps(torch.autograd.Function):
     """log softmax(hidden @ head_weight.T)[targets], with no gradient for the head.
 
-    d logps[m] / d hidden[m] = head_weight[targets[m]] - softmax(logits[m]) @ head_weight: it is
-    computed beside the log-probability, while the chunk's logits exist, and is all that is saved.
+    d logps[m] / d hidden[m] = head_weight[targets[m]] - softmax(logits[m]) @ head_weight. This
+    slope is computed beside the log-probability, while the chunk's logits exist, and alone is
+    saved.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Any:
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
         predictions = torch.empty_like(targets)
-        needs_slope = ctx.needs_input_grad[0]
-        slopes = torch.empty_like(hidden) if needs_slope else None
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             logits = F.linear(hidden[rows], head_weight).float()  # (rows, V)
@@ -78,30 +80,31 @@ def token_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> TokenLo
     return TokenLogps(*_FrozenHeadLogps.apply(hidden, head_weight.detach(), targets))
 
 
-def sft_loss(logps: Tensor, weights: Tensor, total_weight: float) -> Tensor:
-    """Return -sum(weights * logps) / total_weight for tokens (M,); the total is the step's."""
-    return -(weights * logps).sum() / total_weight
+def sft_loss(logps: Tensor, weights: Tensor) -> Tensor:
+    """Return the summed loss of tokens (M,), -sum(weights * logps); the mean is over the step."""
+    return -(weights * logps).sum()
 
 
 class ResponseLogps(NamedTuple):
-    """For each of B responses the sum of its tokens' log-probabilities and their number, fp32."""
+    """Per response: the sum of token log-probabilities (B,) and the token count (B,), fp32."""
 
     logps: Tensor
     lengths: Tensor
 
 
-def response_logps(logps: Tensor, owners: Tensor, responses: Tensor) -> ResponseLogps:
-    """Sum token log-probabilities (M,) by response: `owners` (M,) names each token's, (B,) all.
+def response_logps(logps: Tensor, segment_ids: Tensor, responses: Tensor) -> ResponseLogps:
+    """Return the sum of log-probabilities (M,) per response (B,), and the responses' lengths.
 
-    A masked sum rather than `index_add`, whose order of addition on a GPU differs from run to run.
+    `segment_ids` (M,) holds each token's response. The sum is masked rather than by `index_add`,
+    whose order of addition on a GPU differs from run to run.
     """
-    member = owners[None, :] == responses[:, None]  # (B, M)
+    member = segment_ids[None, :] == responses[:, None]  # (B, M)
     return ResponseLogps(torch.where(member, logps, 0.0).sum(-1), member.sum(-1).float())
 
 
 @dataclass(frozen=True)
-class SimpoOptions:
-    """The constants of SimPO's equation (6); its margin gamma is given itself or by a ratio."""
+class SimpoOptions(Options):
+    """Constants of SimPO's equation (6), with the margin gamma or its ratio to beta."""
 
     beta: float = option(2.0, "reward of one nat of a response's mean log-probability", above=0)
     gamma_beta_ratio: float | None = option(
@@ -111,7 +114,7 @@ class SimpoOptions:
     nll_weight: float = option(0.0, "weight of the chosen response's NLL; 0: exactly SimPO", low=0)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.gamma is not None and self.gamma_beta_ratio is not None:
             raise ValueError(
                 f"gamma ({self.gamma}) and gamma_beta_ratio ({self.gamma_beta_ratio}) both set the "
@@ -128,7 +131,7 @@ class SimpoOptions:
 
 
 class SimpoLosses(NamedTuple):
-    """For each of B pairs its loss and the two rewards; the rewards carry no gradient."""
+    """Per pair: the loss (B,) and the two rewards (B,), which carry no gradient."""
 
     losses: Tensor
     chosen_rewards: Tensor
@@ -136,20 +139,80 @@ class SimpoLosses(NamedTuple):
 
 
 def simpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    options: SimpoOptions,
+    chosen: ResponseLogps, rejected: ResponseLogps, options: SimpoOptions
 ) -> SimpoLosses:
-    """Return SimPO's losses for B pairs, from summed log-probabilities and lengths in tokens.
+    """Return SimPO's losses of B pairs, from the policy's log-probabilities of both responses.
 
     L = -log sigmoid(beta/|y_w| log p(y_w|x) - beta/|y_l| log p(y_l|x) - gamma)   equation (6)
     """
-    chosen_means = policy_chosen_logps / chosen_lengths
+    chosen_means = chosen.logps / chosen.lengths
     chosen_rewards = options.beta * chosen_means
-    rejected_rewards = options.beta * policy_rejected_logps / rejected_lengths
+    rejected_rewards = options.beta * rejected.logps / rejected.lengths
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - options.margin)
     if options.nll_weight:
         losses = losses - options.nll_weight * chosen_means
     return SimpoLosses(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def repetition(tokens: TokenLogps, packed: Packed) -> Tensor:
+    """Return whether each likeliest token is a recent label of its response, (M,) bool.
+
+    This is rep/l of arXiv 1908.04319 on the training pass. It grows when a policy degenerates.
+    """
+    place = torch.arange(len(packed.targets), device=packed.targets.device)
+    gap = place[:, None] - place[None, :]  # (M, M)
+    near = (gap > 0) & (gap <= REPETITION_WINDOW)
+    near &= packed.segment_ids[:, None] == packed.segment_ids[None, :]
+    return (near & (tokens.predictions[:, None] == packed.targets[None, :])).any(1)
+
+
+@dataclass(frozen=True)
+class Sft:
+    """The weighted mean negative log-probability of the supervised tokens."""
+
+    def size(self, tree: Tree) -> float:
+        """Return the summed weight of the predicted tokens: all but the first of a root branch."""
+        unpredicted = (b.weights[0] for b in tree.branches if b.parent is None and b.weights)
+        return sum(sum(branch.weights) for branch in tree.branches) - sum(unpredicted)
+
+    def __call__(self, tokens: TokenLogps, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss of a packed row, and metrics with a value per token."""
+        hits = tokens.predictions == packed.targets
+        metrics = {"accuracy": hits, "repetition": repetition(tokens, packed)}
+        return sft_loss(tokens.logps, packed.weights), metrics
+
+
+@dataclass(frozen=True)
+class Simpo:
+    """SimPO's mean loss over trees of three branches: prompt, chosen, rejected."""
+
+    options: SimpoOptions = field(default_factory=SimpoOptions)
+
+    def size(self, tree: Tree) -> float:
+        """Return 1: the loss is a mean over pairs."""
+        return 1.0
+
+    def __call__(self, tokens: TokenLogps, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss of a packed row of pairs, and metrics with a value per pair.
+
+        `logps` are means over a response's tokens. `repetition` has a value per token.
+        """
+        prompts = torch.arange(0, packed.num_segments, 3, device=packed.segment_ids.device)
+        chosen = response_logps(tokens.logps, packed.segment_ids, prompts + 1)
+        rejected = response_logps(tokens.logps, packed.segment_ids, prompts + 2)
+        losses, chosen_rewards, rejected_rewards = simpo_loss(chosen, rejected, self.options)
+        metrics = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": chosen_rewards > rejected_rewards,
+            "logps/chosen": chosen.logps.detach() / chosen.lengths,
+            "logps/rejected": rejected.logps.detach() / rejected.lengths,
+            "lengths/chosen": chosen.lengths,
+            "lengths/rejected": rejected.lengths,
+            "repetition": repetition(tokens, packed),
+        }
+        return losses.sum(), metrics
+
+
+Objective = Sft | Simpo  # another objective needs the same two methods

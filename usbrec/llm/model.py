@@ -1,80 +1,94 @@
 """One decoder for Llama, Qwen2 and ChatGLM3, and one `forward` for training and inference.
 
-A pass takes a flat row of tokens: no batch dimension and no padding. Which token sees which is not
-the decoder's business: `attention` decides, be it a packed training row (packing.py) or
-conversations that continue a memory (cache.py). Modules carry Hugging Face's names, so that Llama
-and Qwen2 weights load with no map. Left out: mixtures of experts, sliding windows, dropout.
+A pass takes a flat row of T tokens, with no batch dimension and no padding. Its `attention`
+argument decides which token sees which: that of a packed training row (packing.py), or of
+conversations that continue a cache (decoding.py). Modules have Hugging Face's names, so that
+weights of Llama and Qwen2 load with no map. The formulas are those of the papers; `Ops` is the one
+seam for quicker equals (fast/). Left out: mixtures of experts, sliding windows, dropout.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from usbrec.llm.kernels import rms_norm, rotary_tables, rotate
-from usbrec.llm.lora import FrozenLinear, LoraLinear, Route, Siblings, siblings
-from usbrec.llm.quantised import GROUP, INT4_OUTPUTS, Kind, fits_int4
-from usbrec.options import UserError
+from usbrec.llm.lora import AdapterSpan, FrozenLinear, LoraLinear
+from usbrec.llm.model_config import ModelConfig
+
+Spans = Sequence[AdapterSpan]
 
 
 class Attention(Protocol):
-    """Who sees whom: called by every layer with the pass's queries, keys and values."""
+    """The attention of a pass: every layer calls it with its queries, keys and values."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Map q (T, H, d), k and v (T, H_kv, d) of layer number `layer` to (T, H, d)."""
         ...
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The settings of config.json that the decoder honours, in Hugging Face's names."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Mapping[str, Any] | None = None
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False  # on q, k and v
-    rotary_dim: int = 0  # how many of a head's dimensions turn; 0 means all
-    rotary_interleaved: bool = False  # pairs (0, 1), (2, 3)... instead of (0, d/2), (1, d/2 + 1)...
-    fused_projections: bool = False  # one product for q, k, v and one for gate, up (ChatGLM3)
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight over the last dimension, in fp32 inside (arXiv 1910.07467)."""
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return unit.to(x.dtype) * weight
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square in fp32 (arXiv 1910.07467)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return x (T, heads, d) with each pair (a, b) turned to (a cos - b sin, b cos + a sin).
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
-        self.eps = eps
+    The tables (T, 1, r) hold an entry per dimension and the sign of each sine (`rotary_tables`).
+    Pairs are (0, r/2), (1, r/2 + 1)..., or (0, 1), (2, 3)... if `interleaved` (arXiv 2104.09864).
+    Dimensions from r on stay as they are.
+    """
+    turning, rest = x.tensor_split([cos.shape[-1]], -1)
+    if interleaved:
+        partners = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partners = turning.roll(turning.shape[-1] // 2, -1)
+    turned = torch.addcmul(turning * cos, partners, sin)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return rms_norm(x, self.weight, self.eps)
+
+def linear(layers: Sequence[FrozenLinear], x: Tensor, spans: Spans) -> Tensor:
+    """Return the outputs, side by side, of layers that read one input: (T, in) -> (T, outs)."""
+    outs = [layer(x, spans) for layer in layers]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v over the visible keys, the softmax in fp32.
+
+    q (n, H, d), k and v (H_kv, S, d), visible (n, S) -> (n, H, d). A key head serves H / H_kv query
+    heads (arXiv 2305.13245).
+    """
+    q = q.unflatten(1, (len(k), -1))  # (n, H_kv, g, d)
+    scores = torch.einsum("nhgd,hsd->nhgs", q, k).float() / math.sqrt(q.shape[-1])
+    probs = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).to(q.dtype)
+    return torch.einsum("nhgs,hsd->nhgd", probs, v).flatten(1, 2)
+
+
+@dataclass
+class Ops:
+    """The operations that may be replaced by quicker equals; these defaults are the definitions.
+
+    `mask` converts the visibility (n, S) of one stretch of queries once for the `attend` of all
+    layers. `clear` is called after any change of an adapter's weights.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    linear: Callable[[Sequence[FrozenLinear], Tensor, Spans], Tensor] = linear
+    mask: Callable[[Tensor], Any] = lambda visible: visible
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend
+    clear: Callable[[], None] = lambda: None
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Return the angle a position turns each pair by, (rotary_dim / 2,) in fp32 (RoPE)."""
+    """Return the angle of each pair per position, (rotary_dim / 2,) in fp32 (RoPE)."""
     dim = config.rotary_dim or config.head_dim
     inv_freq = 1 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaling = config.rope_scaling
@@ -88,63 +102,85 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
 
 
+def rotary_tables(angles: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return cosines and signed sines, (T, 1, 2 n) each, for the angles (T, 1, n) of `rotate`."""
+    signed = torch.stack([-angles, angles], -1 if interleaved else -2).flatten(-2)
+    return signed.cos(), signed.sin()
+
+
+class Pass(NamedTuple):
+    """The part of a forward that all layers share."""
+
+    ops: Ops
+    rotary: tuple[Tensor, Tensor, bool]
+    attention: Attention
+    spans: Spans
+
+
+class RMSNorm(nn.Module):
+    """The weight of a norm; the formula is `Ops.rms_norm`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
 class SelfAttention(nn.Module):
-    """Projections and rotation; the attention itself is handed in."""
+    """Projections and rotation around the attention of the pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        D, d = config.hidden_size, config.head_dim
+        D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
         H, H_kv = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.interleaved = d, config.rotary_interleaved
-        self.turning, self.asking = [H + H_kv, H_kv], [H, H_kv]  # heads of q, k | v and of q | k
-        widths, bias = [H * d, H_kv * d, H_kv * d], config.attention_bias
+        self.H, self.H_kv, self.d = H, H_kv, d
         if config.fused_projections:
-            self.qkv_proj = LoraLinear(D, sum(widths), bias=bias)
-            self.inputs = Siblings([self.qkv_proj])
+            self.qkv_proj = LoraLinear(D, (H + 2 * H_kv) * d, bias)
+            self.qkv: tuple[LoraLinear, ...] = (self.qkv_proj,)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (LoraLinear(D, w, bias=bias) for w in widths)
-            self.inputs = Siblings([self.q_proj, self.k_proj, self.v_proj])
+            self.q_proj = LoraLinear(D, H * d, bias)
+            self.k_proj = LoraLinear(D, H_kv * d, bias)
+            self.v_proj = LoraLinear(D, H_kv * d, bias)
+            self.qkv = (self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = LoraLinear(H * d, D)
-        self.output = Siblings([self.o_proj])
+        self.out = (self.o_proj,)
 
-    def forward(
-        self,
-        x: Tensor,
-        layer: int,
-        turn: tuple[Tensor, Tensor],
-        attention: Attention,
-        routes: Sequence[Route],
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
-        heads = self.inputs(x, routes).view(len(x), -1, self.head_dim)  # (T, H + 2 H_kv, d)
-        q_and_k, v = heads.split_with_sizes(self.turning, 1)
-        q, k = rotate(q_and_k, *turn, self.interleaved).split_with_sizes(self.asking, 1)
-        return self.output(attention(layer, q, k, v).flatten(1), routes)
+        ops, rotary, attention, spans = shared
+        heads = ops.linear(self.qkv, x, spans).unflatten(-1, (-1, self.d))  # (T, H + 2 H_kv, d)
+        qk, v = heads.split_with_sizes([self.H + self.H_kv, self.H_kv], 1)
+        q, k = rotate(qk, *rotary).split_with_sizes([self.H, self.H_kv], 1)
+        return ops.linear(self.out, attention(layer, q, k, v).flatten(1), spans)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
         if config.fused_projections:
             self.gate_up_proj = LoraLinear(D, 2 * inner)
-            self.inputs = Siblings([self.gate_up_proj], [inner, inner])
+            self.gate_up: tuple[LoraLinear, ...] = (self.gate_up_proj,)
         else:
             self.gate_proj, self.up_proj = LoraLinear(D, inner), LoraLinear(D, inner)
-            self.inputs = Siblings([self.gate_proj, self.up_proj])
+            self.gate_up = (self.gate_proj, self.up_proj)
         self.down_proj = LoraLinear(inner, D)
-        self.output = Siblings([self.down_proj])
+        self.down = (self.down_proj,)
 
-    def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
+    def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
-        gate, up = self.inputs.apart(x, routes)
-        return self.output(F.silu(gate) * up, routes)
+        gate, up = shared.ops.linear(self.gate_up, x, shared.spans).chunk(2, -1)
+        return shared.ops.linear(self.down, F.silu(gate) * up, shared.spans)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind its norm and beside the residual stream."""
+    """Attention and MLP, each over a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -153,21 +189,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        layer: int,
-        turn: tuple[Tensor, Tensor],
-        attention: Attention,
-        routes: Sequence[Route],
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), layer, turn, attention, routes)
-        return x + self.mlp(self.post_attention_layernorm(x), routes)
+        x = x + self.self_attn(self.input_layernorm(x, shared.ops), layer, shared)
+        return x + self.mlp(self.post_attention_layernorm(x, shared.ops), shared)
 
 
-class Trunk(nn.Module):
-    """Embeddings, layers and last norm: what Hugging Face's checkpoints call `model`."""
+class Transformer(nn.Module):
+    """Embeddings, layers and last norm: `model` in Hugging Face's checkpoints."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -182,83 +211,49 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # in training: keep no activations inside layers, recompute them
+        self.ops = Ops()
+        self.checkpointing = False  # in training: recompute the activations inside layers
         self.sharded = False  # each process holds a part of every layer: they compute together
-        self.inv_freq: Tensor | None = None  # where positions are, from the first pass on
-        self.model = Trunk(config)
+        self.inv_freq: Tensor | None = None  # on the device of the positions, from the first pass
+        self.model = Transformer(config)
         self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size)
+        self.head = (self.lm_head,)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
+        """The dtype of the base weights, in which they compute."""
         return self.lm_head.weight.dtype
 
-    def quantise_weights(self, kind: Kind) -> None:
-        """Round the layers' matrices to 8 or 4 bits: quicker decoding of few rows, on the CPU.
-
-        The head, and embeddings tied to it, stay as they are: the default model's in int4 costs 2%
-        of perplexity, and in int8 is no quicker than in the processor's order. Raises UserError,
-        with nothing rounded, where the kernels do not work.
-        """
-        if self.device.type != "cpu":
-            raise UserError(f"{kind} weights work on the CPU only, the model is on {self.device}")
-        layers = {path: m for path, m in self.named_modules() if isinstance(m, LoraLinear)}
-        for path, layer in layers.items():
-            if kind == "int4" and not fits_int4(layer.weight):
-                raise UserError(
-                    f"int4 weights need inputs in groups of {GROUP} and outputs in groups of "
-                    f"{INT4_OUTPUTS}, and {path} has {layer.in_features} and {layer.out_features}: "
-                    "take int8"
-                )
-        for together in siblings(self):
-            together.quantise(kind)
-
-    def order_weights(self) -> None:
-        """Keep the weights once more as the processor's kernels read them: quicker decoding.
-
-        Sharded ones stay as they are: they are not here but while their layer computes.
-        """
-        if self.sharded:
-            return
-        self.lm_head.order()
-        for together in siblings(self):
-            together.order()
-
-    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines for these positions, (T, 1, rotary_dim) each."""
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Return the tables of `rotate`, (T, 1, rotary_dim) each, and its `interleaved`."""
         if self.inv_freq is None or self.inv_freq.device != position_ids.device:
             self.inv_freq = rotary_frequencies(self.config).to(position_ids.device)
         angles = position_ids.float()[:, None, None] * self.inv_freq
         cos, sin = rotary_tables(angles, self.config.rotary_interleaved)
-        return cos.to(self.dtype), sin.to(self.dtype)
+        return cos.to(self.dtype), sin.to(self.dtype), self.config.rotary_interleaved
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention: Attention,
-        routes: Sequence[Route] = (),
+        self, input_ids: Tensor, position_ids: Tensor, attention: Attention, spans: Spans = ()
     ) -> Tensor:
-        """Return the hidden states after the last norm: two (T,) rows of ids -> (T, D)."""
+        """Return the hidden states after the last norm: ids and positions (T,) -> (T, D)."""
         x = self.model.embed_tokens(input_ids)
-        turn = self.rotary(position_ids)
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        for number, layer in enumerate(self.model.layers):
-            inputs = (x, number, turn, attention, routes)
-            if recompute:  # nothing in a layer is drawn, so no generator's state need be kept
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        shared = Pass(self.ops, self.rotary(position_ids), attention, spans)
+        for i, layer in enumerate(self.model.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                # a layer draws no random numbers: there is no generator's state to keep
+                x = checkpoint(layer, x, i, shared, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*inputs)
-        return self.model.norm(x)
+                x = layer(x, i, shared)
+        return self.model.norm(x, self.ops)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V) in fp32."""
-        return self.lm_head(hidden).float()
+        """(T, D) -> (T, V), in the dtype of the base."""
+        return self.ops.linear(self.head, hidden, ())

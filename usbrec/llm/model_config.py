@@ -1,198 +1,215 @@
 """config.json -> ModelConfig. A setting that the decoder does not honour is refused by its name.
 
 Llama 2, 3, 3.1, 3.2, SmolLM2 and TinyLlama (`llama`), Mistral without a sliding window (`mistral`),
-Qwen2 and Qwen2.5 (`qwen2`), ChatGLM3 (`chatglm`), told apart by `model_type` alone.
+Qwen2 and Qwen2.5 (`qwen2`), ChatGLM3 (`chatglm`), told apart by `model_type` alone. Files are read
+within a model's folder alone.
 """
 
-from __future__ import annotations
-
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from usbrec.llm.files import file_in, read_json
-from usbrec.llm.model import ModelConfig
 from usbrec.options import UserError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
-LIMITS = {"num_hidden_layers": 1024, "num_layers": 1024}
-SIZE_LIMIT = 1 << 24
+LAYER_LIMIT, SIZE_LIMIT = 1024, 1 << 24
 
-# Settings that change what a model computes, with the only values that the decoder computes.
+CHATGLM_SETTINGS = {  # Hugging Face's name of a setting -> ChatGLM3's own, where they differ
+    "vocab_size": "padded_vocab_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "seq_length",
+}
+# Settings that change a model's result -> the only values that the decoder honours.
 OFF = (None, False, 0)
 HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((
         "quantization_config", "compression_config", "mlp_bias", "use_sliding_window",
         "rope_interleaved", "attn_logit_softcapping", "final_logit_softcapping", "use_qk_norm",
         "num_experts", "num_local_experts", "n_routed_experts", "is_encoder_decoder",
-        "add_cross_attention", "no_rope_layers",
-    ), OFF),
-    "hidden_act": (None, "silu"),
-    "partial_rotary_factor": (None, 1.0),
-}  # fmt: skip
-HONOURED_CHATGLM: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys((
-        "quantization_config", "quantization_bit", "add_bias_linear", "pre_seq_len",
-        "apply_residual_connection_post_layernorm", "fp32_residual_connection", "prefix_projection",
+        "add_cross_attention", "no_rope_layers", "quantization_bit", "add_bias_linear",
+        "apply_residual_connection_post_layernorm", "fp32_residual_connection", "pre_seq_len",
+        "prefix_projection",
     ), OFF),
     **dict.fromkeys(("original_rope", "post_layer_norm", "rmsnorm"), (None, True)),
-    **dict.fromkeys(("add_qkv_bias", "multi_query_attention"), (True,)),
+    "hidden_act": (None, "silu"),
+    "partial_rotary_factor": (None, 1.0),
+    "tie_word_embeddings": (*OFF, True),
 }  # fmt: skip
 
 
-def load_config(path: Path) -> ModelConfig:
-    """Read the settings of a model's folder; raises UserError naming the file."""
-    if not path.is_dir():
-        raise UserError(f"no such model folder: {path}")
-    if not (path / "config.json").exists():
-        raise UserError(f"{path} is no model folder: it has no config.json")
-    file = file_in(path, "config.json")
+@dataclass(frozen=True)
+class ModelConfig:
+    """The settings of config.json that the decoder honours, in Hugging Face's names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k and v
+    rotary_dim: int = 0  # rotated dimensions of a head; 0: all
+    rotary_interleaved: bool = False  # pairs (0, 1), (2, 3)... instead of (0, d/2), (1, d/2 + 1)...
+    fused_projections: bool = False  # one product for q, k, v and one for gate, up (ChatGLM3)
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """Return the path of the existing file `name` directly in `folder`.
+
+    Raises UserError if the name or a link leads out of the folder. The hub's cache is the one
+    exception: its `snapshots/REVISION/` holds links into `blobs/` beside it.
+    """
+    path = folder / name
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
+        raise UserError(f"{folder}: the file name {name!r} leads out of the folder")
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    real, home = path.resolve(), folder.resolve()
+    in_hub_cache = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
+    if real.parent != home and not in_hub_cache:
+        raise UserError(f"{path} is a link that leads out of the folder, to {real}")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's pairs as a dict; raises ValueError if a key comes twice."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"duplicate key {name!r}")
+        content[name] = value
+    return content
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Return the settings of a model's folder; raises UserError naming the file."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"no such model folder: {folder} (it has no config.json)")
+    file = file_in(folder, "config.json")
     return config_from(read_json(file), file)
 
 
-def config_from(settings: Mapping[str, Any], source: Path) -> ModelConfig:
-    """Return the decoder's settings; `source` is named in errors."""
-    model_type = settings.get("model_type")
+def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
+    """Return the ModelConfig of config.json's values; `source` is named in errors."""
+    model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise UserError(
-            f"{source}: model_type {model_type!r} is not supported, only {', '.join(MODEL_TYPES)}"
-        )
-    reader = Settings(settings, source)
-    return reader.chatglm() if model_type == "chatglm" else reader.llama(model_type)
+        raise UserError(f"{source}: model_type {model_type!r} is none of {', '.join(MODEL_TYPES)}")
+    is_chatglm = model_type == "chatglm"
+    settings = CheckedSettings(values, source, CHATGLM_SETTINGS if is_chatglm else {})
+    layers = settings.size("num_hidden_layers", limit=LAYER_LIMIT)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes: dict[str, Any] = {name: settings.size(name) for name in names}
+    heads = sizes["num_attention_heads"]
+    head_dim = settings.size("head_dim", sizes["hidden_size"] // heads)
+    context = settings.size("max_position_embeddings", 2048)
+    settings.refuse_others({**HONOURED, "layer_types": (None, [], ["full_attention"] * layers)})
+    if is_chatglm:
+        settings.refuse_others({"add_qkv_bias": (True,), "multi_query_attention": (True,)})
+    if model_type in ("llama", "mistral"):
+        # with it transformers puts a bias on o_proj too, which Qwen2 does not have
+        settings.refuse_others({"attention_bias": OFF})
+        # Qwen2 states a window and switches it off by use_sliding_window
+        if settings.size("sliding_window", SIZE_LIMIT) < context:
+            settings.refuse_others({"sliding_window": (None,)})
+    rotary_dim = head_dim // 2 if is_chatglm else head_dim
+    if head_dim % 2 or rotary_dim % 2:  # dimensions are rotated in pairs
+        raise UserError(f"{source}: a head's width must be even, got {head_dim}")
+    return ModelConfig(
+        model_type=model_type,
+        **sizes,
+        num_hidden_layers=layers,
+        num_key_value_heads=settings.size("num_key_value_heads", heads),
+        head_dim=head_dim,
+        rms_norm_eps=settings.number("rms_norm_eps"),
+        **rope_of(settings),
+        max_position_embeddings=context,
+        tie_word_embeddings=bool(values.get("tie_word_embeddings")),
+        attention_bias=model_type in ("qwen2", "chatglm"),
+        rotary_dim=rotary_dim,
+        rotary_interleaved=is_chatglm,
+        fused_projections=is_chatglm,
+    )
 
 
-class Settings:
-    """The content of a config.json, read value by value with checks."""
+def rope_of(settings: "CheckedSettings") -> dict[str, Any]:
+    """Return rope_theta and rope_scaling, from settings of those names or `rope_parameters`."""
+    values = settings.values
+    if values["model_type"] == "chatglm":
+        return {"rope_theta": 10000.0 * settings.number("rope_ratio", 1.0)}
+    found = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{settings.source}: rope_scaling must be an object, got {found!r}")
+    kind = found.get("rope_type", found.get("type", "default"))
+    merged = {"rope_theta": values.get("rope_theta"), **found, "rope_type": kind}
+    rope = CheckedSettings(merged, settings.source)
+    rope.refuse_others({"rope_type": ("default", "llama3"), "partial_rotary_factor": (None, 1.0)})
+    theta = rope.number("rope_theta", 10000.0)
+    if kind == "default":
+        rope.refuse_others({"factor": (None,)})  # no type says how to use it
+        return {"rope_theta": theta}
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    scaling = {"rope_type": "llama3", **{name: rope.number(name) for name in names}}
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise UserError(f"{settings.source}: high_freq_factor must be above low_freq_factor")
+    original = "original_max_position_embeddings"
+    scaling[original] = rope.size(original)
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
-    def __init__(self, settings: Mapping[str, Any], source: Path) -> None:
-        self.settings = settings
-        self.source = source
 
-    def llama(self, model_type: str) -> ModelConfig:
-        """Llama, Mistral and Qwen2."""
-        self.refuse_others(HONOURED)
-        self.refuse_sliding_window(model_type)
-        if model_type != "qwen2" and self.settings.get("attention_bias"):
-            # transformers then puts a bias on o_proj too, which Qwen2 does not have
-            raise self.unsupported("attention_bias")
-        heads = self.size("num_attention_heads")
-        hidden_size = self.size("hidden_size")
-        rope_theta, rope_scaling = self.rope()
-        return ModelConfig(
-            model_type=model_type,
-            vocab_size=self.size("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=self.size("intermediate_size"),
-            num_hidden_layers=self.size("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=self.size("num_key_value_heads", heads),
-            head_dim=self.even(self.size("head_dim", hidden_size // heads)),
-            rms_norm_eps=self.positive("rms_norm_eps"),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            max_position_embeddings=self.size("max_position_embeddings", 2048),
-            tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=model_type == "qwen2",
-        )
+class CheckedSettings(NamedTuple):
+    """Settings of a JSON file, each checked as it is read; `source` is named in errors."""
 
-    def chatglm(self) -> ModelConfig:
-        """ChatGLM3: half of each head turns, in neighbouring pairs; `rope_ratio` times the base."""
-        self.refuse_others(HONOURED_CHATGLM)
-        head_dim = self.even(self.size("kv_channels"))
-        return ModelConfig(
-            model_type="chatglm",
-            vocab_size=self.size("padded_vocab_size"),
-            hidden_size=self.size("hidden_size"),
-            intermediate_size=self.size("ffn_hidden_size"),
-            num_hidden_layers=self.size("num_layers"),
-            num_attention_heads=self.size("num_attention_heads"),
-            num_key_value_heads=self.size("multi_query_group_num"),
-            head_dim=head_dim,
-            rms_norm_eps=self.positive("layernorm_epsilon"),
-            rope_theta=10000.0 * self.positive("rope_ratio", 1.0),
-            max_position_embeddings=self.size("seq_length"),
-            tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=True,
-            rotary_dim=self.even(head_dim // 2),
-            rotary_interleaved=True,
-            fused_projections=True,
-        )
-
-    def rope(self) -> tuple[float, Mapping[str, Any] | None]:
-        """Return theta and the scaling, from `rope_theta` + `rope_scaling` or `rope_parameters`."""
-        scaling = self.settings.get("rope_parameters") or self.settings.get("rope_scaling") or {}
-        if not isinstance(scaling, dict):
-            raise self.unsupported("rope_scaling")
-        inner = Settings({"rope_theta": self.settings.get("rope_theta"), **scaling}, self.source)
-        theta = inner.positive("rope_theta", 10000.0)
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if inner.settings.get("partial_rotary_factor") not in (None, 1.0):
-            raise inner.unsupported("partial_rotary_factor")
-        if kind == "default":
-            if "factor" in scaling:  # which no type says how to use
-                raise inner.unsupported("factor")
-            return theta, None
-        if kind != "llama3":
-            raise UserError(f"{self.source}: the RoPE type {kind!r} is not supported")
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        values = {name: inner.positive(name) for name in names}
-        if values["high_freq_factor"] <= values["low_freq_factor"]:
-            raise UserError(f"{self.source}: high_freq_factor must be above low_freq_factor")
-        original = "original_max_position_embeddings"
-        return theta, {"rope_type": "llama3", **values, original: inner.size(original)}
+    values: Mapping[str, Any]
+    source: Path
+    names: Mapping[str, str] = {}  # the file's own name of a setting, where it has another
 
     def refuse_others(self, honoured: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise UserError for a setting whose value the decoder does not compute."""
-        for name, values in honoured.items():
-            if not any(self.settings.get(name) == value for value in values):
-                raise self.unsupported(name)
+        """Raise UserError naming the first setting whose value is none of those honoured."""
+        for name, choices in honoured.items():
+            if (value := self.values.get(name)) not in choices:
+                raise UserError(f"{self.source}: the setting {name} = {value!r} is not supported")
 
-    def refuse_sliding_window(self, model_type: str) -> None:
-        """Raise UserError if a window narrower than the context is in use."""
-        layer_types = self.settings.get("layer_types") or []
-        full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
-        if not full:
-            raise self.unsupported("layer_types")
-        # Qwen2 states a window and switches it off by use_sliding_window
-        window = None if model_type == "qwen2" else self.settings.get("sliding_window")
-        if window is not None and self.size("sliding_window") < self.size(
-            "max_position_embeddings"
-        ):
-            raise self.unsupported("sliding_window")
+    def number(self, name: str, default: Any = None, limit: float = 1e18, kind: Any = float) -> Any:
+        """Return a finite number above 0, at most `limit`."""
+        if name in self.names:  # ChatGLM3 states every setting
+            name, default = self.names[name], None
+        value = default if self.values.get(name) is None else self.values[name]
+        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value <= limit:
+            what = f"a whole number from 1 to {limit}" if kind is int else "a number above 0"
+            raise UserError(f"{self.source}: {name} must be {what}, got {value!r}")
+        return kind(value)
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """Return a whole number above 0 and of a sane size."""
-        value = self.settings.get(name)
-        value = default if value is None else value
-        limit = LIMITS.get(name, SIZE_LIMIT)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-            raise UserError(
-                f"{self.source}: {name} must be a whole number from 1 to {limit}, got {value!r}"
-            )
-        return value
-
-    def even(self, value: int) -> int:
-        """Return the width of a head, which is turned in pairs."""
-        if value % 2:
-            raise UserError(f"{self.source}: a head's width must be even, got {value}")
-        return value
-
-    def positive(self, name: str, default: float | None = None) -> float:
-        """Return a finite number above 0."""
-        value = self.settings.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e18:
-            raise UserError(f"{self.source}: {name} must be a number above 0, got {value!r}")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        """Return true or false; missing means false."""
-        value = self.settings.get(name)
-        if value not in (None, True, False):
-            raise UserError(f"{self.source}: {name} must be true or false, got {value!r}")
-        return bool(value)
-
-    def unsupported(self, name: str) -> UserError:
-        """Return the error that names a setting."""
-        value = self.settings.get(name)
-        return UserError(f"{self.source}: the setting {name} = {value!r} is not supported")
+    def size(self, name: str, default: int | None = None, limit: int = SIZE_LIMIT) -> int:
+        """Return a whole number from 1 to `limit`."""
+        return int(self.number(name, default, limit, int))

@@ -1,4 +1,4 @@
-"""Conversations that share a beginning, laid out once: a tree of branches in one flat row.
+"""Packed rows: conversations that share a prefix as a tree of branches, many trees in one row.
 
 A preference pair is three branches, [prompt | chosen | rejected]: both responses see the prompt and
 not each other, and the prompt is computed once. A dialogue with loss on several turns is a single
@@ -9,31 +9,28 @@ branch. Many trees share one row without padding:
     pos      0  1  2  3    4  5    4  5  6              0  1  2  3      (along each branch)
     seen    own beginning  p+own   p+own               own beginning
 
-Each branch attends to its own path and to nothing else, so loss and gradients are those of the
-plain layout, one padded row a path, to rounding.
+Each branch attends to its own path and to nothing else, so loss and gradients are those of padded
+rows, one for each path, to rounding.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.chat import Lesson
-from usbrec.llm.kernels import Window, window_attention
+from usbrec.chat import TrainingDialogue
+from usbrec.llm.model import Decoder, Ops
 from usbrec.llm.tokenizer import ChatTokenizer
-
-CPU_WINDOW = 128  # queries that attend at once; with 256 a pass of 250-token trees took 10% longer
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A run of tokens that continues branch number `parent` of its tree (None: a beginning).
+    """A run of tokens that continues branch number `parent` of its tree (None: a root).
 
-    `weights[i]` multiplies the loss of predicting `ids[i]`; 0 means it is not predicted.
+    `weights[i]` multiplies the loss of predicting `ids[i]`; a token of weight 0 is not predicted.
     """
 
     ids: Sequence[int]
@@ -43,7 +40,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tree:
-    """Branches of one conversation; parents stand before their children."""
+    """Branches of one conversation; parents come before their children."""
 
     branches: Sequence[Branch]
 
@@ -52,129 +49,111 @@ class Tree:
         return sum(len(branch.ids) for branch in self.branches)
 
 
-def lesson_tree(tokenizer: ChatTokenizer, lesson: Lesson) -> Tree:
-    """Lay a lesson out in token ids: its trunk first, then every branch after the trunk."""
-    trunk = Branch(*tokenizer.render(lesson.trunk, closed=not lesson.branches))
-    branches = [Branch(*tokenizer.render(b, first=False), 0) for b in lesson.branches]
-    return Tree([trunk, *branches])
+def dialogue_tree(tokenizer: ChatTokenizer, dialogue: TrainingDialogue) -> Tree:
+    """Return the tree of a training dialogue: its prefix, then its branches after the prefix."""
+    prefix = Branch(*tokenizer.render(dialogue.prefix, closed=not dialogue.branches))
+    branches = [Branch(*tokenizer.render(b, first=False), 0) for b in dialogue.branches]
+    return Tree([prefix, *branches])
 
 
-def plain_layout(tree: Tree) -> Tree:
-    """Give every branch that is learned from a copy of its whole path; the others become empty.
+def pair_tree(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Tree:
+    """Return the tree of a preference pair, one prompt and two responses of weight 1 per token.
 
-    Branches keep their numbers and their supervised tokens. For comparison with the packed layout.
+    Both responses end with the end-of-turn token, which thus counts in sum and length.
     """
-    paths: list[tuple[list[int], list[float]]] = []
-    branches = []
+    responses = [Branch(ids, [1.0] * len(ids), 0) for ids in (chosen, rejected)]
+    return Tree([Branch(prompt, [0.0] * len(prompt)), *responses])
+
+
+def tree_paths(tree: Tree) -> list[list[int]]:
+    """Return per branch the places of its path in the tree: its ancestors' first, then its own."""
+    paths: list[list[int]] = []
+    start = 0
     for branch in tree.branches:
-        past, zeros = ([], []) if branch.parent is None else paths[branch.parent]
-        ids, weights = past + list(branch.ids), zeros + list(branch.weights)
-        paths.append((ids, [0.0] * len(ids)))
-        branches.append(Branch(ids, weights) if any(branch.weights) else Branch([], []))
-    return Tree(branches)
+        past = [] if branch.parent is None else paths[branch.parent]
+        paths.append([*past, *range(start, start + len(branch.ids))])
+        start += len(branch.ids)
+    return paths
 
 
+def visibility(tree: Tree) -> Tensor:
+    """Return the visibility (n, n) of a tree, bool: a token sees its own path up to itself."""
+    n, start = len(tree), 0
+    on_path = torch.zeros(n, n, dtype=torch.bool)
+    for branch, path in zip(tree.branches, tree_paths(tree), strict=True):
+        on_path[start : start + len(branch.ids), torch.tensor(path, dtype=torch.long)] = True
+        start += len(branch.ids)
+    return on_path.tril()
+
+
+def pack_rows(trees: Sequence[Tree], tokens_per_pass: int) -> list[list[Tree]]:
+    """Return the trees in rows of at most `tokens_per_pass` tokens: longest first, first fit.
+
+    A longer tree has its own row.
+    """
+    rows: list[list[Tree]] = []
+    for tree in sorted(trees, key=len, reverse=True):
+        for row in rows:
+            if sum(map(len, row)) + len(tree) <= tokens_per_pass:
+                row.append(tree)
+                break
+        else:
+            rows.append([tree])
+    return rows
+
+
+@dataclass(frozen=True)
 class TreeAttention:
-    """Attention of a packed row: every branch sees its own path."""
+    """The attention of a packed row: tree by tree, each tree with its own mask."""
 
-    def __init__(self, windows: Sequence[Window]) -> None:
-        self.windows = windows
+    ops: Ops
+    sizes: list[int]  # of the trees, in tokens
+    masks: Sequence[Any]  # made by `ops.mask`
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d); the layer's number does not matter."""
-        if q.device.type == "cpu":
-            return window_attention(q, k, v, self.windows)
-        out = [
-            attend(q[w.start : w.stop], k[w.first : w.stop], v[w.first : w.stop], w.visible)
-            for w in self.windows
-        ]
-        return torch.cat(out)
-
-
-def tree_windows(first: int, paths: Sequence[Sequence[int]], device: torch.device) -> list[Window]:
-    """Return the windows of one tree that begins at `first`, from the path of each branch.
-
-    A path ends with the branch's own tokens, in a row after those of the branches before. On the
-    CPU a window is short, so that keys after its last query cost nothing; a GPU takes a tree whole.
-    """
-    size = max(path[-1] for path in paths if path) + 1 - first
-    visible = torch.zeros(size, size, dtype=torch.bool)
-    own = 0
-    for path in paths:
-        n = sum(place >= first + own for place in path)
-        columns = torch.tensor(path, dtype=torch.long) - first
-        visible[own : own + n, columns] = torch.ones(n, len(path)).tril(len(path) - n).bool()
-        own += n
-    parts = math.ceil(size / CPU_WINDOW) if device.type == "cpu" else 1
-    edges = [size * i // parts for i in range(parts + 1)]
-    windows = []
-    for start, stop in itertools.pairwise(edges):
-        skipped = int(
-            visible[start:stop].any(0).int().argmax()
-        )  # before the first key that is seen
-        seen = visible[start:stop, skipped:stop].to(device)
-        windows.append(Window(first + skipped, first + start, first + stop, seen))
-    return windows
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v on a GPU: q (n, H, d), k, v (S, H_kv, d), mask (n, S).
-
-    The query heads of one key head form the inner batch dimension, so keys are never copied per
-    query head.
-    """
-    H_kv = k.shape[1]
-    q = q.unflatten(1, (H_kv, -1)).permute(1, 2, 0, 3)  # (H_kv, g, n, d)
-    g = q.shape[1]
-    k, v = (x.transpose(0, 1)[:, None].expand(-1, g, -1, -1) for x in (k, v))  # (H_kv, g, S, d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.permute(2, 0, 1, 3).flatten(1, 2)  # (n, H, d)
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (H_kv, T, d)
+        own_q, own_k, own_v = q.split(self.sizes), k.split(self.sizes, 1), v.split(self.sizes, 1)
+        trees = zip(own_q, own_k, own_v, self.masks, strict=True)
+        return torch.cat([self.ops.attend(*tree) for tree in trees])
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A flat row of T tokens with M supervised ones: hidden[sources] predict targets."""
+    """A flat row of T tokens, M of them predicted: hidden[label_positions] predict targets."""
 
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (T,)
-    sources: Tensor  # (M,) the position whose hidden state predicts the target
+    label_positions: Tensor  # (M,) the place whose hidden state predicts the target
     targets: Tensor  # (M,)
     weights: Tensor  # (M,) fp32
-    owners: Tensor  # (M,) the branch a target belongs to, counted over the whole row
+    segment_ids: Tensor  # (M,) the branch of the target, counted over the whole row
+    num_segments: int
     attention: TreeAttention
 
 
-def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
-    """Lay the trees into one row; the first token of a beginning is never predicted."""
+def pack(trees: Sequence[Tree], model: Decoder) -> Packed:
+    """Return the packed row of the trees; the first token of a root branch is never predicted."""
     ids: list[int] = []
     positions: list[int] = []
-    supervised: list[tuple[int, int, float, int]] = []  # source, target, weight, owner
-    windows: list[Window] = []
-    owner = 0
+    labels: list[tuple[int, int, float, int]] = []  # place, target, weight, segment
+    segment = 0
     for tree in trees:
         first = len(ids)
-        paths: list[list[int]] = []  # of each branch: where its whole path lies in the row
-        for branch in tree.branches:
-            past = [] if branch.parent is None else paths[branch.parent]
-            start = len(ids)
-            path = past + list(range(start, start + len(branch.ids)))
-            for i, (token, weight) in enumerate(zip(branch.ids, branch.weights, strict=True)):
-                at = len(past) + i
-                if weight and at:
-                    supervised.append((path[at - 1], token, weight, owner))
-            ids.extend(branch.ids)
-            positions.extend(range(len(past), len(path)))
-            paths.append(path)
-            owner += 1
-        if len(ids) > first:
-            windows += tree_windows(first, paths, torch.device(device))
-    sources, targets, weights, owners = zip(*supervised, strict=True) if supervised else [()] * 4
+        for branch, path in zip(tree.branches, tree_paths(tree), strict=True):
+            own = range(len(path) - len(branch.ids), len(path))  # positions of its tokens
+            ids += branch.ids
+            positions += own
+            for i, token, weight in zip(own, branch.ids, branch.weights, strict=True):
+                if weight and i:
+                    labels.append((first + path[i - 1], token, weight, segment))
+            segment += 1
+    places, targets, weights, segments = zip(*labels, strict=True) if labels else [()] * 4
+    filled = [tree for tree in trees if len(tree)]
+    masks = [model.ops.mask(visibility(tree).to(model.device)) for tree in filled]
+    attend = TreeAttention(model.ops, list(map(len, filled)), masks)
+    weigh = torch.tensor(weights, dtype=torch.float32, device=model.device)
+    row = partial(torch.tensor, dtype=torch.long, device=model.device)
     return Packed(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
-        sources=torch.tensor(sources, dtype=torch.long, device=device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
-        weights=torch.tensor(weights, dtype=torch.float32, device=device),
-        owners=torch.tensor(owners, dtype=torch.long, device=device),
-        attention=TreeAttention(windows),
+        row(ids), row(positions), row(places), row(targets), weigh, row(segments), segment, attend
     )

@@ -8,15 +8,15 @@ probability only falls as tokens are added. Each pass opens the most promising r
                     +-- " The" ------ ...
                     +-- " Zod" -- "iac (" -- ...              at most -14.2
 
-The search ends when k texts beat every bound that is left, or when it has run the tokens it may
-run. Scores are exact either way, and so is every place whose score beats the best bound left. The
-order of opening, best bound less a guess of what the rest costs, decides what a search cut short
-has found, not what an exact one finds. Proof is what costs: of ReDial's 6,576 titles (46,000 tokens
+The search ends when k texts beat every remaining bound, or when its tokens are spent. Scores are
+exact either way, and so is every place whose score beats the best remaining bound. Runs are opened
+by their bound less a guessed cost of the rest. This order decides the result of a search that is
+cut short, not of an exact one. Proof takes the most tokens: of ReDial's 6,576 titles (46,000 tokens
 of trie) the ten best were found within 900 tokens, and proven after 2,000 to 10,000.
 
-A text is scored as the tokens its tokenizer gives it, as far as they go: what a reply says after
-them is left open. So a text that goes on where another ends ("Heat", "Heat (1995)") should be
-closed by the caller ("Heat.", "Heat (1995)."), lest the longer one can never win.
+A text is scored by its own tokens; the rest of the reply is left open. So the caller should close a
+text that another text continues ("Heat", "Heat (1995)" -> "Heat.", "Heat (1995)."), since otherwise
+the longer one can never win.
 """
 
 import heapq
@@ -24,72 +24,72 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.chat import Chat
-from usbrec.llm.cache import Path, PrefixCache, shared_length
-from usbrec.llm.decoding import routes_of
+from usbrec.chat import Request
+from usbrec.llm.cache import PrefixCache, SlotPath, shared_length
+from usbrec.llm.decoding import adapter_spans
 from usbrec.llm.engine import Engine
-from usbrec.llm.kernels import fold
+from usbrec.llm.model import Ops
 
 TOKENS = 2000  # of a search: about two seconds of two cores with a model of 135M
-PASS_TOKENS = 96  # more would open what a better text spares
-RUN_TOKENS = 2  # longer runs would be run to their end where their first tokens rule them out
-TOKEN_COST = 0.3  # what each token to come is guessed to cost, when runs are put in order
+PASS_TOKENS = 96  # of a pass; more would open runs that a better text rules out
+RUN_TOKENS = 2  # at most; the tokens of a run are run together, even if the first rules it out
+TOKEN_COST = 0.3  # the guessed -log p of each later token, for the order of the runs
+
+Slots = tuple[int, ...]  # of the trie's tokens, in the order in which they are run
 
 
 @dataclass(eq=False)
-class Run:
-    """Some tokens that all texts below share; `texts` are those that end with the last."""
+class TokenRun:
+    """A node of the trie: tokens that all texts below share; `texts` end with the last of them.
+
+    `fed` are the tokens with successors, and `next` holds the successors of each: the run's next
+    token, or after its last the children's first tokens. `rest` is the number of tokens after the
+    first, down to the nearest end of a text.
+    """
 
     ids: list[int]
-    texts: list[int] = field(default_factory=list)
-    children: list["Run"] = field(default_factory=list)
+    texts: list[int]
+    children: list["TokenRun"]
 
-    @cached_property
-    def rest(self) -> int:
-        """How many tokens follow the first, down to the nearest end of a text."""
+    def __post_init__(self) -> None:
+        heads = [child.ids[0] for child in self.children]
+        self.next = [[token] for token in self.ids[1:]] + ([heads] if heads else [])
+        self.fed = self.ids[: len(self.next)]
         below = 0 if self.texts else 1 + min(child.rest for child in self.children)
-        return len(self.ids) - 1 + below
-
-    @property
-    def fed(self) -> list[int]:
-        """The tokens whose successors are of interest."""
-        return self.ids if self.children else self.ids[:-1]
+        self.rest: int = len(self.ids) - 1 + below
 
 
-def make_trie(rows: Sequence[tuple[list[int], int]], depth: int = 0) -> Run:
-    """Return the trie of (ids, text), sorted by ids, that agree on their first `depth` ids."""
+def make_trie(rows: Sequence[tuple[list[int], int]], depth: int = 0) -> TokenRun:
+    """Return the trie of rows (ids, text), sorted by ids and equal in their first `depth` ids."""
     first, last = rows[0][0], rows[-1][0]
-    length = shared_length(first[depth:], last[depth:])  # the outermost rows agree least
-    end = depth + min(length, RUN_TOKENS)
-    run = Run(first[depth:end], [text for ids, text in rows if len(ids) == end])
-    below = itertools.groupby(rows[len(run.texts) :], key=lambda row: row[0][end])
-    run.children = [make_trie(list(branch), end) for _, branch in below]
-    return run
+    # in sorted rows these agree least
+    end = depth + min(shared_length(first[depth:], last[depth:]), RUN_TOKENS)
+    texts = [text for ids, text in rows if len(ids) == end]
+    below = itertools.groupby(rows[len(texts) :], key=lambda row: row[0][end])
+    return TokenRun(first[depth:end], texts, [make_trie(list(branch), end) for _, branch in below])
 
 
 @dataclass(frozen=True, order=True)
 class Open:
-    """A run of which the first token is scored; `number` makes the order of equals definite."""
+    """A run that waits to be opened; its first token is scored."""
 
     guess: float  # of the -log p of the best text below
-    number: int
     bound: float = field(compare=False)  # log p up to the first token
-    run: Run = field(compare=False)
-    above: tuple[int, ...] = field(compare=False)  # slots of the tokens between prompt and run
+    run: TokenRun = field(compare=False)
+    above: Slots = field(compare=False)  # the tokens between prompt and run
 
 
 @dataclass(frozen=True)
 class Ranked:
     """The best texts, best first: (place among the texts, log-probability), equals in their order.
 
-    The first `proven` are the best there are, in this order; a search that was cut short may have
-    missed better ones than the rest.
+    The first `proven` are certainly the best, in this order. After them, a search that was cut
+    short may have missed better texts.
     """
 
     texts: list[tuple[int, float]]
@@ -97,182 +97,138 @@ class Ranked:
 
 
 class TrieAttention:
-    """Every token sees the prompt, which all share, and its own path through the trie.
+    """The attention of a search: a token sees the prompt and its own path through the trie.
 
-    Paths lie in an arena of their own and are gathered for each pass; the query heads of one key
-    head, and all tokens of the pass, are folded into one product with the prompt.
+    The keys (layers, H_kv, S, d) are those of the prompt, then of all tokens run so far, in order.
     """
 
-    def __init__(self, cache: PrefixCache, prompt: Path) -> None:
+    def __init__(self, cache: PrefixCache, prompt: SlotPath, ops: Ops) -> None:
         slots = prompt.slots.to(cache.k.device)
-        self.head_k, self.head_v = (x[:, :, slots] for x in (cache.k, cache.v))  # (L, H_kv, P, d)
-        L, H_kv, _, d = cache.k.shape
-        self.k = cache.k.new_empty(L, 512, H_kv, d)
-        self.v = torch.empty_like(self.k)
+        self.k, self.v, self.ops = cache.k[:, :, slots], cache.v[:, :, slots], ops
         self.used, self.prompt_length = 0, len(slots)
 
     def begin(self, paths: Sequence[Sequence[int]]) -> None:
-        """Take the paths of the next pass's tokens; each ends with the token's own new slot."""
-        while self.used + len(paths) > self.k.shape[1]:
-            self.k, self.v = (torch.cat([x, torch.empty_like(x)], 1) for x in (self.k, self.v))
-        self.new = slice(self.used, self.used + len(paths))
+        """Make room for the tokens of a pass, each of which sees the trie's tokens in its path."""
+        self.first = self.prompt_length + self.used
         self.used += len(paths)
-        slots = np.zeros((len(paths), max(map(len, paths))), np.int64)
-        bias = np.full(slots.shape, -np.inf, np.float32)
-        for row, path in enumerate(paths):
-            slots[row, : len(path)], bias[row, : len(path)] = path, 0
-        device = self.k.device
-        self.slots = torch.from_numpy(slots).to(device)  # (T, S)
-        self.bias = torch.from_numpy(bias)[:, None, None].to(device)
+        self.k, self.v = (F.pad(x, (0, 0, 0, len(paths))) for x in (self.k, self.v))
+        own = torch.zeros(len(paths), self.used, dtype=torch.bool)
+        for row, path in zip(own, paths, strict=True):
+            row[list(path)] = True
+        visible = F.pad(own, (self.prompt_length, 0), value=True).to(self.k.device)
+        self.mask = self.ops.mask(visible)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
-        self.k[layer, self.new], self.v[layer, self.new] = k, v
-        T, H_kv, d = k.shape
-        P = self.prompt_length
-        q = q * d**-0.5
-        of_head = fold(q, H_kv) @ self.head_k[layer].transpose(1, 2)  # (H_kv, g T, P)
-        of_head = of_head.unflatten(1, (-1, T)).permute(2, 0, 1, 3)  # (T, H_kv, g, P)
-        tail_k, tail_v = self.k[layer, self.slots], self.v[layer, self.slots]  # (T, S, H_kv, d)
-        of_tail = q.unflatten(1, (H_kv, -1)) @ tail_k.permute(0, 2, 3, 1)  # (T, H_kv, g, S)
-        scores = torch.cat([of_head.float(), of_tail.float() + self.bias], -1)
-        probs = scores.softmax(-1).to(q.dtype)
-        head = fold(probs[..., :P].flatten(1, 2), H_kv) @ self.head_v[layer]  # (H_kv, g T, d)
-        head = head.unflatten(1, (-1, T)).permute(2, 0, 1, 3)  # (T, H_kv, g, d)
-        return (head + probs[..., P:] @ tail_v.transpose(1, 2)).flatten(1, 2)
+        keys, values = self.k[layer], self.v[layer]
+        keys[:, self.first :], values[:, self.first :] = k.transpose(0, 1), v.transpose(0, 1)
+        return self.ops.attend(q, keys, values, self.mask)
 
 
 class Ranking:
-    """Ranks one set of texts, as many times as asked."""
+    """The trie of a set of texts, which `best` ranks per request."""
 
     def __init__(self, engine: Engine, texts: Sequence[str]) -> None:
         self.engine = engine
         rows = sorted((engine.tokenizer.encode(text), i) for i, text in enumerate(texts))
         self.longest = max(len(ids) for ids, _ in rows)
-        self.trie = make_trie(rows)
+        trie = make_trie(rows)
+        # -1: the prompt's last token, which differs by request, precedes all texts
+        self.trie = TokenRun([-1, *trie.ids], trie.texts, trie.children)
 
     @torch.inference_mode()
-    def best(self, chats: Sequence[Chat], k: int, tokens: int = TOKENS) -> list[Ranked]:
-        """Return for each chat the k most probable texts as its reply's beginning.
+    def best(self, requests: Sequence[Request], k: int, tokens: int = TOKENS) -> list[Ranked]:
+        """Return per request the k most probable texts as its reply's beginning.
 
-        Each search ends after so many tokens, or as soon as its result is exact (0: only then). A
-        chat's result does not depend on the others.
+        A search ends after `tokens` tokens, or as soon as its result is exact (0: only then). A
+        request's result does not depend on the others, and its sampling is not used.
         """
-        engine, beginning = self.engine, self.trie.ids
-        prompts = [engine.prompt(chat, self.longest) for chat in chats]
-        ranked: list[Ranked] = []
-        for wave in engine.waves([len(ids) + len(beginning) for ids in prompts]):
-            engine.cache.tick()
-            rows = [(chats[i].adapter, prompts[i] + beginning) for i in wave]
-            paths, states = engine.prefill(rows, [len(prompts[i]) - 1 for i in wave])
-            for (adapter, _), path, state in zip(rows, paths, states, strict=True):
-                attention = TrieAttention(engine.cache, path)
-                ranked.append(Search(engine, adapter, attention, k, tokens).run(self.trie, state))
+        engine, lead, ranked = self.engine, self.trie.ids[1:], []
+        rows = [(asked.adapter, engine.prompt(asked, self.longest) + lead) for asked in requests]
+        for batch in engine.batches([len(ids) for _, ids in rows]):
+            firsts = [len(ids) - len(lead) - 1 for _, ids in rows[batch]]
+            paths, states = engine.prefill(rows[batch], firsts)
+            for (adapter, _), path, state in zip(rows[batch], paths, states, strict=True):
+                ranked.append(Search(engine, adapter, path, k, tokens).run(self.trie, state))
         return ranked
 
 
-Opened = tuple[Open, list[int], tuple[int, ...]]  # its tokens to score, the slots down to its end
-
-
 class Search:
-    """One chat's search: the runs yet to be opened, and the best texts so far."""
+    """The search of one request: the runs that wait to be opened, and the best texts so far."""
 
     def __init__(
-        self, engine: Engine, adapter: str | None, attention: TrieAttention, k: int, tokens: int
+        self, engine: Engine, adapter: str | None, prompt: SlotPath, k: int, tokens: int
     ) -> None:
-        self.engine, self.adapter, self.attention = engine, adapter, attention
-        self.k, self.tokens = k, tokens or math.inf
+        self.engine, self.adapter, self.tokens = engine, adapter, tokens or math.inf
+        self.attention = TrieAttention(engine.cache, prompt, engine.model.ops)
         self.open: list[Open] = []
-        self.found: list[tuple[float, int]] = []  # (log p, -text) of at most k, the worst on top
-        self.numbers = itertools.count()
+        self.found = [(-math.inf, 0)] * k  # (log p, -text) of the best, the k-th on top
 
-    def run(self, trie: Run, states: Tensor) -> Ranked:
-        """Return the k best texts; the states (1 + n, D) are the prompt's last and the n of `trie`.
+    def run(self, trie: TokenRun, states: Tensor) -> Ranked:
+        """Return the k best texts, given the states (n, D) of the n tokens of `trie`.
 
-        Whoever asks has run the trie's first tokens with the prompt: all texts share them.
+        The caller computes these states with the prompt, since all texts share the tokens.
         """
-        start = Open(0.0, next(self.numbers), 0.0, trie, ())
-        self.score([(start, trie.ids, ())], states if trie.children else states[:-1])
+        self.score([Open(0.0, 0.0, trie, ())], [()], states[: len(trie.fed)])
         while chosen := self.choose():
-            self.score(*self.expand(chosen))
-        texts = [(-text, score) for score, text in sorted(self.found, reverse=True)]
+            self.score(chosen, *self.expand(chosen))
+        found = sorted((pair for pair in self.found if pair[0] > -math.inf), reverse=True)
         bound = max((left.bound for left in self.open), default=-math.inf)
-        return Ranked(texts, sum(score > bound for _, score in texts))
-
-    @property
-    def bar(self) -> float:
-        """What a text must beat: the k-th best log-probability so far."""
-        return self.found[0][0] if len(self.found) == self.k else -math.inf
+        proven = sum(score > bound for score, _ in found)
+        return Ranked([(-text, score) for score, text in found], proven)
 
     def choose(self) -> list[Open]:
-        """Return the runs to open next: the most promising of those that beat the bar."""
+        """Return the runs to open next: the most promising of those that beat the k-th text."""
         chosen: list[Open] = []
         room = min(PASS_TOKENS, self.tokens - self.attention.used)
         while self.open and room > 0:
             best = heapq.heappop(self.open)
-            if best.bound > self.bar:
+            if best.bound > self.found[0][0]:
                 chosen.append(best)
                 room -= len(best.run.fed)
         return chosen
 
-    def expand(self, chosen: Sequence[Open]) -> tuple[list[Opened], Tensor]:
-        """Run the chosen runs' tokens in one pass; return what was opened, and the states."""
-        opened: list[Opened] = []
-        ids: list[int] = []
-        paths: list[tuple[int, ...]] = []  # of each token: the slots it sees, its own the last
+    def expand(self, chosen: Sequence[Open]) -> tuple[list[Slots], Tensor]:
+        """Return the path of each chosen run and the states of its tokens, computed in one pass."""
+        ends: list[Slots] = []
+        paths: list[Slots] = []  # of each token: the slots it sees, its own the last
         for best in chosen:
             path = best.above
-            for token in best.run.fed:
-                path = (*path, self.attention.used + len(ids))
-                ids.append(token)
+            for _ in best.run.fed:
+                path = (*path, self.attention.used + len(paths))
                 paths.append(path)
-            opened.append((best, best.run.ids[1:], path))
-        model = self.engine.model
+            ends.append(path)
+        model, usage = self.engine.model, self.engine.usage
         self.attention.begin(paths)
-        beyond = [self.attention.prompt_length + len(path) - 1 for path in paths]
-        hidden = model(
-            torch.tensor(ids, device=model.device),
-            torch.tensor(beyond, device=model.device),
-            self.attention,
-            routes_of([self.adapter], [len(ids)]),
-        )
-        self.engine.usage.prompt_tokens += len(ids)
-        self.engine.usage.computed_tokens += len(ids)
-        return opened, hidden
+        ids = [token for best in chosen for token in best.run.fed]
+        places = [self.attention.prompt_length + len(path) - 1 for path in paths]
+        rows = (torch.tensor(row, device=model.device) for row in (ids, places))
+        states = model(*rows, self.attention, adapter_spans([self.adapter], [len(ids)]))
+        usage.prompt_tokens += len(ids)
+        usage.computed_tokens += len(ids)
+        return ends, states
 
-    def score(self, opened: Sequence[Opened], states: Tensor) -> None:
-        """Score what the states predict: the rest of each run, then its children's first tokens."""
-        rows: list[int] = []
-        tokens: list[int] = []
-        at = 0
-        for best, rest, _ in opened:
-            rows += range(at, at + len(rest))
-            tokens += rest
-            at += len(rest)
-            if best.run.children:
-                rows += [at] * len(best.run.children)
-                tokens += [child.ids[0] for child in best.run.children]
-                at += 1
-        logits = self.engine.model.logits(states)
-        picked = logits[rows, tokens] - logits.logsumexp(-1)[rows]
-        logps = iter(picked.tolist())
-        for best, rest, path in opened:
-            score = best.bound + sum(itertools.islice(logps, len(rest)))
+    def score(self, opened: Sequence[Open], ends: Sequence[Slots], states: Tensor) -> None:
+        """Score the tokens after the states: the rest of each run, then its children's first."""
+        following = [tokens for best in opened for tokens in best.run.next]  # of each state
+        rows = [i for i, tokens in enumerate(following) for _ in tokens]
+        tokens = list(itertools.chain(*following))
+        logits = self.engine.model.logits(states).float()
+        logps = iter((logits[rows, tokens] - logits.logsumexp(-1)[rows]).tolist())
+        for best, path in zip(opened, ends, strict=True):
+            score = best.bound + sum(itertools.islice(logps, len(best.run.ids) - 1))
             self.find(best.run, score)
             for child in best.run.children:
                 self.meet(child, score + next(logps), path)
 
-    def meet(self, run: Run, score: float, above: tuple[int, ...]) -> None:
-        """Take a run whose first token is scored: it waits to be opened, or is a text already."""
+    def meet(self, run: TokenRun, bound: float, above: Slots) -> None:
+        """Queue a run whose first token is scored, or record its texts if no token follows."""
         if not run.fed:
-            self.find(run, score)
-        elif score > self.bar:
-            guess = TOKEN_COST * run.rest - score
-            heapq.heappush(self.open, Open(guess, next(self.numbers), score, run, above))
+            self.find(run, bound)
+        elif bound > self.found[0][0]:
+            heapq.heappush(self.open, Open(TOKEN_COST * run.rest - bound, bound, run, above))
 
-    def find(self, run: Run, score: float) -> None:
+    def find(self, run: TokenRun, score: float) -> None:
         """Keep the texts that end with this run if they are among the k best."""
         for text in run.texts:
-            heapq.heappush(self.found, (score, -text))
-            if len(self.found) > self.k:
-                heapq.heappop(self.found)
+            heapq.heappushpop(self.found, (score, -text))

@@ -1,206 +1,174 @@
-"""Chats laid out in token ids, piece by piece, together with the weight of each token's loss.
+"""Chats as token ids, laid out piece by piece, with the weight of each token's loss.
 
-No text is rendered and searched again: a control token comes from the format alone and a message's
+No text is rendered and searched again: a control token comes from the format alone, and a message's
 content is always encoded as plain text. The layouts are those of the models' published templates
-(`smollm2`, `qwen2.5`, `llama3.1`, ...), token for token, with one exception: an assistant's
-content is never merged with the newline of its header, since a reply's tokens come after that
-newline one by one. Which format a model wants is read off its control tokens; `zephyr` (TinyLlama),
-`llama2`, `mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few, are named by the user.
+(`smollm2`, `qwen2.5`, `llama3.1`, ...), token for token, with one exception: an assistant's content
+is never merged with the newline of its header, since a reply's tokens come after that newline one
+by one. Control tokens identify a model's format. The user names `zephyr` (TinyLlama), `llama2`,
+`mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few control tokens.
 
     tokenizer = ChatTokenizer.from_folder(Path("models/smollm2-135m-instruct"))
     ids = tokenizer.prompt([Message("user", "Hello")])
+
+A prompt and its reply may take `max_length` tokens together. A prompt that is longer than the room
+beside a reply loses whole turns from the left; its system prompt and its last turn stay:
+
+    max_length 2048, room 1792    system | turn 1 | turn 2 | turn 3     2000 tokens
+                                  system          | turn 2 | turn 3     1700 tokens: the prompt
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from usbrec.chat import Message
-from usbrec.llm.files import file_in, read_json
-from usbrec.llm.gguf_file import GgufFile
+from usbrec.chat import Message, Sampling
+from usbrec.llm.model_config import file_in, read_json
 from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
 from usbrec.options import UserError
 
+Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
 LLAMA31_DATE = "26 Jul 2024"
+REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a family writes a message: header, content, end. `{role}` stands for the role.
+    """The chat layout of a model family: `begin`, then turn, gap, turn, gap, ...
 
-    A piece of `begin`, `header` or `end` that is a control token of the model is that token; any
-    other piece is text. A format with `user_header` has no system role: a system prompt stands
-    inside the first user's message, and later system messages are users'.
+    A mark in a template stands for the control token of that name, all else for text. A format with
+    `user_turn` has no system role: a system prompt goes into the first user's message, and later
+    system messages become users'.
     """
 
     name: str
-    marks: tuple[str, ...]  # the control tokens by which the format is recognised
-    header: tuple[str, ...]
-    end: tuple[str, ...]  # its control token is the end of turn; empty: the next header ends it
-    begin: tuple[str, ...] = ()
+    marks: tuple[str, ...]  # control tokens: the templates', and others that identify the format
+    turn: str  # {role}, {content}, and the end of turn if the format has one
+    gap: str = ""
+    begin: str = ""
+    stops: tuple[str, ...] = ()  # marks that end a reply besides the end of turn
     default_system: str | None = None  # put first where the chat has no system prompt
     system_prefix: str = ""  # put before the first system prompt's content; {date} is pinned
     trim: bool = False  # the template strips white space around the content
     separate: bool = False  # header and content are encoded apart for every role
-    stops: tuple[str, ...] = ()  # control tokens that end a reply besides the end of turn
-    user_header: tuple[str, ...] = ()  # `header` and `end` are then the assistant's alone
-    user_end: tuple[str, ...] = ()
+    user_turn: str = ""  # `turn` is then the assistant's alone
     system: str = ""  # how a system prompt is written before the first user's content
-    reply_prefix: str = ""  # stands before an assistant's content and is a part of the reply
-    by_name: bool = False  # its marks tell nothing: taken only where the user names it
+    reply_prefix: str = ""  # precedes an assistant's content as a part of the reply
+    by_name: bool = False  # its marks identify nothing: taken only if the user names it
 
 
-CHATML = ChatFormat(
-    name="chatml",
-    marks=("<|im_start|>", "<|im_end|>"),
-    header=("<|im_start|>", "{role}\n"),
-    end=("<|im_end|>", "\n"),
-)
+def variant(base: ChatFormat, name: str, *marks: str, **changes: Any) -> ChatFormat:
+    """Return a format with further marks and other changes."""
+    return replace(base, name=name, marks=(*base.marks, *marks), **changes)
+
+
+SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
+CHATML = ChatFormat("chatml", CHATML_MARKS, "<|im_start|>{role}\n{content}<|im_end|>", gap="\n")
 LLAMA3 = ChatFormat(
-    name="llama3",
-    marks=("<|start_header_id|>", "<|eot_id|>"),
-    begin=("<|begin_of_text|>",),
-    header=("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"),
-    end=("<|eot_id|>",),
-    trim=True,
+    "llama3",
+    marks=("<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
+    begin="<|begin_of_text|>",
+    turn="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
     stops=("<|end_of_text|>",),
+    trim=True,
 )
-MISTRAL = ChatFormat(
-    name="mistral",
-    marks=("<s>", "</s>"),
-    begin=("<s>",),
-    header=(),
-    end=("</s>",),
-    user_header=(" [INST] ",),
-    user_end=(" [/INST]",),
-    system="{}\n\n",
+LLAMA2 = ChatFormat(
+    *("llama2", ("<s>", "</s>"), "{content} </s>"),
+    user_turn="<s>[INST] {content} [/INST]",
+    system="<<SYS>>\n{}\n<</SYS>>\n\n",
     reply_prefix=" ",
+    trim=True,
     by_name=True,
 )
-# The first whose marks the tokenizer has is taken.
-FORMATS = (
-    replace(
-        CHATML,
-        name="smollm2",
-        marks=(*CHATML.marks, "<gh_stars>"),
-        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    ),
-    replace(
-        CHATML,
-        name="qwen2.5",
-        marks=(*CHATML.marks, "<|fim_prefix|>"),
-        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    ),
-    replace(
-        CHATML,
-        name="qwen2",
-        marks=(*CHATML.marks, "<|endoftext|>"),
-        default_system="You are a helpful assistant.",
-    ),
+MISTRAL = variant(
+    *(LLAMA2, "mistral"),
+    begin="<s>",
+    turn="{content}</s>",
+    user_turn=" [INST] {content} [/INST]",
+    system="{}\n\n",
+    trim=False,
+)
+FORMATS = (  # the first whose marks the tokenizer has is taken
+    variant(CHATML, "smollm2", "<gh_stars>", default_system=SMOLLM2),
+    variant(CHATML, "qwen2.5", "<|fim_prefix|>", default_system=QWEN25),
+    variant(CHATML, "qwen2", "<|endoftext|>", default_system="You are a helpful assistant."),
     CHATML,
-    replace(
-        LLAMA3,
-        name="llama3.1",
-        marks=(*LLAMA3.marks, "<|eom_id|>"),
+    variant(
+        *(LLAMA3, "llama3.1", "<|eom_id|>"),
+        stops=("<|end_of_text|>", "<|eom_id|>"),
         default_system="",
         system_prefix="Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n",
-        stops=(*LLAMA3.stops, "<|eom_id|>"),
     ),
     LLAMA3,
     ChatFormat(
         name="chatglm3",
-        marks=("[gMASK]", "sop", "<|user|>", "<|observation|>"),
-        begin=("[gMASK]", "sop"),
-        header=("<|{role}|>", "\n"),
-        end=(),
-        separate=True,
+        marks=("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        begin="[gMASK]sop",
+        turn="<|{role}|>\n{content}",
         stops=("<|user|>", "<|observation|>"),
+        separate=True,
     ),
-    ChatFormat(
-        name="zephyr",
-        marks=("</s>",),
-        header=("<|{role}|>\n",),
-        end=("</s>", "\n"),
-        by_name=True,
-    ),
-    ChatFormat(
-        name="llama2",
-        marks=("<s>", "</s>"),
-        header=(),
-        end=(" ", "</s>"),
-        user_header=("<s>", "[INST] "),
-        user_end=(" [/INST]",),
-        system="<<SYS>>\n{}\n<</SYS>>\n\n",
-        reply_prefix=" ",
-        trim=True,
-        by_name=True,
-    ),
+    ChatFormat("zephyr", ("</s>",), "<|{role}|>\n{content}</s>", gap="\n", by_name=True),
+    LLAMA2,
     MISTRAL,
-    replace(
-        MISTRAL,
-        name="mistral-v3",
-        marks=(*MISTRAL.marks, "[INST]", "[/INST]"),
-        user_header=("[INST]", " "),
-        user_end=("[/INST]",),
-    ),
+    variant(MISTRAL, "mistral-v3", "[INST]", "[/INST]", user_turn="[INST] {content}[/INST]"),
 )
 
 
-@dataclass
-class Row:
-    """Token ids and the weights of their losses, filled from left to right."""
-
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-
-    def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
-        """Append tokens that share a weight."""
-        self.ids += ids
-        self.weights += [weight] * len(ids)
+def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
+    """Return the named format, or else the first whose marks are among the control tokens."""
+    for each in FORMATS:
+        told = not each.by_name and control.keys() >= {*each.marks}
+        if each.name == name or (name is None and told):
+            return each
+    fault = f"unknown chat format {name!r}" if name else "tokens that fit no known chat format"
+    choices = ", ".join(each.name for each in FORMATS)
+    raise UserError(f"{fault}: name one of {choices} (--chat-format)")
 
 
 class ChatTokenizer:
     """A vocabulary and a chat format: messages -> ids and weights, and ids -> text."""
 
     def __init__(
-        self,
-        vocabulary: TokenizersVocabulary | SentencePieceVocabulary,
-        chat_format: ChatFormat,
-        end_ids: frozenset[int] = frozenset(),
-        date: str = LLAMA31_DATE,
+        self, vocabulary: Vocabulary, chat_format: ChatFormat, end_ids: frozenset[int], date: str
     ) -> None:
-        self.vocabulary = vocabulary
-        self.chat_format = chat_format
-        self.date = date
-        missing = [mark for mark in chat_format.marks if mark not in vocabulary.control]
-        if missing:
-            raise UserError(
-                f"the chat format {chat_format.name} needs the control token {missing[0]}, "
-                "which this tokenizer lacks"
-            )
-        self._ends_in_text = not {*chat_format.end[-1:]} <= vocabulary.control.keys()
-        stops = {*chat_format.end, *chat_format.stops} & vocabulary.control.keys()
-        self.stop_ids = end_ids | {vocabulary.control[token] for token in stops}
+        self.vocabulary, self.chat_format, self.date = vocabulary, chat_format, date
+        for mark in chat_format.marks:
+            if mark not in vocabulary.control:
+                told = f"the chat format {chat_format.name} needs the control token {mark}"
+                raise UserError(f"{told}, which this tokenizer lacks")
+        self._marks = re.compile(f"({'|'.join(map(re.escape, chat_format.marks))})")
+        _, end = self._frame("assistant")
+        stops = {vocabulary.control[x] for x in chat_format.stops if x in vocabulary.control}
+        self.stop_ids = end_ids | stops | {piece for piece in end if isinstance(piece, int)}
 
     @classmethod
     def from_folder(
-        cls, path: Path, chat_format: str | None = None, date: str = LLAMA31_DATE
-    ) -> ChatTokenizer:
-        """Read the tokenizer of a model's folder or GGUF file.
+        cls, folder: Path, chat_format: str | None = None, date: str = LLAMA31_DATE
+    ) -> "ChatTokenizer":
+        """Return the tokenizer of a model's folder.
 
-        `chat_format` names one of FORMATS where the control tokens do not tell; `date` is what
-        Llama 3.1's system prompt calls today. Raises UserError for a missing or malformed file and
-        for an unknown format.
+        `chat_format` names one of FORMATS if the control tokens do not identify it. `date` is
+        today's date in Llama 3.1's system prompt. Raises UserError for a missing or malformed file
+        and for an unknown format.
         """
-        vocabulary, settings = read_files(path)
-        end_ids = frozenset[int]().union(*(end_ids_of(each, path) for each in settings))
+        config = read_json(file_in(folder, "config.json"))
+        end_ids = end_ids_of(config, folder)
+        if (folder / "generation_config.json").exists():
+            end_ids |= end_ids_of(read_json(file_in(folder, "generation_config.json")), folder)
+        if config.get("model_type") == "chatglm" and not (folder / "tokenizer.json").exists():
+            vocabulary: Vocabulary = SentencePieceVocabulary(file_in(folder, "tokenizer.model"))
+        else:
+            vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
         return cls(vocabulary, pick_format(vocabulary.control, chat_format), end_ids, date)
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
-        """Return the ids of plain text, `continued` behind other text: never a control token."""
+        """Return the ids of plain text, never control tokens; `continued` follows other text."""
         return self.vocabulary.encode(text, continued)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -210,170 +178,190 @@ class ChatTokenizer:
     def render(
         self, messages: Sequence[Message], first: bool = True, closed: bool = True
     ) -> tuple[list[int], list[float]]:
-        """Lay the messages out: (ids, weights of each id's loss).
+        """Return the ids of the messages, and the weight of each id's loss.
 
         `first=True` begins a conversation (BOS, default system prompt), `first=False` continues
         one. The weights are those of the messages on their content and end-of-turn token, and 0
-        elsewhere. Where the format has no end-of-turn token (ChatGLM3), the next `<|user|>` takes
-        its part: a weighted message at the end of `messages` is closed by one, unless `closed` is
-        False since more messages will follow.
+        elsewhere. In a format without an end-of-turn token (ChatGLM3) the next `<|user|>` serves as
+        one. A weighted message at the end of `messages` gets this token, unless `closed` is False
+        because more messages follow.
         """
-        row = Row()
-        messages = list(messages)
-        if first:
-            row.add([self.vocabulary.control[token] for token in self.chat_format.begin])
-            if not (messages and messages[0].role == "system"):
-                default = self.chat_format.default_system
-                messages[:0] = [] if default is None else [Message("system", default)]
-        if self.chat_format.user_header:
-            messages = self._without_system(messages, first)
-        prefix = self.chat_format.system_prefix.format(date=self.date) if first else ""
-        owed = 0.0  # the weight of a message whose end is the next message's <|user|>
-        for number, message in enumerate(messages):
-            is_system_prompt = number == 0 and message.role == "system"
-            header = self._lay_header(row, message.role, owed, begins=first and number == 0)
-            content = message.content.strip() if self.chat_format.trim else message.content
-            content = (prefix if is_system_prompt else "") + content
-            owed = self._lay_content(row, message, header, content)
+        style = self.chat_format
+        ids = self._ids(self._pieces(style.begin)) if first else []
+        weights = [0.0] * len(ids)
+        owed = 0.0  # the weight of a reply whose end is the next message's <|user|>
+        for number, message in enumerate(self._completed(messages, first)):
+            header, end = self._frame(message.role)
+            content: list[int | str] = [style.reply_prefix + message.content, *end]
+            if message.role != "assistant" and not style.separate:
+                header, content = [*header, message.content, *end], []
+            opening = self._ids(header, continued=bool(style.gap) and not (first and number == 0))
+            said, gap = self._ids(content, continued=True), self.encode(style.gap)
+            ids += opening + said + gap
+            weights += [0.0] * len(opening) + [message.weight] * len(said) + [0.0] * len(gap)
+            if owed and message.role == "user":
+                weights[-len(opening + said + gap)] = owed
+            owed = 0.0 if end else message.weight
         if owed and closed:
-            row.add([self.vocabulary.control["<|user|>"]], owed)
-        return row.ids, row.weights
+            ids.append(self.vocabulary.control["<|user|>"])
+            weights.append(owed)
+        return ids, weights
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids after which the assistant's reply begins."""
-        row = Row(self.render(messages)[0])
-        row.add(self.encode(*self._lay_header(row, "assistant", 0.0, begins=not messages)))
-        return row.ids
+        """Return the ids of a prompt, up to the beginning of the assistant's reply."""
+        header, _ = self._frame("assistant")
+        behind_text = bool(self.chat_format.gap and messages)
+        return self.render(messages)[0] + self._ids(header, behind_text)
 
     def reply(self, text: str) -> list[int]:
-        """Return the ids of a reply and of what ends it, as they stand after `prompt`."""
+        """Return the ids of a reply and of its end-of-turn token, as they follow `prompt`."""
         ids, weights = self.render([Message("assistant", text, 1.0)], first=False)
         return [token for token, weight in zip(ids, weights, strict=True) if weight]
 
-    def stream(self) -> StreamDecoder:
-        """Return a decoder for tokens that arrive one by one."""
-        return StreamDecoder(self)
+    def _completed(self, messages: Sequence[Message], first: bool) -> list[Message]:
+        """Return the messages as the template sees them: system prompts in place, texts trimmed."""
+        style, completed = self.chat_format, list(messages)
+        if first and not _head(completed) and style.default_system is not None:
+            completed.insert(0, Message("system", style.default_system))
+        if style.user_turn:
+            completed = [Message("user", m.content) if m.role == "system" else m for m in messages]
+            if first and _head(messages):
+                content = style.system.format(messages[0].content)
+                if len(completed) > 1 and completed[1].role == "user":
+                    content += completed.pop(1).content
+                completed[0] = Message("user", content)
+        if style.trim:
+            completed = [replace(m, content=m.content.strip()) for m in completed]
+        if first and _head(completed):
+            prefix = style.system_prefix.format(date=self.date)
+            completed[0] = Message("system", prefix + completed[0].content)
+        return completed
 
-    def _without_system(self, messages: list[Message], first: bool) -> list[Message]:
-        """Hand the text of system messages to users, a leading one to the first user's message."""
-        users = [Message("user", m.content) if m.role == "system" else m for m in messages]
-        if first and messages and messages[0].role == "system":
-            content = self.chat_format.system.format(messages[0].content)
-            if len(users) > 1 and users[1].role == "user":
-                content += users.pop(1).content
-            users[0] = Message("user", content)
-        return users
+    def _frame(self, role: str) -> tuple[list[int | str], list[int | str]]:
+        """Return the pieces before and after a message's content."""
+        style = self.chat_format
+        turn = style.user_turn if role == "user" and style.user_turn else style.turn
+        header, _, end = turn.replace("{role}", role).partition("{content}")
+        return self._pieces(header), self._pieces(end)
 
-    def _frame(self, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the header and the end of a message."""
-        if role == "user" and self.chat_format.user_header:
-            return self.chat_format.user_header, self.chat_format.user_end
-        return self.chat_format.header, self.chat_format.end
+    def _pieces(self, template: str) -> list[int | str]:
+        """Return the pieces of a template: the ids of control tokens, and texts."""
+        marks, control = self.chat_format.marks, self.vocabulary.control
+        parts = filter(None, self._marks.split(template))
+        return [control[part] if part in marks else part for part in parts]
 
-    def _lay_header(self, row: Row, role: str, owed: float, begins: bool) -> tuple[str, bool]:
-        """Lay out a header up to its last control token.
-
-        Returns the text that stands behind that, and whether it goes on where other text ended.
-        """
-        control = self.vocabulary.control
-        text, continued = "", self._ends_in_text and not begins
-        for piece in self._frame(role)[0]:
-            piece = piece.replace("{role}", role)
-            if piece in control:
-                row.add(self.encode(text, continued))
-                row.add([control[piece]], owed if piece == "<|user|>" else 0.0)
-                text, continued = "", False
+    def _ids(self, pieces: Sequence[int | str], continued: bool = False) -> list[int]:
+        """Return the ids of control tokens, and of the text between two of them encoded as one."""
+        ids: list[int] = []
+        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+            if is_text:
+                ids += self.encode("".join(map(str, group)), continued)
             else:
-                text += piece
-        return text, continued
-
-    def _lay_content(
-        self, row: Row, message: Message, header: tuple[str, bool], content: str
-    ) -> float:
-        """Lay out a content and its end; return the weight that the end of turn is still owed."""
-        control = self.vocabulary.control
-        text, continued = header
-        end = self._frame(message.role)[1]
-        at = next((i for i, piece in enumerate(end) if piece in control), len(end))
-        content += "".join(end[:at])
-        if message.role == "assistant" or self.chat_format.separate:
-            row.add(self.encode(text, continued))
-            content = self.chat_format.reply_prefix + content
-            row.add(self.encode(content, continued=True), message.weight)
-        else:
-            row.add(self.encode(text + content, continued))
-        row.add([control[piece] for piece in end[at : at + 1]], message.weight)
-        row.add(self.encode("".join(end[at + 1 :])))
-        return 0.0 if end else message.weight
+                ids += map(int, group)
+            continued = False
+        return ids
 
 
-class StreamDecoder:
-    """Text of tokens that arrive one by one; never half of a character."""
+class ReplyText:
+    """The text of a reply whose tokens arrive one by one, up to an end token or a stop string.
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._said: list[int] = []  # the tokens last said: what follows may depend on them
-        self._waiting: list[int] = []
+    `listener` receives the text as it grows, without the beginning of a possible stop string.
+    """
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete, perhaps none."""
-        self._waiting += ids
-        text = self._text()
-        if text.endswith("\ufffd"):  # the last character's other bytes are yet to come
-            return ""
-        self._said, self._waiting = self._waiting or self._said, []
-        return text
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        sampling: Sampling,
+        listener: Callable[[str], None] | None = None,
+    ) -> None:
+        self.tokenizer, self.stops, self.listener = tokenizer, sampling.stop, listener
+        self.end_ids = tokenizer.stop_ids | set(sampling.stop_ids)
+        self.ids: list[int] = []  # without the end token
+        self.text, self.heard = "", 0  # characters that the listener has
+        self.ended = False  # by itself, not by a limit
 
-    def finish(self) -> str:
-        """Return what is still held back; an unfinished character becomes U+FFFD."""
-        text, self._said, self._waiting = self._text(), [], []
-        return text
-
-    def _text(self) -> str:
-        before = self._tokenizer.decode(self._said)
-        return self._tokenizer.decode(self._said + self._waiting)[len(before) :]
-
-
-def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
-    """Return the named format, or else the first whose marks are among the control tokens."""
-    choices = ", ".join(each.name for each in FORMATS)
-    for each in FORMATS:
-        told = not each.by_name and control.keys() >= {*each.marks}
-        if each.name == name or (name is None and told):
-            return each
-    if name is not None:
-        raise UserError(f"unknown chat format {name!r}; the choices are {choices}")
-    raise UserError(
-        f"the tokenizer's control tokens fit no known chat format; name one of {choices} "
-        "(--chat-format)"
-    )
+    def push(self, token: int, last: bool) -> None:
+        """Add the next token; after the `last` one the text is whole."""
+        self.ended = token in self.end_ids
+        if not self.ended:
+            self.ids.append(token)
+        if not self.stops and self.listener is None:  # no text is needed before the end
+            if self.ended or last:
+                self.text = self.tokenizer.decode(self.ids)
+            return
+        before, text = len(self.text), self.tokenizer.decode(self.ids)
+        if self.ended or last or not text.endswith("\ufffd"):  # else bytes of a letter are missing
+            self.text = text
+        # a stop string may have begun before this token
+        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stops]
+        if places := [at for at in found if at >= 0]:
+            self.text, self.ended = self.text[: min(places)], True
+        if self.listener is not None:
+            held = (n for x in self.stops for n in range(1, len(x)) if self.text.endswith(x[:n]))
+            end = len(self.text) - (0 if self.ended or last else max(held, default=0))
+            self.listener(self.text[self.heard : end])
+            self.heard = end
 
 
-def read_files(
-    path: Path,
-) -> tuple[TokenizersVocabulary | SentencePieceVocabulary, list[dict[str, Any]]]:
-    """Return the vocabulary and the settings that may name end ids."""
-    if path.suffix == ".gguf":
-        gguf = GgufFile(path)
-        content = gguf.tokenizer_files()["tokenizer.json"]
-        return TokenizersVocabulary(content, path), [gguf.config()]
-    if not path.is_dir():
-        raise UserError(f"no such model folder: {path}")
-    settings = [read_json(file_in(path, "config.json"))]
-    if (path / "generation_config.json").exists():
-        settings.append(read_json(file_in(path, "generation_config.json")))
-    if (path / "tokenizer.json").exists():
-        file = file_in(path, "tokenizer.json")
-        return TokenizersVocabulary(read_json(file), file), settings
-    if (path / "tokenizer.model").exists() and settings[0].get("model_type") == "chatglm":
-        return SentencePieceVocabulary(file_in(path, "tokenizer.model")), settings
-    raise UserError(f"{path} has no tokenizer.json (ChatGLM3: tokenizer.model)")
+def prompt_room(max_length: int) -> int:
+    """Return the number of tokens that a prompt may have without being shortened.
+
+    It depends on `max_length` alone, so that training and inference shorten a prompt alike.
+    """
+    return max_length - min(REPLY_ROOM, max_length // 4)
+
+
+def fit_prompt(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], max_tokens: int
+) -> tuple[list[int], bool]:
+    """Return the ids of a prompt, shortened if they exceed `max_tokens`, and whether they did.
+
+    They still exceed it if the system prompt and the last line alone do.
+    """
+    ids = tokenizer.prompt(messages)
+    if len(ids) <= max_tokens:
+        return ids, False
+    return tokenizer.prompt(shorten(tokenizer, messages, max_tokens)), True
+
+
+def shorten(tokenizer: ChatTokenizer, messages: Sequence[Message], limit: int) -> list[Message]:
+    """Return the messages without their oldest turns: a prompt of at most `limit` tokens.
+
+    A turn is a user's message and all up to the next one. The system prompt and the last turn stay.
+    If they alone are too long, the last turn loses the first lines of its first message, which may
+    be the log of a dialogue. The last line stays, even if it is too long.
+    """
+    head = list(_head(messages))
+    rest = list(messages[len(head) :])
+    starts = [n for n, message in enumerate(rest) if n == 0 or message.role == "user"]
+    if not starts:
+        return head
+    opening, *following = rest[starts[-1] :]
+    lines = opening.content.split("\n")
+
+    def without(dropped: int) -> list[Message]:
+        """Return the messages without `dropped` turns, and lines once a single turn is left."""
+        if dropped < len(starts):
+            return [*head, *rest[starts[dropped] :]]
+        kept = lines[dropped - len(starts) + 1 :]
+        return [*head, replace(opening, content="\n".join(kept)), *following]
+
+    def fits(dropped: int) -> bool:
+        return len(tokenizer.prompt(without(dropped))) <= limit
+
+    most = len(starts) + len(lines) - 2
+    return without(bisect_left(range(most), True, key=fits))
 
 
 def end_ids_of(settings: dict[str, Any], source: Path) -> frozenset[int]:
-    """Return the end ids of a settings file, which gives one number, several, or none."""
+    """Return the end ids of a settings file, which has one number, several, or none."""
     value = settings.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise UserError(f"{source}: eos_token_id must be token ids, got {value!r}")
     return frozenset(ids)
+
+
+def _head(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return the system prompt that leads the messages, as a list of one or none."""
+    return messages[:1] if messages and messages[0].role == "system" else []

@@ -1,8 +1,7 @@
-"""Text <-> token ids, where text never becomes a control token: tokenizer.json or sentencepiece.
+"""Vocabularies: text <-> token ids by tokenizer.json or sentencepiece, never control tokens.
 
-`<|im_end|>` typed by a person is a handful of ordinary tokens here; the control token of that name
-is reached by its id alone (`control`). Both classes offer the same three things: `control`,
-`encode`, `decode`.
+`<|im_end|>` typed by a person is a handful of ordinary tokens; the control token of that name is
+available by its id alone (`control`). Both classes offer `control`, `encode` and `decode`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from usbrec.llm.model_config import read_json
 from usbrec.options import UserError
 
-SPACE = "\u2581"  # how sentencepiece writes it
+SPACE = "\u2581"  # a space in sentencepiece's pieces
 CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(
     f"<|{role}|>" for role in ("system", "user", "assistant", "observation")
 )
@@ -25,8 +24,8 @@ CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(
 class TokenizersVocabulary:
     """The vocabulary of a tokenizer.json (the `tokenizers` package)."""
 
-    def __init__(self, content: dict[str, Any], source: Path) -> None:
-        self._source = source
+    def __init__(self, path: Path) -> None:
+        self._path, content = path, read_json(path)
         try:
             self.control = {token["content"]: token["id"] for token in content["added_tokens"]}
             plain = {**content, "added_tokens": [], "truncation": None, "padding": None}
@@ -34,7 +33,7 @@ class TokenizersVocabulary:
             self._plain = Tokenizer.from_str(json.dumps(plain))
             self._full = Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the package raises bare Exceptions for a malformed file
-            raise UserError(f"{source}: not a tokenizer that can be read: {error}") from error
+            raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
         self._control_ids = frozenset(self.control.values())
         # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
         # first of a whole conversation, which here is BOS
@@ -45,21 +44,20 @@ class TokenizersVocabulary:
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of `text`, in which no added token is recognised.
 
-        A text that is `continued` stands behind other text: no space is put before it.
+        `continued` text follows other text: no space is put before it.
         """
         text, skip = mended(text), 0
         if self._spaces and (continued or self._spaces_first_only):
-            # no piece of these vocabularies contains a line's end and anything besides
+            # in these vocabularies no piece joins a line break to other characters
             text, skip = f"\n{text}", len(self._plain.encode("\n").ids)
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids[skip:]
         if not self._control_ids.isdisjoint(ids):
-            raise UserError(f"{self._source}: this tokenizer turns plain text into control tokens")
+            raise UserError(f"{self._path}: this tokenizer turns plain text into control tokens")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens left out."""
-        text: str = self._full.decode(list(ids), skip_special_tokens=True)
-        return text
+        return str(self._full.decode(list(ids), skip_special_tokens=True))
 
 
 class SentencePieceVocabulary:
@@ -78,19 +76,15 @@ class SentencePieceVocabulary:
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of `text`; the control tokens are unknown to the sentencepiece model.
 
-        ChatGLM3 encodes every text on its own, so it makes no difference if one is `continued`.
+        ChatGLM3 encodes every text on its own, so `continued` makes no difference.
         """
-        ids: list[int] = self._pieces.encode(mended(text))
-        return ids
+        return list(self._pieces.encode(mended(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, control tokens left out."""
-        text: str = self._pieces.decode([i for i in ids if i < self._size])
-        return text
+        return str(self._pieces.decode([i for i in ids if i < self._size]))
 
 
 def mended(text: str) -> str:
-    """Replace lone surrogates, which a JSON file may hold and no tokenizer takes, by U+FFFD."""
-    if not any("\ud800" <= letter <= "\udfff" for letter in text):
-        return text
+    """Return the text with U+FFFD for lone surrogates, which JSON may hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

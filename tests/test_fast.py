@@ -1,0 +1,377 @@
+"""Quicker operations against the definitions that they replace: values, gradients, whole models."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, random_decoder
+
+from usbrec.llm.fast import FusedLinear, accelerate, prepack, product
+from usbrec.llm.fast.int4 import MOST_ROWS, Int4Weight
+from usbrec.llm.fast.kernels import (
+    adapted_linear,
+    attend_on_gpu,
+    attend_windows,
+    lean_rms_norm,
+    window_mask,
+)
+from usbrec.llm.lora import (
+    AdapterSpan,
+    LoraConfig,
+    LoraLinear,
+    adapter_parameters,
+    add_adapter,
+)
+from usbrec.llm.model import Decoder, ModelConfig, attend, rms_norm
+from usbrec.options import UserError
+
+CHATGLM = replace(TINY, attention_bias=True, rotary_dim=4, rotary_interleaved=True)
+CONFIGS = {
+    "llama": TINY,
+    "qwen2": replace(TINY, attention_bias=True),
+    "tied": replace(TINY, tie_word_embeddings=True),
+    "chatglm": replace(CHATGLM, fused_projections=True),
+}
+INT4 = replace(TINY, num_attention_heads=4, intermediate_size=64)  # groups of 32 inputs
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A random tensor that asks for a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+
+def compare(ours: Any, plain: Any, inputs: Any, tolerance: float = 1e-5) -> None:
+    """Compare two functions of the same inputs, and their gradients under a random pull."""
+    results = [function(*inputs) for function in (ours, plain)]
+    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
+    pull = random(*results[0].shape, seed=99).detach().to(results[0].dtype)
+    grads = [torch.autograd.grad(result, inputs, pull) for result in results]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+# --- operations and their gradients -----------------------------------------------------------
+
+
+def adapted(outputs: int, inputs: int, bias: bool = False, r: int = 3) -> LoraLinear:
+    """A layer with an adapter "one" of rank r that changes something, scaled by 1.5."""
+    layer = LoraLinear(inputs, outputs, bias)
+    layer.weight.copy_(random(outputs, inputs, seed=1).detach())
+    if bias:
+        layer.bias.copy_(random(outputs, seed=2).detach())
+    layer.add("one", LoraConfig(r=r, lora_alpha=1.5 * r), torch.Generator().manual_seed(0))
+    layer.lora_B["one"].data.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapted_layer_equals_its_definition(bias: bool) -> None:
+    layer, spans = adapted(10, 6, bias), [AdapterSpan("one", 0, 7)]
+    x, A, B = random(7, 6), layer.lora_A["one"], layer.lora_B["one"]
+    got, expected = (
+        (out, *torch.autograd.grad(out.square().sum(), (x, A, B)))
+        for out in (adapted_linear(layer, x, spans), layer(x, spans))
+    )
+    for ours, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_an_adapted_layer_over_bf16_keeps_fp32_adapters_and_gradients() -> None:
+    """Against the same numbers in fp32, an error of some bf16 roundings (2^-8 each)."""
+    layer = adapted(48, 64, r=4)
+    x, A, B = random(50, 64, dtype=torch.bfloat16), layer.lora_A["one"], layer.lora_B["one"]
+    layer.weight.data = layer.weight.data.bfloat16()
+    out = adapted_linear(layer, x, [AdapterSpan("one", 0, 50)])
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert A.grad is not None and B.grad is not None and x.grad is not None
+    assert A.grad.dtype == B.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+    wide = x.detach().float()
+    exact = wide @ layer.weight.float().T + 1.5 * (wide @ A.T @ B.T)
+    expected = torch.autograd.grad(exact.square().sum(), (A, B))
+    assert (out - exact).norm() < 0.01 * exact.norm()
+    for got, exact_grad in zip((A.grad, B.grad), expected, strict=True):
+        assert (got - exact_grad).norm() < 0.02 * exact_grad.norm()
+
+
+def test_an_input_that_wants_no_gradient_gets_none() -> None:
+    layer = adapted(10, 6)
+    adapted_linear(layer, torch.ones(2, 6), [AdapterSpan("one", 0, 2)]).sum().backward()
+    assert layer.lora_A["one"].grad is not None and layer.lora_B["one"].grad is not None
+
+
+def test_a_pass_with_gradients_that_mixes_adapters_takes_the_definition() -> None:
+    layer, x = adapted(10, 6), random(7, 6)
+    for spans in ([], [AdapterSpan("one", 2, 7)], [AdapterSpan("other", 0, 7)]):
+        assert torch.equal(adapted_linear(layer, x, spans), layer(x, spans))
+
+
+def test_rms_norm_equals_its_definition() -> None:
+    weight = random(12, seed=1).detach()
+    plain = (random(5, 12),)
+    compare(lambda x: lean_rms_norm(x, weight, 1e-3), lambda x: rms_norm(x, weight, 1e-3), plain)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n", [9, 300])
+def test_windows_of_attention_equal_the_definition_under_random_masks(seed: int, n: int) -> None:
+    """Continuations of 0, 1 and 40 keys; 300 queries are cut into three windows."""
+    past = (0, 1, 40, 0)[seed]
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.rand(n, past + n, generator=generator) < 0.5
+    visible |= torch.eye(past + n, dtype=torch.bool)[past:]
+    visible &= torch.ones(n, past + n, dtype=torch.bool).tril(past)
+    visible[n // 2 :, : past + n // 3] = False
+    inputs = random(n, 4, 8, seed=1), random(2, past + n, 8, seed=2), random(2, past + n, 8, seed=3)
+    mask = window_mask(visible)
+    assert len(mask) == -(-n // 128)
+    compare(lambda q, k, v: attend_windows(q, k, v, mask), lambda *x: attend(*x, visible), inputs)
+    compare(lambda *x: attend_on_gpu(*x, visible), lambda *x: attend(*x, visible), inputs)
+
+
+def test_one_mask_serves_two_dtypes() -> None:
+    mask = window_mask(torch.ones(3, 3, dtype=torch.bool).tril())
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        q = random(3, 2, 8, dtype=dtype)
+        k = q[:, :1].transpose(0, 1)
+        assert attend_windows(q, k, k, mask).dtype == dtype
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_a_prepacked_weight_gives_the_same_product(rows: int) -> None:
+    weight, bias = torch.randn(48, 32).bfloat16(), torch.randn(48).bfloat16()
+    packed = prepack(weight)
+    assert packed.is_mkldnn == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    x = torch.randn(rows, 32).bfloat16()
+    plain = F.linear(x.float(), weight.float(), bias.float())
+    torch.testing.assert_close(product(x, packed, bias).float(), plain, rtol=2**-7, atol=2**-5)
+
+
+def test_weights_of_other_dtypes_are_not_prepacked() -> None:
+    weight = torch.randn(48, 32)
+    assert prepack(weight) is weight
+
+
+# --- layers that read the same input ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [3, 500])
+@pytest.mark.parametrize("bias", [True, False])
+@DTYPES
+def test_fused_layers_give_the_same_as_each_by_itself(
+    rows: int, bias: bool, dtype: torch.dtype
+) -> None:
+    """Adapters of two ranks, one of them at two of the layers alone; rows of neither between."""
+    generator = torch.Generator().manual_seed(0)
+    layers = tuple(LoraLinear(32, out, bias=bias).to(dtype) for out in (48, 16, 16))
+    for layer in layers:
+        for parameter in (layer.weight, layer.bias) if bias else (layer.weight,):
+            parameter.data.normal_(0, 0.2, generator=generator)
+    for name, r, own in (("one", 4, layers), ("two", 2, layers[1:])):
+        for layer in own:
+            layer.add(name, LoraConfig(r=r), generator)
+            layer.lora_B[name].data.normal_(0, 0.3, generator=generator)
+    x = torch.randn(rows + 9, 32, generator=generator).to(dtype)
+    spans = [AdapterSpan("one", 2, rows + 2), AdapterSpan("two", rows + 5, rows + 9)]
+    with torch.no_grad():
+        plain = torch.cat([layer(x, spans) for layer in layers], -1)
+        fused = FusedLinear(layers)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}
+        if dtype == torch.bfloat16:
+            tolerance = {"rtol": 2**-6, "atol": 2**-4}
+        torch.testing.assert_close(fused(x, spans), plain, **tolerance)
+        torch.testing.assert_close(torch.cat([y(x, spans) for y in layers], -1), plain)
+        if dtype == torch.bfloat16:  # rows of no adapter are the base to the last bit
+            assert torch.equal(fused(x, spans)[:2], fused(x, [])[:2])
+
+
+def test_fused_weights_lie_in_memory_once() -> None:
+    layers = tuple(LoraLinear(32, out) for out in (48, 16))
+    fused = FusedLinear(layers)
+    assert layers[0].weight.data_ptr() == fused.weight.data_ptr()
+    assert layers[1].weight.data_ptr() == fused.weight[48:].data_ptr()
+
+
+# --- whole models -----------------------------------------------------------------------------
+
+
+class CausalRow:
+    """Attention of independent sequences of these lengths in one row."""
+
+    def __init__(self, model: Decoder, lengths: list[int]) -> None:
+        self.ops, self.lengths = model.ops, lengths
+        self.masks = [self.ops.mask(torch.ones(n, n, dtype=torch.bool).tril()) for n in lengths]
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        parts = (x.split(self.lengths) for x in (q, k, v))
+        return torch.cat([
+            self.ops.attend(own_q, own_k.transpose(0, 1), own_v.transpose(0, 1), mask)
+            for own_q, own_k, own_v, mask in zip(*parts, self.masks, strict=True)
+        ])  # fmt: skip
+
+
+def with_adapters(config: ModelConfig) -> Decoder:
+    """A random model with adapters "one" and "two" that change something, and biases."""
+    model = random_decoder(config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.1, generator=generator)
+    for name, r in (("one", 4), ("two", 2)):
+        add_adapter(model, name, LoraConfig(r=r), seed=r)
+        for parameter in adapter_parameters(model, name).values():
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+SPANS = {
+    "none": [],
+    "all": [AdapterSpan("one", 0, 180)],
+    "mixed": [AdapterSpan("one", 0, 100), AdapterSpan("two", 140, 180)],
+}
+
+
+def logits_and_gradients(model: Decoder, spans: list[AdapterSpan], learn: bool) -> list[Any]:
+    """Return the logits of a row of sequences of 140 and 40 tokens, and adapter one's gradients."""
+    ids = torch.randint(0, 128, (180,), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(140), torch.arange(40)])
+    with torch.set_grad_enabled(learn):
+        logits = model.logits(model(ids, positions, CausalRow(model, [140, 40]), spans))
+    if not learn:
+        return [logits]
+    own = list(adapter_parameters(model, "one").values())
+    return [logits, *torch.autograd.grad(logits.logsumexp(-1).mean(), own)]
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("spans", SPANS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_accelerated_model_equals_the_plain_one(family: str, spans: str, learn: bool) -> None:
+    if learn and spans == "none":
+        learn = False  # nothing to learn, and no gradient either
+    plain, quick = with_adapters(CONFIGS[family]), with_adapters(CONFIGS[family])
+    accelerate(quick)
+    results = [logits_and_gradients(model, SPANS[spans], learn) for model in (plain, quick)]
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradients_are_the_same_when_activations_are_recomputed(checkpointing: bool) -> None:
+    model = with_adapters(TINY)
+    accelerate(model)
+    expected = logits_and_gradients(model, SPANS["all"], True)
+    model.checkpointing = checkpointing
+    for got, wanted in zip(logits_and_gradients(model, SPANS["all"], True), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_an_adapter_that_has_changed_is_laid_out_anew_after_clear() -> None:
+    plain, quick = with_adapters(TINY), with_adapters(TINY)
+    accelerate(quick)
+    for seed in (0, 1):
+        for model in (plain, quick):
+            for parameter in adapter_parameters(model, "one").values():
+                parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+            model.ops.clear()
+        expected, got = (logits_and_gradients(x, SPANS["all"], False) for x in (plain, quick))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_acceleration_leaves_every_weight_as_it_was() -> None:
+    plain, quick = with_adapters(TINY), with_adapters(TINY)
+    accelerate(quick)
+    expected, got = plain.state_dict(), quick.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+# --- int4 -------------------------------------------------------------------------------------
+
+
+def rounded_layer(weight: torch.Tensor) -> tuple[LoraLinear, Int4Weight]:
+    """A layer of this weight, rounded, and the rounded form."""
+    layer = LoraLinear(weight.shape[1], weight.shape[0]).to(weight.dtype)
+    layer.weight.copy_(weight.detach())
+    return layer, Int4Weight((layer,))
+
+
+@DTYPES
+def test_an_int4_product_is_that_of_the_matrix_it_stands_for(dtype: torch.dtype) -> None:
+    """bf16: the matrix and the result are rounded once each, by 2^-9 of their size at most."""
+    layer, form = rounded_layer(random(48, 64).to(dtype))
+    x = random(3, 64, seed=1).detach().to(dtype)
+    expected = x.float() @ layer.weight.float().T
+    off = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(form.product(x).float(), expected, rtol=off, atol=10 * off)
+
+
+def test_an_int4_weight_moves_by_half_a_step_at_most() -> None:
+    weight = random(48, 64).detach()
+    layer, _ = rounded_layer(weight)
+    groups = weight.unflatten(1, (-1, 32))
+    steps = (groups.amax(-1) - groups.amin(-1)) / 15
+    moved = (layer.weight - weight).abs().view_as(groups).amax(-1)
+    assert (moved <= steps * 0.501).all() and (moved > 0).all()
+
+
+@DTYPES
+def test_weights_on_a_grid_of_16_values_a_group_stay_as_they_are(dtype: torch.dtype) -> None:
+    """Scales 2^-4 and offsets in eighths are exact in both dtypes; every group has both ends."""
+    q = torch.randint(0, 16, (48, 2, 32), generator=torch.Generator().manual_seed(0))
+    q[..., 0], q[..., 1] = 0, 15
+    weight = (q / 16 + torch.arange(2)[:, None] / 8).flatten(1).to(dtype)
+    assert torch.equal(rounded_layer(weight)[0].weight, weight)
+
+
+def test_weights_that_are_all_equal_or_zero_stay_finite_and_as_they_are() -> None:
+    for value in (0.0, 0.5):
+        layer, form = rounded_layer(torch.full((16, 32), value))
+        torch.testing.assert_close(layer.weight.detach(), torch.full((16, 32), value))
+        torch.testing.assert_close(form.product(torch.ones(1, 32)), torch.full((1, 16), 32 * value))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_give_the_same_result_whichever_form_they_read(bias: bool) -> None:
+    """A row alone, among more rows than the rounded form is for, and in a pass with gradients."""
+    layers = tuple(adapted(out, 64, bias) for out in (48, 16))
+    fused = FusedLinear(layers, Int4Weight(layers))
+    x = random(MOST_ROWS + 1, 64, seed=1).detach()
+    for spans in ([], [AdapterSpan("one", 0, MOST_ROWS)]):
+        learned = torch.cat([adapted_linear(layer, x, spans) for layer in layers], -1).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x, spans), learned, rtol=1e-4, atol=1e-4)
+            few = fused(x[:MOST_ROWS], spans)
+            assert not torch.equal(few, learned[:MOST_ROWS])  # another form was read
+            torch.testing.assert_close(few, learned[:MOST_ROWS], rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_a_model_changes_its_logits_and_leaves_head_and_embeddings() -> None:
+    config = replace(INT4, tie_word_embeddings=True)
+    whole, rounded = random_decoder(config), random_decoder(config)
+    accelerate(rounded, int4=True)
+    assert torch.equal(rounded.lm_head.weight, whole.lm_head.weight)
+    assert torch.equal(rounded.model.embed_tokens.weight, whole.model.embed_tokens.weight)
+    ids, row = torch.arange(3, 40), torch.arange(37)
+    outs = [x.logits(x(ids, row, CausalRow(x, [37]))).detach() for x in (whole, rounded)]
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+
+
+def test_a_layer_that_does_not_fit_int4_is_named_and_nothing_is_rounded() -> None:
+    model = random_decoder(TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match="got a layer with 48 inputs and 32 outputs"):
+        accelerate(model, int4=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    accelerate(model)
+
+
+def test_another_device_is_refused_for_int4() -> None:
+    with pytest.raises(UserError, match="--int4 works on the CPU only, the model is on meta"):
+        accelerate(random_decoder(INT4).to("meta"), int4=True)

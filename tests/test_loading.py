@@ -1,0 +1,114 @@
+"""The models behind a run are what its options say."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_decoder
+from small_run import write_small_model
+from test_merge import whole_model
+
+from usbrec.chat import Message
+from usbrec.extras.default_model import find_model
+from usbrec.llm.adapter_files import save_adapter
+from usbrec.llm.cache import token_bytes
+from usbrec.llm.lora import LoraConfig, add_adapter
+from usbrec.loading import (
+    ModelOptions,
+    default_kv_bytes,
+    load_engine,
+    load_simulator,
+    usage_of,
+    weights_digest,
+)
+from usbrec.options import UserError
+
+HELLO = (Message("user", "Hello"),)
+
+
+def first_prompt(**options):
+    tokenizer = load_engine(
+        ModelOptions(dtype="float32", device="cpu", **options), find_model
+    ).tokenizer
+    return tokenizer.decode(tokenizer.prompt(HELLO))
+
+
+def test_an_option_pins_llamas_date_line(tmp_path):
+    whole_model("llama3.1", tmp_path)
+    assert "Today Date: 26 Jul 2024\n" in first_prompt(model=str(tmp_path))
+    other = first_prompt(model=str(tmp_path), chat_date="01 Jan 2030")
+    assert "Today Date: 01 Jan 2030\n" in other and "26 Jul" not in other
+
+
+def test_an_option_names_the_chat_format(tmp_path):
+    whole_model("qwen2.5", tmp_path)
+    assert "You are Qwen" in first_prompt(model=str(tmp_path))
+    assert "You are" not in first_prompt(model=str(tmp_path), chat_format="chatml")
+    with pytest.raises(UserError, match="llama2 needs the control token <s>"):
+        first_prompt(model=str(tmp_path), chat_format="llama2")
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> ModelOptions:
+    return ModelOptions(str(write_small_model(tmp_path / "model")), dtype="float32", device="cpu")
+
+
+def test_the_memory_for_keys_and_values_is_no_fact_of_a_result() -> None:
+    assert ModelOptions(kv_memory=1.5).facts() == ModelOptions().facts()
+    assert ModelOptions(int4=True).facts() != ModelOptions().facts()
+    with pytest.raises(ValueError, match="kv_memory must be at least 0"):
+        ModelOptions(kv_memory=-1.0)
+
+
+def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
+    options: ModelOptions, tmp_path: Path
+) -> None:
+    engine = load_engine(options, find_model)
+    add_adapter(engine.model, "one", LoraConfig(r=2), seed=1)
+    save_adapter(engine.model, "one", tmp_path / "adapter", "base")
+    base, found = load_simulator("none", engine, options, find_model)
+    assert base.llm is found is engine and base.adapter is None
+    beside, found = load_simulator(str(tmp_path / "adapter"), engine, options, find_model)
+    assert beside.llm is found is engine and beside.adapter == "simulator"
+    copy = shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    own, other = load_simulator(str(copy), engine, options, find_model)
+    assert own.llm is other is not engine and own.adapter is None
+    assert other.max_length == engine.max_length
+    other.generate([own.request(HELLO)])
+    engine.generate([base.request(HELLO), beside.request(HELLO)])
+    both = usage_of([engine, other])
+    assert both.calls == 2
+    assert both.decoded_tokens == engine.usage.decoded_tokens + other.usage.decoded_tokens
+    with pytest.raises(UserError, match="/no/such/model"):
+        load_simulator("/no/such/model", engine, options, find_model)
+
+
+def test_other_weights_have_another_digest(options: ModelOptions, tmp_path: Path) -> None:
+    engine = load_engine(options, find_model)
+    for name, seed in (("one", 1), ("two", 2)):
+        add_adapter(engine.model, name, LoraConfig(r=2), seed)
+        save_adapter(engine.model, name, tmp_path / name, "base")
+    places = [str(tmp_path / name) for name in ("one", "two", "model")]
+    digests = [weights_digest(place, find_model) for place in (*places, "none")]
+    assert len(set(digests)) == 4
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert weights_digest(str(tmp_path / "copy"), find_model) == digests[0]
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 5000.0'))
+    assert weights_digest(places[2], find_model) != digests[2]
+    (tmp_path / "one" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no such file: .*adapter_model\.safetensors"):
+        weights_digest(places[0], find_model)
+
+
+def test_the_default_memory_is_a_share_of_the_machine() -> None:
+    """A sixteenth of the machine, 256 MiB at least; no more than 256 full rows would use."""
+    per_token = token_bytes(TINY, torch.float32)
+    small = random_decoder(replace(TINY, max_position_embeddings=100))
+    assert default_kv_bytes(small) == 256 * 100 * per_token
+    large = random_decoder(replace(TINY, max_position_embeddings=10**9))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert default_kv_bytes(large) == max(machine // 16, 256 * 1024**2)

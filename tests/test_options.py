@@ -1,0 +1,92 @@
+"""Options as flags: what is not given falls back step by step, and help shows what matters."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option
+
+
+@dataclass(frozen=True)
+class Speed(Options):
+    """How fast a thing is."""
+
+    rate: float = option(0.5, "of the wheels", above=0, high=9)
+    steps: int = option(3, "how many", low=1)
+    mode: Literal["run", "walk"] = option("run", "which way")
+    loud: bool = option(False, "with a horn")
+    name: str | None = option(None, "what it is called")
+    sizes: tuple[int, ...] = option((1, 2), "of its parts")
+
+
+def parser() -> Parser:
+    made = Parser(shown=["--rate", "--loud"], prog="thing", description="A thing.")
+    add_flags(made, Speed)
+    add_flags(made, Speed, "hare", hidden=True)
+    return made
+
+
+def test_every_type_of_field_is_read_from_its_flag() -> None:
+    line = "--rate 2 --steps 4 --mode walk --loud --name x --sizes 5 6"
+    flags = parser().parse_args(line.split())
+    assert from_flags(Speed, flags) == Speed(2.0, 4, "walk", True, "x", (5, 6))
+    assert from_flags(Speed, parser().parse_args([])) == Speed()
+
+
+def test_a_flag_goes_before_the_shared_one_then_the_callers_default_then_the_fields() -> None:
+    def hare(*words: str) -> Speed:
+        flags = parser().parse_args(words)
+        return from_flags(Speed, flags, "", "hare", defaults={"rate": 1.0, "steps": 2})
+
+    assert hare() == Speed(rate=1.0, steps=2)
+    assert hare("--rate", "3") == Speed(rate=3.0, steps=2)
+    assert hare("--rate", "3", "--hare-rate", "4", "--loud") == Speed(4.0, 2, loud=True)
+    assert hare("--loud", "--no-hare-loud") == Speed(rate=1.0, steps=2)
+
+
+def test_help_tells_of_the_chosen_flags_and_help_all_of_every_one_that_is_not_hidden(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(flag: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args([flag])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    short, whole = told("--help"), told("--help-all")
+    assert "--rate" in short and "--no-loud" in short and "--help-all" in short
+    assert "--steps" not in short and "--mode" not in short
+    assert all(name in whole for name in ("--rate", "--steps", "--mode", "--sizes", "A thing."))
+    assert "hare" not in short + whole
+    assert "how many (default: 3)" in whole
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--mode fly", "invalid choice: 'fly'"),
+        ("--pace 3", "unrecognized arguments: --pace 3 (see thing --help-all)"),
+        ("--rate 0", "rate must be above 0 and at most 9, got 0.0"),
+        ("--rate nan", "rate must be above 0 and at most 9, got nan"),
+        ("--hare-steps 0", "--hare-...: steps must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(words: str, told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        flags = parser().parse_args(words.split())
+        from_flags(Speed, flags)
+        from_flags(Speed, flags, "hare")
+    assert told in str(raised.value)
+
+
+def test_a_number_without_bounds_is_finite() -> None:
+    @dataclass
+    class Free(Options):
+        x: float = option(0.0, "")
+
+    for wrong in (float("inf"), float("-inf"), float("nan")):
+        with pytest.raises(ValueError, match="x must be a finite number"):
+            Free(wrong)
+    with pytest.raises(ValueError, match="mode must be one of run, walk, got 'fly'"):
+        Speed(mode="fly")  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+"""The recommender's answers as JSON rows: plain or searched replies, and catalogue rankings."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from usbrec.chat import Sampling
+from usbrec.crs.agents import Roles, recommender_prompt
+from usbrec.crs.dialogue import Dialogue, Example
+from usbrec.crs.evaluation import titles_in
+from usbrec.crs.report import format_dialogue
+from usbrec.crs.ses import SearchOptions, search
+from usbrec.llm.engine import Engine, Usage
+from usbrec.llm.ranking import TOKENS, Ranking
+from usbrec.loading import costs, usage_of
+from usbrec.options import Options, option, seed_for
+
+
+@dataclass(frozen=True)
+class ReplyOptions(Options):
+    """Options of replies: search, seed, chunks and ranking."""
+
+    ses: bool = option(False, "search for the reply (SES) and show the search")
+    seed: int = option(0, "decides every draw, and which rows of a dataset are taken")
+    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
+    rank: int = option(0, "also rank the catalogue and give so many titles, best first", low=0)
+    rank_tokens: int = option(TOKENS, "most tokens of a ranking; 0: until it is exact", low=0)
+
+
+@dataclass
+class Recommender:
+    """The roles, engines and options that answer dialogues."""
+
+    roles: Roles
+    engines: list[Engine]  # the recommender's, and the simulator's if it is another model
+    options: ReplyOptions
+    sampling: Sampling  # of plain replies
+    searching: SearchOptions
+    ranking: Ranking | None  # of the catalogue, with --rank
+    verbose: bool
+    told: Usage = field(default_factory=Usage)  # the usage at the last `spent`
+
+    def clear(self) -> None:
+        """Empty the prefix caches of all engines."""
+        for engine in self.engines:
+            engine.clear_cache()
+
+    def spent(self) -> dict[str, int]:
+        """Return the token counts since the last call, as `Usage.since`; --verbose prints them."""
+        now = usage_of(self.engines)
+        spent, self.told = now.since(self.told), now
+        if self.verbose:
+            print(costs(spent), file=sys.stderr)
+        return spent
+
+    def answer(self, asked: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return one row per example: `reply`, `items` (the titles in the reply) and `seconds`.
+
+        The row of a dataset's example also has `dialog_id`, `turn_id` and `gold` (its titles). An
+        example without items is a dialogue outside a dataset. --ses adds `search`, None before the
+        search's `start_turn`; --rank adds `ranked` and `proven`. `seconds` is an equal share of the
+        call's time.
+        """
+        start, o, roles = time.perf_counter(), self.options, self.roles
+        dialogues = [x.history for x in asked]
+        seeds = [seed_for(o.seed, "reply", format_dialogue(dialogue)) for dialogue in dialogues]
+        turns = [sum(x.speaker == "recommender" for x in dialogue) + 1 for dialogue in dialogues]
+        start_turn = self.searching.start_turn if o.ses else math.inf
+        searched = [i for i, turn in enumerate(turns) if turn >= start_turn]
+        plain = [i for i in range(len(asked)) if i not in searched]
+
+        def calls(places: Sequence[int]) -> tuple[list[Dialogue], list[int]]:
+            return [dialogues[i] for i in places], [seeds[i] for i in places]
+
+        found = dict(zip(searched, search(roles, *calls(searched), self.searching), strict=True))
+        awaited, drawn = calls(plain)
+        said = dict(zip(plain, roles.recommend(awaited, self.sampling, drawn), strict=True))
+        ranked = self.rank(dialogues)
+        seconds = round((time.perf_counter() - start) / len(asked), 3)
+        rows = []
+        for i, x in enumerate(asked):
+            named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}
+            row: dict[str, Any] = named if x.items else {}
+            row["reply"] = reply = found[i].reply if i in found else said[i]
+            row |= {"items": titles_in(roles.catalogue, reply), **ranked[i], "seconds": seconds}
+            if o.ses:
+                row["search"] = found[i].record() if i in found else None
+            rows.append(row)
+        return rows
+
+    def rank(self, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
+        """Return one dict per dialogue, empty without --rank.
+
+        `ranked` lists titles with the log-probability of their announcement. `proven` is the number
+        of leading titles that are certainly the best.
+        """
+        if self.ranking is None:
+            return [{} for _ in dialogues]
+        requests = [self.roles.recommender.request(recommender_prompt(d)) for d in dialogues]
+        titles = [item.title for item in self.roles.catalogue]
+        rows = []
+        for best in self.ranking.best(requests, self.options.rank, self.options.rank_tokens):
+            ranked = [{"title": titles[i], "logprob": logprob} for i, logprob in best.texts]
+            rows.append({"ranked": ranked, "proven": best.proven})
+        return rows

@@ -1,0 +1,110 @@
+"""Export of pairs.jsonl to other trainers.
+
+trl takes the file as it is: a conversational preference dataset (`prompt`, `chosen`, `rejected`).
+LLaMA-Factory takes the folder that this command writes as its `dataset_dir` (dataset `pairs`):
+
+    python -m usbrec.extras.export --pairs runs/.../pairs.jsonl --llama-factory FOLDER
+
+Its `sharegpt` format needs a separate system prompt and alternating turns, the human's first. So a
+conversation that the recommender opened begins with an empty human turn, as in ReDial's own rows,
+and successive messages of one speaker are joined by a newline.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from usbrec.chat import ROLES
+from usbrec.options import UserError
+
+SPEAKERS = {"user": "human", "assistant": "gpt"}
+DATASET_INFO = {
+    "pairs": {
+        "file_name": "pairs.json",
+        "ranking": True,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations"} | {x: x for x in ("system", "chosen", "rejected")},
+    }
+}
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
+    try:
+        lines = path.read_text("utf-8").removesuffix("\n").split("\n")  # U+2028 splits no line
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
+        place = f"{path}, line {number}"
+        try:
+            pair = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place}: malformed JSON: {error}") from error
+        for side in ("prompt", "chosen", "rejected"):
+            messages = pair.get(side) if isinstance(pair, dict) else None
+            if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
+                raise UserError(f"{place}: {side} must be a list of messages with role and content")
+        yield place, pair
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is a message of a chat."""
+    content = value.get("content") if isinstance(value, dict) else None
+    return isinstance(content, str) and value.get("role") in ROLES
+
+
+def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return a pair in LLaMA-Factory's `sharegpt` preference format."""
+    messages = pair["prompt"]
+    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        if message["role"] == "system":
+            raise UserError(f"{place}: LLaMA-Factory takes a system message in the beginning only")
+        speaker = SPEAKERS[message["role"]]
+        if not turns and speaker == "gpt":
+            turns.append({"from": "human", "value": ""})
+        if turns and turns[-1]["from"] == speaker:
+            turns[-1]["value"] += "\n" + message["content"]
+        else:
+            turns.append({"from": speaker, "value": message["content"]})
+    if not turns or turns[-1]["from"] != "human":
+        raise UserError(f"{place}: the prompt must end with a user's message")
+    sides = {x: {"from": "gpt", "value": pair[x][-1]["content"]} for x in ("chosen", "rejected")}
+    return {"conversations": turns, "system": system, **sides}
+
+
+def export_llama_factory(pairs: Path, folder: Path) -> int:
+    """Write pairs.json and dataset_info.json to `folder`; return the number of pairs."""
+    rows = [llama_factory_row(pair, place) for place, pair in read_pairs(pairs)]
+    if not rows:
+        raise UserError(f"{pairs} holds no pair")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("pairs.json", rows), ("dataset_info.json", DATASET_INFO)):
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        (folder / name).write_text(text, "utf-8")
+    return len(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert as the flags say; a user's fault is printed as one sentence and ends with 2."""
+    parser = argparse.ArgumentParser(description="Convert pairs.jsonl for another trainer.")
+    parser.add_argument("--pairs", type=Path, required=True, help="a run's pairs.jsonl")
+    parser.add_argument(
+        "--llama-factory", type=Path, required=True, metavar="FOLDER", help="dataset_dir to write"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        count = export_llama_factory(options.pairs, options.llama_factory)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{count} pairs in {options.llama_factory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

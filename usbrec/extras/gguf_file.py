@@ -1,0 +1,221 @@
+"""A GGUF file's settings, tokenizer files and weights, as a Hugging Face folder would hold them.
+
+Two architectures: `llama` (whose q and k rows llama.cpp stores permuted: undone here) and `qwen2`.
+Quantised tensors are unpacked by the `gguf` package, one at a time, and become bf16. A file of
+another architecture, or one with a sentencepiece tokenizer, is refused by name.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from torch import Tensor
+
+from usbrec.options import UserError
+
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern: str) -> list[PreTokenizer]:
+    """Return the steps that cut a text by a pattern, then into bytes."""
+    return [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+PRE_TOKENIZERS = {
+    "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
+    "llama-bpe": split_by(LLAMA3_SPLIT),
+    "qwen2": split_by(LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
+}
+# Settings that change llama.cpp's result -> the only value that is honoured here.
+HONOURED_GGUF = {".expert_count": 0, ".attention.sliding_window": 0, ".rope.scaling.type": "none"}
+SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
+ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
+
+
+class GgufFile:
+    """An opened GGUF file; raises UserError for an unsupported architecture or setting.
+
+    A damaged file makes the `gguf` package raise exceptions of many classes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.path = path
+        reader = GGUFReader(path)
+        # kept as plain values: the package's own views of a vocabulary take 150 MB
+        self.values = {key: field.contents() for key, field in reader.fields.items()}
+        self.architecture = self.value("general.architecture")
+        if self.architecture not in ("llama", "qwen2"):
+            raise UserError(
+                f"{path}: GGUF architecture {self.architecture!r} is not supported, "
+                "only llama and qwen2 are"
+            )
+        for key, honoured in HONOURED_GGUF.items():
+            if self.value(key, honoured) != honoured:
+                raise UserError(f"{path}: the GGUF setting {key[1:]} is not supported")
+        self.tensors = {self.hf_name(tensor.name): tensor for tensor in reader.tensors}
+        self.rope_factors = self.tensors.pop(ROPE_FACTORS, None)
+        # GGUF lists dimensions innermost first
+        self.shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in self.tensors.items()}
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return a metadata value; a key that begins with a dot gets the architecture in front."""
+        key = f"{self.architecture}{key}" if key.startswith(".") else key
+        content = self.values.get(key, default)
+        if content is None:
+            raise UserError(f"{self.path}: the GGUF field {key} is missing")
+        if isinstance(content, float):  # stored as fp32: 9.99999974e-06 is meant as 1e-05
+            return float(str(np.float32(content)))
+        return content
+
+    def hf_name(self, name: str) -> str:
+        """Return Hugging Face's name of a tensor."""
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if name == ROPE_FACTORS:
+            return name
+        if not match or match[2] not in TENSOR_NAMES:
+            raise UserError(f"{self.path}: the GGUF tensor {name} is unknown")
+        layer = f"model.layers.{match[1]}." if match[1] else ""
+        return f"{layer}{TENSOR_NAMES[match[2]]}.{match[3]}"
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a weight by its Hugging Face name, in bf16, q and k in Hugging Face's order."""
+        from gguf import dequantize
+
+        stored, shape = self.tensors[name], self.shapes[name]
+        weight = torch.empty(shape, dtype=torch.bfloat16)
+        rows = weight.view(-1, shape[-1])
+        data = stored.data.reshape(len(rows), -1)
+        for start in range(0, len(rows), ROWS):
+            block = dequantize(data[start : start + ROWS], stored.tensor_type)
+            rows[start : start + ROWS] = torch.from_numpy(np.array(block))
+        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
+            count = "head_count" if "q_proj" in name else "head_count_kv"
+            return unpermute(weight, self.value(f".attention.{count}"))
+        return weight
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        heads, hidden_size = self.value(".attention.head_count"), self.value(".embedding_length")
+        head_dim = self.value(".attention.key_length", hidden_size // heads)
+        bos = self.value("tokenizer.ggml.bos_token_id", -1)  # Qwen2 may have none
+        if self.value(".rope.dimension_count", head_dim) != head_dim:
+            raise UserError(f"{self.path}: a GGUF model that turns part of a head is not supported")
+        return {
+            "architectures": [f"{self.architecture.capitalize()}ForCausalLM"],
+            "model_type": self.architecture,
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0],
+            "hidden_size": hidden_size,
+            "intermediate_size": self.value(".feed_forward_length"),
+            "num_hidden_layers": self.value(".block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.value(".attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": self.value(".context_length"),
+            "rms_norm_eps": self.value(".attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.value(".rope.freq_base", 10000.0),
+            "rope_scaling": self.rope_scaling(),
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "bos_token_id": None if bos == -1 else bos,
+            "eos_token_id": self.value("tokenizer.ggml.eos_token_id"),
+            "torch_dtype": "bfloat16",
+        }
+
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """Return Llama 3.1's scaling, which the file has as one divisor per frequency, or None."""
+        if self.rope_factors is None:
+            return None
+        stored = np.array(self.rope_factors.data, dtype=np.float64)
+        scaling = {**LLAMA3_SCALING, "factor": float(stored.max())}
+        expected = llama3_divisors(self.value(".rope.freq_base"), 2 * len(stored), scaling)
+        if not np.allclose(stored, expected, rtol=1e-4):
+            raise UserError(f"{self.path}: rope_freqs.weight is not Llama 3.1's RoPE scaling")
+        return scaling
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, a byte-level BPE."""
+        model, pre = self.value("tokenizer.ggml.model"), self.value("tokenizer.ggml.pre", "none")
+        if model != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise UserError(
+                f"{self.path}: the GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not "
+                f"supported, only gpt2 with {', '.join(PRE_TOKENIZERS)}; use the model's folder"
+            )
+        tokens, kinds = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.token_type")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        merges = [tuple(merge.split(" ")) for merge in self.value("tokenizer.ggml.merges")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+        tokenizer.pre_tokenizer = Sequence(PRE_TOKENIZERS[pre])
+        tokenizer.decoder = decoders.ByteLevel()
+        if pre == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()
+        added = [
+            AddedToken(token, special=SPECIAL[kind], normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in SPECIAL
+        ]
+        tokenizer.add_tokens(added)
+        return tokenizer
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return the content of tokenizer_config.json, which transformers reads."""
+        tokens, config = self.value("tokenizer.ggml.tokens"), self.config()
+        bos, eos = config["bos_token_id"], config["eos_token_id"]
+        return {
+            # The class that takes tokenizer.json as it is; GPT2Tokenizer may rebuild its parts.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None if bos is None else tokens[bos],
+            "eos_token": tokens[eos],
+            "pad_token": tokens[self.value("tokenizer.ggml.padding_token_id", eos)],
+            "chat_template": self.value("tokenizer.chat_template", ""),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["max_position_embeddings"],
+        }
+
+
+def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
+    """Return the (head_dim / 2,) divisors of RoPE frequencies (`llama3` in transformers)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Return a weight with Hugging Face's order of a head's rows, from llama.cpp's.
+
+    Pairs (0, 1), (2, 3).. become (0, d/2), (1, d/2 + 1).. `weight` is (heads * d, in) or a bias
+    (heads * d,).
+    """
+    rows = weight.shape[0]
+    paired = weight.view(heads, rows // heads // 2, 2, *weight.shape[1:])
+    return paired.transpose(1, 2).reshape(weight.shape)

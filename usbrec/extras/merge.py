@@ -1,0 +1,94 @@
+"""An adapter merged into its base: a Hugging Face folder that other programs load as it is.
+
+    python -m usbrec.extras.merge --model FOLDER --adapter runs/.../rl --out MERGED
+
+The sum W + scaling * B A is taken in fp32 and written in the dtype of W, a shard at a time. A base
+that has an adapter merged into it is refused.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from usbrec.extras.default_model import RECEIPT, find_model
+from usbrec.extras.shards import SHARD_BYTES, write_shards
+from usbrec.llm.adapter_files import read_adapter
+from usbrec.llm.checkpoint import (
+    INDEX_FILE,
+    SafetensorsWeights,
+    empty_decoder,
+    parameter_names,
+)
+from usbrec.llm.model_config import file_in, load_config, read_json
+from usbrec.options import UserError
+from usbrec.runs import write_json
+
+MERGED = "merged_adapter"  # the key in config.json that marks a merged model
+# A model's other files, which a merge does not change (ChatGLM3's own code among them).
+COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
+NOT_COPIED = ("config.json", INDEX_FILE, RECEIPT)
+
+
+def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `base` with `adapter` merged into it to the new folder `out`, whole or not at all.
+
+    Raises UserError if `out` exists, if `base` is merged already, or if the adapter does not fit.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: name a new folder to merge into")
+    model = empty_decoder(load_config(base))
+    settings = read_json(base / "config.json")
+    if MERGED in settings:
+        raise UserError(
+            f"{base} has the adapter {settings[MERGED]} merged into it already; merge into the "
+            "base that the adapter was trained on"
+        )
+    weights = SafetensorsWeights.from_folder(base)
+    parameter_names(model, weights)  # the base itself must be whole
+    config, matrices = read_adapter(model, adapter)
+
+    def merged(name: str) -> Tensor:
+        """Return one tensor of the base, with the adapter's part if it has one."""
+        dtype, (module, _, kind) = weights.headers[name].dtype, name.rpartition(".")
+        if kind != "weight" or module not in matrices:
+            return weights.load(name, dtype)
+        lora_A, lora_B = matrices[module]
+        weight = weights.load(name, torch.float32)
+        return torch.addmm(weight, lora_B, lora_A, alpha=config.scaling).to(dtype)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+        made = Path(work) / out.name
+        made.mkdir()
+        sizes = {name: header.nbytes for name, header in weights.headers.items()}
+        write_shards(made, sizes, merged, shard_bytes)
+        write_json(made / "config.json", {**settings, MERGED: str(adapter)})
+        for path in sorted(base.iterdir()):
+            if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
+                shutil.copyfile(file_in(base, path.name), made / path.name)
+        made.rename(out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Merge as the flags say; a user's fault is printed as one sentence and ends with 2."""
+    parser = argparse.ArgumentParser(description="Merge an adapter into its base model.")
+    parser.add_argument("--model", required=True, help="the base: folder, GGUF file or hub name")
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    options = parser.parse_args(arguments)
+    try:
+        merge(find_model(options.model), options.adapter, options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"merged into {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""A report as a picture: iEval and Recall@1 of each method with their 95% intervals.
+
+    python -m usbrec.extras.plot runs/sample/report.json      # draws report.png beside it
+
+It needs matplotlib.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from usbrec.options import Parser, UserError
+
+
+def save_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Save iEval and Recall@1 of each method with their intervals as a picture.
+
+    Raises UserError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    for axis, key in zip(figure.subplots(1, 2), ("ieval", "recall@1"), strict=True):
+        found = {name: x[key] for name, x in report["methods"].items() if x[key]["n"]}
+        means = [x["mean"] for x in found.values()]
+        below = [x["mean"] - x["low"] for x in found.values()]
+        above = [x["high"] - x["mean"] for x in found.values()]
+        axis.bar(list(found), means, yerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
+        axis.set_title(f"{key}, 95% interval")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw a report; a user's fault is printed as one sentence and ends with 2."""
+    parser = Parser(prog="plot", description="Draw a report's methods with their intervals.")
+    parser.add_argument("report", type=Path, help="a run's report.json")
+    path = Path("report.json")
+    try:
+        path = parser.parse_args(arguments).report
+        save_plot(json.loads(path.read_text("utf-8")), path.with_suffix(".png"))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"plot: {path}: {error}", file=sys.stderr)
+        return 2
+    print(path.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

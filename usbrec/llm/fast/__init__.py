@@ -1,0 +1,132 @@
+"""Quicker equals of the operations in model.py, which `accelerate(model)` puts in their place.
+
+    linear      layers that read the same input become one product, their weights in one storage;
+                on a CPU with bf16 a copy is kept in the processor's own order
+    adapters    laid out once, in the dtype of the base, until `Ops.clear`
+    rms_norm, linear, attend    hand-written gradients in training (kernels.py)
+    attend      windows of plain products on the CPU, torch's own attention on a GPU
+
+Without this folder, and without the line that calls `accelerate`, a program is slower and its
+results are the same to rounding (tests/test_fast.py).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from usbrec.llm.fast import kernels
+from usbrec.llm.fast.int4 import MOST_ROWS, Int4Weight, Layers
+from usbrec.llm.lora import AdapterSpan, LoraLinear
+from usbrec.llm.model import Decoder, DecoderLayer, Ops, linear
+
+
+def accelerate(model: Decoder, int4: bool = False) -> None:
+    """Replace the model's operations by quicker equals; the model is on its device already.
+
+    `int4` rounds the layers' weights for good (int4.py), which makes decoding of few rows quicker
+    on the CPU. Raises UserError, with nothing rounded, for weights or a device that int4 does not
+    support.
+    """
+    fused: dict[Layers, FusedLinear] = {}
+    if not model.sharded:  # sharded weights are here only while their layer computes
+        groups: list[Layers] = [model.head]
+        for layer in model.model.layers:
+            assert isinstance(layer, DecoderLayer), "a decoder's layers"
+            groups += [layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down]
+        rounded = Int4Weight.round_all(model, groups[1:]) if int4 else {}
+        fused = {layers: FusedLinear(layers, rounded.get(layers)) for layers in groups}
+    on_cpu = model.device.type == "cpu"
+    model.ops = Ops(
+        rms_norm=kernels.lean_rms_norm,
+        linear=partial(fused_linear, fused),
+        mask=kernels.window_mask if on_cpu else lambda visible: visible,
+        attend=kernels.attend_windows if on_cpu else kernels.attend_on_gpu,
+        clear=partial(clear_adapters, fused),
+    )
+
+
+class FusedLinear:
+    """Layers that read the same input, as one product."""
+
+    @torch.no_grad()
+    def __init__(self, layers: Layers, int4: "Int4Weight | None" = None) -> None:
+        self.layers, self.int4 = layers, int4
+        self.adapters: dict[str, tuple[Tensor, ...]] = {}
+        weight: Tensor = layers[0].weight.detach()
+        if len(layers) > 1:  # one storage: each layer's own weight becomes a view of it
+            weight = torch.cat([layer.weight.detach() for layer in layers])
+            parts = weight.split([layer.out_features for layer in layers])
+            for layer, part in zip(layers, parts, strict=True):
+                layer.weight = torch.nn.Parameter(part, requires_grad=False)
+        biases: list[Tensor] = [x.bias for x in layers if x.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.weight = prepack(weight)
+
+    @torch.no_grad()
+    def lay_out(self, name: str) -> tuple[Tensor, ...]:
+        """Return an adapter's A (R, in), stacked, and its scaled B (out, R), block-diagonal.
+
+        R is the sum of the ranks. The result is () if the adapter covers none of the layers.
+        """
+        A, B = [], []
+        for layer in self.layers:
+            if isinstance(layer, LoraLinear) and name in layer.lora_A:
+                A.append(layer.lora_A[name])
+                B.append(layer.configs[name].scaling * layer.lora_B[name])
+            else:
+                B.append(torch.zeros(layer.out_features, 0, device=layer.weight.device))
+        dtype = self.layers[0].weight.dtype
+        both = (torch.cat(A).to(dtype), torch.block_diag(*B).to(dtype)) if A else ()
+        return tuple(map(prepack, both))
+
+    def __call__(self, x: Tensor, spans: Sequence[AdapterSpan]) -> Tensor:
+        """Return the layers' outputs side by side, (T, in) -> (T, outs)."""
+        if self.int4 is not None and len(x) <= MOST_ROWS:
+            out = self.int4.product(x)
+            out = out if self.bias is None else out.add_(self.bias)
+        else:
+            out = product(x, self.weight, self.bias)
+        for name, start, stop in spans:
+            if name not in self.adapters:
+                self.adapters[name] = self.lay_out(name)
+            adapter = self.adapters[name]
+            if adapter:
+                out[start:stop] += product(product(x[start:stop], adapter[0]), adapter[1])
+        return out
+
+
+def fused_linear(
+    fused: dict[Layers, FusedLinear], layers: Layers, x: Tensor, spans: Sequence[AdapterSpan]
+) -> Tensor:
+    """Return `model.linear`: one product without gradients, one per layer with gradients."""
+    if torch.is_grad_enabled():
+        outs = [kernels.adapted_linear(layer, x, spans) for layer in layers]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+    found = fused.get(layers)
+    return linear(layers, x, spans) if found is None else found(x, spans)
+
+
+def clear_adapters(fused: dict[Layers, FusedLinear]) -> None:
+    """Drop the layouts of all adapters, after a change of their weights."""
+    for layers in fused.values():
+        layers.adapters.clear()
+
+
+def prepack(weight: Tensor) -> Tensor:
+    """Return a frozen weight (out, in) in the order of the processor's bf16 kernels, if it has any.
+
+    The time of a product of few rows is that of reading the weight, a third less in this order.
+    """
+    there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if there and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return weight
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b (T, out) for a weight of `prepack`."""
+    if not weight.is_mkldnn:
+        return torch.nn.functional.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

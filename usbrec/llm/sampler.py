@@ -1,0 +1,88 @@
+"""The sampler of one token per row: temperature, top-k, top-p, min-p, a seed per row.
+
+A draw takes one uniform number per row and compares it with the cumulative sum of the row's
+probabilities, so that a row's draws never depend on the rows beside it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from usbrec.chat import Sampling
+
+PORTION = 8  # rows drawn at once: the processor's cache holds their weights, 1.6 MB in fp32
+COLDEST = 1e-6  # as good as greedy; colder quotients would exceed fp32 and give NaN
+
+
+class Sampler:
+    """A sampler of one token per step for each of B rows.
+
+    Temperature 0 takes the most probable token, the lowest id on a tie. All settings are on the
+    device before the first step, since every transfer to a GPU waits for it.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], uniforms: Tensor) -> None:
+        """`uniforms` (B, N) in [0, 1) are the numbers of N steps, on the device of the logits."""
+        device = uniforms.device
+        self.uniforms, self.step = uniforms.float(), 0
+        warm = [how.temperature > 0 for how in samplings]
+        self.some_warm, self.some_cold = any(warm), not all(warm)
+        self.warm = torch.tensor(warm).to(device)
+        heats = torch.tensor([max(how.temperature, COLDEST) for how in samplings])
+        self.temperatures = heats[:, None].to(device)
+        truncated = any(how.top_k or how.top_p < 1 or how.min_p for how in samplings)
+        self.limits = [limit.to(device) for limit in limits(samplings)] if truncated else None
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Return the next token of each row, (B, V) -> (B,)."""
+        starts = range(0, len(logits), PORTION)
+        tokens = torch.cat([self.draw_rows(logits, slice(at, at + PORTION)) for at in starts])
+        self.step += 1
+        return tokens
+
+    def draw_rows(self, logits: Tensor, rows: slice) -> Tensor:
+        """Return the next tokens of the neighbouring rows `rows` alone, (B, V) -> (b,)."""
+        logits = logits[rows].float()
+        if not self.some_warm:
+            return logits.argmax(-1)
+        probs = (logits / self.temperatures[rows]).softmax(-1)
+        if self.limits is not None:
+            probs = truncate(probs, *(limit[rows] for limit in self.limits))
+        drawn = pick(probs, self.uniforms[rows, self.step])
+        return torch.where(self.warm[rows], drawn, logits.argmax(-1)) if self.some_cold else drawn
+
+
+def limits(samplings: Sequence[Sampling]) -> tuple[Tensor, ...]:
+    """Return the rows' top_k, top_p and min_p, (B, 1) each; top_k is huge where it is off."""
+    rows = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]
+    return torch.tensor(rows, dtype=torch.float32).split(1, 1)
+
+
+def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the tokens (B,) where the summed weights (B, V) reach the shares `uniforms` (B,)."""
+    ends = weights.cumsum(-1)
+    last = ends[:, -1:]
+    # rounding must not step past the last growth
+    target = torch.minimum(uniforms[:, None] * last, torch.nextafter(last, torch.zeros_like(last)))
+    return torch.searchsorted(ends, target, right=True)[:, 0]
+
+
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Return the probabilities (B, V) with 0 beyond the rows' limits, not normalised again.
+
+    The limits are applied in the order top_k, top_p, min_p. top_p is a share of the probability
+    that top_k left, and keeps the token that crosses it.
+    """
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered * (torch.arange(probs.shape[-1], device=probs.device) < top_k)
+    before = ordered.cumsum(-1) - ordered
+    keep = (before < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1)
+    keep &= ordered >= min_p * ordered[:, :1]
+    return torch.zeros_like(probs).scatter(1, index, ordered * keep)
+
+
+def uniform_numbers(seed: int, count: int) -> np.ndarray:
+    """Return the uniform numbers of one row, (count,), from its own seed."""
+    return np.random.Generator(np.random.Philox(seed)).random(count)

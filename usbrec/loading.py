@@ -1,0 +1,175 @@
+"""Loaders of train.py and infer.py: the language models of both sides, and rows of a split.
+
+By default one model serves both sides of the conversation, with one adapter per side. `--simulator`
+names another adapter for the simulator, or a whole language model. That model is loaded beside the
+recommender's, with the same options and the chat layout of its own tokenizer.
+"""
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from usbrec import parallel
+from usbrec.crs.agents import Side
+from usbrec.crs.dialogue import Example, Examples
+from usbrec.llm.adapter_files import WEIGHTS_FILE, load_adapter
+from usbrec.llm.cache import token_bytes
+from usbrec.llm.checkpoint import load_model
+from usbrec.llm.engine import MAX_ROWS, Engine, Usage
+from usbrec.llm.fast import accelerate
+from usbrec.llm.model import Decoder
+from usbrec.llm.model_config import file_in
+from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
+from usbrec.options import Options, UserError, option, seed_for
+
+Find = Callable[[str | None], Path]  # a model's name (None: the default model) -> its folder
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """The weights, their dtype and device, and the limits of memory."""
+
+    model: str | None = option(None, "folder, GGUF file or hub name (default: SmolLM2-135M)")
+    chat_format: str | None = option(None, "chat layout, where the tokenizer does not tell it")
+    chat_date: str = option(LLAMA31_DATE, "what Llama 3.1's system prompt calls today")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "auto: the quickest")
+    max_length: int = option(0, "longest prompt with its reply, in tokens; 0: the model's")
+    device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
+    int4: bool = option(False, "4-bit base weights: quick single replies on the CPU, no training")
+    kv_memory: float = option(0.0, "GB for prompts that replies share; 0: fits the device", low=0)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options that decide results."""
+        return {name: value for name, value in asdict(self).items() if name != "kv_memory"}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; auto is the process's own GPU when there is one."""
+    if name == "auto":
+        count = torch.cuda.device_count()
+        if parallel.local_rank() >= count > 0:
+            raise UserError(f"more processes than GPUs ({count}): start fewer, or add --device cpu")
+        return torch.device("cuda" if count else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
+        raise UserError(f"--device {name}: no such device here") from error
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of this name; auto is bfloat16 where it is quicker than float32."""
+    if name == "auto":
+        on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Engine:
+    """Return the engine of a model: base weights, tokenizer and memory for keys and values.
+
+    One process per machine finds the folder first, since finding may download or convert.
+    """
+    device = pick_device(options.device)
+    folder = parallel.one_then_all(lambda: find(options.model))
+    model = load_model(folder, pick_dtype(options.dtype, device), device, sharded)
+    accelerate(model, int4=options.int4)
+    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
+    kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)
+    return Engine(model, tokenizer, kv_bytes, options.max_length)
+
+
+def default_kv_bytes(model: Decoder) -> int:
+    """Return the default bytes for keys and values: a share of the device's memory.
+
+    The share is of the whole memory, not of the free part: batches, and with them the last bits of
+    the results, must not depend on other programs.
+    """
+    if model.device.type == "cuda":
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        own = weights // parallel.world() if model.sharded else weights
+        size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 2
+    else:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+    most = MAX_ROWS * model.config.max_position_embeddings * token_bytes(model.config, model.dtype)
+    return min(max(size, 1 << 28), most)
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a path is an adapter's folder."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def load_simulator(
+    name: str, engine: Engine, options: ModelOptions, find: Find, sharded: bool = False
+) -> tuple[Side, Engine]:
+    """Return the simulator's side and its engine.
+
+    An adapter is loaded beside the base of `engine`. "none" is that base alone. Any other name is a
+    separate model.
+    """
+    if name == "none":
+        return Side(engine), engine
+    if is_adapter(name):
+        load_adapter(engine.model, Path(name), "simulator")
+        engine.clear_cache()
+        return Side(engine, "simulator"), engine
+    engine = load_engine(replace(options, model=name, chat_format=None), find, sharded)
+    return Side(engine), engine
+
+
+def weights_digest(name: str, find: Find) -> str:
+    """Return a digest, 16 hexadecimal digits, that identifies an adapter or a model in results.
+
+    Settings and adapter weights are hashed whole; of a model's weights only the file sizes.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if is_adapter(name):
+        file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
+    folder = Path(name) if name == "none" or is_adapter(name) else find(name)
+    for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
+        whole = path.name.startswith("adapter_") or path.suffix == ".json"
+        digest.update(path.read_bytes() if whole else f"{path.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def usage_of(engines: Sequence[Engine]) -> Usage:
+    """Return the sum of several engines' usage."""
+    return Usage(*(sum(getattr(x.usage, item.name) for x in engines) for item in fields(Usage)))
+
+
+def costs(spent: Mapping[str, int]) -> str:
+    """Return the counts of `Usage.since` as one line of text."""
+    prompts = "{calls} calls, prompt tokens {reused_tokens} reused and {computed_tokens} computed"
+    return (prompts + ", {decoded_tokens} tokens decoded").format(**spent)
+
+
+def shortened_lines(engines: Sequence[Engine]) -> list[str]:
+    """Return one notice per engine that shortened prompts."""
+    told = "{} prompts were too long for {} tokens and lost their oldest turns"
+    return [told.format(x.usage.shortened, x.max_length) for x in engines if x.usage.shortened]
+
+
+def pick_rows(examples: Examples, count: int, seed: int, apart: bool = False) -> list[Example]:
+    """Return `count` examples (0: all), the first by a seeded hash of their ids.
+
+    So the choice of an example does not depend on the contents of others. `apart` takes at most one
+    example per dialogue.
+    """
+    order = sorted(examples, key=lambda x: seed_for(seed, "pick", x.dialog_id, x.turn_id))
+    if apart:
+        order = list({x.dialog_id: x for x in reversed(order)}.values())[::-1]
+    return order[:count] if count else order
+
+
+def give_back_memory() -> None:
+    """Return freed memory that glibc keeps to the system: over 1 GB after training."""
+    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,117 @@
+"""The options of train.py: flags, defaults, and the options that decide each stage's result."""
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
+
+from usbrec.crs import evaluation, lessons, podcs
+from usbrec.crs.ses import SearchOptions
+from usbrec.llm.lora import LoraConfig
+from usbrec.llm.loss import SimpoOptions
+from usbrec.llm.training import TrainingOptions
+from usbrec.loading import Find, ModelOptions, weights_digest
+from usbrec.options import Options, Parser, add_flags, from_flags, option
+from usbrec.runs import ADAPTERS
+
+STAGES = {  # stage -> the option groups and row limits that decide its result
+    "simulator": ("lesson", "simulator"),
+    "sft": ("lesson", "sft"),
+    "pairs": ("pairs",),
+    "simpo": ("simpo", "simpo_loss"),
+    "report": ("eval", "agreement", "ses"),
+}
+DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation dialogues
+    "lora": {"r": 32, "lora_alpha": 32.0},
+    "simulator": {"learning_rate": 1e-3, "batch_size": 1, "warmup": 0.03, "save_every": 50}
+    | {"shuffle": False},  # the lessons' order is a curriculum
+    "sft": {"learning_rate": 1.5e-3, "batch_size": 1, "save_every": 50},
+    "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
+}
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """The dataset, the rows that each stage takes (0: all), and the simulated user."""
+
+    data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
+    data_dir: str | None = option(None, "the folder of a downloaded dataset")
+    seed: int = option(0, "decides every draw of the run")
+    simulator: str | None = option(None, "adapter or model that plays the user, untrained")
+    max_train: int = option(0, "at most so many training rows in every stage", low=0)
+    max_simulator: int = option(100, "training rows of the stage simulator", low=0)
+    max_sft: int = option(480, "training rows of the stage sft", low=0)
+    max_pairs: int = option(72, "training rows that PODCS tries", low=0)
+    max_valid: int = option(0, "validation rows, to keep an adapter's best state; 0: none", low=0)
+    max_eval: int = option(128, "test dialogues of every method", low=0)
+    max_agreement: int = option(100, "test dialogues on which the judges are checked", low=0)
+    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
+    full: bool = option(False, "take all rows, pairs and dialogues")
+
+    def rows(self, stage: str) -> int:
+        """Return the number of rows that a stage takes, 0 for all."""
+        limits = [getattr(self, f"max_{stage}"), self.max_train if stage in STAGES else 0]
+        return 0 if self.full else min(filter(None, limits), default=0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options of a run, by the prefix of their flags."""
+
+    data: DataOptions
+    model: ModelOptions
+    lora: LoraConfig
+    lesson: lessons.LessonOptions
+    simulator: TrainingOptions
+    sft: TrainingOptions
+    pairs: podcs.PairOptions
+    simpo: TrainingOptions
+    simpo_loss: SimpoOptions
+    eval: evaluation.EvaluationOptions
+    ses: SearchOptions
+
+    def facts(self, stage: str, find: Find) -> dict[str, Any]:
+        """Return the options that decide a stage's result, those of earlier stages included.
+
+        `find` returns the folder of a model that plays the user.
+        """
+        o, other, groups = self.data, self.data.simulator, asdict(self)
+        facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
+        facts |= {"max-valid": o.max_valid, "model": self.model.facts(), "lora": groups["lora"]}
+        order = list(STAGES)
+        for name in ["sft"] if stage == "sft" else order[: order.index(stage) + 1]:
+            if name == "simulator" and other is not None:
+                facts["other-simulator"] = {"path": other, "digest": weights_digest(other, find)}
+                continue
+            facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}
+            facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
+            facts |= {x: groups[x] for x in STAGES[name] if x in groups}
+        return facts
+
+
+def add_settings(parser: Parser) -> None:
+    """Add the flags of all options to the parser.
+
+    The training options have one set of flags for all stages that train (`--epochs`). Each of these
+    stages also has a set of its own, which no help lists: `--sft-epochs` overrides `--epochs`.
+    """
+    for name, options in get_type_hints(Settings).items():
+        learns, defaults = name in ADAPTERS, DEFAULTS.get(name, {})
+        add_flags(parser, options, _prefix(name), defaults, ["seed"] * learns, hidden=learns)
+    told = {}
+    for name, default in asdict(TrainingOptions()).items():
+        if any(name in DEFAULTS[x] for x in ADAPTERS):
+            told[name] = ", ".join(f"{x} {DEFAULTS[x].get(name, default)}" for x in ADAPTERS)
+    add_flags(parser, TrainingOptions, defaults=told, skip=["seed"])
+
+
+def read_settings(flags: Namespace) -> Settings:
+    """Return the settings: a stage's flag, else the shared flag, else the default of the stage."""
+    groups = {}
+    for name, options in get_type_hints(Settings).items():
+        prefixes = ("", name) if name in ADAPTERS else (_prefix(name),)
+        groups[name] = from_flags(options, flags, *prefixes, defaults=DEFAULTS.get(name, {}))
+    return Settings(**groups)
+
+
+def _prefix(name: str) -> str:
+    return "" if name in ("data", "model") else name
