@@ -81,6 +81,7 @@ def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Eng
     folder = parallel.one_then_all(lambda: find(options.model))
     model = load_model(folder, pick_dtype(options.dtype, device), device, sharded)
     accelerate(model, int4=options.int4)
+    give_back_memory()  # the weights that were laid out anew
     tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
     kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)
     return Engine(model, tokenizer, kv_bytes, options.max_length)
