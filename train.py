@@ -292,7 +292,7 @@ def evaluate(work: Work) -> None:
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json and report.txt, and print the text."""
-    facts, seed = work.settings.facts("report", find_model), work.settings.data.seed
+    facts, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
     methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in COMPARED}
     judge = agreement([row["agreement"] for row in rows if "agreement" in row], seed)
     counts = {"test": len(methods["B/L"]), "train": len(work.train), "notes": work.notes}
@@ -336,13 +336,15 @@ def claim_stages(stages: Sequence[str], folder: Path, settings: Settings, fresh:
     if learning and settings.model.int4:
         told = f"{', '.join(learning)} would learn on rounded weights: name others (--stages)"
         raise UserError(f"--int4 is for stages that learn nothing, and {told}")
-    facts = {stage: settings.facts(stage, find_model) for stage in stages}
+    other = settings.data.simulator
+    digest = None if other is None else loading.weights_digest(other, find_model)
     for stage in stages:
         made = [folder / name for name in MADE[stage]]
         for path in made if fresh else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        note = folder / "options" / f"{stage}.json"
         remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
-        runs.claim(folder / "options" / f"{stage}.json", facts[stage], made, remedy)
+        runs.claim(note, settings.facts(stage, digest), made, remedy)
     return [stage for stage in stages if not (folder / MADE[stage][0]).exists()]
 
 

@@ -9,7 +9,7 @@ from usbrec.crs.ses import SearchOptions
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
-from usbrec.loading import Find, ModelOptions, weights_digest
+from usbrec.loading import ModelOptions
 from usbrec.options import Options, Parser, add_flags, from_flags, option
 from usbrec.runs import ADAPTERS
 
@@ -69,10 +69,10 @@ class Settings:
     eval: evaluation.EvaluationOptions
     ses: SearchOptions
 
-    def facts(self, stage: str, find: Find) -> dict[str, Any]:
+    def facts(self, stage: str, simulator_digest: str | None) -> dict[str, Any]:
         """Return the options that decide a stage's result, those of earlier stages included.
 
-        `find` returns the folder of a model that plays the user.
+        `simulator_digest` is the `weights_digest` of `data.simulator`, if that is given.
         """
         o, other, groups = self.data, self.data.simulator, asdict(self)
         facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
@@ -80,7 +80,7 @@ class Settings:
         order = list(STAGES)
         for name in ["sft"] if stage == "sft" else order[: order.index(stage) + 1]:
             if name == "simulator" and other is not None:
-                facts["other-simulator"] = {"path": other, "digest": weights_digest(other, find)}
+                facts["other-simulator"] = {"path": other, "digest": simulator_digest}
                 continue
             facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}
             facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}

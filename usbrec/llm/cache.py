@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from usbrec.llm.model import ModelConfig
+from usbrec.llm.model_config import ModelConfig
 from usbrec.options import UserError
 
 

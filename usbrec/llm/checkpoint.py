@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from usbrec.llm.model import Decoder, ModelConfig
-from usbrec.llm.model_config import file_in, load_config, read_json, without_duplicates
+from usbrec.llm.model import Decoder
+from usbrec.llm.model_config import ModelConfig, file_in, load_config, read_json, without_duplicates
 from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
 
