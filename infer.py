@@ -25,14 +25,14 @@ from typing import Any
 from usbrec import loading, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs import report
+from usbrec.crs import agents, report
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import popularity_of
-from usbrec.crs.ses import SearchOptions
+from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.ranking import Ranking
@@ -133,7 +133,9 @@ def read_run(folder: Path) -> tuple[str, str, dict[str, Any]]:
 
 def assemble(setup: Setup, flags: Namespace) -> Recommender:
     """Return the recommender with weights and adapters loaded; print both sides on stderr."""
-    options, searching = from_flags(ReplyOptions, flags), from_flags(SearchOptions, flags, "ses")
+    options = from_flags(ReplyOptions, flags)
+    defaults = CARDS if getattr(flags, "ses_cards", False) else {}
+    searching = from_flags(SearchOptions, flags, "ses", defaults=defaults)
     sampling = from_flags(Sampling, flags, defaults=PLAIN)
     catalogue = load_catalogue(setup.data, setup.data_dir)
     engine = load_engine(setup.model, find_model)
@@ -146,7 +148,7 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
         tell(f"{side}: {'the base weights as they are' if name == 'none' else name}")
     roles = Roles(recommender, simulator, catalogue)
     engines = [engine, other] if other is not engine else [engine]
-    titles = [report.announce(item.title) for item in catalogue]
+    titles = [agents.announce(item.title) for item in catalogue]
     ranking = Ranking(engine, titles) if options.rank else None
     return Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
 

@@ -37,8 +37,15 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, baseline_labels, evaluate_method
-from usbrec.crs.lessons import popularity_of, recommender_lessons, simulator_lessons
-from usbrec.crs.podcs import build_pairs, count_reasons
+from usbrec.crs.lessons import (
+    card_lessons,
+    popularity_of,
+    recommender_lessons,
+    simulator_lessons,
+    summary_lessons,
+    woven,
+)
+from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
 from usbrec.crs.report import build_report, format_report
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter, save_adapter
@@ -62,8 +69,9 @@ MADE = {  # stage -> its files in the run folder, first the one that marks it as
     "simpo": ("rl/adapter_model.safetensors", "rl"),
     "report": ("report.json", "report.txt", "rows.jsonl", "rows.jsonl.options.json"),
 }
-COMPARED: dict[str, tuple[str | None, bool]] = {  # (recommender's adapter, with search)
-    "B/L": (None, False), "SFT": ("sft", False), "RL": ("rl", False), "RL+SES": ("rl", True)
+COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, options of the search)
+    "B/L": (None, ""), "SFT": ("sft", ""), "RL": ("rl", ""), "SES": (None, "ses"),
+    "SFT+SES": ("sft", "ses"), "RL+SES": ("rl", "ses"), "RL+SES+cards": ("rl", "ses_cards"),
 }  # fmt: skip
 _SHOWN = (  # the flags in --help; --help-all lists every flag
     "--stages", "--run-dir", "--fresh", "--verbose", "--shard", "--data", "--data-dir", "--seed",
@@ -93,9 +101,13 @@ class Work:
         return self.engines[0]
 
     def rows(self, stage: str) -> list[Example]:
-        """Return the training rows of a stage, the same ones in every run of these options."""
+        """Return the training rows of a stage, the same ones in every run of these options.
+
+        The simulator learns to play the user from rows with reactions, where the dataset has them.
+        """
         data = self.settings.data
-        return pick_rows(self.train, data.rows(stage), seed_for(data.seed, stage))
+        reacting = [x for x in self.train if x.accept is not None] if stage == "simulator" else []
+        return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
 
     def side(self, adapter: str | None) -> Side:
         """Return a side over the base weights, with an adapter of the run or None."""
@@ -165,32 +177,45 @@ class Work:
 
 def train_simulator(work: Work) -> None:
     """Train the adapter that plays the user and judges, on training dialogues alone."""
-    shared = work.catalogue, popularity_of(work.train), work.settings.data.seed
-    o = work.settings.lesson
-    teach(work, "simulator", lambda rows: simulator_lessons(rows, *shared, o))
+    options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
+
+    def lessons(kinds: Mapping[str, Sequence[Example]]) -> list[TrainingDialogue]:
+        played = kinds["simulator"], films, popularity_of(work.train), seed
+        first, then = simulator_lessons(*played, options)
+        summaries = summary_lessons(kinds["summaries"], films, options)
+        return first + woven(then, summaries, card_lessons(kinds["cards"], films, seed, options))
+
+    teach(work, "simulator", lessons)
 
 
 def train_sft(work: Work) -> None:
     """Train an adapter on the recommender's gold turns."""
-    o = work.settings.lesson
-    teach(work, "sft", lambda rows: recommender_lessons(rows, work.catalogue, o))
+    options, films = work.settings.lesson, work.catalogue
+    teach(work, "sft", lambda kinds: recommender_lessons(kinds["sft"], films, options))
 
 
 def teach(
-    work: Work, stage: str, lessons: Callable[[Sequence[Example]], list[TrainingDialogue]]
+    work: Work,
+    stage: str,
+    lessons: Callable[[Mapping[str, Sequence[Example]]], list[TrainingDialogue]],
 ) -> None:
-    """Train a new adapter of the stage's name on the lessons made from the stage's rows."""
+    """Train a new adapter of the stage's name on the lessons made from the stage's rows.
+
+    `lessons` gets the rows by the name of their limit (--max-NAME).
+    """
     engine, seed = work.engine, seed_for(work.settings.data.seed, stage)
 
-    def lay_out(rows: Sequence[Example], label: str) -> list[Tree]:
-        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in lessons(rows)]
+    def lay_out(kinds: Mapping[str, Sequence[Example]], label: str) -> list[Tree]:
+        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in lessons(kinds)]
         kept, dropped = usable_dialogues(trees, engine.max_length)
-        print_counts(f"{label}: {len(kept)} dialogues, {sum(map(len, kept))} tokens", dropped)
+        print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
 
     add_adapter(engine.model, stage, work.settings.lora, seed)
-    trees = lay_out(work.rows(stage), stage)
-    validation = lay_out(work.valid, f"{stage}, validation") if work.valid else []
+    names = [name for name in STAGES[stage] if hasattr(work.settings.data, f"max_{name}")]
+    trees = lay_out({name: work.rows(name) for name in names}, stage)
+    held_out = dict.fromkeys(names, work.valid)
+    validation = lay_out(held_out, f"{stage}, validation") if work.valid else []
     work.learn(stage, trees, validation, Sft())
 
 
@@ -207,6 +232,8 @@ def make_pairs(work: Work) -> None:
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
     print_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
+    wins = count_wins(work.catalogue, work.rows("pairs"), records)
+    print_counts("pairs, the chosen side against the rejected by rule", wins)
 
 
 def train_simpo(work: Work) -> None:
@@ -269,6 +296,7 @@ def evaluate(work: Work) -> None:
     tests = pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
     talked, judged = (tests[: count or None] for count in counts)
     popularity = popularity_of(work.train)
+    methods = [name for name in COMPARED if name in o.methods]
     roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
 
     def meet_chunk(chunk: Sequence[Example]) -> list[Row]:
@@ -278,8 +306,9 @@ def evaluate(work: Work) -> None:
         for x, row in zip(own, found, strict=True):
             rows[x]["agreement"] = row
         own = [x for x in chunk if x in talked]
-        for name, (adapter, searches) in COMPARED.items():
-            searching = settings.ses if searches else None
+        for name in methods:
+            adapter, group = COMPARED[name]
+            searching = getattr(settings, group) if group else None
             talks = evaluate_method(roles[adapter], own, o.seed, settings.eval, searching)
             for x, talk in zip(own, talks, strict=True):
                 rows[x][name] = asdict(talk)
@@ -293,9 +322,10 @@ def evaluate(work: Work) -> None:
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json and report.txt, and print the text."""
     facts, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
-    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in COMPARED}
+    names = work.settings.data.methods
+    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in names}
     judge = agreement([row["agreement"] for row in rows if "agreement" in row], seed)
-    counts = {"test": len(methods["B/L"]), "train": len(work.train), "notes": work.notes}
+    counts = {"test": len(methods[names[0]]), "train": len(work.train), "notes": work.notes}
     report = build_report(methods, baselines, judge, facts, counts, seed)
     text = format_report(report)
     runs.write_whole(work.folder / "report.txt", (text + "\n").encode())

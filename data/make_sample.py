@@ -5,8 +5,10 @@
 Each dialogue has a hidden target film and wishes: facts of that film (genre, decade, director,
 star, mood) or a genre to avoid. The seeker reveals the wishes little by little, in the words of
 phrases.py. Films are drawn by a popularity that falls like Zipf's law; every film occurs in train.
-No (target, wishes) pair occurs in two splits. The facts in data/sample/items.json are written by
-hand. Equal facts, phrases and seeds give equal bytes.
+No (target, wishes) pair occurs in two splits, nor does a context. After its long dialogues, train
+has short ones, in which the seeker states all wishes at once: they teach most about films per word.
+The facts in data/sample/items.json are written by hand. Equal facts, phrases and seeds give equal
+bytes.
 """
 
 import json
@@ -23,11 +25,13 @@ from phrases import Wish, Words, facts_of, parted, phrases, sentence_case  # noq
 
 from usbrec.crs.catalogue import Catalogue, Item  # noqa: E402
 from usbrec.crs.rewrite import genre_word, with_article  # noqa: E402
+from usbrec.crs.wishes import write_attribute, write_profile  # noqa: E402
 from usbrec.options import seed_for  # noqa: E402
 
 FOLDER = Path(__file__).resolve().with_name("sample")
 SEED = 7
-DIALOGUES = {"train": 960, "valid": 140, "test": 340}
+DIALOGUES = {"train": 960, "valid": 600, "test": 340}
+SHORT = 2880  # short dialogues of train, after its long ones; ten per film
 MAX_WORDS = 18  # of one utterance
 MAX_LINES = 7  # of a context, the empty first one included
 
@@ -152,6 +156,10 @@ class Scene:
             self.films.append(liked)
             self.liked.append(liked)
 
+    def ask(self, wishes: Sequence[Wish]) -> None:
+        """Add a request that states these wishes."""
+        self.add_short(lambda: self.words.wishes(wishes, "seeker asks"))
+
     def mistaken(self, wish: Wish) -> Wish | None:
         """Return a wish of the same kind that the target does not meet, or None."""
         if wish.kind not in ("genre", "decade", "mood"):
@@ -232,17 +240,13 @@ def row_of(scene: Scene, dialog_id: str) -> dict[str, Any]:
 
 def profile(scene: Scene) -> str:
     """Return the seeker's wishes and films so far, in the fixed form of a summary."""
-    forms = {"mood": "{} mood", "director": "by {}", "lead": "with {}"}
     order = ("genre", "mood", "decade", "director", "lead")
     wanted, disliked = parted(scene.said)
     wanted.sort(key=lambda wish: order.index(wish.kind))
-    likes = [forms.get(wish.kind, "{}").format(wish.value) for wish in wanted]
+    likes = [write_attribute(wish.kind, wish.value) for wish in wanted]
     likes += [film.title for film in scene.liked]
     dislikes = [wish.value for wish in disliked] + [film.title for film in scene.refused]
-    text = f"Likes: {', '.join(likes) or 'nothing said'}."
-    text += f" Dislikes: {', '.join(dislikes) or 'nothing said'}."
-    seen = ", ".join(film.title for film in scene.seen)
-    return f"{text} Seen: {seen}." if seen else text
+    return write_profile(likes, dislikes, [film.title for film in scene.seen])
 
 
 def facts_to_tell(scene: Scene) -> list[Wish]:
@@ -294,6 +298,7 @@ class SampleMaker:
         self.catalogue = catalogue
         self.seed = seed
         self.used: dict[tuple[str, frozenset[Wish]], str] = {}
+        self.heard: dict[tuple[str, ...], str] = {}  # a row's context -> its split
         famous = [item for title in phrases()["famous films"] if (item := catalogue.get(title))]
         rest = [item for item in catalogue if item not in famous]
         rest.sort(key=lambda item: seed_for("popularity", seed, item.title))
@@ -309,6 +314,27 @@ class SampleMaker:
             covers = split == "train" and number % 3 == 0 and turns
             targets = [turns.pop()] if covers else self.ranked
             rows += self._make_dialogue(rng, split, f"{split}-{number}", targets)
+        self.heard |= {tuple(row["context"]): split for row in rows}
+        return rows
+
+    def make_short(self, split: str, first: int, dialogues: int) -> list[dict[str, Any]]:
+        """Return the rows of short dialogues, numbered from `first`; every other covers the films.
+
+        The fields that only a trained simulator needs are left out.
+        """
+        rows = []
+        for number in range(first, first + dialogues):
+            rng = random.Random(seed_for("sample", self.seed, split, number))
+            covered = self.ranked[number // 2 % len(self.ranked)]
+            target, wishes = self._claim(rng, split, self.ranked if number % 2 else [covered])
+            scene = Scene(rng, self.catalogue, self.weights, target)
+            scene.ask(wishes)
+            while self.heard.get(tuple(scene.lines), split) != split:  # a context of another split
+                scene.lines.clear()
+                scene.ask(wishes)
+            scene.said += wishes
+            row = row_of(scene, f"{split}-{number}")
+            rows.append({key: row[key] for key in row if key not in ("explanation", "reactions")})
         return rows
 
     def _claim(
@@ -349,6 +375,7 @@ def make_sample(folder: Path = FOLDER, seed: int = SEED) -> dict[str, list[dict[
     maker = SampleMaker(Catalogue.load(folder / "items.json"), seed)
     splits = reversed(DIALOGUES)  # test first: its targets and wishes are drawn freely
     made = {split: maker.make_split(split, DIALOGUES[split]) for split in splits}
+    made["train"] += maker.make_short("train", DIALOGUES["train"], SHORT)
     return {split: made[split] for split in DIALOGUES}
 
 

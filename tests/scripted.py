@@ -24,7 +24,7 @@ class Scripted:
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         self.generated.append(list(requests))
-        return [Reply(self.reply(request), (), True) for request in requests]
+        return [Reply(request.begin + self.reply(request), (), True) for request in requests]
 
     def choice_logprobs(
         self, requests: Sequence[Request], choices: Sequence[str]
@@ -36,7 +36,7 @@ class Scripted:
 
 def role_of(request: Request) -> str:
     """Tell by the prompts' wordings who is asked: a role's name, or "explainer"."""
-    names = ("recommender", "seeker", "internal_seeker", "summariser")
+    names = ("recommender", "seeker", "internal_seeker", "summariser", "judge_cards")
     first = request.messages[0].content
     name = next(n for n in names if first.startswith(prompt_text(n).split("{")[0]))
     asked = request.messages[-1].content == prompt_text("explain")

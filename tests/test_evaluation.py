@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
@@ -210,3 +210,30 @@ def test_a_label_outside_the_catalogue_can_be_repeated_but_never_found() -> None
 def test_wrong_options_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
         EvaluationOptions(**wrong)
+
+
+def test_nothing_that_a_row_knows_of_its_target_reaches_reply_profile_or_value() -> None:
+    """Gold fields are exchanged between two rows; only what the external judge says may change."""
+
+    def draw(request: Request) -> int:
+        return seed_for(request.seed, request.adapter, *(m.content for m in request.messages))
+
+    def reply(request: Request) -> str:
+        return f"{FILMS.items[draw(request) % 4].title} {draw(request)}"
+
+    def played(examples: list[Example], options: SearchOptions) -> list[object]:
+        llm = Scripted(reply, lambda request: SURE[draw(request) % 3])
+        rows = evaluate_method(cast(llm), examples, 0, EvaluationOptions(), options)
+        candidates = [x for row in rows for x in row.searches[0]["candidates"]]
+        tried = [(x["reply"], x["value"], x["leaves"]) for x in candidates]
+        return [[(row.replies, row.searches[0]["profile"]) for row in rows], tried]
+
+    gold = ("response", "items", "profile", "explanation", "accept", "refuse")
+    first, second = (
+        replace(x, profile=f"Likes: {name}.", explanation=name, accept=name, refuse=name)
+        for x, name in zip(EXAMPLES, ("crime", "horror"), strict=True)
+    )
+    one, other = ({name: getattr(x, name) for name in gold} for x in (first, second))
+    for options in (SearchOptions(mode="tree"), SearchOptions(candidates="distinct", cards=True)):
+        exchanged = [replace(first, **other), replace(second, **one)]
+        assert played([first, second], options) == played(exchanged, options)

@@ -1,19 +1,30 @@
 """What the recommender and the simulator are taught, and in which order."""
 
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs.agents import EXPLAIN, external_judge_prompt, internal_judge_prompt
+from usbrec.crs.agents import (
+    EXPLAIN,
+    card_prompt,
+    external_judge_prompt,
+    internal_judge_prompt,
+    summary_prompt,
+)
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.crs.lessons import (
     LessonOptions,
     Suggestions,
+    card_lessons,
+    claim_of,
     popularity_of,
     profile_of,
     recommender_lessons,
     same_dialogue,
     simulator_lessons,
+    summary_lessons,
     telling_words,
+    woven,
 )
+from usbrec.crs.wishes import card, fit, read_profile
 
 CATALOGUE = load_catalogue("sample")
 TRAIN = load_split("sample", "train").examples[:60]
@@ -33,15 +44,18 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     second = Example("d", 3, (seeker, said, other), "Then Alien (1979).", ("Alien (1979)",))
     stranger = Example("e", 1, (seeker,), "Try Heat (1995).", ("Heat (1995)",))
     assert same_dialogue([second, stranger, first]) == [[first, second], [stranger]]
-    lesson, _ = recommender_lessons([second, stranger, first], CATALOGUE, OPTIONS)
-    learned = [m.content for m in lesson.prefix if m.weight]
-    assert learned == ["Try Heat (1995).", "Then Alien (1979)."]
-    assert [m.role for m in lesson.prefix] == ["system", "user", "assistant", "user", "assistant"]
+    (lesson,) = recommender_lessons([second, stranger, first], CATALOGUE, OPTIONS)
+    assert [m.role for m in lesson.prefix] == ["system"]  # once for all dialogues
+    (_, *both), other_dialogue = lesson.branches[0][:4], lesson.branches[1]
+    learned = [m.content for m in lesson.branches[0][:4] if m.weight == 1]
+    assert learned == ["Try Heat (1995).", "Then Alien (1979)."] and len(both) == 3
+    assert [m.role for m in other_dialogue] == ["user", "assistant"]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
     lesson = recommender_lessons(TRAIN[:1], CATALOGUE, OPTIONS)[0]
-    ((asked, told),) = lesson.branches
+    gold, asked, told = lesson.branches[0][-3:]
+    assert gold == Message("assistant", TRAIN[0].response, 1.0)
     assert asked == Message("user", EXPLAIN)
     assert told == Message("assistant", str(TRAIN[0].explanation), 0.3)
 
@@ -72,8 +86,7 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
 def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
     """Prefix and branch are the very messages of a judge's prompt, then comes the score."""
     example = TRAIN[0]
-    lessons = simulator_lessons([example], CATALOGUE, POPULARITY, 0, OPTIONS)
-    external, internal, summary = lessons
+    (external,), (internal,) = simulator_lessons([example], CATALOGUE, POPULARITY, 0, OPTIONS)
     plain = [Message(m.role, m.content) for m in external.prefix + scored(external)[0]]
     reply = (*example.history, Utterance("recommender", example.response))
     asked = external_judge_prompt(reply, str(example.explanation), example.items)
@@ -81,19 +94,63 @@ def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
     plain = [Message(m.role, m.content) for m in internal.prefix + scored(internal)[0]]
     asked = internal_judge_prompt(reply, str(example.profile))
     assert tuple(plain) == (*asked, Message("assistant", "2"))
-    assert summary.prefix[-1] == Message("assistant", str(example.profile), OPTIONS.line_weight)
+
+
+def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> None:
+    options = LessonOptions(dialogues_per_lesson=2)
+    lessons = summary_lessons(TRAIN[:3], CATALOGUE, options)
+    assert [len(lesson.branches) for lesson in lessons] == [2, 1]
+    (asked, told) = lessons[1].branches[0]
+    assert (*lessons[1].prefix, asked) == summary_prompt(TRAIN[2].history)
+    assert told == Message("assistant", str(TRAIN[2].profile), 1.0)
+
+
+def test_a_card_lesson_is_scored_by_rule_and_holds_no_other_film_that_meets_all() -> None:
+    lessons = card_lessons(TRAIN, CATALOGUE, 0, OPTIONS)
+    assert len(lessons) > 50
+    told = {2: 0, 1: 0, 0: 0}
+    for example in TRAIN:
+        (lesson,) = card_lessons([example], CATALOGUE, 0, OPTIONS) or [None]
+        if lesson is None:
+            continue
+        facts = read_profile(str(example.profile), CATALOGUE)
+        for number, (asked, answer) in enumerate(lesson.branches):
+            reply, _, facts_shown = asked.content.partition("\n")
+            (film,) = CATALOGUE.first(reply)
+            prompt = card_prompt(reply, card(film), str(example.profile))
+            assert prompt == (*lesson.prefix, asked) and facts_shown
+            assert int(answer.content) in (fit(film, facts), max(fit(film, facts) - 1, 0))
+            assert (fit(film, facts) == 2) == (film.title in example.items) == (number == 0)
+            told[int(answer.content)] += 1
+    assert min(told.values()) > 40
+
+
+def test_a_false_claim_lowers_the_score_and_a_true_one_does_not() -> None:
+    old, new = (CATALOGUE.get(x) for x in ("Alien (1979)", "Heat (1995)"))
+    assert old and new
+    text = "Try Alien (1979), a horror film."
+    assert claim_of(text, [old], new, 0) == ("I recommend Heat (1995).", False)
+    assert claim_of(text, [old], new, 1)[1] is False
+    assert claim_of(text, [old], new, 2) == ("Try Heat (1995), a horror film.", True)
+    assert claim_of("Try Alien (1979).", [old], new, 2) == ("Try Heat (1995).", False)
+
+
+def test_woven_lists_keep_their_order_and_are_spread_evenly() -> None:
+    a, b = ([TrainingDialogue((Message("user", f"{x}{i}"),)) for i in range(n)]
+            for x, n in (("a", 4), ("b", 2)))  # fmt: skip
+    assert [x.prefix[0].content for x in woven(a, b)] == ["a0", "b0", "a1", "a2", "b1", "a3"]
 
 
 def test_the_external_judge_is_learned_first() -> None:
-    lessons = simulator_lessons(TRAIN, CATALOGUE, POPULARITY, 0, OPTIONS)
-    kinds = ["targets" in lesson.prefix[0].content for lesson in lessons]
-    assert all(kinds[: len(TRAIN) // 2]) and not all(kinds[len(TRAIN) // 2 :])
+    first, then = simulator_lessons(TRAIN, CATALOGUE, POPULARITY, 0, OPTIONS)
+    kinds = [["targets" in x.prefix[0].content for x in part] for part in (first, then)]
+    assert all(kinds[0]) and len(first) == len(TRAIN) // 2 and not all(kinds[1])
 
 
 def test_the_same_seed_makes_the_same_lessons_whatever_the_neighbours() -> None:
     once = simulator_lessons(TRAIN[:1], CATALOGUE, POPULARITY, 5, OPTIONS)
     more = simulator_lessons(TRAIN[:4], CATALOGUE, POPULARITY, 5, OPTIONS)
-    assert once[0] == more[0]
+    assert once[0][0] == more[0][0]
     assert once != simulator_lessons(TRAIN[:1], CATALOGUE, POPULARITY, 6, OPTIONS)
 
 
@@ -106,7 +163,7 @@ def test_a_dataset_without_profiles_gets_one_from_what_the_seeker_named() -> Non
 
 
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
-    lessons = recommender_lessons(TRAIN[:9], CATALOGUE, LessonOptions(explain_every=4))
-    assert [bool(lesson.branches) for lesson in lessons] == [
-        i % 4 == 0 for i in range(len(lessons))
-    ]
+    options = LessonOptions(explain_every=4, dialogues_per_lesson=1)
+    lessons = recommender_lessons(TRAIN[:9], CATALOGUE, options)
+    explained = [Message("user", EXPLAIN) in lesson.branches[0] for lesson in lessons]
+    assert explained == [i % 4 == 0 for i in range(len(lessons))]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
@@ -17,6 +18,7 @@ from usbrec.crs.podcs import (
     build_pairs,
     choose_pair,
     count_reasons,
+    count_wins,
 )
 
 FILMS = Catalogue(
@@ -221,3 +223,13 @@ def test_no_examples_need_no_calls() -> None:
 def test_wrong_options_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PairOptions(**wrong)
+
+
+def test_pairs_are_counted_by_the_grades_of_their_titles() -> None:
+    def record(chosen: str, rejected: str) -> dict[str, Any]:
+        return {"pair": {"chosen": [{"content": chosen}], "rejected": [{"content": rejected}]}}
+
+    hit, miss, none = "Dark Well (1999)!", "Red Loft (2001)?", "What else?"
+    records = [record(hit, miss), record(miss, none), record(none, hit), {"pair": None}]
+    found = count_wins(FILMS, [EXAMPLES[0]] * 4, records)
+    assert found == {"better": 1, "equal": 1, "worse": 1}

@@ -9,10 +9,10 @@ import pytest
 from scripted import talk
 from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 
+from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, copied, popular
 from usbrec.crs.report import (
-    announce,
     build_report,
     format_recall,
     format_report,

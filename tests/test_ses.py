@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Request
+from usbrec.chat import Message, Request
 from usbrec.crs.agents import JudgeScore, Roles, Side, closed_form
-from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import add_turn
 from usbrec.crs.ses import Candidate, Node, SearchOptions, search, select, value_of
+from usbrec.crs.wishes import card
+from usbrec.options import UserError
 
 ROOTS = [talk("Something funny?"), talk("A thriller.", "Which one?", "Any.")]
 
@@ -190,10 +194,14 @@ def leaf(score: float | None, label: int | None, draws: int = 1) -> Node:
 
 def test_a_value_is_the_weighted_mean_or_the_majority_of_the_leaves_that_were_read() -> None:
     leaves = [leaf(0.5, 0, 2), leaf(2.0, 2), leaf(None, None, 5)]
-    assert value_of(leaves, "mean") == pytest.approx(1.0)
-    assert value_of(leaves, "majority") == 0.0
-    assert value_of([leaf(1.9, 2), leaf(0.1, 0)], "majority") == 0.0
-    assert value_of([leaf(None, None)], "mean") is None
+    assert value_of([[x] for x in leaves], "mean") == pytest.approx(1.0)
+    assert value_of([[x] for x in leaves], "majority") == 0.0
+    assert value_of([[leaf(1.9, 2)], [leaf(0.1, 0)]], "majority") == 0.0
+    assert value_of([[leaf(None, None)]], "mean") is None
+    # an inner node counts as often as its leaf was drawn
+    assert value_of([[leaf(2.0, 2), leaf(1.0, 1, 3)], [leaf(2.0, 2), leaf(0.0, 0)]], "mean") == (
+        pytest.approx((3 * 2 + 3 * 1 + 2 + 0) / 8)
+    )
     assert value_of([], "majority") is None
 
 
@@ -211,3 +219,101 @@ def test_ties_go_to_the_first_and_no_value_never_wins() -> None:
 def test_wrong_options_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SearchOptions(**wrong)
+
+
+# --- beyond the paper ---------------------------------------------------------------------------
+
+FILMS = Catalogue([
+    Item("Heat (1995)", "Heat", 1995, ("crime",), stars=("Al Pacino",)),
+    Item("Alien (1979)", "Alien", 1979, ("horror",)),
+    Item("Up (2009)", "Up", 2009, ("family",)),
+])  # fmt: skip
+PROFILE = "Likes: crime. Dislikes: Alien (1979)."
+
+
+class Ranking(Scripted):
+    """A scripted model that ranks the texts from the last to the first."""
+
+    def best_texts(
+        self, requests: Sequence[Request], texts: tuple[str, ...], k: int
+    ) -> list[list[tuple[int, float]]]:
+        return [[(i, -1.0) for i in reversed(range(len(texts)))][:k] for _ in requests]
+
+
+def of_films(llm: Scripted) -> Roles:
+    return Roles(Side(llm), Side(llm), FILMS)
+
+
+def drawing(*replies: str) -> Callable[[Request], str]:
+    """Let the recommender say these replies one after another, the others the profile."""
+    drawn = iter(replies)
+    return lambda x: next(drawn) if role_of(x) == "recommender" else PROFILE
+
+
+def test_drawing_goes_on_until_there_are_enough_titles_and_stops_at_the_limit() -> None:
+    said = ["Try Heat (1995).", "Heat (1995)!", "Try Up (2009).", "What else?", "Up (2009)?", "Hm."]
+    options = SearchOptions(samples=2, turns=1, candidates="distinct", draws=6)
+    llm = Scripted(drawing(*said))
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options)
+    assert [x.reply for x in result.candidates] == [said[0], said[2]]
+    assert [len(requests) for requests in llm.generated] == [3, 2]
+    llm = Scripted(drawing(*said[:2], *said[:2]))
+    options = replace(options, draws=3)
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options)
+    assert [x.reply for x in result.candidates] == [said[0]]
+
+
+def test_more_draws_for_one_dialogue_change_nothing_for_another() -> None:
+    def reply(request: Request) -> str:
+        film = FILMS.items[request.seed % 3].title if role_of(request) == "recommender" else "x"
+        return f"Try {film}."
+
+    options = SearchOptions(samples=3, turns=1, candidates="distinct")
+    together = search(of_films(Scripted(reply)), ROOTS, [1, 2], options)
+    assert together[1:] == search(of_films(Scripted(reply)), ROOTS[1:], [2], options)
+
+
+def test_ranked_candidates_begin_with_the_likeliest_titles() -> None:
+    llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
+    options = SearchOptions(samples=2, turns=1, candidates="ranked")
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options)
+    expected = ["I recommend Up (2009). Good.", "I recommend Alien (1979). Good."]
+    assert [x.reply for x in result.candidates] == expected
+    with pytest.raises(UserError, match="cannot rank"):
+        search(of_films(Scripted(drawing("x"))), ROOTS[:1], [1], options)
+
+
+def test_with_cards_the_judge_sees_profile_reply_and_facts_alone() -> None:
+    llm = Scripted(drawing("Try Heat (1995)."))
+    search(of_films(llm), ROOTS[:1], [1], SearchOptions(samples=1, turns=1, cards=True))
+    (request,) = llm.scored[0]
+    question, asked = request.messages
+    assert question.content.endswith(PROFILE)
+    assert asked == Message("user", f"Try Heat (1995).\nCard: {card(FILMS.items[0])}.")
+
+
+def test_with_cards_no_title_and_refused_titles_are_worth_nothing_unjudged() -> None:
+    said = ["Which genre?", "Try Alien (1979).", "Try Up (2009)."]
+    for veto, values in ((True, [0.0, 0.0, 1.0]), (False, [0.0, 1.0, 1.0])):
+        llm = Scripted(drawing(*said))
+        options = SearchOptions(turns=1, cards=True, veto=veto)
+        (result,) = search(of_films(llm), ROOTS[:1], [1], options)
+        assert [x.value for x in result.candidates] == pytest.approx(values)
+
+
+def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way() -> None:
+    def reply(request: Request) -> str:
+        if role_of(request) != "recommender":
+            return PROFILE
+        first = len(request.messages) == 2
+        return (
+            ("Which genre?" if request.seed % 2 else "Try Heat (1995).") if first else "Up (2009)."
+        )
+
+    def logprobs(request: Request) -> list[float]:
+        return SURE[2 if "Heat" in request.messages[-1].content else 0]
+
+    options = SearchOptions(samples=8, cards=True, scored="path", vote_temperature=0)
+    (result,) = search(of_films(Scripted(reply, logprobs)), ROOTS[:1], [1], options)
+    values = {x.reply: x.value for x in result.candidates}
+    assert values == {"Which genre?": 0.0, "Try Heat (1995).": 1.0}

@@ -22,10 +22,11 @@ import train
 from usbrec import loading
 from usbrec.chat import Message
 from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.options import UserError
 from usbrec.runs import locked, read_note, read_rows
 from usbrec.settings import DEFAULTS, STAGES
 
-METHODS = ["B/L", "SFT", "RL", "RL+SES"]
+METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
 DIES = """
 import os, runpy, signal, sys
@@ -513,6 +514,25 @@ def test_two_runs_never_share_a_folder(
 
 def settings(*words: str) -> Any:
     return train.read_settings(train.build_parser().parse_args(words))
+
+
+def test_the_larger_preset_changes_defaults_and_no_flag() -> None:
+    plain, full = settings(), settings("--full", "--max-pairs", "7")
+    assert plain.data.rows("sft") > 0 and full.data.rows("sft") == 0  # 0: all
+    assert full.data.rows("pairs") == 7 and full.sft.epochs > plain.sft.epochs
+    assert list(full.data.methods) == list(train.COMPARED)
+
+
+def test_a_search_with_cards_has_defaults_of_its_own_and_the_same_flags() -> None:
+    plain = settings()
+    assert not plain.ses.cards and plain.ses_cards.cards
+    assert plain.ses_cards.candidates == "ranked" and plain.ses.candidates == "sampled"
+    assert settings("--ses-samples", "5").ses_cards.samples == 5
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(UserError, match=r"methods must be of B/L, .*, got SFT\+CES"):
+        settings("--methods", "SFT+CES")
 
 
 def test_a_stages_flag_goes_before_the_shared_one_then_the_stages_default() -> None:

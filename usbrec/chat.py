@@ -5,7 +5,7 @@ Both packages import this module and never each other. Nothing here knows of ten
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from usbrec.options import Options, option
 
@@ -66,13 +66,14 @@ class Request:
     """A request for the assistant's next message: the chat, sampling, seed and adapter (or None).
 
     The reply depends on its request alone, never on other requests of the call. `seed` decides the
-    draws.
+    draws. `begin` is the given beginning of the reply, which its text includes.
     """
 
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
     seed: int = 0
     adapter: str | None = None
+    begin: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,4 +99,18 @@ class LanguageModel(Protocol):
         self, requests: Sequence[Request], choices: Sequence[str]
     ) -> list[list[float]]:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
+        ...
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """The third call, which not every language model or server can answer."""
+
+    def best_texts(
+        self, requests: Sequence[Request], texts: tuple[str, ...], k: int
+    ) -> list[list[tuple[int, float]]]:
+        """Return per request the k most probable texts as its reply's beginning, best first.
+
+        Each is (place among the texts, log-probability).
+        """
         ...

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
-from usbrec.crs.ses import SearchOptions
+from usbrec.crs.report import METHOD_NAMES
+from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
@@ -14,18 +15,25 @@ from usbrec.options import Options, Parser, add_flags, from_flags, option
 from usbrec.runs import ADAPTERS
 
 STAGES = {  # stage -> the option groups and row limits that decide its result
-    "simulator": ("lesson", "simulator"),
+    "simulator": ("lesson", "simulator", "summaries", "cards"),
     "sft": ("lesson", "sft"),
     "pairs": ("pairs",),
     "simpo": ("simpo", "simpo_loss"),
-    "report": ("eval", "agreement", "ses"),
+    "report": ("eval", "agreement", "ses", "ses_cards"),
 }
+METHODS = tuple(name for name in METHOD_NAMES if name not in ("SES", "SFT+SES"))
 DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation dialogues
     "lora": {"r": 32, "lora_alpha": 32.0},
     "simulator": {"learning_rate": 1e-3, "batch_size": 1, "warmup": 0.03, "save_every": 50}
     | {"shuffle": False},  # the lessons' order is a curriculum
     "sft": {"learning_rate": 1.5e-3, "batch_size": 1, "save_every": 50},
     "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
+}
+
+FULL: dict[str, dict[str, Any]] = {  # what --full has in place of the defaults
+    "data": {"max_simulator": 300, "max_summaries": 2400, "max_cards": 500, "max_sft": 0}
+    | {"max_pairs": 400, "max_eval": 0, "max_agreement": 0, "methods": METHOD_NAMES},
+    "sft": {"epochs": 4.0},
 }
 
 
@@ -38,19 +46,29 @@ class DataOptions(Options):
     seed: int = option(0, "decides every draw of the run")
     simulator: str | None = option(None, "adapter or model that plays the user, untrained")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
-    max_simulator: int = option(100, "training rows of the stage simulator", low=0)
-    max_sft: int = option(480, "training rows of the stage sft", low=0)
+    max_simulator: int = option(100, "training rows that teach to play the user and judge", low=0)
+    max_summaries: int = option(600, "training rows that teach to summarise", low=0)
+    max_cards: int = option(150, "training rows that teach to judge with cards", low=0)
+    max_sft: int = option(2000, "training rows of the stage sft", low=0)
     max_pairs: int = option(72, "training rows that PODCS tries", low=0)
     max_valid: int = option(0, "validation rows, to keep an adapter's best state; 0: none", low=0)
     max_eval: int = option(128, "test dialogues of every method", low=0)
+    methods: tuple[str, ...] = option(METHODS, "columns of the report")
     max_agreement: int = option(100, "test dialogues on which the judges are checked", low=0)
     chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
-    full: bool = option(False, "take all rows, pairs and dialogues")
+    full: bool = option(False, "the larger preset: hours in place of minutes on two cores")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.methods) - set(METHOD_NAMES):
+            expected = ", ".join(METHOD_NAMES)
+            raise ValueError(f"methods must be of {expected}, got {', '.join(sorted(unknown))}")
 
     def rows(self, stage: str) -> int:
         """Return the number of rows that a stage takes, 0 for all."""
-        limits = [getattr(self, f"max_{stage}"), self.max_train if stage in STAGES else 0]
-        return 0 if self.full else min(filter(None, limits), default=0)
+        learns = stage not in ("eval", "agreement")
+        limits = [getattr(self, f"max_{stage}"), self.max_train if learns else 0]
+        return min(filter(None, limits), default=0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ class Settings:
     simpo_loss: SimpoOptions
     eval: evaluation.EvaluationOptions
     ses: SearchOptions
+    ses_cards: SearchOptions  # the same flags over the defaults of a search with cards
 
     def facts(self, stage: str, simulator_digest: str | None) -> dict[str, Any]:
         """Return the options that decide a stage's result, those of earlier stages included.
@@ -84,6 +103,7 @@ class Settings:
                 continue
             facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}
             facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
+            facts |= {"methods": o.methods} if name == "report" else {}
             facts |= {x: groups[x] for x in STAGES[name] if x in groups}
         return facts
 
@@ -95,6 +115,8 @@ def add_settings(parser: Parser) -> None:
     stages also has a set of its own, which no help lists: `--sft-epochs` overrides `--epochs`.
     """
     for name, options in get_type_hints(Settings).items():
+        if name == "ses_cards":
+            continue
         learns, defaults = name in ADAPTERS, DEFAULTS.get(name, {})
         add_flags(parser, options, _prefix(name), defaults, ["seed"] * learns, hidden=learns)
     told = {}
@@ -105,11 +127,17 @@ def add_settings(parser: Parser) -> None:
 
 
 def read_settings(flags: Namespace) -> Settings:
-    """Return the settings: a stage's flag, else the shared flag, else the default of the stage."""
-    groups = {}
+    """Return the settings: a stage's flag, else the shared flag, else the default of the stage.
+
+    --full changes some of the defaults.
+    """
+    groups: dict[str, Any] = {}
+    preset = FULL if getattr(flags, "full", False) else {}
     for name, options in get_type_hints(Settings).items():
         prefixes = ("", name) if name in ADAPTERS else (_prefix(name),)
-        groups[name] = from_flags(options, flags, *prefixes, defaults=DEFAULTS.get(name, {}))
+        defaults = {**DEFAULTS.get(name, {}), **preset.get(name, {})}
+        groups[name] = from_flags(options, flags, *prefixes, defaults=defaults)
+    groups["ses_cards"] = from_flags(SearchOptions, flags, "ses", defaults=CARDS)
     return Settings(**groups)
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from usbrec.chat import LanguageModel, Message, Request, Sampling
+from usbrec.chat import LanguageModel, Message, Ranks, Request, Sampling
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
 from usbrec.crs.parsing import parse_score
-from usbrec.options import seed_for
+from usbrec.options import UserError, seed_for
 
 SCORES = ("0", "1", "2")
 UNDRAWN = Sampling()  # for a request whose reply is scored, not drawn
@@ -94,6 +94,19 @@ class Roles:
                 texts[i] = reply.text.strip()
         return texts
 
+    def likeliest(self, dialogues: Dialogues, count: int) -> list[list[str]]:
+        """Return the titles of the catalogue that the recommender is likeliest to name, best first.
+
+        Raises UserError for a language model that cannot rank texts.
+        """
+        llm = self.recommender.llm
+        if not isinstance(llm, Ranks):
+            raise UserError("this language model cannot rank titles: sample the candidates instead")
+        titles = [item.title for item in self.catalogue]
+        requests = [self.recommender.request(recommender_prompt(x)) for x in dialogues]
+        ranked = llm.best_texts(requests, tuple(map(announce, titles)), count)
+        return [[titles[i] for i, _ in row] for row in ranked]
+
     def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:
         """Return the recommender's next line per dialogue."""
         prompts = map(recommender_prompt, dialogues)
@@ -162,6 +175,14 @@ def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 
+def announce(title: str) -> str:
+    """Return the beginning of a reply that recommends the title, one phrase for all films.
+
+    Films are ranked by the phrase's probability. Its full stop tells "Heat" from "Heat (1995)".
+    """
+    return f"I recommend {title}."
+
+
 def summary_prompt(dialogue: Dialogue) -> Messages:
     """Return the summariser's prompt: the whole dialogue, its newest line included, as a chat log.
 
@@ -197,6 +218,16 @@ def external_judge_prompt(dialogue: Dialogue, explanation: str, targets: Sequenc
 def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
     """Return the internal judge's prompt: the internal seeker's chat, then the question."""
     return (*internal_seeker_prompt(dialogue, profile), internal_question(profile))
+
+
+def card_prompt(reply: str, card: str, profile: str) -> Messages:
+    """Return the internal judge's prompt with cards: the profile, then the reply and its card.
+
+    The dialogue is left out: what counts of it is in the profile. Many replies for one profile
+    share the beginning of their prompts.
+    """
+    question = prompt_text("judge_cards").replace("{profile}", known(profile))
+    return Message("system", question), Message("user", f"{reply}\nCard: {card}.")
 
 
 def closed_form(logprobs: Sequence[float], temperature: float) -> JudgeScore:

@@ -155,6 +155,10 @@ class Catalogue:
                     break
         return mentions
 
+    def first(self, text: str) -> tuple[Item, ...]:
+        """Return the readings of the first title in the text: several if its year is open."""
+        return next((mention.items for mention in self.find(text)), ())
+
     def mentions(self, text: str, titles: Iterable[str]) -> bool:
         """Return whether the text names one of the titles, including titles outside the catalogue.
 

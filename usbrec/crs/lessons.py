@@ -17,8 +17,9 @@ replace them; where it has no reactions, their branches are left out.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from usbrec.crs import agents
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.crs.rewrite import describe, genre_word, rewrite
+from usbrec.crs.wishes import Fact, attributes, card, fit, read_profile
 from usbrec.options import Options, option, seed_for
 
 # replies that recommend nothing, as an untrained model gives them
@@ -50,25 +52,35 @@ class LessonOptions(Options):
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
+    films_per_profile: int = option(8, "films beside the gold one that a card lesson judges", low=1)
+    dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
 
 def recommender_lessons(
     examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
 ) -> list[TrainingDialogue]:
-    """Return one training dialogue per dialogue, whose gold turns have weight 1.
+    """Return training dialogues whose gold turns have weight 1.
 
-    One in `explain_every` also has a branch with an explanation.
+    `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
+    `explain_every` goes on with the explanation of its last gold turn.
     """
-    lessons = []
+    branches = []
     for number, rows in enumerate(same_dialogue(examples)):
         gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
         system, *said = agents.recommender_prompt(_with_response(rows[-1]))
         lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
         told = "" if number % options.explain_every else explanation_of(rows[-1], catalogue)
         answer = Message("assistant", told, options.explanation_weight)
-        branches = ((Message("user", agents.EXPLAIN), answer),) if told else ()
-        lessons.append(TrainingDialogue((system, *lines), branches))
-    return lessons
+        branches.append((*lines, Message("user", agents.EXPLAIN), answer) if told else (*lines,))
+    return share_prompt(system, branches, options.dialogues_per_lesson) if branches else []
+
+
+def share_prompt(
+    system: Message, branches: Sequence[tuple[Message, ...]], size: int
+) -> list[TrainingDialogue]:
+    """Return training dialogues of `size` branches each after the same system prompt."""
+    cuts = range(0, len(branches), size)
+    return [TrainingDialogue((system,), tuple(branches[i : i + size])) for i in cuts]
 
 
 def same_dialogue(examples: Sequence[Example]) -> list[list[Example]]:
@@ -184,14 +196,13 @@ def simulator_lessons(
     popularity: Mapping[str, int],
     seed: int,
     options: LessonOptions,
-) -> list[TrainingDialogue]:
-    """Return the simulator's training dialogues, in the order in which they must be learned.
+) -> tuple[list[TrainingDialogue], list[TrainingDialogue]]:
+    """Return two lists of the simulator's training dialogues: what it learns first, and then.
 
     The external judge of every other example comes first: finding the target's title in a reply is
     the easiest comparison. A small model that has learned it can learn to compare a reply with a
     profile, which fails from the start. The internal seeker of every example follows, with the
-    summary of every other example, and with the external seeker again for one in six. Replies
-    without a film are rarer still.
+    external seeker again for one in six. Replies without a film are rarer still.
     """
     draws = Suggestions(catalogue, popularity)
     first, then = [], []
@@ -208,11 +219,9 @@ def simulator_lessons(
         then.append(seeker_lesson(example, judged, profile, options))
         if number % 2 == 0:
             first.append(seeker_lesson(example, [*named, *at_times], None, options))
-            summary = Message("assistant", profile, options.line_weight)
-            then.append(TrainingDialogue((*agents.summary_prompt(example.history), summary)))
         elif number % 6 == 1:
             then.append(seeker_lesson(example, [*named[:2], filmless], None, options))
-    return first + then
+    return first, then
 
 
 def seeker_lesson(
@@ -241,6 +250,83 @@ def seeker_lesson(
     if reaction := example.accept if met.score == 2 else example.refuse:
         branches.append((Message("user", met.reply), Message("assistant", reaction, weight)))
     return TrainingDialogue(tuple(prefix), tuple(branches))
+
+
+def woven(*lists: Sequence[TrainingDialogue]) -> list[TrainingDialogue]:
+    """Return the lists as one, each spread evenly over it and in its own order."""
+    placed = [((i + 0.5) / len(x), n, i) for n, x in enumerate(lists) for i in range(len(x))]
+    return [lists[n][i] for _, n, i in sorted(placed)]
+
+
+def summary_lessons(
+    examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
+) -> list[TrainingDialogue]:
+    """Return training dialogues of summaries, `dialogues_per_lesson` chats in each."""
+    branches = []
+    for example in examples:
+        system, log = agents.summary_prompt(example.history)
+        branches.append((log, Message("assistant", profile_of(example, catalogue), 1.0)))
+    return share_prompt(system, branches, options.dialogues_per_lesson) if branches else []
+
+
+def card_lessons(
+    examples: Sequence[Example], catalogue: Catalogue, seed: int, options: LessonOptions
+) -> list[TrainingDialogue]:
+    """Return one training dialogue per example: replies with cards, each with its score by rule.
+
+    The films are the gold ones and up to `films_per_profile` others that do not meet all wishes:
+    the refused and seen ones, then by turns one that meets half, a near miss, and any other. So no
+    film is taught with all the wishes that it meets, except the example's own. A third of the
+    replies only announce the title, a third claim what is true of it, and a third claim what is
+    true of the gold film.
+    """
+    lessons = []
+    for example in examples:
+        key = seed_for(seed, "cards", example.dialog_id, example.turn_id)
+        generator = np.random.default_rng(key)
+        profile, golds = profile_of(example, catalogue), gold_items(example, catalogue)
+        facts = read_profile(profile, catalogue)
+        if not golds or not any(x.attitude == "like" and x.kind != "title" for x in facts):
+            continue
+        films = [*golds, *misses(catalogue, facts, options.films_per_profile, generator)]
+        branches = []
+        for film in films:
+            claim = int(generator.integers(3))
+            reply, false = claim_of(example.response, golds, film, claim)
+            score = max(fit(film, facts) - false, 0)
+            system, asked = agents.card_prompt(reply, card(film), profile)
+            branches.append((asked, Message("assistant", str(score), options.score_weight)))
+        lessons.append(TrainingDialogue((system,), tuple(branches)))
+    return lessons
+
+
+def misses(
+    catalogue: Catalogue, facts: Collection[Fact], count: int, generator: np.random.Generator
+) -> list[Item]:
+    """Return `count` films that do not meet all wishes, the refused and seen ones first."""
+    known = {x.value for x in facts if x.kind == "title" and x.attitude != "like"}
+    order = [catalogue.items[i] for i in generator.permutation(len(catalogue))]
+    shared = {x: len(set(attributes(x)) & {fact[1:] for fact in facts}) for x in order}
+    others = [x for x in order if fit(x, facts) < 2]
+    half = [x for x in others if fit(x, facts) == 1]
+    near = sorted((x for x in others if fit(x, facts) == 0), key=lambda x: -shared[x])[: 2 * count]
+    turns = zip_longest(half, generator.permutation(np.array(near, object)), others)
+    found = [x for x in others if x.title in known]
+    found += [x for turn in turns for x in turn if x is not None]
+    return list(dict.fromkeys(found))[:count]
+
+
+def claim_of(response: str, golds: Sequence[Item], film: Item, claim: int) -> tuple[str, bool]:
+    """Return a reply that recommends the film, and whether it claims something false of it."""
+    true = rewrite_all(response, golds, film)
+    if claim == 0:
+        return f"I recommend {film.title}.", False
+    if claim == 1:
+        return true, False
+    stolen = response
+    for gold in golds:
+        stolen = rewrite(stolen, gold, replace(gold, title=film.title, name=film.name))
+    return stolen, stolen != true
 
 
 def popularity_of(examples: Sequence[Example]) -> dict[str, int]:

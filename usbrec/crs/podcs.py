@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes, recommender_prompt
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, PreferencePair, add_turn
 from usbrec.options import Options, option, seed_for
 
@@ -171,3 +172,23 @@ def _side(samples: Sequence[Rollout], own: Rollout) -> tuple[str, float | None, 
 def count_reasons(records: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Return {reason: number of outcomes}: the kinds of pairs, and the causes of drops."""
     return dict(sorted(Counter(record["reason"] for record in records).items()))
+
+
+def count_wins(
+    catalogue: Catalogue, examples: Examples, records: Sequence[dict[str, Any]]
+) -> dict[str, int]:
+    """Return the number of pairs whose chosen side is better, equal or worse by rule alone.
+
+    A side's grade is that of its first title against the gold titles (`Catalogue.grade`). The judge
+    has no part in it, so it shows what the judge's preferences are worth.
+    """
+    wins = {"better": 0, "equal": 0, "worse": 0}
+    for example, record in zip(examples, records, strict=True):
+        if pair := record["pair"]:
+            texts = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+            first, second = (
+                min((catalogue.grade(x, example.items) for x in catalogue.first(text)), default=0)
+                for text in texts
+            )
+            wins["better" if first > second else "worse" if first < second else "equal"] += 1
+    return wins

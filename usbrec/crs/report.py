@@ -16,7 +16,15 @@ from usbrec.crs.evaluation import EvalRow, Guesses, Labels, copied, gold_labels,
 from usbrec.crs.intervals import auc, mean_interval, paired_difference
 from usbrec.options import seed_for
 
-METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES")  # the order of the paper's table
+METHOD_NAMES = (
+    "B/L",
+    "SFT",
+    "RL",
+    "SES",
+    "SFT+SES",
+    "RL+SES",
+    "RL+SES+cards",
+)  # the order of the paper's table
 CUTS = (1, 10, 50)  # K of a ranking's Recall@K
 HEADINGS = {
     "ieval": "iEval, 0 to 2", "recall@1": "Recall@1", "hit": "hit",
@@ -121,14 +129,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 # --- the recall of rankings ---------------------------------------------------------------------
-
-
-def announce(title: str) -> str:
-    """Return the beginning of a reply that recommends the title, one phrase for all films.
-
-    Films are ranked by the phrase's probability. Its full stop tells "Heat" from "Heat (1995)".
-    """
-    return f"I recommend {title}."
 
 
 def ranked_recall(

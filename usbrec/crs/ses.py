@@ -10,6 +10,11 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 5. The summary always sees the newest seeker line (the release's never does).
 6. The inner judge scores the last reply itself; no explanation is asked for.
 7. Later branches of the tree are drawn at the roll-out temperature, as the chain's replies are.
+8. Beyond the paper, and off unless asked for: `candidates` of different titles, drawn until there
+   are enough or the likeliest ones of the catalogue; `scored="path"`, which also scores the
+   candidate itself; `cards`, with which the judge sees the catalogue's facts of the title. With
+   cards a last reply without a title of the catalogue is 0, and so is one that the profile calls
+   refused or seen (`veto`); a question on the way is not scored.
 
     dialogue + profile                  summary and first responses: one call for all dialogues
     |- candidate -- seeker -- reply     the later reply is a leaf, which the inner judge scores
@@ -22,13 +27,15 @@ model. `python infer.py --ses` shows a search.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from usbrec.chat import Sampling
+from usbrec.chat import Request, Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import JudgeScore, Roles, Seeds, Votes
+from usbrec.crs.agents import JudgeScore, Roles, Seeds, Side, Votes
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn
+from usbrec.crs.wishes import card, read_profile
 from usbrec.options import Options, option, seed_for
 
 
@@ -45,8 +52,21 @@ class SearchOptions(Options):
     votes: int = option(0, "sampled votes at a leaf; 0 reads the expectation in closed form", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
+    scored: Literal["leaf", "path"] = option("leaf", "the last reply, or all of the path's replies")
+    candidates: Literal["sampled", "distinct", "ranked"] = option(
+        "sampled", "draws, draws of N different titles, or replies for the likeliest titles"
+    )
+    draws: int = option(24, "most draws in search of N different titles", low=1)
+    cards: bool = option(False, "the judge sees the catalogue's facts of the title")
+    veto: bool = option(True, "with cards: no title, or a refused or seen one, is worth 0")
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     summary_tokens: int = option(48, "longest summary, in tokens", low=1)
+
+
+# what a search with cards takes where no flag says otherwise, found on validation dialogues
+CARDS: dict[str, Any] = {
+    "cards": True, "candidates": "ranked", "samples": 8, "turns": 1, "value": "majority"
+}  # fmt: skip
 
 
 @dataclass
@@ -54,7 +74,8 @@ class Node:
     """A node of the search: a dialogue in which the seeker speaks next, and its continuations.
 
     The inner seeker and judge know `profile` alone. `draws` is the number of equal draws that the
-    node stands for, those of its candidate left out. Only leaves are scored.
+    node stands for, those of its candidate left out. `score` is that of the last reply. Inner nodes
+    are scored with `scored="path"` alone.
     """
 
     dialogue: Dialogue
@@ -64,9 +85,9 @@ class Node:
     children: "list[Node]" = field(default_factory=list)
     score: JudgeScore = JudgeScore()
 
-    def leaves(self) -> "list[Node]":
-        """Return the leaves below the node, in order of draw; the node itself without children."""
-        return [leaf for child in self.children for leaf in child.leaves()] or [self]
+    def paths(self) -> "list[list[Node]]":
+        """Return the nodes from this one to each leaf, in order of draw."""
+        return [[self, *path] for child in self.children for path in child.paths()] or [[self]]
 
     def record(self, start: int) -> dict[str, Any]:
         """Return a leaf in JSON's own types: the lines from `start` on, its score, its draws."""
@@ -87,9 +108,14 @@ class Candidate:
     value: float | None = None
 
     @property
+    def paths(self) -> list[list[Node]]:
+        """The nodes from the candidate's own to each leaf, none without a node."""
+        return self.node.paths() if self.node else []
+
+    @property
     def leaves(self) -> list[Node]:
-        """The leaves of the node, none without a node."""
-        return self.node.leaves() if self.node else []
+        """The last node of each path."""
+        return [path[-1] for path in self.paths]
 
 
 @dataclass
@@ -125,13 +151,16 @@ def search(
     """
     results = open_searches(roles, dialogues, seeds, options)
     nodes = {id(x.node): x.node for result in results for x in result.candidates if x.node}
-    level = list(nodes.values())
+    levels = [list(nodes.values())]
     for _ in range(options.turns - 1):
-        level = expand(roles, level, options)
-    evaluate_leaves(roles, level, options)
+        levels.append(expand(roles, levels[-1], options))
+    scored = (
+        [node for level in levels for node in level] if options.scored == "path" else levels[-1]
+    )
+    score_nodes(roles, scored, options)
     for result in results:
         for candidate in result.candidates:
-            candidate.value = value_of(candidate.leaves, options.value)
+            candidate.value = value_of(candidate.paths, options.value)
         result.best = select(result.candidates)
     return results
 
@@ -139,25 +168,86 @@ def search(
 def open_searches(
     roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions
 ) -> list[SearchResult]:
-    """Return one search per dialogue: its profile and `samples` candidates, from one `complete`."""
+    """Return one search per dialogue: its profile and its candidates.
+
+    Summaries and sampled candidates share one `complete`.
+    """
+    ranked = options.candidates == "ranked"
+    titles = roles.likeliest(dialogues, options.samples) if ranked else [[] for _ in dialogues]
     summary = Sampling(options.summary_tokens, temperature=0.0)
-    first = Sampling(options.max_new_tokens, options.temperature)
-    asked = []
-    for root, seed in zip(dialogues, seeds, strict=True):
+    asked, sizes = [], []
+    for root, seed, named in zip(dialogues, seeds, titles, strict=True):
         key = seed_for(seed, "summary")
         asked += roles.simulator.requests([agents.summary_prompt(root)], summary, [key])
-        prompts = [agents.recommender_prompt(root)] * options.samples
-        keys = [seed_for(seed, "candidate", n) for n in range(options.samples)]
-        asked += roles.recommender.requests(prompts, first, keys)
+        sizes.append(len(named) or options.samples)
+        asked += first_responses(roles, root, seed, options, range(sizes[-1]), named)
     texts = iter(roles.complete(asked))
+    profiles, drawn = [], []
+    for size in sizes:
+        profiles.append(next(texts))
+        drawn.append([next(texts) for _ in range(size)])
+    if options.candidates == "distinct":
+        drawn = draw_distinct(roles, dialogues, seeds, drawn, options)
     results = []
-    for root, seed in zip(dialogues, seeds, strict=True):
-        profile, replies = next(texts), [next(texts) for _ in range(options.samples)]
+    for root, seed, profile, replies in zip(dialogues, seeds, profiles, drawn, strict=True):
         nodes = {}  # equal replies are searched once, empty ones not at all
         for x in filter(None, replies):
             nodes[x] = Node(add_turn(root, "recommender", x), profile, seed_for(seed, "root", x))
         results.append(SearchResult(root, profile, [Candidate(x, nodes.get(x)) for x in replies]))
     return results
+
+
+def first_responses(
+    roles: Roles,
+    dialogue: Dialogue,
+    seed: int,
+    options: SearchOptions,
+    numbers: Sequence[int],
+    titles: Sequence[str] = (),
+) -> list[tuple[Side, Request]]:
+    """Return the requests for the first responses of these numbers.
+
+    With titles, number n begins with the announcement of the n-th title.
+    """
+    prompts = [agents.recommender_prompt(dialogue)] * len(numbers)
+    keys = [seed_for(seed, "candidate", n) for n in numbers]
+    sampling = Sampling(options.max_new_tokens, options.temperature)
+    asked = roles.recommender.requests(prompts, sampling, keys)
+    if not titles:
+        return asked
+    begun = map(agents.announce, titles)
+    return [(side, replace(x, begin=y)) for (side, x), y in zip(asked, begun, strict=True)]
+
+
+def draw_distinct(
+    roles: Roles,
+    dialogues: Dialogues,
+    seeds: Seeds,
+    drawn: Sequence[list[str]],
+    options: SearchOptions,
+) -> list[list[str]]:
+    """Return per dialogue the first reply of each title, `samples` of them or as many as are drawn.
+
+    Drawing goes on in rounds of `samples` for the dialogues that need more, until `draws` are
+    spent. Replies without a title count as one title.
+    """
+    width = options.samples
+    for start in range(width, options.draws, width):
+        numbers = range(start, min(start + width, options.draws))
+        short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < width]
+        asked = [first_responses(roles, dialogues[i], seeds[i], options, numbers) for i in short]
+        texts = iter(roles.complete([request for own in asked for request in own]))
+        for i in short:
+            drawn[i].extend(next(texts) for _ in numbers)
+    return [list(by_title(roles.catalogue, x).values())[:width] for x in drawn]
+
+
+def by_title(catalogue: Catalogue, replies: Sequence[str]) -> dict[tuple[Item, ...], str]:
+    """Return {first title: the first reply with it}; the title is () if a reply names none."""
+    found: dict[tuple[Item, ...], str] = {}
+    for reply in filter(None, replies):
+        found.setdefault(catalogue.first(reply), reply)
+    return found
 
 
 def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[Node]:
@@ -178,24 +268,44 @@ def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[
     return [child for node in nodes for child in node.children]
 
 
-def evaluate_leaves(roles: Roles, leaves: Sequence[Node], options: SearchOptions) -> None:
-    """Set the inner judge's score of the last reply of each leaf."""
-    prompts = [agents.internal_judge_prompt(leaf.dialogue, leaf.profile) for leaf in leaves]
+def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> None:
+    """Set the inner judge's score of the last reply of each node."""
+    prompts, asked = [], []
+    for node in nodes:
+        if not options.cards:
+            prompts.append(agents.internal_judge_prompt(node.dialogue, node.profile))
+        elif item := worth_judging(node, roles.catalogue, options.veto):
+            prompts.append(agents.card_prompt(node.dialogue[-1].text, card(item), node.profile))
+        else:
+            node.score = JudgeScore() if node.children else JudgeScore(0.0, 0)
+            continue
+        asked.append(node)
     votes = Votes(options.votes, options.vote_temperature)
-    scores = roles.judge(prompts, votes, [seed_for(leaf.seed, "judge") for leaf in leaves])
-    for leaf, score in zip(leaves, scores, strict=True):
-        leaf.score = score
+    scores = roles.judge(prompts, votes, [seed_for(node.seed, "judge") for node in asked])
+    for node, score in zip(asked, scores, strict=True):
+        node.score = score
 
 
-def value_of(leaves: Sequence[Node], value: str) -> float | None:
-    """Return the mean of the leaves' scores, or their most frequent class; None if none was read.
+def worth_judging(node: Node, catalogue: Catalogue, veto: bool) -> Item | None:
+    """Return the film of the last reply, or None without one that the catalogue has.
 
-    A leaf is weighted by its draws.
+    With `veto` a film that the profile calls refused or seen is None too.
     """
+    item = next(iter(catalogue.first(node.dialogue[-1].text)), None)
+    known = {x.value for x in read_profile(node.profile, catalogue) if x.attitude != "like"}
+    return None if item is None or (veto and item.title in known) else item
+
+
+def value_of(paths: Sequence[Sequence[Node]], value: str) -> float | None:
+    """Return the mean of the scored nodes of all paths, or their most frequent class.
+
+    A path is weighted by the draws of its leaf. The value is None if no score was read.
+    """
+    nodes = [(node.score, path[-1].draws) for path in paths for node in path]
     if value == "majority":
-        majority = agents.count_votes([x.score.label for x in leaves for _ in range(x.draws)]).label
+        majority = agents.count_votes([score.label for score, n in nodes for _ in range(n)]).label
         return None if majority is None else float(majority)
-    read = [(x.score.score, x.draws) for x in leaves if x.score.score is not None]
+    read = [(score.score, n) for score, n in nodes if score.score is not None]
     return sum(mean * n for mean, n in read) / sum(n for _, n in read) if read else None
 
 

@@ -5,11 +5,11 @@ A profile is text: "Likes: crime, tense mood, 1990s, with Al Pacino. Dislikes: w
 profile and a language model's summary are read by the same rules, and nothing is mended: an entry
 that no rule knows counts as a genre, so a misspelt name is a wrong fact.
 
-    card    "Heat (1995): crime, thriller, tense mood, 1990s, by Michael Mann, with Al Pacino"
+    card    "crime, thriller, tense mood, 1990s, by Michael Mann, with Al Pacino"
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from usbrec.crs.catalogue import Catalogue, Item
@@ -32,6 +32,13 @@ class Fact(NamedTuple):
     attitude: str
     kind: str
     value: str
+
+
+def write_profile(likes: Sequence[str], dislikes: Sequence[str], seen: Sequence[str] = ()) -> str:
+    """Return a profile of these entries; Seen is left out without any."""
+    said = [", ".join(entries) or NOTHING for entries in (likes, dislikes, seen)]
+    text = f"Likes: {said[0]}. Dislikes: {said[1]}."
+    return f"{text} Seen: {said[2]}." if seen else text
 
 
 def read_profile(text: str, catalogue: Catalogue) -> frozenset[Fact]:
@@ -80,8 +87,7 @@ def attributes(item: Item) -> list[tuple[str, str]]:
 
 def card(item: Item) -> str:
     """Return one line of a film's facts, what a user sees who looks the title up."""
-    facts = ", ".join(write_attribute(*x) for x in attributes(item))
-    return f"{item.title}: {facts or 'nothing known'}"
+    return ", ".join(write_attribute(*x) for x in attributes(item)) or "nothing known"
 
 
 def fit(item: Item, facts: Iterable[Fact]) -> int:

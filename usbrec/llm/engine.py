@@ -7,6 +7,7 @@ keys, values or batches.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,7 @@ class Engine:
         self.usage = Usage()
         # receives a reply's text as it is drawn, in calls with one request
         self.listener: Callable[[str], None] | None = None
+        self.rankings: dict[tuple[str, ...], Any] = {}
 
     def clear_cache(self) -> None:
         """Drop all cached keys and values, as needed after any change of an adapter's weights."""
@@ -165,8 +167,10 @@ class Engine:
         listener = self.listener if len(requests) == 1 else None
         rows, sizes = [], []
         for request in requests:
-            prompt = self.prompt(request, request.sampling.max_new_tokens)
-            text = ReplyText(self.tokenizer, request.sampling, listener)
+            begun = self.tokenizer.encode(request.begin) if request.begin else []
+            room = request.sampling.max_new_tokens + len(begun)
+            prompt = self.prompt(request, room) + begun
+            text = ReplyText(self.tokenizer, request.sampling, listener, begun)
             rows.append(BatchRow(request, prompt, text))
             sizes.append(len(prompt) + request.sampling.max_new_tokens)
         for batch in self.batches(sizes):
@@ -214,6 +218,16 @@ class Engine:
                 logps = {said: next(logits).float().log_softmax(-1) for said in begun}
                 scores.append(torch.stack([choice_logprob(logps, group) for group in variants]))
         return self.agreed(torch.stack(scores)).tolist() if scores else []
+
+    def best_texts(
+        self, requests: Sequence[Request], texts: tuple[str, ...], k: int
+    ) -> list[list[tuple[int, float]]]:
+        """Return per request the k most probable texts as its reply's beginning, best first."""
+        from usbrec.llm.ranking import Ranking
+
+        if texts not in self.rankings:
+            self.rankings = {texts: Ranking(self, texts)}
+        return [ranked.texts for ranked in self.rankings[texts].best(requests, k)]
 
     def variants(self, choice: str) -> list[list[int]]:
         """Return the distinct token sequences that render a choice at the start of a reply."""

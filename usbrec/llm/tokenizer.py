@@ -265,7 +265,8 @@ class ChatTokenizer:
 class ReplyText:
     """The text of a reply whose tokens arrive one by one, up to an end token or a stop string.
 
-    `listener` receives the text as it grows, without the beginning of a possible stop string.
+    `begun` are the ids of a given beginning. `listener` receives the text as it grows, without the
+    beginning of a possible stop string.
     """
 
     def __init__(
@@ -273,10 +274,11 @@ class ReplyText:
         tokenizer: ChatTokenizer,
         sampling: Sampling,
         listener: Callable[[str], None] | None = None,
+        begun: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.stops, self.listener = tokenizer, sampling.stop, listener
         self.end_ids = tokenizer.stop_ids | set(sampling.stop_ids)
-        self.ids: list[int] = []  # without the end token
+        self.ids = list(begun)  # without the end token
         self.text, self.heard = "", 0  # characters that the listener has
         self.ended = False  # by itself, not by a limit
 

@@ -89,33 +89,32 @@ def adapted_linear(layer: FrozenLinear, x: Tensor, spans: Sequence[AdapterSpan])
 
 
 class Window(NamedTuple):
-    """A window of attention: the queries `start` to `stop` over the keys `first` to `last`.
+    """A window of attention: the queries `start` to `stop` over the keys at the places `keys`.
 
     `hidden` (n, S) is 0 for a visible key and else -inf, and S is a multiple of KEY_ALIGNMENT.
     """
 
     start: int
     stop: int
-    first: int
-    last: int
+    keys: Tensor
     hidden: Tensor
 
 
 def window_mask(visible: Tensor) -> list[Window]:
     """Return a visibility (n, S) as windows of at most WINDOW queries.
 
-    A window covers the range of keys that its queries see, so that keys outside cost nothing.
+    A window takes the keys that any of its queries sees, so that other keys cost nothing: in a tree
+    of many branches most of them belong to other branches.
     """
     n, windows = len(visible), []
     parts = math.ceil(n / WINDOW)
     edges = [n * i // parts for i in range(parts + 1)]
     for start, stop in itertools.pairwise(edges):
-        seen = visible[start:stop].any(0).nonzero()
-        first, last = int(seen[0]), int(seen[-1]) + 1
-        S = -(-(last - first) // KEY_ALIGNMENT) * KEY_ALIGNMENT
+        keys = visible[start:stop].any(0).nonzero()[:, 0]
+        S = -(-len(keys) // KEY_ALIGNMENT) * KEY_ALIGNMENT
         hidden = torch.full((stop - start, S), -torch.inf)
-        hidden[:, : last - first].masked_fill_(visible[start:stop, first:last], 0)
-        windows.append(Window(start, stop, first, last, hidden))
+        hidden[:, : len(keys)].masked_fill_(visible[start:stop, keys], 0)
+        windows.append(Window(start, stop, keys, hidden))
     return windows
 
 
@@ -130,7 +129,7 @@ class _WindowAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: Sequence[Window]) -> Tensor:
         out, kept = torch.empty_like(q), []
         for window in windows:
-            start, stop, _, _, hidden = window
+            start, stop, _, hidden = window
             own_k, own_v = own_keys(k, window), own_keys(v, window)
             scores = torch.bmm(fold(q[start:stop] * q.shape[-1] ** -0.5, len(k)), own_k.mT)
             scores.unflatten(1, (-1, stop - start)).add_(hidden.to(q.dtype))
@@ -147,16 +146,16 @@ class _WindowAttention(torch.autograd.Function):
         H_kv, scale = len(k), q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for window, probs in zip(ctx.windows, kept, strict=True):
-            start, stop, first, last, _ = window
-            seen = last - first
+            start, stop, keys, _ = window
+            seen = len(keys)
             grad = fold(grads[0][start:stop], H_kv)
-            grad_v[:, first:last] += torch.bmm(probs.mT, grad)[:, :seen]
+            grad_v.index_add_(1, keys, torch.bmm(probs.mT, grad)[:, :seen])
             grad_probs = torch.bmm(grad, own_keys(v, window).mT)
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
             own = torch.bmm(grad_scores, own_keys(k, window))
             grad_q[start:stop] = unfold(own, stop - start) * scale
             folded = fold(q[start:stop] * scale, H_kv)
-            grad_k[:, first:last] += torch.bmm(grad_scores.mT, folded)[:, :seen]
+            grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, folded)[:, :seen])
         return grad_q, grad_k, grad_v, None
 
 
@@ -190,5 +189,5 @@ def unfold(x: Tensor, n: int) -> Tensor:
 
 def own_keys(x: Tensor, window: Window) -> Tensor:
     """Return the keys of a window, (H_kv, all, d) -> (H_kv, S, d), padded with zeros."""
-    own = x[:, window.first : window.last]
-    return F.pad(own, (0, 0, 0, window.hidden.shape[1] - own.shape[1])).contiguous()
+    own = x[:, window.keys]
+    return F.pad(own, (0, 0, 0, window.hidden.shape[1] - own.shape[1]))
