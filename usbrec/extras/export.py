@@ -34,14 +34,14 @@ DATASET_INFO = {
 def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
     try:
-        lines = path.read_text("utf-8").removesuffix("\n").split("\n")  # U+2028 splits no line
+        lines = path.read_text("utf-8-sig").rstrip().split("\n")  # U+2028 splits no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         place = f"{path}, line {number}"
         try:
             pair = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: malformed JSON: {error}") from error
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
