@@ -16,6 +16,7 @@ A training flag with a stage's name in front holds for that stage alone:
 --simpo-learning-rate 1e-4
 """
 
+import os
 import sys
 import time
 import warnings
@@ -398,7 +399,7 @@ def work_through(arguments: Sequence[str] | None) -> None:
     settings = read_settings(flags)
     if flags.shard and parallel.world() == 1:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
-    folder = flags.run_dir or RUNS / Path(settings.data.data).resolve().name
+    folder = flags.run_dir or RUNS / Path(os.path.abspath(settings.data.data)).name
     stages = [stage for stage in STAGES if stage in flags.stages]
     if settings.data.simulator is not None and "simulator" in stages:
         stages.remove("simulator")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import ROLES
+from usbrec.crs.catalogue import parse_json
 from usbrec.options import UserError
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
@@ -40,9 +41,9 @@ def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         place = f"{path}, line {number}"
         try:
-            pair = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: malformed JSON: {error}") from error
+            pair = parse_json(line)
+        except UserError as error:
+            raise UserError(f"{place}: malformed, {error}") from error
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
             if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         count = export_llama_factory(options.pairs, options.llama_factory)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{count} pairs in {options.llama_factory}")
