@@ -13,7 +13,6 @@ Without flags the newest run of train.py answers a test dialogue of its dataset.
 
 import hashlib
 import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from usbrec import loading, runs
+from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
 from usbrec.crs import agents, report
@@ -36,6 +35,7 @@ from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.ranking import Ranking
+from usbrec.llm.training_state import digest
 from usbrec.loading import ModelOptions, load_engine, pick_rows
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Results, Row, read_rows, run_chunks
@@ -172,8 +172,8 @@ def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
         return [alone(dialogue) for dialogue in read_dialogues(flags.dialogue)]
     limit = 1 if flags.limit is None else flags.limit
     rows = setup.rows(flags.split or "test")
-    taken = {(x.dialog_id, x.turn_id) for x in pick_rows(rows, limit, seed_for(seed, "infer"))}
-    return [x for x in rows if (x.dialog_id, x.turn_id) in taken]
+    taken = {id(x) for x in pick_rows(rows, limit, seed_for(seed, "infer"))}
+    return [x for x in rows if id(x) in taken]
 
 
 def reply_all(
@@ -183,7 +183,7 @@ def reply_all(
     options, from_data = recommender.options, flags.dialogue is None
     facts = {**setup.facts(), "reply": asdict(options) | asdict(recommender.sampling)}
     facts["search"] = asdict(recommender.searching) if options.ses else None
-    facts["dialogues"] = name_for([report.format_dialogue(x.history) for x in asked])
+    facts |= {"dialogues": digest(asked), "catalogue": digest(recommender.roles.catalogue)}
     out = flags.out
     if out is None and len(asked) > 1 and from_data:
         out = results_file(setup, f"{flags.split or 'test'}-replies", facts)
@@ -215,22 +215,24 @@ def reply_into(
     are the same bytes after any number of interruptions.
     """
     times = path.with_name(path.name + ".timings.jsonl")
-    if times.exists():
-        runs.write_rows(times, read_rows(times))  # without the line that a kill has torn
+
+    def timed() -> list[Row]:
+        """Return the lines of the times, without one that a kill has torn."""
+        return read_rows(times) if times.exists() else []
 
     def reply_chunk(chunk: Sequence[tuple[int, Example]]) -> list[Row]:
         rows, spent = recommender.answer([x for _, x in chunk]), recommender.spent()
         share = {name: round(count / len(chunk), 1) for name, count in spent.items()}
         took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
         lines = [{"place": place, "seconds": seconds, **share} for (place, _), seconds in took]
-        runs.append_rows(times, lines)
+        runs.write_rows(times, [*timed(), *lines])
         return rows
 
     results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.clear)
     rows = run_chunks(results, list(enumerate(asked)), reply_chunk)
-    seconds = {line["place"]: line["seconds"] for line in read_rows(times)}
+    seconds = {str(line.get("place")): line.get("seconds") for line in timed()}
     tell(f"{len(rows)} replies in {path}")
-    return [{**row, "seconds": seconds.get(i)} for i, row in enumerate(rows)]
+    return [{**row, "seconds": seconds.get(str(i))} for i, row in enumerate(rows)]
 
 
 def results_file(setup: Setup, kind: str, facts: Mapping[str, Any]) -> Path:
@@ -314,6 +316,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     rows = pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
     popularity = popularity_of(setup.rows("train"))
     facts = {**setup.facts(), "split": split, "limit": limit, "seed": seed, "eval": asdict(options)}
+    facts["contents"] = digest([rows, popularity, *recommender.roles.catalogue])
     out = flags.out or results_file(setup, f"{split}-judges", facts)
 
     def judge_chunk(chunk: Sequence[Example]) -> list[Row]:
@@ -371,6 +374,10 @@ def refuse_unread(flags: Namespace) -> None:
         for name in ("split", "limit"):
             if getattr(flags, name) is not None:
                 raise UserError(f"--{name} chooses rows of a dataset: not with --chat, --dialogue")
+    if flags.chat and sys.stdin is None:
+        raise UserError("--chat reads lines from the standard input, which is closed")
+    if flags.out is not None and flags.out.is_dir():
+        raise UserError(f"--out must name a file, got the folder {flags.out}")
     if flags.chat and flags.out is not None:
         raise UserError("--out keeps the replies to dialogues that are given: not with --chat")
 
@@ -393,18 +400,7 @@ def answer(flags: Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the flags and answer; return 2 for a user's fault, 130 for Ctrl-C."""
-    try:
-        answer(build_parser().parse_args(arguments))
-    except UserError as error:
-        tell(f"infer.py: {error}")
-        return 2
-    except KeyboardInterrupt:
-        tell("\ninfer.py: stopped; a results file goes on from here with the same command")
-        return 130
-    except BrokenPipeError:  # the reader of the output (head, less) has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+    return parallel.run_together("infer.py", lambda: answer(build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ A training flag with a stage's name in front holds for that stage alone:
 --simpo-learning-rate 1e-4
 """
 
-import shutil
+import os
 import sys
 import time
 import warnings
@@ -48,6 +48,7 @@ from usbrec.crs.lessons import (
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
 from usbrec.crs.report import build_report, format_report
 from usbrec.extras.default_model import find_model
+from usbrec.extras.export import read_pairs
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.lora import adapter_parameters, add_adapter
@@ -55,20 +56,13 @@ from usbrec.llm.loss import Objective, Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training import TrainingJob, put_weights, train
-from usbrec.llm.training_state import peak_memory
+from usbrec.llm.training_state import digest, peak_memory
 from usbrec.llm.usable import usable_dialogues, usable_pairs
 from usbrec.loading import load_engine, pick_rows, usage_of
 from usbrec.options import Parser, UserError, seed_for
-from usbrec.runs import ADAPTERS, RUNS, Results, Row, need, read_rows, run_chunks
+from usbrec.runs import ADAPTERS, MADE, NEEDED, RUNS, Results, Row, need, read_rows, run_chunks
 from usbrec.settings import STAGES, Settings, add_settings, read_settings
 
-MADE = {  # stage -> its files in the run folder, first the one that marks it as finished
-    "simulator": ("simulator/adapter_model.safetensors", "simulator"),
-    "sft": ("sft/adapter_model.safetensors", "sft"),
-    "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
-    "simpo": ("rl/adapter_model.safetensors", "rl"),
-    "report": ("report.json", "report.txt", "rows.jsonl", "rows.jsonl.options.json"),
-}
 COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, options of the search)
     "B/L": (None, ""), "SFT": ("sft", ""), "RL": ("rl", ""), "SES": (None, "ses"),
     "SFT+SES": ("sft", "ses"), "RL+SES": ("rl", "ses"), "RL+SES+cards": ("rl", "ses_cards"),
@@ -93,12 +87,26 @@ class Work:
     valid: list[Example]  # none without --max-valid
     test: list[Example]
     notes: list[str]
-    engines: list[Engine]  # the recommender's, and the simulator's if another model is loaded
+    engines: list[Engine]  # none before `prepare`; then the simulator's too if another model
 
     @property
     def engine(self) -> Engine:
         """The recommender's engine."""
         return self.engines[0]
+
+    def prepare(self, stages: Sequence[str], sharded: bool) -> None:
+        """Load the model and the results of earlier stages that these stages need.
+
+        Raises UserError for what is missing or does not fit, before a stage begins.
+        """
+        needed = {x for stage in stages for x in NEEDED.get(stage, ())}.difference(stages)
+        if "pairs" in needed:
+            list(read_pairs(need(self.folder / "pairs.jsonl", "pairs")))
+        if not self.engines:
+            self.engines.append(load_engine(self.settings.model, find_model, sharded))
+        for stage in ADAPTERS:
+            if stage in needed:
+                self.simulator if stage == "simulator" else self.side(ADAPTERS[stage])
 
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
@@ -244,7 +252,7 @@ def train_simpo(work: Work) -> None:
     new ones.
     """
     settings, path = work.settings, need(work.folder / "pairs.jsonl", "pairs")
-    rows, held_out = hold_out(read_rows(path), settings.data.max_valid)
+    rows, held_out = hold_out([pair for _, pair in read_pairs(path)], settings.data.max_valid)
     trees = lay_out_pairs(work, rows, "simpo")
     if not trees:
         told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
@@ -277,7 +285,7 @@ def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
     tokenizer, limit = work.engine.tokenizer, work.engine.max_length
     trees, shortened = [], 0
     for row in rows:
-        messages = [Message(**message) for message in row["prompt"]]
+        messages = [Message(x["role"], x["content"]) for x in row["prompt"]]
         prompt, was_shortened = fit_prompt(tokenizer, messages, prompt_room(limit))
         chosen, rejected = (tokenizer.reply(row[x][0]["content"]) for x in ("chosen", "rejected"))
         trees.append(pair_tree(prompt, chosen, rejected))
@@ -360,26 +368,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def claim_stages(stages: Sequence[str], folder: Path, settings: Settings, fresh: bool) -> list[str]:
-    """Return the stages that are not yet done; note the facts of all in the run folder."""
-    learning = [stage for stage in stages if stage in ADAPTERS]
-    if learning and settings.model.int4:
-        told = f"{', '.join(learning)} would learn on rounded weights: name others (--stages)"
-        raise UserError(f"--int4 is for stages that learn nothing, and {told}")
-    other = settings.data.simulator
-    digest = None if other is None else loading.weights_digest(other, find_model)
-    for stage in stages:
-        made = [folder / name for name in MADE[stage]]
-        for path in made if fresh else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        note = folder / "options" / f"{stage}.json"
-        remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
-        runs.claim(note, settings.facts(stage, digest), made, remedy)
-    return [stage for stage in stages if not (folder / MADE[stage][0]).exists()]
-
-
-def load_work(settings: Settings, folder: Path, sharded: bool) -> Work:
-    """Return the shared state with data and model loaded, and print the datasets' notes."""
+def load_work(settings: Settings, folder: Path) -> Work:
+    """Return the shared state with the data loaded, and print the datasets' notes."""
     o = settings.data
     names = ("train", "valid", "test") if o.max_valid else ("train", "test")
     splits = {name: load_split(o.data, name, o.data_dir) for name in names}
@@ -389,19 +379,25 @@ def load_work(settings: Settings, folder: Path, sharded: bool) -> Work:
     rows = {name: split.examples for name, split in splits.items()}
     valid = pick_rows(rows.get("valid", []), o.max_valid, seed_for(o.seed, "valid"))
     catalogue = load_catalogue(o.data, o.data_dir)
-    engine = load_engine(settings.model, find_model, sharded)
-    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, [engine])
+    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, [])
 
 
 def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: Namespace) -> None:
     """Run the stages that are not yet done, in their order."""
-    todo = parallel.from_first(lambda: claim_stages(stages, folder, settings, flags.fresh))
+    work, other = load_work(settings, folder), settings.data.simulator
+    rows = {"train": work.train, "valid": work.valid, "items": work.catalogue, "test": work.test}
+    digests = {name: digest(content) for name, content in rows.items()}
+    if other is not None:
+        digests["simulator"] = loading.weights_digest(other, find_model)
+    if flags.fresh:  # what is missing is told before anything is deleted
+        work.prepare(stages, flags.shard)
+    todo = parallel.from_first(lambda: settings.claim(stages, folder, digests, flags.fresh))
     for stage in stages:
         if stage not in todo:
             print(f"{stage}: done before, used again")
     if not todo:
         return
-    work = load_work(settings, folder, flags.shard)
+    work.prepare(todo, flags.shard)
     for stage in todo:
         start, before = time.perf_counter(), usage_of(work.engines)
         DOES[stage](work)
@@ -433,7 +429,7 @@ def work_through(arguments: Sequence[str] | None) -> None:
     settings = read_settings(flags)
     if flags.shard and parallel.world() == 1:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
-    folder = flags.run_dir or RUNS / Path(settings.data.data).name
+    folder = flags.run_dir or RUNS / Path(os.path.abspath(settings.data.data)).name
     stages = [stage for stage in STAGES if stage in flags.stages]
     if settings.data.simulator is not None and "simulator" in stages:
         stages.remove("simulator")

@@ -84,6 +84,10 @@ def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() 
     assert kg.genres == ("crime", "sci-fi", "animation", "romance")
     assert kg.stars == ("A", "B") and kg.directors == ()
     assert read_item({"name": "Nobody Knows"}).decade is None
+    empty = {"star": ["", " "], "director": "", "genre": [" "], "mood": ["", "tense"]}
+    item = read_item({"name": "Nobody Knows", "year": "9" * 5000, **empty})
+    assert (item.year, item.lead, item.directors, item.genres) == (None, None, (), ())
+    assert item.moods == ("tense",)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,9 @@ def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() 
         (b'{"1": {"name": "Heat", "genre": 3}}', "item '1'.*'genre' must be a list"),
         (b'{"1": {"name": "Heat", "star": [["x"]]}}', "'star' must be a list"),
         (b"[" * 100000, "is not JSON"),
+        (b'{"1": {"name": "Heat", "year": %s}}' % (b"9" * 5000), "is not JSON"),
+        (b'{"1": {"name": "Heat \\ud800"}}', "is not JSON"),
+        (b'{"1": {"name": " "}}', "item '1' .* has no name"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )

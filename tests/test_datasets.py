@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,9 @@ def test_a_row_becomes_an_example_with_its_extra_fields(tmp_path: Path) -> None:
         ({"rec": "Heat"}, "'rec' must be a list of strings"),
         ({"resp": None}, "'resp' must be a string"),
         ({"rec": []}, "'rec' must name at least one item"),
+        ({"rec": ["Heat (1995)", " "]}, "'rec' must name at least one item, none of them empty"),
+        ({"rec": 5}, "'rec' must be a list of strings"),
+        ({"turn_id": "9" * 5000}, "'turn_id' must be a number"),
         ({"resp": " "}, "'resp' must say something"),
         ({"turn_id": "three"}, "'turn_id' must be a number"),
         ({"turn_id": [1]}, "no 'turn_id'"),
@@ -347,6 +351,25 @@ def test_many_dialogues_are_read_one_a_line(tmp_path: Path) -> None:
     assert [len(dialogue) for dialogue in read_dialogues(path)] == [2, 1]
 
 
+@pytest.mark.parametrize("wrap", [list, lambda messages: {"messages": messages}])
+def test_many_dialogues_are_read_from_one_list(tmp_path: Path, wrap: Any) -> None:
+    path = tmp_path / "dialogues.json"
+    path.write_text(json.dumps([wrap(MESSAGES), wrap(MESSAGES[1:])]))
+    assert [len(dialogue) for dialogue in read_dialogues(path)] == [2, 1]
+    path.write_text(json.dumps([wrap(MESSAGES), wrap(MESSAGES[:1])]))
+    with pytest.raises(UserError, match="dialogue 2: the dialogue must end"):
+        read_dialogues(path)
+
+
+@pytest.mark.parametrize("role", ["USER", "Seeker", " user "])
+def test_a_role_is_read_in_any_case_and_one_message_is_a_dialogue(
+    tmp_path: Path, role: str
+) -> None:
+    path = tmp_path / "dialogue.jsonl"
+    path.write_text(json.dumps({"role": role, "content": "Hi"}) + "\n")
+    assert read_dialogues(path) == [(Utterance("seeker", "Hi"),)]
+
+
 def test_messages_of_one_speaker_in_a_row_are_joined(tmp_path: Path) -> None:
     path = tmp_path / "dialogue.json"
     twice = [MESSAGES[1], {"role": "user", "content": " "}, {"role": "user", "content": "Old."}]
@@ -363,6 +386,7 @@ def test_messages_of_one_speaker_in_a_row_are_joined(tmp_path: Path) -> None:
         (json.dumps(MESSAGES[:1]), "must end with a line of the seeker's"),
         (json.dumps([{"role": "system", "content": "x"}]), "needs a role"),
         (json.dumps([{"role": "user"}]), "needs a role"),
+        (json.dumps([{"role": ["user"], "content": "x"}]), "needs a role"),
         (json.dumps(["Hi"]), "a message must be an object"),
         ('"Hi"', "expected a list of messages"),
         (json.dumps(MESSAGES) + "\n" + json.dumps(MESSAGES[:1]), "line 2: the dialogue must end"),

@@ -22,6 +22,7 @@ from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.model import Decoder, Ops, attend
 from usbrec.llm.sampler import Sampler, uniform_numbers
+from usbrec.llm.tokenizer import prompt_room
 from usbrec.options import UserError
 
 STOP = 7
@@ -310,9 +311,32 @@ def test_a_call_that_cannot_fit_says_so() -> None:
         engine(capacity=20).generate([CHATS[5]])
 
 
-def test_a_last_line_beyond_the_limit_says_so() -> None:
-    with pytest.raises(UserError, match="exceed the limit of 2048"):
-        engine().generate([chat("x" * 2050)])
+def test_a_last_line_beyond_the_limit_loses_its_beginning_and_a_reply_beyond_it_says_so() -> None:
+    e, short = engine(), Sampling(max_new_tokens=4)
+    long = Request((Message("user", "x" * 2050 + "abc"),), short)
+    kept = e.prompt(long, 4)
+    assert kept[-5:] == e.prompt(chat("abc"), 4)[-5:] and len(kept) == prompt_room(2048)
+    assert len(e.generate([long, chat("abc")])) == 2 and e.usage.shortened == 2
+    with pytest.raises(UserError, match=r"which cannot be shortened.*exceed the limit of 2048"):
+        e.generate([Request(long.messages, Sampling(max_new_tokens=2048))])
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+def test_logits_that_are_no_numbers_are_an_error_and_no_reply(factor: float) -> None:
+    """In a greedy, a warm and a scored request; finite weights may overflow."""
+    model = model_with_adapters()
+    for weight in (model.model.norm.weight, model.lm_head.weight):
+        weight.data *= factor
+    prepare(model)
+    e = Engine(model, LetterTokenizer(), 4000 * token_bytes(TINY, torch.float32))
+    [asked] = drawing([CHATS[0]], Sampling(max_new_tokens=2, temperature=1.0), [1])
+    for call in (
+        lambda: e.generate([CHATS[0]]),
+        lambda: e.generate([asked]),
+        lambda: e.choice_logprobs([CHATS[0]], ("a", "b")),
+    ):
+        with pytest.raises(UserError, match="logits are not finite numbers"):
+            call()
 
 
 def test_an_over_long_chat_is_answered_as_its_newest_turns_would_be_and_counted() -> None:

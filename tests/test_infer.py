@@ -1,5 +1,6 @@
 """infer.py as a user starts it, on a run of a small random model."""
 
+import io
 import json
 import shutil
 import sys
@@ -93,7 +94,7 @@ def test_without_flags_the_newest_run_answers_a_test_row_of_its_dataset(
     rows = read_rows(place / "data" / "test.jsonl")
     shown = [row for row in rows if f"Seeker: {row['context'][-1]}\n" in said.out]
     assert shown and "Recommender: " in said.out
-    assert any(f"gold title, which no speaker knew: {row['rec'][0]}" in said.out for row in shown)
+    assert any(f"  gold title: {row['rec'][0]}\n" in said.out for row in shown)
     assert "Profile" not in said.out
 
 
@@ -292,6 +293,25 @@ def test_a_chat_ends_with_its_input_and_shows_the_search(
     assert text.startswith("Profile: ") and "└─" in text and "Seeker: Hello." not in text
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_utf8_cost_no_chat(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], errors: str
+) -> None:
+    llm = Scripted(lambda request: "Up.")
+    monkeypatch.setattr(Engine, "generate", lambda self, *call: llm.generate(*call))
+    typed = io.BytesIO(b"A caf\xe9 film\n\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, "utf-8", errors))
+    assert [row["reply"] for row in answers(["--chat"], capsys)] == ["Up."]
+    assert llm.generated[0][0].messages[1].content == "A caf\ufffd film"
+
+
+def test_a_chat_without_an_input_is_one_sentence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input, which is closed" in refused(["--chat"], capsys)
+
+
 def test_a_chat_prints_the_reply_as_it_is_drawn(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -398,6 +418,64 @@ def test_a_results_file_of_other_options_is_refused_and_kept(
     assert out.read_bytes() == before
 
 
+def test_changed_data_is_noticed_by_a_results_file(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gold titles and the catalogue, which the prompts do not show; and the judges' rows."""
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    asked = ["--data", str(data), "--limit", "2"]
+    replies = [*asked, "--out", str(tmp_path / "replies.jsonl")]
+    judged = [*asked, "--validate-simulator", "--out", str(tmp_path / "judged.jsonl")]
+    answers(replies, capsys)
+    answers(judged, capsys)
+    for name, old, told in (
+        ("items.json", '"mood": ["', ("catalogue", "contents")),
+        ("test.jsonl", '"rec": ["', ("dialogues", None)),
+        ("valid.jsonl", '"rec": ["', (None, "contents")),
+    ):
+        text = (data / name).read_text("utf-8")
+        (data / name).write_text(text.replace(old, old + "odd "), "utf-8")
+        for command, fact in zip((replies, judged), told, strict=True):
+            if fact:
+                assert f"was made with {fact} " in refused(command, capsys)
+        (data / name).write_text(text, "utf-8")
+
+
+def test_rows_of_the_same_ids_are_as_many_as_the_limit(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    rows = [{**row, "dialog_id": 7, "turn_id": 1} for row in read_rows(data / "test.jsonl")]
+    (data / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    for limit in (1, 3):
+        assert len(answers(["--data", str(data), "--limit", str(limit)], capsys)) == limit
+
+
+@pytest.mark.parametrize("content", [None, b"[]", b'{"place": []}\n{"seconds": 1}\n', b"{}"])
+def test_times_that_are_deleted_or_others_cost_no_reply(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    command = ["--limit", "2", "--out", str(tmp_path / "replies.jsonl")]
+    before = answers(command, capsys)
+    times = tmp_path / "replies.jsonl.timings.jsonl"
+    times.unlink() if content is None else times.write_bytes(content)
+    after = answers(command, capsys)
+    assert [row["reply"] for row in after] == [row["reply"] for row in before]
+    assert [row["seconds"] for row in after] == [None, None]
+
+
+def test_a_row_too_long_for_the_model_keeps_no_other_from_its_answer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "dialogues.json"
+    lines = ["A comedy.", "Something sad " * 2000, "A western."]
+    path.write_text(json.dumps([[{"role": "user", "content": line}] for line in lines]))
+    assert infer.main(["--json", *SHORT, "--dialogue", str(path)]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 3
+    assert "1 prompts were too long for 2048 tokens" in said.err
+
+
 def test_a_search_that_was_kept_is_shown_as_it_was() -> None:
     llm = Scripted(lambda request: f"Take {request.seed % 3}.")
     dialogue = talk("A comedy, please.", "Old?", "No.")
@@ -447,6 +525,9 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--data", "netflix"], "netflix"),
         (["--split", "exam"], "exam"),
         (["--limit", "-1"], "--limit"),
+        (["--limit", "3", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--limit", "3", "--out", ""], "--out must name a file"),
+        (["--dialogue", "x" * 300], "File name too long"),
         (["--limit", "two"], "two"),
         (["--chat", "--validate-simulator"], "--chat"),
         (["--chat", "--limit", "3"], "--limit"),

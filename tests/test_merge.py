@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from usbrec.chat import Message, Request, Sampling, TrainingDialogue
 from usbrec.extras.default_model import find_model
 from usbrec.extras.merge import main as merge_main
-from usbrec.llm.adapter_files import save_adapter
+from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.engine import Engine
 from usbrec.llm.lora import LoraConfig, add_adapter
@@ -21,6 +21,7 @@ from usbrec.llm.loss import Sft
 from usbrec.llm.packing import dialogue_tree
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.training import TrainingJob, TrainingOptions, train
+from usbrec.options import UserError
 
 ASKED = (Message("system", "Be brief."), Message("user", "A film, please?"))
 TAUGHT = "Try Alien (1979) 🙂"
@@ -100,3 +101,7 @@ def test_what_was_taught_is_said_unmerged_merged_and_by_transformers(
     merged = tmp_path / "merged"
     assert say(load_model(merged), ChatTokenizer.from_folder(merged)) == TAUGHT
     assert transformers_says(merged) == TAUGHT
+    with pytest.raises(UserError, match="merged into it already"):
+        load_adapter(load_model(merged), tmp_path / "sft", "again")
+    save_adapter(model, "sft", tmp_path / "own", str(merged))  # as if it was trained on the merged
+    load_adapter(load_model(merged), tmp_path / "own", "own")

@@ -189,6 +189,41 @@ def test_a_wrong_flag_is_said_once(tmp_path: Path) -> None:
     assert "".join(errors).count("train.py: unrecognized arguments: --no-such-flag") == 1
 
 
+OUTPUT = "import sys; from usbrec.parallel import run_together as run; sys.exit(run('p', {}))"
+
+
+@pytest.mark.parametrize(
+    ("job", "encoding", "code", "told"),
+    [
+        ("lambda: print('Amélie \\u2028')", "ascii", 0, ""),
+        ("lambda: open('x' * 300)", "utf-8", 2, "p: [Errno 36] File name too long: 'xx"),
+        ("lambda: print(input())", "ascii", 0, ""),
+    ],
+)
+def test_streams_and_the_system_end_in_no_traceback(
+    job: str, encoding: str, code: int, told: str
+) -> None:
+    env = {**ONE_THREAD, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OUTPUT.format(job)]
+    ended = subprocess.run(command, env=env, capture_output=True, input=b"caf\xe9\n")
+    assert ended.returncode == code
+    assert ended.stderr.decode().startswith(told) and ended.stderr.count(b"\n") == bool(told)
+
+
+@pytest.mark.parametrize(("closed", "code"), [(False, 2), (True, 141)])
+def test_an_output_that_is_full_or_closed_is_one_sentence(closed: bool, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-c", OUTPUT.format("lambda: print('x')")]
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, env=env, stdout=writer if closed else full, stderr=subprocess.PIPE
+    )
+    assert ended.returncode == code
+    assert ended.stderr.startswith(b"p: ") and ended.stderr.count(b"\n") == 1
+
+
 def test_a_killed_process_costs_one_round_and_the_run_goes_on(
     inputs: list[str], alone: Path, half_done: Path
 ) -> None:

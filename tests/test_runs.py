@@ -129,6 +129,56 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path)
             run(path, Work())
 
 
+def moved(lines: list[bytes]) -> list[bytes]:
+    return [lines[1], lines[0], *lines[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda lines: lines[:2] + lines[3:], "line 3: expected the row of item 2 of 7, got that"),
+        (lambda lines: lines[:4] + lines, "line 5: expected the row of item 4 of 7, got that of 0"),
+        (moved, "line 1: expected the row of item 0 of 7, got that of 1"),
+        (lambda lines: [*lines, b'{"place": 7}\n'], "line 8: expected the row of item 7 of 7"),
+        (lambda lines: [*lines[:2], b"{}\n"], "line 3: .* got that of None"),
+    ],
+)
+def test_a_line_that_is_missing_doubled_or_moved_is_an_error_and_nothing_is_cut(
+    tmp_path: Path, change: Any, told: str
+) -> None:
+    path, work = tmp_path / "rows.jsonl", Work()
+    run(path, work)
+    changed = b"".join(change(path.read_bytes().splitlines(keepends=True)))
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=told):
+        run(path, work)
+    assert path.read_bytes() == changed and len(work.chunks) == 3
+
+
+def test_a_results_file_is_one_programs_at_a_time(tmp_path: Path) -> None:
+    path, second = tmp_path / "rows.jsonl", Work()
+
+    def work(chunk: Sequence[int]) -> list[dict[str, Any]]:
+        with pytest.raises(UserError, match=r"rows\.jsonl is in use by another program"):
+            run(path, second)
+        return Work()(chunk)
+
+    run_chunks(Results(path, 3, "squares", OPTIONS), ITEMS, work)
+    assert run(path, second) == Work()(ITEMS) and second.chunks == []
+
+
+def test_an_empty_file_holds_nothing_that_other_options_could_spoil(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    assert run(path, Work()) == Work()(ITEMS)
+
+
+def test_a_path_that_is_not_utf8_is_written_and_read_again(tmp_path: Path) -> None:
+    facts = {"model": b"caf\xe9".decode("utf-8", "surrogateescape")}
+    for _ in range(2):
+        run(tmp_path / "rows.jsonl", Work(), facts=facts)
+
+
 def test_a_full_disk_keeps_the_last_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -359,16 +359,18 @@ def test_whole_turns_go_and_the_system_prompt_and_the_last_turn_stay(smollm2):
     kept = shorten(smollm2, chat, length - 1)
     assert kept == chat[:1] + chat[3:]
     assert len(smollm2.prompt(kept)) <= length - 1
-    assert shorten(smollm2, chat, 1) == [chat[0], chat[-1]]
+    least = [chat[0], chat[-1]]
+    assert shorten(smollm2, chat, len(smollm2.prompt(least))) == least
 
 
 def test_what_follows_the_last_user_turn_stays(smollm2):
     question = Message("system", "How good was it? 0, 1 or 2.")
     chat = [Message("assistant", "Welcome!"), *numbered_chat(2)[1:-1], question]
-    assert shorten(smollm2, chat, 1) == chat[-2:]
+    assert shorten(smollm2, chat, len(smollm2.prompt(chat[-2:]))) == chat[-2:]
+    assert shorten(smollm2, chat, 1) == [Message("user", ""), question]
 
 
-def test_a_log_loses_its_oldest_lines_and_a_single_line_is_never_cut(smollm2):
+def test_a_log_loses_its_oldest_lines_and_the_last_line_its_beginning(smollm2):
     log = Message("user", "\n".join(f"Seeker: line {i}" for i in range(20)))
     chat = [Message("system", "Summarise."), log]
     length = len(smollm2.prompt(chat))
@@ -376,7 +378,13 @@ def test_a_log_loses_its_oldest_lines_and_a_single_line_is_never_cut(smollm2):
     assert kept[0] == chat[0]
     assert log.content.endswith(kept[1].content) and kept[1].content.startswith("Seeker: line ")
     assert length - 45 < len(smollm2.prompt(kept)) <= length - 30
-    assert shorten(smollm2, chat, 1)[1].content == "Seeker: line 19"
+    last = [chat[0], Message("user", "Seeker: line 19")]
+    length = len(smollm2.prompt(last))
+    assert shorten(smollm2, chat, length) == last
+    for limit in range(length - 4, length):
+        prompt, was_shortened = fit_prompt(smollm2, chat, limit)
+        assert was_shortened and limit - 3 < len(prompt) <= limit
+    assert shorten(smollm2, chat, length - 1)[1].content in "Seeker: line 19"
     assert shorten(smollm2, chat[:1], 1) == chat[:1]
 
 

@@ -185,6 +185,49 @@ def test_fresh_starts_the_chosen_stages_over(run: Path, inputs: dict[str, Any]) 
     assert {"report.json", "rows.jsonl"} <= changed <= of_report
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--model", "/typo"], ["--data", "/typo"], ["--device", "abacus"], ["--simulator", "/typo"],
+        ["--seed", "-1"], ["--stages", "pairs"], ["--stages", "simpo"],
+    ],
+)  # fmt: skip
+def test_fresh_deletes_nothing_before_all_that_is_needed_is_loaded(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    """The last two: the adapter that PODCS samples is broken, a pair has no prompt."""
+    if "--stages" in wrong:
+        (run / "sft" / "adapter_model.safetensors").write_bytes(b"torn")
+        (run / "pairs.jsonl").write_text('{"chosen": []}')
+    before = bytes_of(run)
+    refused(["--run-dir", str(run), *flags(inputs), *wrong, "--fresh"], capsys)
+    assert bytes_of(run) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "stage"),
+    [
+        ("train.jsonl", '"resp": "', '"resp": "Well. ', "simulator/adapter_model.safetensors"),
+        ("items.json", '"mood": ["', '"mood": ["odd and ', "simulator/adapter_model.safetensors"),
+        ("test.jsonl", WORD, WORD.upper(), "report.json"),
+    ],
+)
+def test_changed_data_is_noticed_by_the_stages_that_read_it(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str],
+    name: str, old: str, new: str, stage: str,
+) -> None:  # fmt: skip
+    path, before = inputs["--data"] / name, bytes_of(run)
+    text = path.read_text("utf-8")
+    assert old in text
+    try:
+        path.write_text(text.replace(old, new, 1), "utf-8")
+        told = refused(["--run-dir", str(run), *flags(inputs)], capsys)
+    finally:
+        path.write_text(text, "utf-8")
+    assert f"{stage} was made with data-contents-{name.split('.')[0]} " in told
+    assert bytes_of(run) == before
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(
     inputs: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +381,31 @@ def test_simpo_is_validated_on_held_out_pairs_after_the_prompts_of_inference(
     assert (run / "rl" / "last" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_every_pair_of_an_edited_file_is_learned_from(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    shutil.rmtree(run / "rl")
+    rows = [{**row, "mine": 1} for row in pair_rows(3)]
+    rows[0]["prompt"][0]["note"] = "an extra key"
+    (run / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + end, "utf-8")
+    command = ["--run-dir", str(run), *flags(inputs), "--stages", "simpo"]
+    assert train.main(command) == 0
+    assert "simpo: 6 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("role", ["human", ["user"], None])
+def test_a_pair_that_is_none_is_named_with_its_line(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str], role: Any
+) -> None:
+    shutil.rmtree(run / "rl")
+    rows = pair_rows(2)
+    rows[1]["prompt"][0]["role"] = role
+    (run / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    told = refused(["--run-dir", str(run), *flags(inputs), "--stages", "simpo"], capsys)
+    assert f"{run / 'pairs.jsonl'}, line 2: prompt must be" in told
+
+
 def test_pairs_that_teach_nothing_are_counted_and_without_others_refused(
     run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -442,6 +510,7 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--pairs-temperature", "-1"], "temperature"),
         (["--eval-max-new-tokens", "0"], "max_new_tokens"),
         (["--max-eval", "-1"], "max_eval"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--chunk-size", "0"], "chunk_size"),
         (["--simpo-schedule", "square"], "square"),
         (["--simpo-loss-gamma", "1", "--simpo-loss-gamma-beta-ratio", "1"], "give one of them"),

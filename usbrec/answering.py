@@ -24,7 +24,7 @@ class ReplyOptions(Options):
     """Options of replies: search, seed, chunks and ranking."""
 
     ses: bool = option(False, "search for the reply (SES) and show the search")
-    seed: int = option(0, "decides every draw, and which rows of a dataset are taken")
+    seed: int = option(0, "decides every draw, and which rows of a dataset are taken", low=0)
     chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
     rank: int = option(0, "also rank the catalogue and give so many titles, best first", low=0)
     rank_tokens: int = option(TOKENS, "most tokens of a ranking; 0: until it is exact", low=0)

@@ -154,7 +154,7 @@ def costs(spent: Mapping[str, int]) -> str:
 
 def shortened_lines(engines: Sequence[Engine]) -> list[str]:
     """Return one notice per engine that shortened prompts."""
-    told = "{} prompts were too long for {} tokens and lost their oldest turns"
+    told = "{} prompts were too long for {} tokens and lost their oldest turns or words"
     return [told.format(x.usage.shortened, x.max_length) for x in engines if x.usage.shortened]
 
 

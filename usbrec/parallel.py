@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from io import TextIOWrapper
 from typing import Any, TypeVar
 
 import torch
@@ -35,16 +36,27 @@ PATIENCE = timedelta(days=30)  # a process may wait for another's chunk; torchru
 def run_together(program: str, job: Callable[[], None]) -> int:
     """Run `job` in every process that torchrun started; return the exit code.
 
-    A UserError (code 2) or Ctrl-C (130) in one process ends all. The first process to fail prints
-    the reason; the others lose their connection and end with the same code.
+    A UserError or an error of the system (code 2) or Ctrl-C (130) in one process ends all; so does
+    an output that its reader, as head, has closed (141). The first process to fail prints the
+    reason; the others lose their connection and end with the same code. The streams replace what
+    their encoding lacks.
     """
     store, code = _join(), 0
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         if rank() > 0:
             warnings.simplefilter("ignore")
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         job()
+        sys.stdout.flush()
         meet()
+    except OSError as error:
+        if error.filename is None:  # the standard output: what is left of it cannot be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        closed = isinstance(error, BrokenPipeError)
+        code = _end(store, f"{program}: {error}", 141 if closed else 2)
     except UserError as error:
         code = _end(store, f"{program}: {error}", 2)
     except KeyboardInterrupt:

@@ -14,7 +14,9 @@ A results file holds one JSON line per item. A chunk is appended in one write. A
 chunks, cuts off a torn one and computes it again, so the final bytes are those of an uninterrupted
 run. N processes (parallel.py) compute N chunks at a time and the first process appends them in
 order, so the bytes do not depend on N. FILE.options.json beside FILE holds the facts that decided
-its rows. Results of other facts are refused, never mixed or overwritten.
+its rows. Results of other facts are refused, never mixed or overwritten. Each line bears its item's
+place, so that a line that is missing, doubled or moved is noticed. The file is locked while rows
+are made.
 """
 
 import json
@@ -39,6 +41,14 @@ _Item = TypeVar("_Item")
 Row = dict[str, Any]
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
+MADE = {  # stage -> its files in the run folder, first the one that marks it as finished
+    "simulator": ("simulator/adapter_model.safetensors", "simulator"),
+    "sft": ("sft/adapter_model.safetensors", "sft"),
+    "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
+    "simpo": ("rl/adapter_model.safetensors", "rl"),
+    "report": ("report.json", "report.txt", "rows.jsonl", "rows.jsonl.options.json"),
+}
+NEEDED = {"pairs": ("simulator", "sft"), "simpo": ("sft", "pairs"), "report": tuple(ADAPTERS)}
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -60,7 +70,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object whole, as indented JSON."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(path, (text + "\n").encode())
+    write_whole(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -86,7 +96,8 @@ def dump(row: Mapping[str, Any]) -> str:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    return "".join(dump(row) + "\n" for row in rows).encode()
+    """Return rows as lines; a lone surrogate, as in a path that is not UTF-8, as JSON's escape."""
+    return "".join(dump(row) + "\n" for row in rows).encode(errors="backslashreplace")
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -119,7 +130,7 @@ def _parse(text: bytes, place: str) -> Row:
     """Return the JSON object in `text`; raises UserError naming `place` if there is none."""
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected a JSON object, got {row!r:.60}")
@@ -186,37 +197,50 @@ def run_chunks(
 ) -> list[Row]:
     """Return one row per item: the rows already in the file, then those of `work`, chunk by chunk.
 
-    Raises UserError if the file was made with other facts or cannot be written; whole chunks stay
-    in it.
+    Raises UserError if the file was made with other facts, is in use or cannot be written; whole
+    chunks stay in it.
     """
-    size, label = results.chunk_size, results.label
-    rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
-    chunks = [items[i : i + size] for i in range(len(rows), len(items), size)]
+    size, label, first = results.chunk_size, results.label, parallel.rank() == 0
     width = parallel.world() if results.spread else 1
-    first = parallel.rank() == 0
-    with tqdm(None, label, len(items), initial=len(rows), unit="row", disable=not first) as bar:
-        for start in range(0, len(chunks), width):
-            made: list[Row] = []
-            for chunk in chunks[start + parallel.rank() % width :][:1]:  # some may have none
-                results.before_chunk()
-                made = [json.loads(json.dumps(row)) for row in work(chunk)]
-                assert len(made) == len(chunk), f"{label}: {len(made)} rows for {len(chunk)} items"
-            for part in parallel.gather(made)[:width]:
-                if first:
-                    append_rows(results.path, part)
-                rows += part
-                bar.update(len(part))
+    if first:
+        with _writing(results.path):
+            results.path.parent.mkdir(parents=True, exist_ok=True)
+        append_rows(results.path, [])  # creates the file
+    with _alone(results.path, "another program: wait for it, or name another file"):
+        rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
+        chunks = [items[i : i + size] for i in range(len(rows), len(items), size)]
+        with tqdm(None, label, len(items), initial=len(rows), unit="row", disable=not first) as bar:
+            for start in range(0, len(chunks), width):
+                made: list[Row] = []
+                for chunk in chunks[start + parallel.rank() % width :][:1]:  # some may have none
+                    results.before_chunk()
+                    made = [json.loads(json.dumps(row)) for row in work(chunk)]
+                    told = f"{label}: {len(made)} rows for {len(chunk)} items"
+                    assert len(made) == len(chunk), told
+                for part in parallel.gather(made)[:width]:
+                    if first:
+                        lines = [{"place": n, **row} for n, row in enumerate(part, len(rows))]
+                        append_rows(results.path, lines)
+                    rows += part
+                    bar.update(len(part))
     return rows
 
 
 def _whole_chunks(results: Results, items: int) -> list[Row]:
-    """Return the rows of the file's whole chunks; the rest of the file is cut off."""
+    """Return the rows of the file's whole chunks; the rest of the file is cut off.
+
+    Raises UserError if a line is not that of its place.
+    """
     path, size = results.path, results.chunk_size
     note = path.with_name(path.name + ".options.json")
     facts = {"items": items, "chunk-size": size, **results.facts}
-    claim(note, facts, [path], "use the same options, another place, or move it away")
-    append_rows(path, [])  # creates the file
+    made = [path] if path.stat().st_size else []
+    claim(note, facts, made, "use the same options, another place, or move it away")
     rows = read_rows(path)
+    for number, row in enumerate(rows):
+        if (place := row.pop("place", None)) != number or number >= items:
+            told = f"expected the row of item {number} of {items}, got that of {place}"
+            raise UserError(f"{path}, line {number + 1}: {told}; restore it, or move it away")
     if len(rows) < items:
         rows = rows[: len(rows) // size * size]
     lines = path.read_bytes().split(b"\n")[: len(rows)]
@@ -232,16 +256,22 @@ def locked(folder: Path) -> Iterator[None]:
     """Create a run folder and lock it against other runs; a kill releases the lock."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, "another train.py: wait for it, or give --run-dir"):
+        yield
+
+
+@contextmanager
+def _alone(path: Path, told: str) -> Iterator[None]:
+    """Lock an existing file or folder against other programs; the first process alone does."""
     if fcntl is None or parallel.rank() > 0:
         yield
         return
-    place = os.open(folder, os.O_RDONLY)
+    place = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            told = "is in use by another train.py: wait for it, or give --run-dir"
-            raise UserError(f"{folder} {told} ({error.strerror})") from error
+            raise UserError(f"{path} is in use by {told} ({error.strerror})") from error
         yield
     finally:
         os.close(place)

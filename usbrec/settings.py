@@ -1,7 +1,10 @@
 """The options of train.py: flags, defaults, and the options that decide each stage's result."""
 
+import shutil
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
@@ -11,8 +14,8 @@ from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
 from usbrec.loading import ModelOptions
-from usbrec.options import Options, Parser, add_flags, from_flags, option
-from usbrec.runs import ADAPTERS
+from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option
+from usbrec.runs import ADAPTERS, MADE, claim
 
 STAGES = {  # stage -> the option groups and row limits that decide its result
     "simulator": ("lesson", "simulator", "summaries", "cards"),
@@ -43,7 +46,7 @@ class DataOptions(Options):
 
     data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
-    seed: int = option(0, "decides every draw of the run")
+    seed: int = option(0, "decides every draw of the run", low=0)
     simulator: str | None = option(None, "adapter or model that plays the user, untrained")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
     max_simulator: int = option(100, "training rows that teach to play the user and judge", low=0)
@@ -88,10 +91,11 @@ class Settings:
     ses: SearchOptions
     ses_cards: SearchOptions  # the same flags over the defaults of a search with cards
 
-    def facts(self, stage: str, simulator_digest: str | None) -> dict[str, Any]:
-        """Return the options that decide a stage's result, those of earlier stages included.
+    def facts(self, stage: str, digests: Mapping[str, str]) -> dict[str, Any]:
+        """Return all that decides a stage's result, the options of earlier stages included.
 
-        `simulator_digest` is the `weights_digest` of `data.simulator`, if that is given.
+        `digests` are of the contents of the dataset (test decides the report alone) and of
+        `data.simulator`, if that is given.
         """
         o, other, groups = self.data, self.data.simulator, asdict(self)
         facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
@@ -99,13 +103,35 @@ class Settings:
         order = list(STAGES)
         for name in ["sft"] if stage == "sft" else order[: order.index(stage) + 1]:
             if name == "simulator" and other is not None:
-                facts["other-simulator"] = {"path": other, "digest": simulator_digest}
+                facts["other-simulator"] = {"path": other, "digest": digests["simulator"]}
                 continue
             facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}
             facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
             facts |= {"methods": o.methods} if name == "report" else {}
             facts |= {x: groups[x] for x in STAGES[name] if x in groups}
-        return facts
+        names = ("train", "valid", "items", "test")[: 4 if stage == "report" else 3]
+        return {**facts, "data-contents": {name: digests[name] for name in names}}
+
+    def claim(
+        self, stages: Sequence[str], folder: Path, digests: Mapping[str, str], fresh: bool
+    ) -> list[str]:
+        """Return the stages that are not yet done; note the facts of all in the run folder.
+
+        Raises UserError for a stage that was made with other facts. With `fresh` the stages' files
+        are deleted first.
+        """
+        learning = [stage for stage in stages if stage in ADAPTERS]
+        if learning and self.model.int4:
+            told = f"{', '.join(learning)} would learn on rounded weights: name others (--stages)"
+            raise UserError(f"--int4 is for stages that learn nothing, and {told}")
+        for stage in stages:
+            made = [folder / name for name in MADE[stage]]
+            for path in made if fresh else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            note = folder / "options" / f"{stage}.json"
+            remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
+            claim(note, self.facts(stage, digests), made, remedy)
+        return [stage for stage in stages if not (folder / MADE[stage][0]).exists()]
 
 
 def add_settings(parser: Parser) -> None:

@@ -60,14 +60,30 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is missing or not UTF-8 text: {error}") from error
 
 
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises UserError for malformed JSON and for half surrogate pairs, which UTF-8 cannot write.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        told = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"not JSON: {told}") from error
+
+
 def read_item(entry: dict[str, Any]) -> Item:
     """Return the item of an entry of ReDial's, OpenDialKG's or our items.json (other keys each)."""
     title = entry["name"].strip()
     name, year = rules.split_title(title)
-    if year is None and str(entry.get("year") or "").isdecimal():
+    if year is None and re.fullmatch(r"\d{1,4}", str(entry.get("year") or "")):
         year = int(entry["year"])
     found = [entry.get(field) or () for field in LISTS]
     texts = [[x] if isinstance(x, str) else x for x in found]
+    texts = [[x.strip() for x in values if x.strip()] for values in texts]
     lists = [map(_read_genre, texts[0]), *texts[1:]]
     genres, directors, stars, actors, moods = (tuple(dict.fromkeys(x)) for x in lists)
     return Item(title, name, year, genres, directors, stars or actors, moods)
@@ -103,15 +119,17 @@ class Catalogue:
         Raises:
             UserError: the file is missing or is not such an object.
         """
+        text = read_text(path)
         try:
-            entries = json.loads(read_text(path))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"the catalogue {path} is not JSON: {error}") from error
+            entries = parse_json(text)
+        except UserError as error:
+            raise UserError(f"the catalogue {path} is {error}") from error
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"the catalogue {path} must be an object of items, each with a name")
         for key, entry in entries.items():
             at = f"item {key!r} of the catalogue {path}"
-            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            name = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or not name.strip():
                 raise UserError(f"{at} has no name")
             for field in LISTS:
                 values = entry.get(field) or []

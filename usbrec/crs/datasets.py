@@ -7,13 +7,14 @@ error for a missing folder names the source.
 """
 
 import hashlib
-import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from usbrec.crs.catalogue import Catalogue, read_text
+from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.options import UserError
 
@@ -70,7 +71,8 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     Raises:
         UserError: there is no such folder; the message names the source of its files.
     """
-    folder = Path(data_dir or (ROOT / name if name in DATASETS else name))
+    given = data_dir or (ROOT / name if name in DATASETS else name)
+    folder = Path(os.path.abspath(given))  # `.` gets the name by which its neighbours are found
     if folder.is_dir():
         return folder
     if name in ("redial", "opendialkg"):
@@ -142,7 +144,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _at(where, _parse, line)
+            yield where, _at(where, parse_json, line)
 
 
 def _at(where: str, read: Callable[[Any], Value], value: Any) -> Value:
@@ -151,21 +153,6 @@ def _at(where: str, read: Callable[[Any], Value], value: Any) -> Value:
         return read(value)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-
-
-def _parse(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises UserError for malformed JSON and for half surrogate pairs, which UTF-8 cannot write.
-    """
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-        told = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"not JSON: {told}") from error
 
 
 def read_row(row: Any) -> Example:
@@ -179,14 +166,15 @@ def read_row(row: Any) -> Example:
     for key in ("dialog_id", "turn_id"):
         if not isinstance(row.get(key), (int, str)):
             raise UserError(f"the row has no {key!r}, a number or a string")
-    if not str(row["turn_id"]).isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", str(row["turn_id"])):
         raise UserError(f"'turn_id' must be a number, got {row['turn_id']!r:.60}")
     history = take_turns(_take(row, "context", list))
     if not history or history[-1].speaker != "seeker":
         raise UserError("'context' must end with a line of the seeker's")
     items, response = tuple(_take(row, "rec", list)), _take(row, "resp", str).strip()
-    if not items or not response:
-        raise UserError("'rec' must name at least one item and 'resp' must say something")
+    if not items or not all(map(str.strip, items)) or not response:
+        told = "at least one item, none of them empty, and 'resp' must say something"
+        raise UserError(f"'rec' must name {told}, got {items!r:.60} and {response!r:.60}")
     extra = {key: _take(row, key, str) for key in ("profile", "explanation") if key in row}
     if "reactions" in row:
         reactions = _take(row, "reactions", dict)
@@ -230,22 +218,28 @@ def _joined(lines: Sequence[Utterance]) -> Dialogue:
 def read_dialogues(path: Path) -> list[Dialogue]:
     """Return the dialogues of a file (`infer.py --dialogue`), each awaiting the recommender.
 
-    JSON: a list of messages or {"messages": [...]}. JSONL: one such dialogue per line, or one
-    message per line. A message has `role` (user, assistant) or `speaker` (seeker, recommender), and
-    `content` or `text`.
+    JSON: a dialogue, a list of messages or {"messages": [...]}, or a list of such dialogues. JSONL:
+    one dialogue per line, or one message per line. A message has `role` (user, assistant) or
+    `speaker` (seeker, recommender), in any case, and `content` or `text`.
 
     Raises:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
     try:
-        found = [(str(path), _parse(read_text(path)))]
+        value = parse_json(read_text(path))
+        values = value if isinstance(value, list) and any(map(_is_dialogue, value)) else [value]
+        found = [(f"{path}, dialogue {n}", value) for n, value in enumerate(values, 1)]
     except UserError:
         found = list(_read_jsonl(path))
         if not found:
             raise UserError(f"{path} has no dialogue") from None
-        if all(isinstance(value, dict) and "messages" not in value for _, value in found):
-            found = [(str(path), [value for _, value in found])]
+    if all(isinstance(value, dict) and not _is_dialogue(value) for _, value in found):
+        found = [(str(path), [value for _, value in found])]  # the messages of one dialogue
     return [_at(where, _read_messages, value) for where, value in found]
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and "messages" in value)
 
 
 def _read_messages(value: Any) -> Dialogue:
@@ -256,7 +250,7 @@ def _read_messages(value: Any) -> Dialogue:
     for message in messages:
         if not isinstance(message, dict):
             raise UserError(f"a message must be an object, got {message!r:.60}")
-        role = message.get("role", message.get("speaker"))
+        role = str(message.get("role", message.get("speaker"))).strip().lower()
         text = message.get("content", message.get("text"))
         if role not in SPEAKER_NAMES or not isinstance(text, str):
             names = ", ".join(SPEAKER_NAMES)

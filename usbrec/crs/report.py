@@ -248,5 +248,5 @@ def format_facts(answer: Facts) -> str:
     for place, best in enumerate(answer.get("ranked", ()), 1):
         lines.append(f"  {place:>3}. {best['title']}  {best['logprob']:.2f}")
     if "gold" in answer:
-        lines.append(f"  gold title, which no speaker knew: {'; '.join(answer['gold'])}")
+        lines.append(f"  gold title: {'; '.join(answer['gold'])}")
     return "\n".join([*lines, f"  {answer['seconds']} s\n"])

@@ -66,9 +66,9 @@ def find_model(name: str | None = None, models: Path = MODELS) -> Path:
 
 def fetch(name: str) -> Path:
     """Return the folder of a hub name in the hub's cache, with missing files fetched."""
-    from huggingface_hub import snapshot_download
-
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # offline, unknown, gated, interrupted: many classes, one way out
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
@@ -133,8 +133,10 @@ def converted(gguf: Path, folder: Path) -> Path:
         made = Path(work) / folder.name
         try:
             unpack(gguf, made)
-        except UserError:
+        except (UserError, OSError):
             raise
+        except ImportError as error:
+            raise UserError(f"{gguf} needs the package gguf: pip install gguf ({error})") from error
         except Exception as error:  # the package raises many classes for a damaged file
             raise UserError(f"{gguf} is damaged or cannot be converted: {error!r}") from error
         for path in made.iterdir():

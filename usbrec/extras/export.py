@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import ROLES
+from usbrec.crs.catalogue import parse_json
 from usbrec.options import UserError
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
@@ -34,15 +35,15 @@ DATASET_INFO = {
 def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
     try:
-        lines = path.read_text("utf-8").removesuffix("\n").split("\n")  # U+2028 splits no line
+        lines = path.read_text("utf-8-sig").rstrip().split("\n")  # U+2028 splits no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         place = f"{path}, line {number}"
         try:
-            pair = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{place}: malformed JSON: {error}") from error
+            pair = parse_json(line)
+        except UserError as error:
+            raise UserError(f"{place}: malformed, {error}") from error
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
             if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         count = export_llama_factory(options.pairs, options.llama_factory)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{count} pairs in {options.llama_factory}")

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from usbrec.extras.default_model import RECEIPT, find_model
 from usbrec.extras.shards import SHARD_BYTES, write_shards
-from usbrec.llm.adapter_files import read_adapter
+from usbrec.llm.adapter_files import CONFIG_FILE, read_adapter
 from usbrec.llm.checkpoint import (
     INDEX_FILE,
     SafetensorsWeights,
     empty_decoder,
     parameter_names,
 )
-from usbrec.llm.model_config import file_in, load_config, read_json
+from usbrec.llm.model_config import MERGED_BASE, file_in, load_config, read_json
 from usbrec.options import UserError
 from usbrec.runs import write_json
 
@@ -67,7 +67,9 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
         made.mkdir()
         sizes = {name: header.nbytes for name, header in weights.headers.items()}
         write_shards(made, sizes, merged, shard_bytes)
-        write_json(made / "config.json", {**settings, MERGED: str(adapter)})
+        trained_on = str(read_json(adapter / CONFIG_FILE).get("base_model_name_or_path"))
+        marks = {MERGED: str(adapter), MERGED_BASE: trained_on}
+        write_json(made / "config.json", {**settings, **marks})
         for path in sorted(base.iterdir()):
             if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
                 shutil.copyfile(file_in(base, path.name), made / path.name)
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         merge(find_model(options.model), options.adapter, options.out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"merged into {options.out}")

@@ -97,13 +97,17 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
     """Return an adapter's settings and, by the checkpoint's module name, its A (r, in), B (out, r).
 
     The model gives the layers' names and shapes; its weights are not read and may be on the meta
-    device. Raises UserError for a setting that is not honoured, and for a key that is missing,
-    unexpected or of another shape, as in an adapter of another base.
+    device. Raises UserError for a setting that is not honoured, for a key that is missing,
+    unexpected or of another shape, as in an adapter of another base, and for a model into which an
+    adapter of the same base is merged.
     """
     if not folder.is_dir():
         raise UserError(f"no such adapter folder: {folder}")
     source = file_in(folder, CONFIG_FILE)
     settings = read_json(source)
+    if str(settings.get("base_model_name_or_path")) == model.config.merged_base:
+        told = f"was trained on {model.config.merged_base}, and the model has an adapter of that"
+        raise UserError(f"{folder} {told} merged into it already: name the base with --model")
     config = lora_config(settings, source)
     weights = SafetensorsWeights(weights_file(folder, WEIGHTS_FILE))
     layers = targeted(linear_layers(model), settings["target_modules"], source)

@@ -17,7 +17,7 @@ from usbrec.chat import Reply, Request
 from usbrec.llm.cache import PrefixCache, SlotPath
 from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
 from usbrec.llm.model import Decoder
-from usbrec.llm.sampler import Sampler, uniform_numbers
+from usbrec.llm.sampler import Sampler, finite, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, ReplyText, fit_prompt, prompt_room
 from usbrec.options import UserError
 from usbrec.parallel import as_first
@@ -160,8 +160,10 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """Return one reply per request, which depends on its own request alone.
 
-        An over-long prompt loses its oldest turns. Raises UserError if its last turn and the reply
-        exceed the limit.
+        In bf16 and fp16 the rounding of a row depends on the batch: where two tokens are almost
+        equally likely, even a greedy reply may differ between batches. An over-long prompt loses
+        its oldest turns, then the beginning of its last line. Raises UserError if its system prompt
+        and the reply alone exceed the limit.
         """
         self.usage.calls += 1
         listener = self.listener if len(requests) == 1 else None
@@ -217,7 +219,7 @@ class Engine:
             for _ in pairs:
                 logps = {said: next(logits).float().log_softmax(-1) for said in begun}
                 scores.append(torch.stack([choice_logprob(logps, group) for group in variants]))
-        return self.agreed(torch.stack(scores)).tolist() if scores else []
+        return self.agreed(finite(torch.stack(scores))).tolist() if scores else []
 
     def best_texts(
         self, requests: Sequence[Request], texts: tuple[str, ...], k: int
@@ -236,17 +238,17 @@ class Engine:
         return [list(ids) for ids in dict.fromkeys(found)]
 
     def prompt(self, request: Request, new_tokens: int) -> list[int]:
-        """Return the ids of a request's prompt, without its oldest turns if it is too long.
+        """Return the ids of a request's prompt, shortened if it is too long.
 
-        Raises UserError if the last turn alone leaves no room for `new_tokens`.
+        Raises UserError if the system prompt alone leaves no room for `new_tokens`.
         """
         room = min(prompt_room(self.max_length), self.max_length - new_tokens)
         ids, was_shortened = fit_prompt(self.tokenizer, request.messages, room)
         if len(ids) + new_tokens > self.max_length:
             raise UserError(
-                f"a prompt whose last turn alone has {len(ids)} tokens and a reply of up to "
+                f"a prompt of {len(ids)} tokens, which cannot be shortened, and a reply of up to "
                 f"{new_tokens} exceed the limit of {self.max_length} (--max-length, or the "
-                "model's positions): shorten the last line or --max-new-tokens"
+                "model's positions): raise it, or lower --max-new-tokens"
             )
         self.usage.shortened += was_shortened
         return ids

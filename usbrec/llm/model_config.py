@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from usbrec.options import UserError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
+MERGED_BASE = "merged_adapter_base"  # the key in config.json of ModelConfig.merged_base
 LAYER_LIMIT, SIZE_LIMIT = 1024, 1 << 24
 
 CHATGLM_SETTINGS = {  # Hugging Face's name of a setting -> ChatGLM3's own, where they differ
@@ -64,6 +65,7 @@ class ModelConfig:
     rotary_dim: int = 0  # rotated dimensions of a head; 0: all
     rotary_interleaved: bool = False  # pairs (0, 1), (2, 3)... instead of (0, d/2), (1, d/2 + 1)...
     fused_projections: bool = False  # one product for q, k, v and one for gate, up (ChatGLM3)
+    merged_base: str | None = None  # the base of the adapter that is merged into the weights
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -159,6 +161,7 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
         rotary_dim=rotary_dim,
         rotary_interleaved=is_chatglm,
         fused_projections=is_chatglm,
+        merged_base=values.get(MERGED_BASE),
     )
 
 

@@ -34,6 +34,7 @@ from usbrec.llm.cache import PrefixCache, SlotPath, shared_length
 from usbrec.llm.decoding import adapter_spans
 from usbrec.llm.engine import Engine
 from usbrec.llm.model import Ops
+from usbrec.llm.sampler import finite
 
 TOKENS = 2000  # of a search: about two seconds of two cores with a model of 135M
 PASS_TOKENS = 96  # of a pass; more would open runs that a better text rules out
@@ -214,7 +215,7 @@ class Search:
         rows = [i for i, tokens in enumerate(following) for _ in tokens]
         tokens = list(itertools.chain(*following))
         logits = self.engine.model.logits(states).float()
-        logps = iter((logits[rows, tokens] - logits.logsumexp(-1)[rows]).tolist())
+        logps = iter((logits[rows, tokens] - finite(logits.logsumexp(-1))[rows]).tolist())
         for best, path in zip(opened, ends, strict=True):
             score = best.bound + sum(itertools.islice(logps, len(best.run.ids) - 1))
             self.find(best.run, score)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usbrec.chat import Sampling
+from usbrec.options import UserError
 
 PORTION = 8  # rows drawn at once: the processor's cache holds their weights, 1.6 MB in fp32
 COLDEST = 1e-6  # as good as greedy; colder quotients would exceed fp32 and give NaN
@@ -45,13 +46,23 @@ class Sampler:
     def draw_rows(self, logits: Tensor, rows: slice) -> Tensor:
         """Return the next tokens of the neighbouring rows `rows` alone, (B, V) -> (b,)."""
         logits = logits[rows].float()
+        top, likeliest = logits.max(-1)
+        finite(top)
         if not self.some_warm:
-            return logits.argmax(-1)
+            return likeliest
         probs = (logits / self.temperatures[rows]).softmax(-1)
         if self.limits is not None:
             probs = truncate(probs, *(limit[rows] for limit in self.limits))
         drawn = pick(probs, self.uniforms[rows, self.step])
-        return torch.where(self.warm[rows], drawn, logits.argmax(-1)) if self.some_cold else drawn
+        return torch.where(self.warm[rows], drawn, likeliest) if self.some_cold else drawn
+
+
+def finite(numbers: Tensor) -> Tensor:
+    """Return the numbers; raises UserError if one is infinite or none, as from damaged weights."""
+    if not numbers.isfinite().all():
+        told = "its weights are damaged, or too large for the dtype (--dtype float32)"
+        raise UserError(f"the model's logits are not finite numbers: {told}")
+    return numbers
 
 
 def limits(samplings: Sequence[Sampling]) -> tuple[Tensor, ...]:

@@ -318,7 +318,7 @@ def fit_prompt(
 ) -> tuple[list[int], bool]:
     """Return the ids of a prompt, shortened if they exceed `max_tokens`, and whether they did.
 
-    They still exceed it if the system prompt and the last line alone do.
+    They still exceed it if the system prompt, or what follows the last user's line, does.
     """
     ids = tokenizer.prompt(messages)
     if len(ids) <= max_tokens:
@@ -331,7 +331,7 @@ def shorten(tokenizer: ChatTokenizer, messages: Sequence[Message], limit: int) -
 
     A turn is a user's message and all up to the next one. The system prompt and the last turn stay.
     If they alone are too long, the last turn loses the first lines of its first message, which may
-    be the log of a dialogue. The last line stays, even if it is too long.
+    be the log of a dialogue. If its last line alone is too long, it loses its first characters.
     """
     head = list(_head(messages))
     rest = list(messages[len(head) :])
@@ -339,20 +339,25 @@ def shorten(tokenizer: ChatTokenizer, messages: Sequence[Message], limit: int) -
     if not starts:
         return head
     opening, *following = rest[starts[-1] :]
-    lines = opening.content.split("\n")
+    text, begins = opening.content, [0]  # where the kept part of the text may begin
+    begins += [match.end() for match in re.finditer("\n", text)]
+    most = len(starts) + len(begins) - 2
+    begins += range(begins[-1] + 1, len(text) + 1)
 
     def without(dropped: int) -> list[Message]:
-        """Return the messages without `dropped` turns, and lines once a single turn is left."""
+        """Return the messages without `dropped` turns, then lines, then characters."""
         if dropped < len(starts):
             return [*head, *rest[starts[dropped] :]]
-        kept = lines[dropped - len(starts) + 1 :]
-        return [*head, replace(opening, content="\n".join(kept)), *following]
+        kept = text[begins[dropped - len(starts) + 1] :]
+        return [*head, replace(opening, content=kept), *following]
 
     def fits(dropped: int) -> bool:
         return len(tokenizer.prompt(without(dropped))) <= limit
 
-    most = len(starts) + len(lines) - 2
-    return without(bisect_left(range(most), True, key=fits))
+    dropped = bisect_left(range(most), True, key=fits)
+    if dropped == most and not fits(most):
+        dropped = bisect_left(range(len(starts) + len(begins) - 2), True, most, key=fits)
+    return without(dropped)
 
 
 def end_ids_of(settings: dict[str, Any], source: Path) -> frozenset[int]:
