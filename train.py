@@ -22,8 +22,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ from tqdm import tqdm
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs.agents import Roles, Side
 from usbrec.crs.agreement import agreement, judge_agreement
-from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.datasets import load_catalogue, load_split
+from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, baseline_labels, evaluate_method
 from usbrec.crs.lessons import (
@@ -48,20 +45,17 @@ from usbrec.crs.lessons import (
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
 from usbrec.crs.report import build_report, format_report
 from usbrec.extras.default_model import find_model
-from usbrec.extras.export import read_pairs
-from usbrec.llm.adapter_files import load_adapter, save_adapter
-from usbrec.llm.engine import Engine
-from usbrec.llm.lora import adapter_parameters, add_adapter
-from usbrec.llm.loss import Objective, Sft, Simpo
+from usbrec.llm.lora import add_adapter
+from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
-from usbrec.llm.training import TrainingJob, put_weights, train
 from usbrec.llm.training_state import digest, peak_memory
 from usbrec.llm.usable import usable_dialogues, usable_pairs
-from usbrec.loading import load_engine, pick_rows, usage_of
+from usbrec.loading import pick_rows, usage_of
 from usbrec.options import Parser, UserError, seed_for
-from usbrec.runs import ADAPTERS, MADE, NEEDED, RUNS, Results, Row, need, read_rows, run_chunks
+from usbrec.runs import ADAPTERS, RUNS, Row, need, read_rows, run_chunks
 from usbrec.settings import STAGES, Settings, add_settings, read_settings
+from usbrec.work import Work, load_work
 
 COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, options of the search)
     "B/L": (None, ""), "SFT": ("sft", ""), "RL": ("rl", ""), "SES": (None, "ses"),
@@ -74,110 +68,6 @@ _SHOWN = (  # the flags in --help; --help-all lists every flag
     "--epochs", "--batch-size", "--tokens-per-pass", "--checkpointing", "--lora-r",
     "--pairs-samples", "--pairs-turns", "--ses-samples", "--ses-turns",
 )  # fmt: skip
-
-
-@dataclass
-class Work:
-    """The shared state of the stages: settings, run folder, data and engines."""
-
-    settings: Settings
-    folder: Path
-    catalogue: Catalogue
-    train: list[Example]
-    valid: list[Example]  # none without --max-valid
-    test: list[Example]
-    notes: list[str]
-    engines: list[Engine]  # none before `prepare`; then the simulator's too if another model
-
-    @property
-    def engine(self) -> Engine:
-        """The recommender's engine."""
-        return self.engines[0]
-
-    def prepare(self, stages: Sequence[str], sharded: bool) -> None:
-        """Load the model and the results of earlier stages that these stages need.
-
-        Raises UserError for what is missing or does not fit, before a stage begins.
-        """
-        needed = {x for stage in stages for x in NEEDED.get(stage, ())}.difference(stages)
-        if "pairs" in needed:
-            list(read_pairs(need(self.folder / "pairs.jsonl", "pairs")))
-        if not self.engines:
-            self.engines.append(load_engine(self.settings.model, find_model, sharded))
-        for stage in ADAPTERS:
-            if stage in needed:
-                self.simulator if stage == "simulator" else self.side(ADAPTERS[stage])
-
-    def rows(self, stage: str) -> list[Example]:
-        """Return the training rows of a stage, the same ones in every run of these options.
-
-        The simulator learns to play the user from rows with reactions, where the dataset has them.
-        """
-        data = self.settings.data
-        reacting = [x for x in self.train if x.accept is not None] if stage == "simulator" else []
-        return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
-
-    def side(self, adapter: str | None) -> Side:
-        """Return a side over the base weights, with an adapter of the run or None."""
-        if adapter is not None and not adapter_parameters(self.engine.model, adapter):
-            self.load(adapter, adapter)
-        return Side(self.engine, adapter)
-
-    def load(self, adapter: str, name: str) -> None:
-        """Load an adapter of the run into the model as `name`."""
-        stage = next(x for x in ADAPTERS if ADAPTERS[x] == adapter)
-        need(self.folder / MADE[stage][0], stage)
-        load_adapter(self.engine.model, self.folder / adapter, name)
-        self.engine.clear_cache()
-
-    @cached_property
-    def simulator(self) -> Side:
-        """The simulator's side: the run's own adapter, or the one that --simulator names."""
-        name = self.settings.data.simulator
-        if name is None:
-            return self.side("simulator")
-        model, sharded = self.settings.model, self.engine.model.sharded
-        side, engine = loading.load_simulator(name, self.engine, model, find_model, sharded)
-        if engine is not self.engine:
-            self.engines.append(engine)
-        return side
-
-    def roles(self, adapter: str | None) -> Roles:
-        """Return the roles, with an adapter of the run, or None, as the recommender's."""
-        return Roles(self.side(adapter), self.simulator, self.catalogue)
-
-    def results(self, name: str, label: str) -> Results:
-        """Return a results file of the run; its facts are in its stage's note."""
-
-        def clear() -> None:
-            for engine in self.engines:
-                engine.clear_cache()
-
-        size, spread = self.settings.data.chunk_size, not self.engine.model.sharded
-        return Results(self.folder / name, size, label, before_chunk=clear, spread=spread)
-
-    def learn(
-        self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective
-    ) -> None:
-        """Train the adapter of a stage, which the model has, and save it.
-
-        With validation the best weights are saved, and the last ones in the subfolder `last`.
-        """
-        model, adapter = self.engine.model, ADAPTERS[stage]
-        folder, seed = self.folder / adapter, seed_for(self.settings.data.seed, stage, "order")
-        options = replace(getattr(self.settings, stage), seed=seed)
-        job = TrainingJob(options, folder / "training", stage, validation)
-        trained = train(model, adapter, trees, objective, job)
-        kept = {folder: trained.best}
-        if validation:
-            kept = {folder / "last": trained.last, **kept}
-            print(f"{stage}: its validation loss was lowest after step {trained.best_step}")
-        base_name = self.settings.model.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
-        for place, weights in kept.items():
-            put_weights(model, adapter, weights)
-            if parallel.rank() == 0:
-                save_adapter(model, adapter, place, base_name)
-        self.engine.clear_cache()
 
 
 # --- the stages -------------------------------------------------------------------------------
@@ -368,23 +258,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def load_work(settings: Settings, folder: Path) -> Work:
-    """Return the shared state with the data loaded, and print the datasets' notes."""
-    o = settings.data
-    names = ("train", "valid", "test") if o.max_valid else ("train", "test")
-    splits = {name: load_split(o.data, name, o.data_dir) for name in names}
-    notes = [note for split in splits.values() for note in split.notes]
-    for note in notes:
-        print(f"note: {note}")
-    rows = {name: split.examples for name, split in splits.items()}
-    valid = pick_rows(rows.get("valid", []), o.max_valid, seed_for(o.seed, "valid"))
-    catalogue = load_catalogue(o.data, o.data_dir)
-    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, [])
-
-
 def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: Namespace) -> None:
     """Run the stages that are not yet done, in their order."""
-    work, other = load_work(settings, folder), settings.data.simulator
+    work, other = load_work(settings, folder, find_model), settings.data.simulator
     rows = {"train": work.train, "valid": work.valid, "items": work.catalogue, "test": work.test}
     digests = {name: digest(content) for name, content in rows.items()}
     if other is not None:

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from usbrec.chat import ROLES
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.options import UserError
@@ -260,3 +261,31 @@ def _read_messages(value: Any) -> Dialogue:
     if not dialogue or dialogue[-1].speaker != "seeker":
         raise UserError("the dialogue must end with a line of the seeker's (role user)")
     return dialogue
+
+
+# --- preference pairs -------------------------------------------------------------------------
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
+    try:
+        lines = path.read_text("utf-8-sig").rstrip().split("\n")  # U+2028 splits no line
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
+        place = f"{path}, line {number}"
+        try:
+            pair = parse_json(line)
+        except UserError as error:
+            raise UserError(f"{place}: malformed, {error}") from error
+        for side in ("prompt", "chosen", "rejected"):
+            messages = pair.get(side) if isinstance(pair, dict) else None
+            if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
+                raise UserError(f"{place}: {side} must be a list of messages with role and content")
+        yield place, pair
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is a message of a chat."""
+    content = value.get("content") if isinstance(value, dict) else None
+    return isinstance(content, str) and value.get("role") in ROLES

@@ -13,12 +13,10 @@ and successive messages of one speaker are joined by a newline.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from usbrec.chat import ROLES
-from usbrec.crs.catalogue import parse_json
+from usbrec.crs.datasets import read_pairs
 from usbrec.options import UserError
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
@@ -30,31 +28,6 @@ DATASET_INFO = {
         "columns": {"messages": "conversations"} | {x: x for x in ("system", "chosen", "rejected")},
     }
 }
-
-
-def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
-    try:
-        lines = path.read_text("utf-8-sig").rstrip().split("\n")  # U+2028 splits no line
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines if lines != [""] else [], start=1):
-        place = f"{path}, line {number}"
-        try:
-            pair = parse_json(line)
-        except UserError as error:
-            raise UserError(f"{place}: malformed, {error}") from error
-        for side in ("prompt", "chosen", "rejected"):
-            messages = pair.get(side) if isinstance(pair, dict) else None
-            if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
-                raise UserError(f"{place}: {side} must be a list of messages with role and content")
-        yield place, pair
-
-
-def is_message(value: Any) -> bool:
-    """Return whether a value is a message of a chat."""
-    content = value.get("content") if isinstance(value, dict) else None
-    return isinstance(content, str) and value.get("role") in ROLES
 
 
 def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
