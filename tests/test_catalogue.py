@@ -173,6 +173,7 @@ def test_ordinary_words_raise_no_false_alarm(films: Catalogue, text: str) -> Non
         ("2012 (2009) and not 2012", ["2012 (2009)"]),
         ('"Heat" (1995) and The Godfather', ["Heat (1995)", "The Godfather (1972)"]),
         ("I liked Stone.", ["Stone (2010)"]),
+        ("I like Marlon Brando The Godfather", ["The Godfather (1972)"]),
     ],
 )
 def test_titles_are_found_in_order(films: Catalogue, text: str, titles: list[str]) -> None:
@@ -274,6 +275,170 @@ def test_hiding_leaves_ordinary_sentences_alone(sample: Catalogue) -> None:
     ]
     assert all(sample.get(title) for title in titles)
     assert sample.hide(text, titles) == text
+
+
+# --- longer titles ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trains() -> Catalogue:
+    names = ("Night Train (1986)", "Seven (1995)", "Alien (1979)", "Star Wars (1977)", "Up (2009)")
+    return Catalogue(read_item({"name": name}) for name in names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Watch Night Train 2 (1990).",
+        "Watch night train 2 (1990).",
+        "Night Train II, or Night Train, Part Two",
+        "Try Night Train Returns.",
+        "Night Train to Lisbon, or the Late Night Train",
+        "Murder on the Night Train",
+        'Try "Night Train is Late".',
+        "I saw Night Train 1953, then Night Train in Space (2003).",
+        "I'd suggest Seven Sailors (1961).",
+        'Watch Up There (2012), or "Up in Smoke".',
+        "Star Wars: The Force Awakens",
+        "Star Wars - Rogue One, Star Wars: Episode V",
+        "Alien: Covenant, Alien vs. Predator, Alien³",
+    ],
+)
+def test_a_longer_title_is_another_film(trains: Catalogue, text: str) -> None:
+    assert found(trains, text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "titles"),
+    [
+        ("Watch Seven tonight. Try Seven, it is tense.", ["Seven (1995)"] * 2),
+        ("Watch Seven with Brad Pitt. That is a film.", ["Seven (1995)"]),
+        ("Night Train and Alien", ["Night Train (1986)", "Alien (1979)"]),
+        ("Have you seen Alien? It is good.", ["Alien (1979)"]),
+        (
+            "I saw Night Train 3 or 4 times, and Alien 2 times",
+            ["Night Train (1986)", "Alien (1979)"],
+        ),
+        ("Star Wars: it is fun. Star Wars: It is fun.", ["Star Wars (1977)"] * 2),
+        ("Avoid it. I loved Star Wars It was good", ["Star Wars (1977)"]),
+        ('Is "Alien" better than "Star Wars"?', ["Alien (1979)", "Star Wars (1977)"]),
+        ("Ridley Scott's Night Train on Netflix", ["Night Train (1986)"]),
+        ("I saw Titanic (1997) and Alien by Ridley Scott", ["Alien (1979)"]),
+    ],
+)
+def test_other_words_make_no_longer_title(trains: Catalogue, text: str, titles: list[str]) -> None:
+    assert found(trains, text) == titles
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("Night Train 2 (1990), not Night Train", "Night Train 2 (1990), not that film"),
+        ("Night Train Returns, night train", "Night Train Returns, that film"),
+        ('"Night Train is Late", "Night Train"', '"Night Train is Late", "that film"'),
+        ("Night Train: The Way Home.", "Night Train: The Way Home."),
+        ("Night Train in Space (2003)", "Night Train in Space (2003)"),
+        ("Night Train Friday, Night Train: Amazing", "that film Friday, that film: Amazing"),
+        ("I saw Night Train 2 times, or in 1990", "I saw that film 2 times, or in 1990"),
+        ("night train 1987", "that film 1987"),
+    ],
+)
+def test_hiding_spares_longer_titles_and_leaks_nothing(
+    trains: Catalogue, text: str, hidden: str
+) -> None:
+    assert trains.hide(text, ["Night Train (1986)"]) == hidden
+
+
+# --- one title, many spellings ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("title", "texts"),
+    [
+        ("Matrix, The (1999)", ["The Matrix", "the matrix (1999)", "Matrix, The (1999)"]),
+        ("Avventura, L' (1960)", ["L'Avventura", "L’avventura (1960)"]),
+        ("Godfather, The: Part II (1974)", ["The Godfather: Part II", "The Godfather Part II"]),
+        ("Seven (a.k.a. Se7en) (1995)", ["Se7en", "Seven (1995)", "Seven (a.k.a. Se7en) (1995)"]),
+        ("Postman, The (Postino, Il) (1994)", ["Il Postino", "The Postman (1994)"]),
+        ("Stone Garden (1999/I)", ["Stone Garden", "Stone Garden (1999)", "Stone Garden (1999/I)"]),
+        ("Crash Course (2004 film)", ["Crash Course (2004)"]),
+        ("Glass Road (1999) (TV)", ["Glass Road (1999)", "Glass Road"]),
+        ("The Crown (Kingdoms, #1)", ["The Crown", "The Crown (Kingdoms, #1)"]),
+        (
+            "Harbour Lights - Remastered 2011",
+            ["Harbour Lights", "Harbour Lights - Remastered 2011"],
+        ),
+        ("Océane (2001)", ["Oce\u0301ane", "Oceane (2001)", "Ｏｃéａｎｅ（２００１）"]),
+        ("The Lantern (1999)", ["The Lan\u00adtern", "The Lan\u200btern (1999)"]),
+        ("春江花月 (2001)", ["推荐春江花月给你", "《春江花月》", "春江花月（2001年）"]),
+        ("远山 (1994)", ["推荐《远山》给你", "看过远山吗", "远山（1994）"]),
+        ("海辺の手紙 (2016)", ["昨日海辺の手紙を見た", "「海辺の手紙」"]),
+        ("ガラスの城 (2010)", ["ｶﾞﾗｽの城が好き", "カ\u3099ラスの城が好き"]),
+        (
+            "바람길 (2019)",
+            ["바람길을 보고 싶어요", "바람길에서도", "\u1107\u1161\u1105\u1161\u11b7길"],
+        ),
+        ("สายลมเหนือ (2017)", ["ลองดูสายลมเหนือสิ"]),
+        ("नीला आकाश (2010)", ["मैंने नीला आकाश देखी"]),
+        ("Тихий дом (2000)", ["новый Тихий дом сегодня"]),
+        ("รักแท้ (2000)", ["《รักแท้》", "รักแท้ (2000)"]),
+        ("Heat (1995)", ["我看了Heat（1995）很好", "看过《Heat》吗"]),
+        ("Große Stadt (1990)", ["GROSSE STADT (1990)", "Grosse Stadt™"]),
+    ],
+)
+def test_a_title_is_found_and_hidden_in_every_spelling(title: str, texts: list[str]) -> None:
+    one = Catalogue([read_item({"name": title})])
+    for text in texts:
+        assert found(one, f"Watch {text}!") == [title], text
+        hidden = one.hide(f"Watch {text}!", [title])
+        assert "that film" in hidden and not found(one, hidden), hidden
+    assert one.get(title) is not None and one.hide(f"Try {title} then", [title]).count(" ") == 3
+
+
+@pytest.mark.parametrize(
+    ("title", "text"),
+    [
+        ("远山 (1994)", "永远山高"),
+        ("火 (1990)", "火很大"),
+        ("春江花月 (2001)", "《春江花月夜》很好"),
+        ("战争之狼 (2015)", "战争之狼2很好"),
+        ("바람길 (2019)", "큰바람길목"),
+        ("かき (2001)", "「かぎ」"),
+        ("바람 (2019)", "버럼을 봤어요"),
+        ("รักแท้ (2000)", "ความรักแท้จริง"),
+        ("复仇之城 (2012)", "复仇之城：终局很好"),
+        ("アバター (2009)", "スーパーアバターズ"),
+    ],
+)
+def test_a_name_within_a_longer_word_is_no_title(title: str, text: str) -> None:
+    assert found(Catalogue([read_item({"name": title})]), text) == []
+
+
+def test_a_mention_with_invisible_characters_keeps_its_place() -> None:
+    one = Catalogue([read_item({"name": "Océane (2001)"})])
+    text = "Oh \ufeffse\u0301e Oce\u0301\u200bane!"
+    (mention,) = one.find(text)
+    assert text[mention.start : mention.end] == "Oce\u0301\u200bane"
+
+
+def test_a_bare_name_means_the_item_without_a_description() -> None:
+    names = (
+        "Rebecca (Drama Film)",
+        "Rebecca",
+        "Vertigo (TV)",
+        "Dune, The (Edition)",
+        "Dune Sea, A",
+    )
+    films = Catalogue(read_item({"name": name}) for name in names)
+    assert found(films, "Try Rebecca, or Vertigo.") == ["Rebecca", "Vertigo (TV)"]
+    assert found(films, "Try Rebecca (Drama Film).") == ["Rebecca (Drama Film)"]
+    assert films.get("Rebecca").title == "Rebecca"
+    songs = Catalogue(
+        read_item({"name": name}) for name in ("Blue Bay - Remastered 2011", "Blue Bay")
+    )
+    assert found(songs, "Play Blue Bay.") == ["Blue Bay"]
+    assert films.get("The Dune").title == "Dune, The (Edition)"
+    assert films.get("A Dune Sea").title == "Dune Sea, A"
 
 
 # --- facts ------------------------------------------------------------------------------------

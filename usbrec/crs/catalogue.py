@@ -1,7 +1,8 @@
 """The catalogue: items, the search for their titles in text, and the hiding of target titles.
 
-titles.py has the rules that tell a title from an ordinary word. A name without a year means an item
-if no other item has the name; a mention of a name that several items have carries all of them.
+spelling.py has the names that a title stands for, titles.py the rules that tell a title from an
+ordinary word. A name without a year means an item if no other item has the name; a mention of a
+name that several items have carries all of them. "Heat" means an item "Heat" before "Heat (TV)".
 
 Left out: misspellings, translated titles, and abbreviations such as "LOTR".
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from usbrec.crs import titles as rules
+from usbrec.crs.spelling import Word, key_of, names_of, plain, split_title, words_of
 from usbrec.options import UserError
 
 LISTS = ("genre", "director", "star", "actor", "mood")  # fields of an entry of items.json
@@ -52,6 +54,18 @@ class Mention(NamedTuple):
     items: tuple[Item, ...]
 
 
+class Named(NamedTuple):
+    """The items that one plain name may mean."""
+
+    name: str
+    items: list[Item]
+
+    def owners(self) -> tuple[Item, ...]:
+        """Return the items that bear the name without a description in brackets; if none, all."""
+        owners = (item for item in self.items if key_of(item.name) == key_of(self.name))
+        return tuple(owners) or tuple(self.items)
+
+
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file; raises UserError naming the file."""
     try:
@@ -78,7 +92,7 @@ def parse_json(text: str) -> Any:
 def read_item(entry: dict[str, Any]) -> Item:
     """Return the item of an entry of ReDial's, OpenDialKG's or our items.json (other keys each)."""
     title = entry["name"].strip()
-    name, year = rules.split_title(title)
+    name, year = split_title(title)
     if year is None and re.fullmatch(r"\d{1,4}", str(entry.get("year") or "")):
         year = int(entry["year"])
     found = [entry.get(field) or () for field in LISTS]
@@ -100,11 +114,13 @@ class Catalogue:
     def __init__(self, items: Iterable[Item]) -> None:
         self.items: tuple[Item, ...] = tuple(dict.fromkeys(items))
         self._by_title: dict[str, list[Item]] = {}
-        self._by_name: dict[str, list[Item]] = {}  # by the folded words of the name
+        self._by_name: dict[str, Named] = {}  # by the words of each name
         for item in self.items:
-            self._by_title.setdefault(rules.fold_case(item.title), []).append(item)
-            self._by_name.setdefault(" ".join(rules.keys_of(item.name)), []).append(item)
-        self._longest_name = max((len(name.split()) for name in self._by_name), default=0)
+            self._by_title.setdefault(plain(item.title)[0].lower(), []).append(item)
+            names = {key_of(name): name for name in (*names_of(item.title), item.name)}
+            for key, name in names.items():
+                self._by_name.setdefault(key, Named(plain(name)[0], [])).items.append(item)
+        self._beginnings = {x[: m.end()] for x in self._by_name for m in re.finditer(r"\S+", x)}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -142,11 +158,13 @@ class Catalogue:
 
         A title with a year excludes items of another year.
         """
-        if exact := self._by_title.get(rules.fold_case(title)):
+        if exact := self._by_title.get(plain(title)[0].lower()):
             return tuple(exact)
-        name, year = rules.split_title(title)
-        same_name = self._by_name.get(" ".join(rules.keys_of(name)), [])
-        return tuple(item for item in same_name if year is None or item.year in (None, year))
+        keys = [key for key in map(key_of, names_of(title)) if key in self._by_name]
+        year = split_title(title)[1]
+        if not keys or year is None:
+            return self._by_name[keys[0]].owners() if keys else ()
+        return tuple(x for x in self._by_name[keys[0]].items if x.year in (None, year))
 
     def get(self, title: str) -> Item | None:
         """Return the item that the title names, or None if there is none or more than one."""
@@ -159,19 +177,26 @@ class Catalogue:
         At each word the longest name is tried first. titles.py has the rules by which a word counts
         as a title.
         """
-        words = rules.words_of(text)
+        shown, places = plain(text)
+        words = words_of(shown)
         mentions: list[Mention] = []
         end = 0
         for first, word in enumerate(words):
             if word.start < end:  # inside the previous mention
                 continue
-            for last in reversed(range(first, min(first + self._longest_name, len(words)))):
-                items = self._by_name.get(" ".join(x.key for x in words[first : last + 1]))
-                if items and (mention := _judge_match(text, words, first, last, items)):
+            names: list[tuple[int, Named]] = []  # the last word of each name that begins here
+            last, key = first, word.key
+            while key in self._beginnings:
+                if key in self._by_name:
+                    names.append((last, self._by_name[key]))
+                last += 1
+                key += f" {words[last].key}" if last < len(words) else " "
+            for last, named in reversed(names):
+                if mention := _judge(shown, words, first, last, named):
                     mentions.append(mention)
                     end = mention.end
                     break
-        return mentions
+        return [Mention(places[start], places[end], items) for start, end, items in mentions]
 
     def first(self, text: str) -> tuple[Item, ...]:
         """Return the readings of the first title in the text: several if its year is open."""
@@ -187,7 +212,7 @@ class Catalogue:
         if any(set(mention.items) <= wanted for mention in self.find(text)):
             return True
         unknown = [title for title, items in meant.items() if not items]
-        strangers = Catalogue(Item(title, *rules.split_title(title)) for title in unknown)
+        strangers = Catalogue(Item(title, *split_title(title)) for title in unknown)
         return bool(unknown and strangers.find(text))
 
     def grade(self, item: Item | None, titles: Iterable[str]) -> int:
@@ -201,7 +226,7 @@ class Catalogue:
         leading article, and the parts of a name before and after a colon. A name that is an
         ordinary word is replaced after a naming word, with a year, in quotes, with a capital within
         a sentence, or as a whole sentence. Other catalogue titles that contain the name
-        ("Spider-Man 2") are kept.
+        ("Spider-Man 2"), and what is surely a longer title, are kept.
         """
         for title in titles:
             leaks, own = rules.leaks(text, title), set(self.named(title))
@@ -212,24 +237,22 @@ class Catalogue:
         return text
 
 
-def _judge_match(
-    text: str, words: list[rules.Word], first: int, last: int, items: list[Item]
-) -> Mention | None:
-    """Return the mention of the words first..last, or None if they mean no title.
+def _judge(text: str, words: list[Word], first: int, last: int, named: Named) -> Mention | None:
+    """Return the mention of the words first..last of a plain text, or None if they mean no title.
 
-    The words spell the name of `items`.
+    The words spell the name.
     """
     gaps = [text[a.end : b.start] for a, b in pairwise(words[first : last + 1])]
     if any(len(gap) > 3 or rules.BREAK.search(gap) for gap in gaps):
         return None
     start, end = words[first].start, words[last].end
     if year := rules.YEAR_AFTER.match(text, end):
-        if fitting := _fitting(items, int(year[1] or year[2])):
+        if fitting := _fitting(named.items, int(year[1] or year[2])):
             return Mention(start, year.end(), fitting)
         if year[1]:
             return None
-    named = rules.looks_like_title(text, words, first, last, items[0].name)
-    return Mention(start, end, tuple(items)) if named else None
+    is_title = rules.looks_like_title(text, words, first, last, named.name)
+    return Mention(start, end, named.owners()) if is_title else None
 
 
 def _fitting(items: list[Item], year: int) -> tuple[Item, ...]:

@@ -4,20 +4,36 @@ The rules by which a title counts as named (`Catalogue.find`):
 - with its year, "Heat (1995)" or "heat 1995", a title counts in any case; a year in brackets may be
   off by one (release dates differ by country), a year further off means a film outside the data;
 - a long name ("the silence of the lambs": three words or more, one of them uncommon) counts in any
-  case, other names ("The Thing", "Titanic") with their capitals, and a single word only if no
-  uncommon capitalised word stands beside it ("Oliver Stone");
+  case, other names ("The Thing", "Titanic") with their capitals;
 - a name that is an ordinary word ("It", "Up", "War", "Heat", "2012", "Drama") counts only with its
   year, in quotes with its capital, or with its capital right after a word such as "watch" or
-  "called"; a genre's name not even then.
+  "called"; a genre's name not even then;
+- a name in a script without spaces ("春江花月") counts anywhere; one of up to three characters (of
+  up to five in Thai) and every Korean name only with its year, in quotes or title marks (《》), or
+  alone: at the edges of a sentence, after "watch" or before particles (看远山吗, 바람길을).
 
-`leaks` is stricter: it finds every form that gives a title away. Nothing here knows of a catalogue.
+A name without a year is part of a longer title
+("Night Train") or of a person's name ("Oliver Stone"), and does not count, if right beside it stand
+- a number, a part or another year: "Night Train 2", "Night Train, Part Two", "Night Train 1990";
+- a capitalised word, also behind ":", "-", "of", "to" or "vs.": "Night Train Returns", "Late Night
+  Train", "Night Train to Lisbon", "Alien: Covenant", "Murder on the Night Train". Not if this word
+  begins a sentence ("Night Train It was good", "Avoid Night Train");
+- words in title case with a year behind them: "Night Train in Space (2003)";
+- the other words of a quote or title marks that it begins: "Night Train is late", 《春江花月夜》.
+Where the text leaves it open, the name does not count: "I saw Titanic Friday", "Alien: Amazing", a
+title right before another one without a comma. "and" joins two titles: "Night Train and Heat".
+
+`leaks` is stricter: it finds every form that gives a title away, also where the text leaves it open
+whether a longer title is meant. It spares numbers, quotes, years behind title case, and subtitles
+that begin with "The". Nothing here knows of a catalogue.
 """
 
 import re
-import unicodedata
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+
+from usbrec.crs import spelling
+from usbrec.crs.spelling import SPACELESS, YEAR, Word, key_of, names_of, plain, words_of
 
 # The forms a genre's name takes in text; the first stands before "film". Their order here is the
 # order of several before "film": "romantic comedy film", "sci-fi action film".
@@ -44,66 +60,57 @@ GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms
 ORDINARY_WORDS = GENRE_WORDS.union(
     Path(__file__).with_name("ordinary_words.txt").read_text("utf-8").split()
 )
-NAMING_WORDS = frozenset(["called", "titled", "named"])
-WATCHING_WORDS = frozenset(["watch", "watched", "watching", "see", "seen", "try"])
-# Words that begin a sentence with a capital without being part of a name: "Watch Heat".
-OPENERS = WATCHING_WORDS.union([
-    "and", "are", "but", "can", "did", "does", "has", "have", "how", "is", "like", "love", "maybe",
-    "no", "not", "or", "perhaps", "so", "then", "was", "were", "what", "why", "yes",
-])  # fmt: skip
-# Words right after which a title is expected.
-CUES = NAMING_WORDS | WATCHING_WORDS.union(
-    ["recommend", "recommended", "suggest", "suggested", "film", "films", "movie", "movies"]
+# title_words.txt: words right before a title; the same and others; words that begin a sentence with
+# a capital ("Watch Heat") and are no part of a name; words that do ("It is tense") or begin a title
+# if a capital follows ("The Force Awakens").
+_LISTS = ("naming", "cues", "openers", "starters")
+NAMING_WORDS, CUES, OPENERS, STARTERS = (frozenset(spelling.WORD_LISTS[x]) for x in _LISTS)
+QUOTES = "'\"“”„«»「」*_《》〈〉『』"  # the last six hold a title and nothing else
+BREAK = re.compile(r"[\"“”\n;。「」《》〈〉『』]")
+YEAR_AFTER = re.compile(rf"""[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}|["'”*]?,?\s+(\d{{4}})\b""")
+_CAPITAL = "[A-ZΑ-ΩЀ-Я]"  # of a plain text
+_JOINT = r"(?: |-|: | [-–—] )"
+_LINK = r"(?: (?:of|to|v|vs\.?|versus)(?: the| an?)?)?"  # "Night Train to Lisbon"
+_TITLED = rf"(?:{_CAPITAL}[\w']*|\d+|(?:of|the|an?|to|in|on|for|at|from|by|is|vs\.?)(?!\w))"
+# Behind a name, these make another title of it: " 2", " Part Two", ": The Return.", and words up to
+# a year, as in "Seven Sailors (1961)".
+_OTHER = re.compile(
+    r"(?:[,:]? (?i:part|vol\.?|volume|chapter|episode|season|book) (?:\d+|[IVX]+|(?i:one|two))"
+    r"| ?(?:\d+|[IVX]{2,4}|[VX])| (?:Returns|Reloaded|Rises|Begins|Forever|Again))"
+    r"(?![\da-zA-Z'/%번次遍]|[.:]\d|(?: (?:or|to) \d+)? (?:times|stars|hours|days|years|out of))"
+    rf"|(?:: | [-–—] )(?:The|An?|Episode) {_CAPITAL}\w*(?: {_TITLED})*(?=[.,!?\"”]|$)"
+    rf"|{_JOINT}{_TITLED}(?:[ :&–-]{{1,3}}{_TITLED}){{0,7}} ?{YEAR}"
 )
-QUOTES = "\"'“”‘’«»*_"
-_WORD = re.compile(r"&|[^\W_]+(?:['’][^\W_]+)*")
-_TITLE_YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
-YEAR_AFTER = re.compile(r"""[!?.]{0,3}["'”’*]?\s*\((\d{4})\)|["'”’*]?,?\s+(\d{4})\b""")
-BREAK = re.compile(r"[()\[\]\"“”\n;]")
-
-
-class Word(NamedTuple):
-    """A word of a text: folded (lower case, no accents, no apostrophes), with its span."""
-
-    key: str
-    start: int
-    end: int
-
-
-def fold_case(text: str) -> str:
-    """Return the text in lower case without accents, every character in its place."""
-    if text.isascii():
-        return text.lower()
-    return "".join(unicodedata.normalize("NFD", char)[0].lower()[0] for char in text)
-
-
-def words_of(text: str) -> list[Word]:
-    """Return the words of a text; punctuation between them is left out."""
-    found = _WORD.finditer(fold_case(text))
-    return [Word(re.sub("['’]", "", m[0]).replace("&", "and"), *m.span()) for m in found]
-
-
-def keys_of(name: str) -> list[str]:
-    """Return the folded words of a name: "Ocean's Eleven" -> ["oceans", "eleven"]."""
-    return [word.key for word in words_of(name)]
-
-
-def split_title(title: str) -> tuple[str, int | None]:
-    """Return a title's name and year: "Heat (1995)" -> ("Heat", 1995)."""
-    match = _TITLE_YEAR.match(title)
-    return (match[1] or title, int(match[2])) if match else (title.strip(), None)
+# A capital behind a name: "Night Train Express", "Night Train to Lisbon", but not "Heat. It is".
+_GOES_ON = re.compile(
+    rf"{_LINK}{_JOINT}(?!(?i:{'|'.join(OPENERS)})\b)"
+    rf"(?!(?i:{'|'.join(STARTERS)})\b(?! {_CAPITAL})){_CAPITAL}|: ?[{SPACELESS}]"
+)
+_BEFORE = re.compile(
+    rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_CAPITAL}[\w']*)(?: on the|{_LINK})[ -]$"
+)
+_OPENED = re.compile(r"(?:(?<!\w)[\"“«„「*]|[《〈『][^》〉』]*)$")
+_CLOSED = re.compile(rf"([^{QUOTES}\n.,!?;()]{{0,60}})[{QUOTES[1:]}]")
+_SPACELESS = re.compile(f"[{SPACELESS}]")
+# In scripts without spaces a short name stands alone: after "watch", before particles.
+_ALONE_BEFORE = re.compile(rf"(?:[^{SPACELESS}]|[看過过了荐薦欢歡叫]|^)$")
+_ALONE_AFTER = re.compile(rf"(?:{'|'.join(spelling.WORD_LISTS['particles'])})*(?![{SPACELESS}])")
 
 
 def is_ordinary(name: str) -> bool:
-    """Return whether a name could be an ordinary word of a sentence, such as "It" or "2012"."""
-    keys = keys_of(name)
-    if len(keys) != 1:
-        return False
-    return keys[0] in ORDINARY_WORDS or len(keys[0]) <= 3 or keys[0].isdigit()
+    """Return whether a plain name could be a word of a sentence, such as "It", "2012" or "火".
+
+    So could any Korean name: particles tell words apart there.
+    """
+    if _SPACELESS.search(name):
+        limit = 5 if name[0] < "\u3000" else 99 if "가" <= name[0] <= "힣" else 3
+        return len(re.sub(r"\W", "", name)) <= limit
+    key = key_of(name)
+    return " " not in key and (key in ORDINARY_WORDS or len(key) <= 3 or key.isdigit())
 
 
 def _uncommon_words(name: str) -> list[str]:
-    return [key for key in keys_of(name) if len(key) > 3 and key not in ORDINARY_WORDS]
+    return [key for key in key_of(name).split() if len(key) > 3 and key not in ORDINARY_WORDS]
 
 
 def _has_capitals(surface: str, name: str) -> bool:
@@ -114,69 +121,96 @@ def _has_capitals(surface: str, name: str) -> bool:
 
 
 def _is_quoted(text: str, start: int, end: int) -> bool:
-    before, after = text[start - 1 : start], text[end : end + 1]
+    """Return whether text[start:end] is in quotes or, without spaces, a word of its own."""
+    before, after = text[max(start - 1, 0) : start], text[end : end + 1]
+    is_spaceless = _SPACELESS.search(text[start:end]) and end > start + 1
+    if is_spaceless and _ALONE_BEFORE.search(before) and _ALONE_AFTER.match(text, end):
+        return True
     both = bool(before and after) and before in QUOTES and after in QUOTES
-    return both and not text[start - 2 : start - 1].isalnum()
+    return both and (before in "“«「《〈『" or not text[start - 2 : start - 1].isalnum())
 
 
 def looks_like_title(text: str, words: list[Word], first: int, last: int, name: str) -> bool:
-    """Return whether the words first..last, without a year, mean the film of that name."""
+    """Return whether the words first..last, without a year, mean the film of that plain name."""
     start, end = words[first].start, words[last].end
     surface = text[start:end]
+    if _is_longer(text, start, end):
+        return False
     if is_ordinary(name):
         cue = words[first - 1] if first else Word("", 0, 0)
         is_cued = cue.key in CUES and not text[cue.end : start].strip(" " + QUOTES)
         is_cued = is_cued and words[first].key not in GENRE_WORDS and not surface.isdigit()
         return (is_cued or _is_quoted(text, start, end)) and _has_capitals(surface, name)
-    if first == last and _is_part_of_name(text, words, first):
-        return False
-    is_long = len(keys_of(name)) >= 3 and _uncommon_words(name)
+    is_long = key_of(name).count(" ") >= 2 and _uncommon_words(name)
     return bool(is_long) or _has_capitals(surface, name)
 
 
-def _is_part_of_name(text: str, words: list[Word], place: int) -> bool:
-    """Return whether an uncommon capitalised word is right beside: "Oliver Stone"."""
-    word = words[place]
-    return any(
-        text[x.start].isupper() and x.key not in ORDINARY_WORDS
-        for x in words[max(place - 1, 0) : place + 2]
-        if text[x.end : word.start] == " " or text[word.end : x.start] == " "
-    )
+def _is_longer(text: str, start: int, end: int) -> bool:
+    """Return whether text[start:end] may be a part of a longer title or of another name."""
+    if _OTHER.match(text, end) or _GOES_ON.match(text, end) or _rest_of_quote(text, start, end):
+        return True
+    before = _BEFORE.search(text[start - 40 : start] if start > 40 else "\n" + text[:start])
+    if before is None or text.startswith("The ", start):
+        return False
+    word, _, possessive = before[2].lower().partition("'")
+    if possessive and " " in text[start:end]:  # "Dante's Inferno", but "Cameron's Night Train"
+        return False
+    return word not in OPENERS.union(CUES, ORDINARY_WORDS if before[1] else STARTERS)
+
+
+def _rest_of_quote(text: str, start: int, end: int) -> str:
+    """Return the other words of the quote or title marks that text[start:end] begins."""
+    opened = _OPENED.search(text[max(start - 40, 0) : start])
+    closed = opened and _CLOSED.match(text, end)
+    return (opened[0][1:] + closed[1]).strip() if opened and closed else ""
 
 
 def _spelling(name: str) -> str:
-    """Return a pattern of the name in folded text, for any punctuation between its words."""
-    folded = fold_case(name)
-    words = [re.sub("['’]", "['’]?", re.escape(word)) for word in _WORD.findall(folded)]
+    """Return a pattern of a plain name in lower case, for any punctuation between its words.
+
+    It begins and ends at the edge of a word, where its script has spaces between words.
+    """
+    words = [re.sub("'", "'?", re.escape(word)) for word in spelling.WORD.findall(name.lower())]
     words = ["(?:&|and)" if word in (r"\&", "and") else word for word in words]
-    return r"\W{0,3}".join(words) or re.escape(folded)
+    pattern = r"\W{0,3}".join(words) or re.escape(name.lower())
+    pattern += r"[)\]]?" if name[-1:] in (")", "]") else ""
+    return pattern if _SPACELESS.search(name) else rf"(?<![^\W_]){pattern}(?![^\W_])"
 
 
 @lru_cache(maxsize=4096)
 def _leak_pattern(title: str) -> re.Pattern[str]:
-    """Return the pattern of all forms of a title in folded text; group `name` without the year."""
-    name, year = split_title(title)
-    stripped = re.sub(r"^(?:the|a|an)\s+", "", name, flags=re.IGNORECASE)
-    parts = [part for part in (stripped, *name.split(": ")) if part != name]
+    """Return the pattern of all forms of a title in plain text; group `name` without the year."""
+    names = [plain(name)[0] for name in (title, *names_of(title))]
+    year = spelling.split_title(title)[1]
+    parts = [re.sub(r"^(?:the|a|an)\s+", "", name, flags=re.IGNORECASE) for name in names]
+    parts += [part for name in names for part in name.split(": ")]
     telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]
-    spellings = sorted({_spelling(form) for form in (name, *telling)}, key=len, reverse=True)
+    spellings = sorted({_spelling(form) for form in (*names, *telling)}, key=len, reverse=True)
     bare_year = rf"|,?\s+{year}\b" if year else ""
     return re.compile(
-        rf"(?<![^\W_])(?P<name>{'|'.join(spellings)})(?![^\W_])"
-        rf"""(?P<year>[!?.]{{0,3}}["'”’*]?\s*\(\d{{4}}\){bare_year})?"""
+        rf"(?P<name>{'|'.join(spellings)})"
+        rf"""(?P<year>[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}{bare_year})?"""
     )
 
 
 def leaks(text: str, title: str) -> list[tuple[int, int]]:
     """Return the spans of a title in a text, by the rules of `Catalogue.hide`."""
-    found = list(_leak_pattern(title).finditer(fold_case(text)))
-    if is_ordinary(split_title(title)[0]):
-        found = [x for x in found if x["year"] or _is_meant(text, *x.span("name"))]
-    return [match.span() for match in found]
+    shown, places = plain(text)
+    lower, pattern = shown.lower(), _leak_pattern(title)
+    # without its Chinese letters a text has edges around "Heat" in "我看了Heat"
+    views = (lower, _SPACELESS.sub(" ", lower))
+    found = {x.span(): x for view in views for x in pattern.finditer(view)}
+    meant = [x for _, x in sorted(found.items()) if x["year"] or _is_meant(shown, *x.span("name"))]
+    return [(places[match.start()], places[match.end()]) for match in meant]
 
 
 def _is_meant(text: str, start: int, end: int) -> bool:
-    """Return whether the ordinary word text[start:end] means a film."""
+    """Return whether text[start:end] means a film: no ordinary word, no surely longer title."""
+    rest, other = _rest_of_quote(text, start, end).split(), _OTHER.match(text, end)
+    if (other and not re.match(r" \d{4}", other[0])) or (rest and not rest[-1][0].islower()):
+        return False
+    if not is_ordinary(text[start:end]):
+        return True
     before, after = text[:start].rstrip(QUOTES), text[end:].lstrip(QUOTES)
     previous, following = before.split()[-1:], after.split()[:1]
     if _is_quoted(text, start, end) or (previous and previous[0].lower() in NAMING_WORDS):
