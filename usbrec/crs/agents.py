@@ -221,13 +221,13 @@ def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
 
 
 def card_prompt(reply: str, card: str, profile: str) -> Messages:
-    """Return the internal judge's prompt with cards: the profile, then the reply and its card.
+    """Return the internal judge's prompt with cards: the reply, its card, then the profile.
 
-    The dialogue is left out: what counts of it is in the profile. Many replies for one profile
-    share the beginning of their prompts.
+    The dialogue is left out: what counts of it is in the profile, which stands next to the answer,
+    since a small model judges by the text closest to it.
     """
-    question = prompt_text("judge_cards").replace("{profile}", known(profile))
-    return Message("system", question), Message("user", f"{reply}\nCard: {card}.")
+    shown = Message("user", f"{reply}\nCard: {card}.")
+    return Message("system", prompt_text("judge_cards")), shown, Message("system", profile)
 
 
 def closed_form(logprobs: Sequence[float], temperature: float) -> JudgeScore:

@@ -30,7 +30,16 @@ from usbrec.crs import agents
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.crs.rewrite import describe, genre_word, rewrite
-from usbrec.crs.wishes import Fact, attributes, card, fit, read_profile
+from usbrec.crs.wishes import (
+    ATTITUDES,
+    Fact,
+    attributes,
+    card,
+    fit,
+    read_profile,
+    write_attribute,
+    write_profile,
+)
 from usbrec.options import Options, option, seed_for
 
 # replies that recommend nothing, as an untrained model gives them
@@ -52,7 +61,7 @@ class LessonOptions(Options):
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
-    films_per_profile: int = option(8, "films beside the gold one that a card lesson judges", low=1)
+    profiles_per_card: int = option(12, "profiles that a lesson with a card scores", low=5)
     dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
 
@@ -272,61 +281,90 @@ def summary_lessons(
 def card_lessons(
     examples: Sequence[Example], catalogue: Catalogue, seed: int, options: LessonOptions
 ) -> list[TrainingDialogue]:
-    """Return one training dialogue per example: replies with cards, each with its score by rule.
+    """Return training dialogues of the judge with cards: a reply, its card, and profiles to score.
 
-    The films are the gold ones and up to `films_per_profile` others that do not meet all wishes:
-    the refused and seen ones, then by turns one that meets half, a near miss, and any other. So no
-    film is taught with all the wishes that it meets, except the example's own. A third of the
-    replies only announce the title, a third claim what is true of it, and a third claim what is
-    true of the gold film.
+    A first half knows profiles of a single wish, where the score tells whether the card holds it: a
+    small model learns to compare several wishes only after that. The second half has the profiles
+    of examples: those whose target the film is, and others that it meets by half or less. So no
+    film is taught with all the wishes that it meets, except its own examples'. One reply in four
+    claims what is true of another film, which costs a point.
     """
-    lessons = []
-    for example in examples:
-        key = seed_for(seed, "cards", example.dialog_id, example.turn_id)
-        generator = np.random.default_rng(key)
-        profile, golds = profile_of(example, catalogue), gold_items(example, catalogue)
-        facts = read_profile(profile, catalogue)
-        if not golds or not any(x.attitude == "like" and x.kind != "title" for x in facts):
-            continue
-        films = [*golds, *misses(catalogue, facts, options.films_per_profile, generator)]
-        branches = []
-        for film in films:
-            claim = int(generator.integers(3))
-            reply, false = claim_of(example.response, golds, film, claim)
-            score = max(fit(film, facts) - false, 0)
-            system, asked = agents.card_prompt(reply, card(film), profile)
-            branches.append((asked, Message("assistant", str(score), options.score_weight)))
-        lessons.append(TrainingDialogue((system,), tuple(branches)))
-    return lessons
+    profiles = [read_profile(profile_of(x, catalogue), catalogue) for x in examples]
+    known = list(zip(examples, profiles, strict=True))
+    golds = {x: gold_items(x, catalogue) for x in examples}
+    films = list(dict.fromkeys(film for x in examples for film in golds[x]))
+    first, then = [], []
+    for number, film in enumerate(films):
+        generator = np.random.default_rng(seed_for(seed, "cards", film.title))
+        plain = agents.announce(film.title), False
+        claim = claim_of(examples[number - 1].response, golds[examples[number - 1]], film)
+        own = [facts for x, facts in known if film in golds[x]]
+        others = [facts for x, facts in known if film not in golds[x] and fit(film, facts) < 2]
+        tried = own[:4] + mixed(others, film, options.profiles_per_card - 4, generator)
+        first.append(card_lesson(film, *plain, single_wishes(film, catalogue, generator), options))
+        then.append(card_lesson(film, *(plain if number % 4 else claim), tried, options))
+    return first[: len(first) // 2] + then
 
 
-def misses(
-    catalogue: Catalogue, facts: Collection[Fact], count: int, generator: np.random.Generator
-) -> list[Item]:
-    """Return `count` films that do not meet all wishes, the refused and seen ones first."""
-    known = {x.value for x in facts if x.kind == "title" and x.attitude != "like"}
-    order = [catalogue.items[i] for i in generator.permutation(len(catalogue))]
-    shared = {x: len(set(attributes(x)) & {fact[1:] for fact in facts}) for x in order}
-    others = [x for x in order if fit(x, facts) < 2]
-    half = [x for x in others if fit(x, facts) == 1]
-    near = sorted((x for x in others if fit(x, facts) == 0), key=lambda x: -shared[x])[: 2 * count]
-    turns = zip_longest(half, generator.permutation(np.array(near, object)), others)
-    found = [x for x in others if x.title in known]
-    found += [x for turn in turns for x in turn if x is not None]
-    return list(dict.fromkeys(found))[:count]
+def card_lesson(
+    film: Item,
+    reply: str,
+    false: bool,
+    profiles: Sequence[Collection[Fact]],
+    options: LessonOptions,
+) -> TrainingDialogue:
+    """Return a reply about the film and its card, scored by rule for each profile."""
+    branches = []
+    for facts in profiles:
+        score = str(max(fit(film, facts) - false, 0))
+        system, shown, asked = agents.card_prompt(reply, card(film), told(facts))
+        branches.append((asked, Message("assistant", score, options.score_weight)))
+    return TrainingDialogue((system, shown), tuple(branches))
 
 
-def claim_of(response: str, golds: Sequence[Item], film: Item, claim: int) -> tuple[str, bool]:
-    """Return a reply that recommends the film, and whether it claims something false of it."""
-    true = rewrite_all(response, golds, film)
-    if claim == 0:
-        return f"I recommend {film.title}.", False
-    if claim == 1:
-        return true, False
+def single_wishes(
+    film: Item, catalogue: Catalogue, generator: np.random.Generator
+) -> list[list[Fact]]:
+    """Return profiles of one wish, which the film meets or not, with or without a dislike."""
+    own = attributes(film)
+    pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
+    wrong = [pool[i] for i in generator.choice(len(pool), len(own))]
+    profiles = [[Fact("like", *x)] for x in (*own, *wrong)]
+    for genre in film.genres:
+        profiles.append([Fact("like", *own[-1]), Fact("dislike", "genre", genre)])
+    for value in sorted({value for kind, value in wrong if kind == "genre"}):
+        profiles.append([Fact("like", *own[0]), Fact("dislike", "genre", value)])
+    return profiles
+
+
+def mixed(
+    profiles: Sequence[Collection[Fact]], film: Item, count: int, generator: np.random.Generator
+) -> list[Collection[Fact]]:
+    """Return `count` of the profiles in random order: by turns half met, nearly half met, and any."""
+    own = set(attributes(film))
+    order = [profiles[i] for i in generator.permutation(len(profiles))]
+    half = [x for x in order if fit(film, x) == 1]
+    near = sorted(
+        (x for x in order if not fit(film, x)), key=lambda x: -len({f[1:] for f in x} & own)
+    )
+    turns = zip_longest(half[:count], near[:count], order[:count])
+    return [x for turn in turns for x in turn if x is not None][:count]
+
+
+def told(facts: Collection[Fact]) -> str:
+    """Return the profile of these facts."""
+    texts = {
+        x: [write_attribute(f.kind, f.value) for f in facts if f.attitude == x] for x in ATTITUDES
+    }
+    return write_profile(*texts.values())
+
+
+def claim_of(response: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
+    """Return a reply about the gold films, said of another film, and whether it is false of it."""
     stolen = response
     for gold in golds:
         stolen = rewrite(stolen, gold, replace(gold, title=film.title, name=film.name))
-    return stolen, stolen != true
+    return stolen, stolen != rewrite_all(response, golds, film)
 
 
 def popularity_of(examples: Sequence[Example]) -> dict[str, int]:
