@@ -65,9 +65,9 @@ class Sampling(Options):
 class Request:
     """A request for the assistant's next message: the chat, sampling, seed and adapter (or None).
 
-    The reply depends on its request alone, never on other requests of the call. In bf16 and fp16 the
-    rounding does depend on them, and may decide between two almost equally likely tokens. `seed`
-    decides the draws.
+    The reply depends on its request alone, never on other requests of the call. In bf16 and fp16
+    the rounding does depend on them, and may decide between two almost equally likely tokens.
+    `seed` decides the draws.
     """
 
     messages: tuple[Message, ...]
