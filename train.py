@@ -192,6 +192,7 @@ def evaluate(work: Work) -> None:
     counts = o.rows("eval"), o.rows("agreement")
     count = max(counts) if all(counts) else 0  # 0: all
     tests = pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
+    print(f"report: {len(tests)} dialogues, one row of each, from {len(work.test)} test rows")
     talked, judged = (tests[: count or None] for count in counts)
     popularity = popularity_of(work.train)
     methods = [name for name in COMPARED if name in o.methods]

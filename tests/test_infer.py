@@ -347,6 +347,7 @@ def test_rows_of_a_split_go_to_a_results_file_of_their_options(
     assert [set(row) for row in rows] == [PLAIN] * 3
     [path] = (run / "infer").glob("data-test-replies-*[0-9a-f].jsonl")
     kept = read_rows(path)
+    assert [row.pop("place") for row in kept] == [0, 1, 2]
     assert [{**row, "seconds": None} for row in rows] == [{**row, "seconds": None} for row in kept]
     assert "seconds" not in kept[0]
     costs = read_rows(path.with_name(path.name + ".timings.jsonl"))
