@@ -12,6 +12,7 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, copied, popular
 from usbrec.crs.report import (
+    METHOD_NAMES,
     announce,
     build_report,
     format_recall,
@@ -38,13 +39,20 @@ PLAIN = [row(0, 0.0, label(False)), row(1, 1.0, label(False), label(True, repeat
          row(2, None, label(False))]  # fmt: skip
 TUNED = [replace(PLAIN[0], score=1.5, labels=[label(True)], hit=True, grade=2),
          replace(PLAIN[1], score=2.0, grade=1), replace(PLAIN[2], score=1.0)]  # fmt: skip
+SEARCH = {
+    "turn": 1, "profile": "Likes: war.", "best": 0, "facts": {"right": 1, "told": 1, "true": 2},
+    "candidates": [
+        {"title": "T", "found": True, "fit": 2},
+        {"title": None, "found": False, "fit": 0},
+    ],
+}  # fmt: skip
 JUDGE = {"skipped": 0, "external": {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "unparsed": 1},
          "internal": {"auc": None, "low": None, "high": None, "n": 0, "unparsed": 9}}  # fmt: skip
 
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    methods = {"RL+SES": TUNED, "B/L": PLAIN}
+    methods = {"RL+SES": [replace(x, searches=[SEARCH]) for x in TUNED], "B/L": PLAIN}
     baselines = {"copy-last": [row.labels for row in PLAIN]}
     return build_report(methods, baselines, JUDGE, {"turns": 2}, {"test": 3}, seed=0)
 
@@ -82,6 +90,15 @@ def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> No
     assert gap["mean"] == pytest.approx(0.25)
 
 
+def test_grades_and_scores_leave_room_up_to_two() -> None:
+    """Three dialogues without a grade: 2 * (1 - 0.025 ** (1 / 3)) = 1.415."""
+    report = build_report({"B/L": PLAIN, "RL": PLAIN}, {}, JUDGE, {}, {}, 0)
+    grade, gap = report["methods"]["B/L"]["rule_grade"], report["differences"]["RL - B/L"]
+    assert (grade["low"], grade["high"]) == (0, pytest.approx(1.4152, abs=1e-4))
+    assert gap["rule_grade"]["low"] == pytest.approx(-1.4152, abs=1e-4)
+    assert gap["hit"]["high"] == pytest.approx(0.7076, abs=1e-4)
+
+
 def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
     """RL+SES: scores 1.5, 2, 1 against grades 2, 1, 0: ranks 2 3 1 and 3 2 1, 1 - 6 * 2 / 24."""
     assert report["methods"]["RL+SES"]["judge_and_rules"] == {
@@ -114,7 +131,29 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
     )
     for words in expected:
         assert words in text, words
-    assert "None" not in text and max(map(len, text.splitlines())) < 170
+    assert "None" not in text
+
+
+def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, Any]) -> None:
+    plain, searched = TUNED * 50, [replace(x, searches=[SEARCH]) for x in TUNED] * 50
+    methods = {name: searched if "SES" in name else plain for name in METHOD_NAMES}
+    facts = {f"max-{i}": "x" * 30 for i in range(20)}
+    text = format_report(build_report(methods, {}, JUDGE, facts, {}, 0))
+    (head,) = [line for line in text.splitlines() if line.startswith("difference")]
+    for part in ("iEval (0-2), n 150", "Recall@1, n 200", "hit, n 150", "rule grade (0-2), n 150"):
+        assert part in head
+    assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_a_head_tells_the_least_and_the_greatest_number_of_values(report: dict[str, Any]) -> None:
+    """B/L has an unread score of three, RL+SES none."""
+    head, *lines = format_report(report).splitlines()[:3]
+    assert head.split() == [
+        *("method", "iEval", "(0-2),", "n", "2-3", "Recall@1,", "n", "4", "hit,", "n", "3"),
+        *("rule", "grade", "(0-2),", "n", "3", "unparsed"),
+    ]
+    assert [line.split()[0] for line in lines] == ["B/L", "RL+SES"]
+    assert lines[0].split()[1] == "0.500"
 
 
 def test_sampled_votes_have_no_probability_of_the_digits() -> None:
@@ -128,8 +167,23 @@ def test_sampled_votes_have_no_probability_of_the_digits() -> None:
 def test_every_column_of_the_table_is_explained_below_it(report: dict[str, Any]) -> None:
     text = format_report(report)
     names = ("iEval", "Recall@1", "repeated", "new", "rows", "hit", "rule grade", "unparsed")
-    for name in (*names, "AUC", "digits' probability"):
-        assert f"{name}: " in text, name
+    summary = ("summary of", "precision", "recall", "exact")
+    search = ("candidates of", *(key.replace("_", " ") for key in report["search"]["RL+SES"]))
+    for name in (*names, *summary, *search, "AUC", "digits' probability"):
+        assert text.count(name) > 1 and f"{name}: " in text, name
+
+
+def test_the_summary_and_the_candidates_of_searched_methods_are_in_the_report(
+    report: dict[str, Any],
+) -> None:
+    assert list(report["search"]) == ["RL+SES"] and list(report["summary"]) == ["all"]
+    assert report["search"]["RL+SES"]["random"]["mean"] == 0.5
+    text = format_report(report)
+    assert "\nall        1.000 [0.292, 1.000] 0.500 [0.500, 0.500]" in text
+    assert "\nrandom           0.500" in text and "\nbest by rule     1.000" in text
+    plain = build_report({"B/L": PLAIN}, {}, JUDGE, {}, {}, 0)
+    assert plain["search"] == {} == plain["summary"]
+    assert "\n\n\n" not in format_report(plain)
 
 
 def test_a_search_is_drawn_as_a_tree() -> None:

@@ -16,6 +16,7 @@ from usbrec.crs.agents import JudgeScore, Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.ses import SearchOptions, search
+from usbrec.crs.wishes import fit, read_profile
 from usbrec.options import Options, option, seed_for
 
 # best first; a guess has several items if its title leaves the year open
@@ -47,6 +48,7 @@ class EvalRow(JudgeScore):
 
     `EvalRow(**json.loads(line))` restores a row. `items` are the catalogue titles of each reply.
     `grade` is the rules' 0, 1 or 2 for the judged reply's first title (0 if it names none).
+    `searches` are the records of the searched turns, each as `checked` returns it.
     """
 
     dialog_id: str
@@ -112,7 +114,8 @@ def evaluate_method(
             results = search(roles, dialogues, seeds, searching)
             replies = [result.reply for result in results]
             for talk, result in zip(talks, results, strict=True):
-                talk.searches.append({"turn": turn, **result.record()})
+                record = checked(roles.catalogue, talk.example, result.record())
+                talk.searches.append({"turn": turn, **record})
         else:
             replies = roles.recommend(dialogues, plain, seeds)
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
@@ -129,6 +132,28 @@ def evaluate_method(
 def first_items(catalogue: Catalogue, text: str) -> tuple[Item, ...]:
     """Return the readings of the first catalogue title in a text: several if the year is open."""
     return next((mention.items for mention in catalogue.find(text)), ())
+
+
+def checked(catalogue: Catalogue, example: Example, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a search's record, checked against the targets and the gold profile.
+
+    Each candidate gets the first title of its reply (`title`, None without one), whether that is a
+    target (`found`), and its `fit` with the true wishes. The record gets `facts`: how many facts
+    the summary tells (`told`), how many of these are `right`, and how many are `true`. Without a
+    gold profile `fit` and `facts` are None. A title that leaves the year open fits as the worst of
+    its readings, no title as 0.
+    """
+    facts, true, candidates = None, None, []
+    if example.profile is not None:
+        told, true = (read_profile(x, catalogue) for x in (record["profile"], example.profile))
+        facts = {"right": len(told & true), "told": len(told), "true": len(true)}
+    for candidate in record["candidates"]:
+        named = first_items(catalogue, candidate["reply"])
+        title = " or ".join(item.title for item in named) or None
+        found = any(label["found"] for label in gold_labels(catalogue, example, [named]))
+        fits = None if true is None else min((fit(item, true) for item in named), default=0)
+        candidates.append({**candidate, "title": title, "found": found, "fit": fits})
+    return {**record, "candidates": candidates, "facts": facts}
 
 
 def gold_labels(catalogue: Catalogue, example: Example, guesses: Guesses) -> Labels:

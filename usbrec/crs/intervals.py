@@ -23,6 +23,7 @@ Values = Sequence[float | None]
 Weights = Sequence[float] | None
 Groups = Sequence[str] | None  # a name per row
 Limits = tuple[float, float]  # the least and the greatest value that a row can have
+SHARE = (0.0, 1.0)
 DRAWS = 10_000
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 
@@ -32,7 +33,7 @@ def mean_interval(
     seed: int,
     weights: Weights = None,
     groups: Groups = None,
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = SHARE,
 ) -> dict[str, Any]:
     """Return the (weighted) mean of the values as {"mean", "low", "high", "n"}.
 

@@ -7,6 +7,7 @@ Every number has its 95% interval and its n. A score that could not be read is c
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from usbrec.crs.agents import Titles
@@ -14,14 +15,17 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
 from usbrec.crs.evaluation import EvalRow, Guesses, Labels, copied, gold_labels, popular
 from usbrec.crs.intervals import auc, mean_interval, paired_difference
+from usbrec.crs.measures import search_figures, summaries
 from usbrec.options import seed_for
 
-METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES")  # the order of the paper's table
+# in the order of the paper's table, which has not the last
+METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
+WIDTH = 120  # of the report's text
 CUTS = (1, 10, 50)  # K of a ranking's Recall@K
 HEADINGS = {
-    "ieval": "iEval, 0 to 2", "recall@1": "Recall@1", "hit": "hit",
-    "rule_grade": "rule grade, 0 to 2",
+    "ieval": "iEval (0-2)", "recall@1": "Recall@1", "hit": "hit", "rule_grade": "rule grade (0-2)"
 }  # fmt: skip
+GREATEST = {"ieval": 2.0, "rule_grade": 2.0}  # values of these figures, 1 of the others
 SPLIT_HEADINGS = {"recall@1_repeated": "repeated", "recall@1_new": "new"}
 # name -> a value per row, and a weight per row or None for equal weights
 Figures = dict[str, tuple[Sequence[float | None], Sequence[float] | None]]
@@ -49,6 +53,12 @@ def build_report(
             f"{b} - {a}": compare(ordered[b], ordered[a], seed) for a, b in combinations(ordered, 2)
         },
         "baselines": {name: recall(rows, groups, seed) for name, rows in baselines.items()},
+        "summary": summaries(ordered, seed),
+        "search": {
+            name: search_figures(rows, seed)
+            for name, rows in ordered.items()
+            if any(row.searches for row in rows)
+        },
         "judge": dict(judge),
         "unparsed": {name: _mean([x.score is None for x in y]) for name, y in ordered.items()},
         "options": dict(options),
@@ -82,14 +92,19 @@ def compare(later: Sequence[EvalRow], earlier: Sequence[EvalRow], seed: int) -> 
     """Return the paired differences of two methods over the same dialogues, per figure."""
     groups, others = [row.dialog_id for row in later], _figures(earlier)
     return {
-        name: paired_difference(values, others[name][0], seed, weights, groups)
+        name: paired_difference(
+            values, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0)
+        )
         for name, (values, weights) in _figures(later).items()
         if name in HEADINGS
     }
 
 
 def _means(figures: Figures, groups: Sequence[str], seed: int) -> dict[str, Any]:
-    return {name: mean_interval(x, seed, weights, groups) for name, (x, weights) in figures.items()}
+    return {
+        name: mean_interval(x, seed, weights, groups, (0.0, GREATEST.get(name, 1.0)))
+        for name, (x, weights) in figures.items()
+    }
 
 
 def _figures(rows: Sequence[EvalRow]) -> Figures:
@@ -165,7 +180,7 @@ def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
 
 
 def format_report(report: Facts) -> str:
-    """Return the report as text: methods and baselines, differences, judges, and a legend."""
+    """Return the report as text: methods, differences, search, judges, a legend, the options."""
     unparsed = {name: f"{share:.1%}" for name, share in report["unparsed"].items()}
     methods = {name: {**x, "unparsed": unparsed[name]} for name, x in report["methods"].items()}
     rows = {**methods, **report["baselines"]}
@@ -175,20 +190,44 @@ def format_report(report: Facts) -> str:
         _table("method", {**HEADINGS, "unparsed": "unparsed"}, rows),
         _table("Recall@1 of", {**SPLIT_HEADINGS, "recall@1_rows": "rows"}, rows),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
+        *_search_tables(report),
         _judge_lines(report),
         Path(__file__).with_name("legend.txt").read_text("utf-8").splitlines(),
-        [", ".join(plain)],
+        [fill(", ".join(plain), WIDTH, break_long_words=False)],
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts).rstrip()
+    return "\n\n".join("\n".join(lines) for lines in parts if lines).rstrip()
 
 
 def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f") -> list[str]:
-    """Return a head and one line per row; a cell is empty if the row has no such column."""
-    lines = [[title, *columns.values()]]
-    for name, row in rows.items():
-        found = [row.get(key, "") for key in columns]
-        lines.append([name, *(x if isinstance(x, str) else interval(x, form=form) for x in found)])
-    return ["".join([f"{x[0]:<18}", *(f"{cell:<30}" for cell in x[1:])]).rstrip() for x in lines]
+    """Return a head and one line per row; a cell is empty if the row has no such column.
+
+    The head tells the number of values, "n 128", or the least and the greatest number of the rows.
+    No rows give no table.
+    """
+    lines = [[title, *columns.values()], *([name] for name in rows)]
+    for place, key in enumerate(columns, 1):
+        found = [row.get(key, "") for row in rows.values()]
+        counts = sorted({x["n"] for x in found if not isinstance(x, str)})
+        if counts:
+            lines[0][place] += f", n {'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+        for line, x in zip(lines[1:], found, strict=True):
+            line.append(x if isinstance(x, str) else interval(x, form=form).split(" n ")[0])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    padded = [map(str.ljust, line, widths) for line in lines if rows]
+    return [" ".join(cells).rstrip() for cells in padded]
+
+
+def _search_tables(report: Facts) -> list[list[str]]:
+    """Return the summaries' facts, and the candidates of each searched method in a column."""
+    found, heads = report["search"], {name: name for name in ("precision", "recall", "exact")}
+    rows: dict[str, dict[str, Any]] = {}  # a figure of all methods
+    for name, figures in found.items():
+        for key, x in figures.items():
+            rows.setdefault(key.replace("_", " "), {})[name] = x
+    return [
+        _table("summary of", heads, report["summary"]),
+        _table("candidates of", {name: name for name in found}, rows),
+    ]
 
 
 def _judge_lines(report: Facts) -> list[str]:
