@@ -5,7 +5,7 @@ Both packages import this module and never each other. Nothing here knows of ten
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from usbrec.options import Options, option
 
@@ -98,4 +98,18 @@ class LanguageModel(Protocol):
         self, requests: Sequence[Request], choices: Sequence[str]
     ) -> list[list[float]]:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
+        ...
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """A third call, which a language model may have: the ranking of thousands of given replies."""
+
+    def best_texts(
+        self, requests: Sequence[Request], texts: Sequence[str], k: int
+    ) -> list[list[tuple[int, float]]]:
+        """Return per request the k most probable texts as its reply's beginning, best first.
+
+        Each is (place among the texts, log-probability).
+        """
         ...

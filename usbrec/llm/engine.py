@@ -1,4 +1,4 @@
-"""The inference engine: tokenizer, decoder, prefix cache and sampling behind two calls.
+"""The inference engine: tokenizer, decoder, prefix cache and sampling behind three calls.
 
 A prefix that requests share is computed once, within a call and across calls. Callers handle no
 keys, values or batches.
@@ -16,6 +16,7 @@ from usbrec.chat import Reply, Request
 from usbrec.llm.cache import PrefixCache, SlotPath
 from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
 from usbrec.llm.model import Decoder
+from usbrec.llm.ranking import Ranking
 from usbrec.llm.sampler import Sampler, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, ReplyText, fit_prompt, prompt_room
 from usbrec.options import UserError
@@ -129,7 +130,7 @@ class Batch:
 
 
 class Engine:
-    """`usbrec.chat.LanguageModel` over a decoder in this process."""
+    """`usbrec.chat.LanguageModel` and `Ranks` over a decoder in this process."""
 
     def __init__(
         self, model: Decoder, tokenizer: ChatTokenizer, kv_bytes: int = 1 << 28, max_length: int = 0
@@ -147,6 +148,7 @@ class Engine:
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
         self.usage = Usage()
+        self.ranking: Ranking | None = None  # of the texts that were ranked last
         # receives a reply's text as it is drawn, in calls with one request
         self.listener: Callable[[str], None] | None = None
 
@@ -214,6 +216,19 @@ class Engine:
                 logps = {said: next(logits).float().log_softmax(-1) for said in begun}
                 scores.append(torch.stack([choice_logprob(logps, group) for group in variants]))
         return self.agreed(torch.stack(scores)).tolist() if scores else []
+
+    def best_texts(
+        self, requests: Sequence[Request], texts: Sequence[str], k: int
+    ) -> list[list[tuple[int, float]]]:
+        """Return per request the k most probable texts as its reply's beginning, best first.
+
+        Each is (place among the texts, log-probability). Only `ranking.TOKENS` tokens are spent on
+        a request, so later places may miss better texts.
+        """
+        self.usage.calls += 1
+        if self.ranking is None or self.ranking.texts != list(texts):
+            self.ranking = Ranking(self, texts)
+        return [ranked.texts for ranked in self.ranking.best(requests, k)]
 
     def variants(self, choice: str) -> list[list[int]]:
         """Return the distinct token sequences that render a choice at the start of a reply."""
