@@ -30,7 +30,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, add_turn
-from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.evaluation import EvaluationOptions, announce
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import SearchOptions
 from usbrec.extras.default_model import find_model
@@ -146,7 +146,7 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
         tell(f"{side}: {'the base weights as they are' if name == 'none' else name}")
     roles = Roles(recommender, simulator, catalogue)
     engines = [engine, other] if other is not engine else [engine]
-    titles = [report.announce(item.title) for item in catalogue]
+    titles = [announce(item.title) for item in catalogue]
     ranking = Ranking(engine, titles) if options.rank else None
     return Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
 

@@ -32,14 +32,15 @@ from tqdm import tqdm
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.agreement import agreement, judge_agreement
+from usbrec.crs.agreement import judge_agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import EvalRow, baseline_labels, evaluate_method
+from usbrec.crs.evaluation import baseline_labels, evaluate_method
 from usbrec.crs.lessons import popularity_of, recommender_lessons, simulator_lessons
+from usbrec.crs.measures import judge_ranked
 from usbrec.crs.podcs import build_pairs, count_reasons
-from usbrec.crs.report import build_report, format_report
+from usbrec.crs.report import format_report, report_of
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.engine import Engine
@@ -264,11 +265,9 @@ def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
 def evaluate(work: Work) -> None:
     """Evaluate every method on the same test dialogues with the same judge; write the report."""
     settings, o = work.settings, work.settings.data
-    counts = o.rows("eval"), o.rows("agreement")
-    count = max(counts) if all(counts) else 0  # 0: all
-    tests = pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
-    talked, judged = (tests[: count or None] for count in counts)
-    popularity = popularity_of(work.train)
+    tests = pick_rows(work.test, 0, seed_for(o.seed, "test"), apart=True)
+    talked, judged = (tests[: o.rows(name) or None] for name in ("eval", "agreement"))
+    ranked, popularity = talked[: settings.eval.ranked_dialogues], popularity_of(work.train)
     roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
 
     def meet_chunk(chunk: Sequence[Example]) -> list[Row]:
@@ -277,6 +276,9 @@ def evaluate(work: Work) -> None:
         found = judge_agreement(roles["sft"], own, popularity, o.seed, settings.eval)
         for x, row in zip(own, found, strict=True):
             rows[x]["agreement"] = row
+        own = [x for x in chunk if x in ranked]
+        for x, row in zip(own, judge_ranked(roles["rl"], own, settings.eval), strict=True):
+            rows[x]["ranked"] = row
         own = [x for x in chunk if x in talked]
         for name, (adapter, searches) in COMPARED.items():
             searching = settings.ses if searches else None
@@ -285,18 +287,17 @@ def evaluate(work: Work) -> None:
                 rows[x][name] = asdict(talk)
         return list(rows.values())
 
-    rows = run_chunks(work.results("rows.jsonl", "report"), tests, meet_chunk)
+    met = max(talked, judged, key=len)
+    rows = run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
     if parallel.rank() == 0:
-        write_report(work, rows, baseline_labels(work.catalogue, talked, popularity))
+        write_report(work, rows, baseline_labels(work.catalogue, talked, work.train, popularity))
 
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json and report.txt, and print the text."""
-    facts, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
-    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in COMPARED}
-    judge = agreement([row["agreement"] for row in rows if "agreement" in row], seed)
-    counts = {"test": len(methods["B/L"]), "train": len(work.train), "notes": work.notes}
-    report = build_report(methods, baselines, judge, facts, counts, seed)
+    options, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
+    counts = {"test": len(baselines["copy-last"]), "train": len(work.train), "notes": work.notes}
+    report = report_of(rows, baselines, options, counts, seed)
     text = format_report(report)
     runs.write_whole(work.folder / "report.txt", (text + "\n").encode())
     runs.write_json(work.folder / "report.json", report)
@@ -366,9 +367,8 @@ def load_work(settings: Settings, folder: Path, sharded: bool) -> Work:
 def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: Namespace) -> None:
     """Run the stages that are not yet done, in their order."""
     todo = parallel.from_first(lambda: claim_stages(stages, folder, settings, flags.fresh))
-    for stage in stages:
-        if stage not in todo:
-            print(f"{stage}: done before, used again")
+    for stage in (x for x in stages if x not in todo):
+        print(f"{stage}: done before, used again")
     if not todo:
         return
     work = load_work(settings, folder, flags.shard)

@@ -20,7 +20,7 @@ from contest import show
 from race import finish, our_engine, request_of
 
 from usbrec.chat import Request
-from usbrec.crs.report import announce
+from usbrec.crs.evaluation import announce
 from usbrec.llm.engine import Engine
 from usbrec.llm.ranking import TOKENS, Ranking
 

@@ -11,16 +11,19 @@ from textwrap import fill
 from typing import Any
 
 from usbrec.crs.agents import Titles
+from usbrec.crs.agreement import agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
 from usbrec.crs.evaluation import EvalRow, Guesses, Labels, copied, gold_labels, popular
 from usbrec.crs.intervals import auc, mean_interval, paired_difference
-from usbrec.crs.measures import search_figures, summaries
+from usbrec.crs.measures import search_figures, summaries, within_dialogues
 from usbrec.options import seed_for
 
 # in the order of the paper's table, which has not the last
 METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
+CHECKS = ("agreement", "ranked")  # of the judges, beside the methods in rows.jsonl
 WIDTH = 120  # of the report's text
+CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
 CUTS = (1, 10, 50)  # K of a ranking's Recall@K
 HEADINGS = {
     "ieval": "iEval (0-2)", "recall@1": "Recall@1", "hit": "hit", "rule_grade": "rule grade (0-2)"
@@ -32,37 +35,57 @@ Figures = dict[str, tuple[Sequence[float | None], Sequence[float] | None]]
 Facts = Mapping[str, Any]
 
 
+def report_of(
+    rows: Sequence[Facts], baselines: Facts, options: Facts, counts: Facts, seed: int
+) -> dict[str, Any]:
+    """Return `build_report` of the rows of rows.jsonl, by the options and counts of their run."""
+    noted = {name: [row[name] for row in rows if name in row] for name in (*METHOD_NAMES, *CHECKS)}
+    methods = {name: [EvalRow(**x) for x in noted[name]] for name in METHOD_NAMES if noted[name]}
+    judge = agreement(noted["agreement"], seed)
+    judge["within_dialogue"] = within_dialogues(noted["ranked"], seed)
+    facts = {"options": options, "counts": counts}
+    return build_report(methods, baselines, judge, facts, seed, options["eval"]["seen"])
+
+
 def build_report(
-    methods: Facts, baselines: Facts, judge: Facts, options: Facts, counts: Facts, seed: int
+    methods: Facts, baselines: Facts, judge: Facts, facts: Facts, seed: int, seen: int = 0
 ) -> dict[str, Any]:
     """Return the content of report.json.
 
     `methods` maps the paper's names to EvalRows over the same dialogues in the same order
     (asserted). `baselines` holds the `baseline_labels` of those dialogues. `judge` holds the
-    `agreement` of both judges.
+    `agreement` of both judges and, as "within_dialogue", `within_dialogues`. `facts` holds the
+    options and counts of the run. Where there are more than `seen` dialogues, the figures of the
+    methods stand a second time under "after", without the first `seen`.
     """
     seed = seed_for(seed, "report")
     ordered = {name: methods[name] for name in METHOD_NAMES if name in methods}
     assert len(ordered) == len(methods), f"methods are named {METHOD_NAMES}, got {tuple(methods)}"
     places = [[(row.dialog_id, row.turn_id) for row in rows] for rows in ordered.values()]
     assert all(place == places[0] for place in places), "methods saw other dialogues"
-    groups = [dialog_id for dialog_id, _ in places[0]] if places else []
+    areas = {name: x["all"]["mean"] for name, x in judge.get("within_dialogue", {}).items()}
+    found = compare_all(ordered, baselines, seed)
+    if places and 0 < seen < len(places[0]):
+        rest, labels = ({k: x[seen:] for k, x in rows.items()} for rows in (ordered, baselines))
+        found["after"] = {"seen": seen, **compare_all(rest, labels, seed)}
+    found["summary"], found["judge"] = summaries(ordered, seed), dict(judge)
+    found["search"] = {
+        name: search_figures(rows, areas.get(CHOOSERS.get(name, "internal judge")), seed)
+        for name, rows in ordered.items()
+        if any(row.searches for row in rows)
+    }
+    return {**found, **facts}
+
+
+def compare_all(methods: Facts, baselines: Facts, seed: int) -> dict[str, Any]:
+    """Return the figures of all methods and baselines, and the differences of the methods."""
+    groups = [row.dialog_id for row in next(iter(methods.values()), ())]
+    pairs = combinations(methods, 2)
     return {
-        "methods": {name: summarise(rows, seed) for name, rows in ordered.items()},
-        "differences": {
-            f"{b} - {a}": compare(ordered[b], ordered[a], seed) for a, b in combinations(ordered, 2)
-        },
+        "methods": {name: summarise(rows, seed) for name, rows in methods.items()},
+        "differences": {f"{b} - {a}": compare(methods[b], methods[a], seed) for a, b in pairs},
         "baselines": {name: recall(rows, groups, seed) for name, rows in baselines.items()},
-        "summary": summaries(ordered, seed),
-        "search": {
-            name: search_figures(rows, seed)
-            for name, rows in ordered.items()
-            if any(row.searches for row in rows)
-        },
-        "judge": dict(judge),
-        "unparsed": {name: _mean([x.score is None for x in y]) for name, y in ordered.items()},
-        "options": dict(options),
-        "counts": dict(counts),
+        "unparsed": {name: _mean([x.score is None for x in y]) for name, y in methods.items()},
     }
 
 
@@ -125,7 +148,7 @@ def _recall_figures(labels: Sequence[Labels]) -> Figures:
 
     return {
         "recall@1": over(True, False),
-        "recall@1_rows": ([float(any(x["found"] for x in row)) for row in labels], None),
+        "recall@1_rows": ([min(1.0, sum(x["found"] for x in row)) for row in labels], None),
         "recall@1_repeated": over(True),
         "recall@1_new": over(False),
     }
@@ -136,14 +159,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 # --- the recall of rankings ---------------------------------------------------------------------
-
-
-def announce(title: str) -> str:
-    """Return the beginning of a reply that recommends the title, one phrase for all films.
-
-    Films are ranked by the phrase's probability. Its full stop tells "Heat" from "Heat (1995)".
-    """
-    return f"I recommend {title}."
 
 
 def ranked_recall(
@@ -181,13 +196,14 @@ def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
 
 def format_report(report: Facts) -> str:
     """Return the report as text: methods, differences, search, judges, a legend, the options."""
-    unparsed = {name: f"{share:.1%}" for name, share in report["unparsed"].items()}
-    methods = {name: {**x, "unparsed": unparsed[name]} for name, x in report["methods"].items()}
-    rows = {**methods, **report["baselines"]}
+    rows, after = _methods_and_baselines(report), report.get("after")
+    columns = {**HEADINGS, "unparsed": "unparsed"}
+    later = _methods_and_baselines(after) if after else {}
     facts = {**report["counts"], **report["options"]}
     plain = [f"{n} {x}" for n, x in facts.items() if not isinstance(x, Mapping | list | tuple)]
     parts = [
-        _table("method", {**HEADINGS, "unparsed": "unparsed"}, rows),
+        _table("method", columns, rows),
+        _table(f"after the first {after['seen']}" if after else "", columns, later),
         _table("Recall@1 of", {**SPLIT_HEADINGS, "recall@1_rows": "rows"}, rows),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
         *_search_tables(report),
@@ -196,6 +212,13 @@ def format_report(report: Facts) -> str:
         [fill(", ".join(plain), WIDTH, break_long_words=False)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines).rstrip()
+
+
+def _methods_and_baselines(report: Facts) -> dict[str, Any]:
+    """Return the rows of the table of methods."""
+    unparsed = {name: f"{share:.1%}" for name, share in report["unparsed"].items()}
+    methods = {name: {**x, "unparsed": unparsed[name]} for name, x in report["methods"].items()}
+    return {**methods, **report["baselines"]}
 
 
 def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f") -> list[str]:
@@ -218,8 +241,10 @@ def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f
 
 
 def _search_tables(report: Facts) -> list[list[str]]:
-    """Return the summaries' facts, and the candidates of each searched method in a column."""
+    """Return tables of summaries, candidates (a method per column) and AUC within a dialogue."""
     found, heads = report["search"], {name: name for name in ("precision", "recall", "exact")}
+    within = report["judge"].get("within_dialogue", {})
+    kinds = {"all": "against all misses", "broken": "against misses that break a wish"}
     rows: dict[str, dict[str, Any]] = {}  # a figure of all methods
     for name, figures in found.items():
         for key, x in figures.items():
@@ -227,6 +252,7 @@ def _search_tables(report: Facts) -> list[list[str]]:
     return [
         _table("summary of", heads, report["summary"]),
         _table("candidates of", {name: name for name in found}, rows),
+        _table("AUC within a dialogue", kinds, within) or ["AUC within a dialogue: left out"],
     ]
 
 
@@ -236,7 +262,7 @@ def _judge_lines(report: Facts) -> list[str]:
         f"{name} judge, gold reply against a rewritten one: AUC {interval(found, mean='auc')}, "
         f"{found['unparsed']} unparsed, {judge.get('skipped', 0)} skipped"
         for name, found in judge.items()
-        if isinstance(found, Mapping)
+        if name in ("external", "internal")
     ]
     for name, found in report["methods"].items():
         rules = found["judge_and_rules"]
