@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs.agreement import agreement, judge_agreement
+from usbrec.crs.agreement import judge_agreement
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import EvalRow, baseline_labels, evaluate_method
+from usbrec.crs.evaluation import baseline_labels, evaluate_method
 from usbrec.crs.lessons import (
     card_lessons,
     popularity_of,
@@ -42,8 +42,9 @@ from usbrec.crs.lessons import (
     summary_lessons,
     woven,
 )
+from usbrec.crs.measures import judge_ranked
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
-from usbrec.crs.report import build_report, format_report
+from usbrec.crs.report import format_report, report_of
 from usbrec.extras.default_model import find_model
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
@@ -194,7 +195,7 @@ def evaluate(work: Work) -> None:
     tests = pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
     print(f"report: {len(tests)} dialogues, one row of each, from {len(work.test)} test rows")
     talked, judged = (tests[: count or None] for count in counts)
-    popularity = popularity_of(work.train)
+    ranked, popularity = talked[: settings.eval.ranked_dialogues], popularity_of(work.train)
     methods = [name for name in COMPARED if name in o.methods]
     roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
 
@@ -204,6 +205,9 @@ def evaluate(work: Work) -> None:
         found = judge_agreement(roles["sft"], own, popularity, o.seed, settings.eval)
         for x, row in zip(own, found, strict=True):
             rows[x]["agreement"] = row
+        own = [x for x in chunk if x in ranked]
+        for x, row in zip(own, judge_ranked(roles["rl"], own, settings.eval), strict=True):
+            rows[x]["ranked"] = row
         own = [x for x in chunk if x in talked]
         for name in methods:
             adapter, group = COMPARED[name]
@@ -213,19 +217,17 @@ def evaluate(work: Work) -> None:
                 rows[x][name] = asdict(talk)
         return list(rows.values())
 
-    rows = run_chunks(work.results("rows.jsonl", "report"), tests, meet_chunk)
+    met = max(talked, judged, key=len)
+    rows = run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
     if parallel.rank() == 0:
-        write_report(work, rows, baseline_labels(work.catalogue, talked, popularity))
+        write_report(work, rows, baseline_labels(work.catalogue, talked, work.train, popularity))
 
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json and report.txt, and print the text."""
-    facts, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
-    names = work.settings.data.methods
-    methods = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in names}
-    judge = agreement([row["agreement"] for row in rows if "agreement" in row], seed)
-    counts = {"test": len(methods[names[0]]), "train": len(work.train), "notes": work.notes}
-    report = build_report(methods, baselines, judge, facts, counts, seed)
+    options, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
+    counts = {"test": len(baselines["copy-last"]), "train": len(work.train), "notes": work.notes}
+    report = report_of(rows, baselines, options, counts, seed)
     text = format_report(report)
     runs.write_whole(work.folder / "report.txt", (text + "\n").encode())
     runs.write_json(work.folder / "report.json", report)

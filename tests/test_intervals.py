@@ -1,5 +1,7 @@
 """Intervals: against closed forms, by hand, and with groups and weights."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -22,9 +24,41 @@ def test_the_interval_of_a_mean_is_about_two_standard_errors() -> None:
     assert found["high"] == pytest.approx(found["mean"] + 1.96 * error, abs=0.004)
 
 
-def test_no_values_have_no_mean_and_equal_ones_no_width() -> None:
+def test_no_values_have_no_mean_and_equal_fractions_no_width() -> None:
     assert mean_interval([], 0) == {"mean": None, "low": None, "high": None, "n": 0}
     assert mean_interval([0.5] * 3, 0) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 3}
+
+
+def bounds(found: dict[str, float]) -> list[float]:
+    return [round(found[key], 4) for key in ("low", "mean", "high")]
+
+
+def test_rows_that_agree_leave_room_for_what_was_not_drawn() -> None:
+    """0.025 ** (1 / 128) = exp(-3.68888 / 128) = 0.97159, so a share of 0.02841 may be otherwise.
+
+    A grade of 0 to 2 moves twice as far, and so does a difference in both directions.
+    """
+    none, all_ = [0.0] * 128, [1.0] * 128
+    assert bounds(mean_interval(none, 0)) == [0, 0, 0.0284]
+    assert bounds(mean_interval(all_, 0)) == [0.9716, 1, 1]
+    assert bounds(mean_interval(none, 0, limits=(0, 2))) == [0, 0, 0.0568]
+    assert bounds(paired_difference(all_, all_, 0)) == [-0.0284, 0, 0.0284]
+    assert bounds(paired_difference(all_, all_, 0, span=2)) == [-0.0568, 0, 0.0568]
+
+
+def test_the_room_counts_dialogues_not_rows() -> None:
+    """Two dialogues: 0.025 ** (1 / 2) = 0.1581."""
+    groups = [str(i // 64) for i in range(128)]
+    assert bounds(mean_interval([0.0] * 128, 0, groups=groups)) == [0, 0, 0.8419]
+
+
+def test_one_hit_more_never_lowers_an_end_of_the_interval() -> None:
+    """1 of 128: the draws end at 3 / 128 = 0.0234, the room at 0.0078 + 0.0284 * 0.9922 = 0.036."""
+    found = [mean_interval([1.0] * hits + [0.0] * (128 - hits), 0) for hits in range(12)]
+    assert bounds(found[1]) == [0, 0.0078, 0.036]
+    for key in ("low", "high"):
+        ends = [x[key] for x in found]
+        assert all(b - a > -0.004 for a, b in pairwise(ends)), key  # the draws' own noise
 
 
 def test_weights_make_a_micro_average() -> None:
@@ -52,7 +86,8 @@ def test_a_paired_difference_is_narrower_than_its_sides() -> None:
 
 def test_a_difference_leaves_out_rows_that_one_side_lacks() -> None:
     found = paired_difference([1.0, None, 3.0], [0.0, 5.0, None], 0, [1, 1, 1], ["a", "b", "c"])
-    assert found == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    assert (found["mean"], found["high"], found["n"]) == (1.0, 1.0, 1)
+    assert found["low"] == pytest.approx(1 - 0.975 * 2)  # one dialogue excludes next to nothing
 
 
 def test_the_area_counts_all_pairs_and_half_the_ties() -> None:
@@ -61,6 +96,13 @@ def test_the_area_counts_all_pairs_and_half_the_ties() -> None:
     assert auc_interval([3, 1], [2, 1], 0)["auc"] == 0.625
     assert auc([], [1]) is None
     assert auc_interval([], [], 0) == {"auc": None, "low": None, "high": None, "n": 0}
+
+
+def test_an_area_of_one_or_zero_leaves_room_too() -> None:
+    """Ten rows: 0.025 ** (2 / 10) = 0.4782 of the pairs are of two rows like those seen."""
+    sure, wrong = auc_interval([2] * 10, [1] * 10, 0), auc_interval([1] * 10, [2] * 10, 0)
+    assert (sure["auc"], sure["high"], wrong["auc"], wrong["low"]) == (1, 1, 0, 0)
+    assert sure["low"] == pytest.approx(0.4782, abs=1e-4) == 1 - wrong["high"]
 
 
 def test_the_interval_of_the_area_is_that_of_resampled_rows() -> None:

@@ -1,7 +1,7 @@
 """The report: figures and recall by hand, the fields that readers rely on, a search to be read."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, copied, popular
 from usbrec.crs.report import (
+    METHOD_NAMES,
     build_report,
     format_recall,
     format_report,
     format_search,
     ranked_recall,
+    report_of,
 )
 from usbrec.extras.plot import main, save_plot
 
@@ -38,15 +40,26 @@ PLAIN = [row(0, 0.0, label(False)), row(1, 1.0, label(False), label(True, repeat
          row(2, None, label(False))]  # fmt: skip
 TUNED = [replace(PLAIN[0], score=1.5, labels=[label(True)], hit=True, grade=2),
          replace(PLAIN[1], score=2.0, grade=1), replace(PLAIN[2], score=1.0)]  # fmt: skip
+SEARCH = {
+    "turn": 1, "profile": "Likes: war.", "best": 0, "facts": {"right": 1, "told": 1, "true": 2},
+    "candidates": [
+        {"title": "T", "found": True, "fit": 2},
+        {"title": None, "found": False, "fit": 0},
+    ],
+}  # fmt: skip
+FACTS = {"options": {"turns": 2}, "counts": {"test": 3}}
+MEAN = {"mean": 0.75, "low": 0.5, "high": 1.0, "n": 8}
+WITHIN = {"internal judge": {"all": MEAN, "broken": MEAN}, "rule": {"all": MEAN, "broken": MEAN}}
 JUDGE = {"skipped": 0, "external": {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "unparsed": 1},
-         "internal": {"auc": None, "low": None, "high": None, "n": 0, "unparsed": 9}}  # fmt: skip
+         "internal": {"auc": None, "low": None, "high": None, "n": 0, "unparsed": 9},
+         "within_dialogue": WITHIN}  # fmt: skip
 
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    methods = {"RL+SES": TUNED, "B/L": PLAIN}
+    methods = {"RL+SES": [replace(x, searches=[SEARCH]) for x in TUNED], "B/L": PLAIN}
     baselines = {"copy-last": [row.labels for row in PLAIN]}
-    return build_report(methods, baselines, JUDGE, {"turns": 2}, {"test": 3}, seed=0)
+    return build_report(methods, baselines, JUDGE, FACTS, seed=0)
 
 
 def test_the_report_has_the_fields_that_readers_rely_on(report: dict[str, Any]) -> None:
@@ -82,6 +95,15 @@ def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> No
     assert gap["mean"] == pytest.approx(0.25)
 
 
+def test_grades_and_scores_leave_room_up_to_two() -> None:
+    """Three dialogues without a grade: 2 * (1 - 0.025 ** (1 / 3)) = 1.415."""
+    report = build_report({"B/L": PLAIN, "RL": PLAIN}, {}, JUDGE, FACTS, 0)
+    grade, gap = report["methods"]["B/L"]["rule_grade"], report["differences"]["RL - B/L"]
+    assert (grade["low"], grade["high"]) == (0, pytest.approx(1.4152, abs=1e-4))
+    assert gap["rule_grade"]["low"] == pytest.approx(-1.4152, abs=1e-4)
+    assert gap["hit"]["high"] == pytest.approx(0.7076, abs=1e-4)
+
+
 def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
     """RL+SES: scores 1.5, 2, 1 against grades 2, 1, 0: ranks 2 3 1 and 3 2 1, 1 - 6 * 2 / 24."""
     assert report["methods"]["RL+SES"]["judge_and_rules"] == {
@@ -93,9 +115,9 @@ def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
 
 def test_methods_must_have_seen_the_same_dialogues() -> None:
     with pytest.raises(AssertionError, match="other dialogues"):
-        build_report({"B/L": PLAIN, "RL": TUNED[::-1]}, {}, JUDGE, {}, {}, 0)
+        build_report({"B/L": PLAIN, "RL": TUNED[::-1]}, {}, JUDGE, FACTS, 0)
     with pytest.raises(AssertionError, match="named"):
-        build_report({"mine": PLAIN}, {}, JUDGE, {}, {}, 0)
+        build_report({"mine": PLAIN}, {}, JUDGE, FACTS, 0)
 
 
 def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> None:
@@ -114,12 +136,34 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
     )
     for words in expected:
         assert words in text, words
-    assert "None" not in text and max(map(len, text.splitlines())) < 170
+    assert "None" not in text
+
+
+def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, Any]) -> None:
+    plain, searched = TUNED * 50, [replace(x, searches=[SEARCH]) for x in TUNED] * 50
+    methods = {name: searched if "SES" in name else plain for name in METHOD_NAMES}
+    facts = {**FACTS, "options": {f"max-{i}": "x" * 30 for i in range(20)}}
+    text = format_report(build_report(methods, {}, JUDGE, facts, 0))
+    (head,) = [line for line in text.splitlines() if line.startswith("difference")]
+    for part in ("iEval (0-2), n 150", "Recall@1, n 200", "hit, n 150", "rule grade (0-2), n 150"):
+        assert part in head
+    assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_a_head_tells_the_least_and_the_greatest_number_of_values(report: dict[str, Any]) -> None:
+    """B/L has an unread score of three, RL+SES none."""
+    head, *lines = format_report(report).splitlines()[:3]
+    assert head.split() == [
+        *("method", "iEval", "(0-2),", "n", "2-3", "Recall@1,", "n", "4", "hit,", "n", "3"),
+        *("rule", "grade", "(0-2),", "n", "3", "unparsed"),
+    ]
+    assert [line.split()[0] for line in lines] == ["B/L", "RL+SES"]
+    assert lines[0].split()[1] == "0.500"
 
 
 def test_sampled_votes_have_no_probability_of_the_digits() -> None:
     voted = [replace(row, digit_probability=None, parse_rate=1.0) for row in PLAIN]
-    report = build_report({"B/L": voted, "RL": PLAIN}, {}, JUDGE, {}, {}, 0)
+    report = build_report({"B/L": voted, "RL": PLAIN}, {}, JUDGE, FACTS, 0)
     shares = [found["digit_probability"] for found in report["methods"].values()]
     assert shares == [None, 0.5]
     assert "digits' probability none" in format_report(report)
@@ -128,8 +172,81 @@ def test_sampled_votes_have_no_probability_of_the_digits() -> None:
 def test_every_column_of_the_table_is_explained_below_it(report: dict[str, Any]) -> None:
     text = format_report(report)
     names = ("iEval", "Recall@1", "repeated", "new", "rows", "hit", "rule grade", "unparsed")
-    for name in (*names, "AUC", "digits' probability"):
-        assert f"{name}: " in text, name
+    summary = ("summary of", "precision", "recall", "exact")
+    search = ("candidates of", *(key.replace("_", " ") for key in report["search"]["RL+SES"]))
+    within = ("AUC within a dialogue", *WITHIN)
+    for name in (*names, *summary, *search, *within, "AUC", "digits' probability"):
+        assert text.count(name) > 1 and f"{name}: " in text, name
+
+
+def test_dialogues_after_the_first_ones_have_a_table_of_their_own() -> None:
+    """Three dialogues, of which one was looked at: B/L's scores of the others are 1 and unread."""
+    baselines = {"copy-last": [row.labels for row in PLAIN]}
+    methods = {"B/L": PLAIN, "RL": TUNED}
+    report = build_report(methods, baselines, JUDGE, FACTS, 0, seen=1)
+    after = report["after"]
+    assert after["seen"] == 1
+    assert (after["methods"]["B/L"]["ieval"]["mean"], after["unparsed"]["B/L"]) == (1.0, 0.5)
+    alone = build_report({"RL": TUNED[1:]}, {}, JUDGE, FACTS, 0)
+    assert after["methods"]["RL"] == alone["methods"]["RL"]
+    assert after["baselines"]["copy-last"]["recall@1"]["n"] == 3
+    assert after["differences"]["RL - B/L"]["ieval"]["n"] == 1
+    text = format_report(report)
+    (lines,) = [x.splitlines() for x in text.split("\n\n") if x.startswith("after the first 1 ")]
+    assert lines[1].startswith("B/L               1.000 ")
+    for few in (0, 3, 128):
+        plain = build_report(methods, baselines, JUDGE, FACTS, 0, seen=few)
+        assert "after" not in plain and "\nafter the first 1 " not in format_report(plain)
+
+
+def test_the_judge_within_a_dialogue_is_told_or_said_to_be_left_out(report: dict[str, Any]) -> None:
+    text = format_report(report)
+    assert "\nAUC within a dialogue against all misses, n 8" in text
+    assert "\ninternal judge        0.750 [0.500, 1.000]" in text
+    none = build_report({"B/L": PLAIN}, {}, {**JUDGE, "within_dialogue": {}}, FACTS, 0)
+    assert "\nAUC within a dialogue: left out\n" in format_report(none)
+
+
+def test_each_searched_methods_gain_is_predicted_from_its_own_judge() -> None:
+    """A hit and a miss: the internal judge's 0.75 less 0.5. Cards have another judge."""
+    searched = [replace(x, searches=[SEARCH]) for x in TUNED]
+    methods = {"RL+SES": searched, "RL+SES+cards": searched}
+    found = build_report(methods, {}, JUDGE, FACTS, 0)["search"]
+    assert found["RL+SES"]["gain_predicted"]["mean"] == pytest.approx(0.25, abs=1e-3)
+    assert found["RL+SES+cards"]["gain_predicted"]["mean"] is None
+    judge = {**JUDGE, "within_dialogue": {"judge with cards": {"all": {**MEAN, "mean": 0.9}}}}
+    found = build_report(methods, {}, judge, FACTS, 0)["search"]
+    assert found["RL+SES+cards"]["gain_predicted"]["mean"] == pytest.approx(0.4, abs=1e-3)
+
+
+def test_a_random_guess_counts_as_its_probability() -> None:
+    labels = [[label(True)], [{**label(False), "found": 0.25}]]
+    report = build_report({"B/L": PLAIN[:2]}, {"random": labels}, JUDGE, FACTS, 0)
+    for key in ("recall@1", "recall@1_rows"):
+        assert report["baselines"]["random"][key]["mean"] == 0.625
+
+
+def test_the_report_is_built_from_the_rows_of_a_run() -> None:
+    rows = [{"B/L": asdict(x), "agreement": {"skipped": "why"}} for x in PLAIN]
+    rows[0]["ranked"] = {"dialog_id": "d0", "turn_id": 1, "films": []}
+    found = report_of([*rows, {"agreement": {"skipped": "why"}}], {}, {"eval": {"seen": 2}}, {}, 0)
+    assert list(found["methods"]) == ["B/L"] and found["methods"]["B/L"]["hit"]["n"] == 3
+    assert found["judge"]["skipped"] == 4 and found["judge"]["within_dialogue"] == {}
+    assert found["after"]["seen"] == 2 and found["options"] == {"eval": {"seen": 2}}
+
+
+def test_the_summary_and_the_candidates_of_searched_methods_are_in_the_report(
+    report: dict[str, Any],
+) -> None:
+    assert list(report["search"]) == ["RL+SES"] and list(report["summary"]) == ["all"]
+    assert report["search"]["RL+SES"]["random"]["mean"] == 0.5
+    text = format_report(report)
+    assert "\nall        1.000 [0.292, 1.000] 0.500 [0.500, 0.500]" in text
+    assert "\nrandom           0.500" in text and "\nbest by rule     1.000" in text
+    assert "\ngain             0.500" in text and "\ngain predicted   0.250" in text
+    plain = build_report({"B/L": PLAIN}, {}, JUDGE, FACTS, 0)
+    assert plain["search"] == {} == plain["summary"]
+    assert "\n\n\n" not in format_report(plain)
 
 
 def test_a_search_is_drawn_as_a_tree() -> None:

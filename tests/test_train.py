@@ -95,7 +95,12 @@ def check_report(folder: Path, dialogues: int, judged: int) -> None:
     for name in ("RL+SES - B/L", "SFT - B/L"):
         for key in ("ieval", "recall@1"):
             assert {"mean", "low", "high"} <= report["differences"][name][key].keys()
-    assert set(report["baselines"]) == {"copy-last", "most-popular"}
+    listeners = {"rule listener", "random listener"}
+    assert set(report["baselines"]) == {"copy-last", "most-popular", "nearest"} | listeners
+    scorers = {"rule", "rule on the summary", "internal judge"}
+    assert set(report["judge"]["within_dialogue"]) == scorers
+    assert report["search"]["RL+SES"]["random"]["n"] == dialogues
+    assert report["summary"]["all"]["exact"]["n"] == dialogues
     for name in ("external", "internal"):
         assert {"auc", "low", "high", "n"} <= report["judge"][name].keys()
         assert report["judge"][name]["n"] == judged

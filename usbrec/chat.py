@@ -105,10 +105,10 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class Ranks(Protocol):
-    """The third call, which not every language model or server can answer."""
+    """A third call, which a language model may have: the ranking of thousands of given replies."""
 
     def best_texts(
-        self, requests: Sequence[Request], texts: tuple[str, ...], k: int
+        self, requests: Sequence[Request], texts: Sequence[str], k: int
     ) -> list[list[tuple[int, float]]]:
         """Return per request the k most probable texts as its reply's beginning, best first.
 

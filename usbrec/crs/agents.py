@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from usbrec.chat import LanguageModel, Message, Ranks, Request, Sampling
-from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
 from usbrec.crs.parsing import parse_score
 from usbrec.options import UserError, seed_for
@@ -94,18 +94,18 @@ class Roles:
                 texts[i] = reply.text.strip()
         return texts
 
-    def likeliest(self, dialogues: Dialogues, count: int) -> list[list[str]]:
-        """Return the titles of the catalogue that the recommender is likeliest to name, best first.
+    def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
+        """Return the items of the catalogue that the recommender is likeliest to name, best first.
 
         Raises UserError for a language model that cannot rank texts.
         """
         llm = self.recommender.llm
         if not isinstance(llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
-        titles = [item.title for item in self.catalogue]
+        texts = [announce(item.title) for item in self.catalogue]
         requests = [self.recommender.request(recommender_prompt(x)) for x in dialogues]
-        ranked = llm.best_texts(requests, tuple(map(announce, titles)), count)
-        return [[titles[i] for i, _ in row] for row in ranked]
+        ranked = llm.best_texts(requests, texts, count)
+        return [[self.catalogue.items[i] for i, _ in row] for row in ranked]
 
     def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:
         """Return the recommender's next line per dialogue."""
@@ -178,7 +178,8 @@ def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
 def announce(title: str) -> str:
     """Return the beginning of a reply that recommends the title, one phrase for all films.
 
-    Films are ranked by the phrase's probability. Its full stop tells "Heat" from "Heat (1995)".
+    Films are ranked by the phrase's probability, and judged by it. Its full stop tells "Heat" from
+    "Heat (1995)".
     """
     return f"I recommend {title}."
 

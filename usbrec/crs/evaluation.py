@@ -3,29 +3,36 @@
 All methods get the same dialogues, options and draws: a row's seed does not depend on its method,
 so that differences are paired. Three figures besides the judge's score come from rules alone:
 Recall@1 (the first catalogue title of the first reply), hit (any gold title up to the judged turn),
-and the grade of the judged reply's first title. Two baselines, copy-last and most-popular, need no
-model. Left out: the methods' names and tables (report.py), and intervals (intervals.py).
+and the grade of the judged reply's first title. Baselines and upper marks need no model. Left out:
+the methods' names and tables (report.py), and intervals (intervals.py).
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.ses import SearchOptions, search
+from usbrec.crs.spelling import key_of
+from usbrec.crs.wishes import fit, read_profile
 from usbrec.options import Options, option, seed_for
 
 # best first; a guess has several items if its title leaves the year open
 Guesses = Sequence[tuple[Item, ...]]
-Labels = list[dict[str, Any]]  # one per gold title: {"title", "repeated", "found"}
+# one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess
+Labels = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class EvaluationOptions(Options):
-    """The turns of a talk, the judged turn, and the temperatures."""
+    """The turns of a talk, the judged turn, the temperatures, and the measures beside the talks."""
 
     turns: int = option(1, "recommender turns of an evaluated talk (N)", low=1)
     judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last", low=0)
@@ -34,6 +41,9 @@ class EvaluationOptions(Options):
     votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
+    ranked_dialogues: int = option(48, "dialogues whose best films are judged; 0: none", low=0)
+    ranked_titles: int = option(20, "films that are judged in each of them", low=2)
+    seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +57,7 @@ class EvalRow(JudgeScore):
 
     `EvalRow(**json.loads(line))` restores a row. `items` are the catalogue titles of each reply.
     `grade` is the rules' 0, 1 or 2 for the judged reply's first title (0 if it names none).
+    `searches` are the records of the searched turns, each as `checked` returns it.
     """
 
     dialog_id: str
@@ -73,13 +84,13 @@ class Talk:
     def row(self, catalogue: Catalogue, last: int, explanation: str, score: JudgeScore) -> EvalRow:
         """Return the talk's row; `explanation` and `score` are those of turn `last`."""
         gold, replies = self.example.items, self.replies
-        named = first_items(catalogue, replies[last - 1])
+        named = catalogue.first(replies[last - 1])
         return EvalRow(
             dialog_id=self.example.dialog_id,
             turn_id=self.example.turn_id,
             replies=replies,
             items=[titles_in(catalogue, reply) for reply in replies],
-            labels=gold_labels(catalogue, self.example, [first_items(catalogue, replies[0])]),
+            labels=gold_labels(catalogue, self.example, [catalogue.first(replies[0])]),
             hit=any(catalogue.mentions(reply, gold) for reply in replies[:last]),
             grade=min((catalogue.grade(item, gold) for item in named), default=0),
             explanation=explanation,
@@ -112,7 +123,8 @@ def evaluate_method(
             results = search(roles, dialogues, seeds, searching)
             replies = [result.reply for result in results]
             for talk, result in zip(talks, results, strict=True):
-                talk.searches.append({"turn": turn, **result.record()})
+                record = checked(roles.catalogue, talk.example, result.record())
+                talk.searches.append({"turn": turn, **record})
         else:
             replies = roles.recommend(dialogues, plain, seeds)
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
@@ -126,23 +138,55 @@ def evaluate_method(
     return [talk.row(roles.catalogue, last, *x) for talk, x in zip(talks, scored, strict=True)]
 
 
-def first_items(catalogue: Catalogue, text: str) -> tuple[Item, ...]:
-    """Return the readings of the first catalogue title in a text: several if the year is open."""
-    return next((mention.items for mention in catalogue.find(text)), ())
+def checked(catalogue: Catalogue, example: Example, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a search's record, checked against the targets and the gold profile.
+
+    Each candidate gets the first title of its reply (`title`, None without one), whether that is a
+    target (`found`), and its `fit` with the true wishes. The record gets `facts`: how many facts
+    the summary tells (`told`), how many of these are `right`, and how many are `true`. Without a
+    gold profile `fit` and `facts` are None. A title that leaves the year open fits as the worst of
+    its readings, no title as 0.
+    """
+    facts, true, candidates = None, None, []
+    if example.profile is not None:
+        told, true = (read_profile(x, catalogue) for x in (record["profile"], example.profile))
+        facts = {"right": len(told & true), "told": len(told), "true": len(true)}
+    for candidate in record["candidates"]:
+        named = catalogue.first(candidate["reply"])
+        title = " or ".join(item.title for item in named) or None
+        found = is_target(catalogue, named, example.items)
+        fits = None if true is None else min((fit(item, true) for item in named), default=0)
+        candidates.append({**candidate, "title": title, "found": found, "fit": fits})
+    return {**record, "candidates": candidates, "facts": facts}
 
 
 def gold_labels(catalogue: Catalogue, example: Example, guesses: Guesses) -> Labels:
-    """Return one label per gold title: `repeated` if the context names it, `found` if a guess does.
-
-    A guess whose year is left open counts only if every film that it may mean is the gold title.
-    """
+    """Return one label per gold title: `repeated` if the context names it, `found` if guessed."""
     lines, labels = [line.text for line in example.history], []
     for title in example.items:
-        gold = set(catalogue.named(title))
         repeated = any(catalogue.mentions(line, [title]) for line in lines)
-        found = any(guess and set(guess) <= gold for guess in guesses)
+        found = any(is_target(catalogue, guess, [title]) for guess in guesses)
         labels.append({"title": title, "repeated": repeated, "found": found})
     return labels
+
+
+def is_target(catalogue: Catalogue, guess: tuple[Item, ...], titles: Sequence[str]) -> bool:
+    """Return whether a guess is one of the titles.
+
+    A guess whose year is left open counts only if every film that it may mean is that title.
+    """
+    return any(guess and set(guess) <= set(catalogue.named(title)) for title in titles)
+
+
+def titles_in(catalogue: Catalogue, text: str) -> list[str]:
+    """Return the catalogue titles in a text, in order, once each.
+
+    A title without a year stands for every film that it may mean.
+    """
+    return list(dict.fromkeys(x.title for found in catalogue.find(text) for x in found.items))
+
+
+# --- baselines and upper marks ----------------------------------------------------------------
 
 
 def copied(catalogue: Catalogue, example: Example) -> Guesses:
@@ -157,20 +201,63 @@ def popular(catalogue: Catalogue, popularity: Popularity) -> Guesses:
     return [(item,) for title in order if (item := catalogue.get(title))]
 
 
-def baseline_labels(
-    catalogue: Catalogue, examples: Examples, popularity: Popularity
-) -> dict[str, list[Labels]]:
-    """Return the gold labels per example of either baseline, which has one guess."""
-    favourite = popular(catalogue, popularity)[:1]
-    return {
-        "copy-last": [gold_labels(catalogue, x, copied(catalogue, x)[:1]) for x in examples],
-        "most-popular": [gold_labels(catalogue, x, favourite) for x in examples],
-    }
+def nearest(examples: Examples, train: Examples) -> list[Example]:
+    """Return per example the nearest training example, ties to the first.
 
-
-def titles_in(catalogue: Catalogue, text: str) -> list[str]:
-    """Return the catalogue titles in a text, in order, once each.
-
-    A title without a year stands for every film that it may mean.
+    Nearest by the cosine of the words that the seeker has said, each weighted by log(N / n): n of
+    the N training examples have it.
     """
-    return list(dict.fromkeys(x.title for found in catalogue.find(text) for x in found.items))
+
+    def words(example: Example) -> list[str]:
+        lines = [line.text for line in example.history if line.speaker == "seeker"]
+        return list(dict.fromkeys(key_of(" ".join(lines)).split()))
+
+    said, having = [words(example) for example in train], defaultdict(list)
+    for place, own in enumerate(said):
+        for word in own:
+            having[word].append(place)
+    places = {word: np.array(found) for word, found in having.items()}
+    weights = {word: math.log(len(train) / len(found)) ** 2 for word, found in having.items()}
+    lengths = np.sqrt([sum(weights[word] for word in own) or 1.0 for own in said])
+    chosen = []
+    for example in examples:
+        products = np.zeros(len(train))
+        for word in filter(places.__contains__, words(example)):
+            products[places[word]] += weights[word]
+        chosen.append(train[int((products / lengths).argmax())])
+    return chosen
+
+
+def baseline_labels(
+    catalogue: Catalogue, examples: Examples, train: Examples, popularity: Popularity
+) -> dict[str, list[Labels]]:
+    """Return the gold labels per example of each baseline, which has one guess.
+
+    copy-last         the newest title of the dialogue
+    most-popular      the most frequent training label
+    nearest           the target of the nearest training dialogue
+
+    Where all examples have a gold profile, two upper marks hear every wish:
+
+    rule listener     the most popular film that fits the gold profile
+    random listener   any film that fits: `found` is the probability of the target
+    """
+
+    def label(guesses: Sequence[Guesses]) -> list[Labels]:
+        return [gold_labels(catalogue, x, own) for x, own in zip(examples, guesses, strict=True)]
+
+    found = {
+        "copy-last": label([copied(catalogue, x)[:1] for x in examples]),
+        "most-popular": label([popular(catalogue, popularity)[:1]] * len(examples)),
+        "nearest": label([[catalogue.named(x.items[0])] for x in nearest(examples, train)]),
+    }
+    order = sorted(catalogue, key=lambda item: (-popularity.get(item.title, 0), item.title))
+    known = [read_profile(x.profile, catalogue) for x in examples if x.profile is not None]
+    if len(known) == len(examples):
+        fitting = [[(item,) for item in order if fit(item, facts) == 2] for facts in known]
+        found["rule listener"] = label([films[:1] for films in fitting])
+        found["random listener"] = label(fitting)
+        for row, films in zip(found["random listener"], fitting, strict=True):
+            for gold in row:
+                gold["found"] /= max(1, len(films))
+    return found

@@ -2,6 +2,16 @@
 
 Rows of one dialogue are not independent, so whole groups (dialogues) are drawn with replacement;
 rows without a group name stand alone. 10,000 draws, percentile interval, seeded.
+
+Draws from rows that agree all agree as well, and so would say that nothing else is possible. But n
+groups that agree allow a share p = 1 - 0.025 ** (1 / n) of all groups to be otherwise (the bound of
+Clopper and Pearson for 0 of n). So where each group's mean is a whole number (found or not, grades,
+their differences) each end lies at least as far out as a share p of groups at the limit of the
+values moves the mean:
+
+    0 of 128 found        p = 0.028         0.000 [0.000, 0.028]
+    1 of 128 found        p = 0.028         0.008 [0.000, 0.036], the draws alone say 0.023
+    no difference, 128    limits -1 and 1   0.000 [-0.028, 0.028]
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +22,18 @@ import numpy as np
 Values = Sequence[float | None]
 Weights = Sequence[float] | None
 Groups = Sequence[str] | None  # a name per row
+Limits = tuple[float, float]  # the least and the greatest value that a row can have
+SHARE = (0.0, 1.0)
 DRAWS = 10_000
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 
 
 def mean_interval(
-    values: Values, seed: int, weights: Weights = None, groups: Groups = None
+    values: Values,
+    seed: int,
+    weights: Weights = None,
+    groups: Groups = None,
+    limits: Limits = SHARE,
 ) -> dict[str, Any]:
     """Return the (weighted) mean of the values as {"mean", "low", "high", "n"}.
 
@@ -33,36 +49,59 @@ def mean_interval(
     place = np.unique(group, return_inverse=True)[1]
     top, bottom = np.bincount(place, value * weight), np.bincount(place, weight)  # a sum per group
     means = [(counts @ top) / (counts @ bottom) for counts in draws(len(top), seed)]
-    mean = (value * weight).sum() / weight.sum()
-    return {"mean": float(mean), **_percentiles(means), "n": int(weight.sum())}
+    mean = float((value * weight).sum() / weight.sum())
+    low, high = _percentiles(means)
+    if ((top / bottom) % 1 == 0).all():
+        share = unseen_share(len(top))
+        low = min(low, mean - share * (mean - limits[0]))
+        high = max(high, mean + share * (limits[1] - mean))
+    return {"mean": mean, "low": low, "high": high, "n": int(weight.sum())}
 
 
-def _percentiles(blocks: Sequence[np.ndarray]) -> dict[str, float]:
+def unseen_share(n: int) -> float:
+    """Return the greatest share of all groups that none of n drawn ones may be of, at 97.5%."""
+    return 1 - 0.025 ** (1 / n)
+
+
+def _percentiles(blocks: Sequence[np.ndarray]) -> tuple[float, float]:
     low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
+    return float(low), float(high)
 
 
 def paired_difference(
-    first: Values, second: Values, seed: int, weights: Weights = None, groups: Groups = None
+    first: Values,
+    second: Values,
+    seed: int,
+    weights: Weights = None,
+    groups: Groups = None,
+    span: float = 1.0,
 ) -> dict[str, Any]:
-    """Return mean(first - second) over the rows that both have, with its paired interval."""
+    """Return mean(first - second) over the rows that both have, with its paired interval.
+
+    `span` is the greatest difference that a row can have.
+    """
     pairs = zip(first, second, strict=True)
     gaps = [None if a is None or b is None else float(a) - float(b) for a, b in pairs]
-    return mean_interval(gaps, seed, weights, groups)
+    return mean_interval(gaps, seed, weights, groups, (-span, span))
 
 
 def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int) -> dict[str, Any]:
     """Return {"auc", "low", "high", "n"}: P(positive > negative) + half the ties, over all pairs.
 
     The two lists are paired by row (a gold reply and its rewriting), and a row's two values are
-    drawn together.
+    drawn together. An area of 0 or 1 allows a share of rows that are otherwise (`unseen_share`).
     """
     n = len(positive)
     if n == 0:
         return {"auc": None, "low": None, "high": None, "n": 0}
     wins = _wins(positive, negative)
     areas = [np.einsum("bi,ij,bj->b", c, wins, c, optimize=True) / n**2 for c in draws(n, seed)]
-    return {"auc": float(wins.mean()), **_percentiles(areas), "n": n}
+    area = float(wins.mean())
+    low, high = _percentiles(areas)
+    if area in (0, 1):
+        seen = (1 - unseen_share(n)) ** 2  # of all pairs: those whose two rows are like the drawn
+        low, high = area * seen, 1 - (1 - area) * seen
+    return {"auc": area, "low": low, "high": high, "n": n}
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:

@@ -340,7 +340,7 @@ def single_wishes(
 def mixed(
     profiles: Sequence[Collection[Fact]], film: Item, count: int, generator: np.random.Generator
 ) -> list[Collection[Fact]]:
-    """Return `count` of the profiles in random order: by turns half met, nearly half met, and any."""
+    """Return `count` of the profiles, drawn at random: by turns half met, a near miss, and any."""
     own = set(attributes(film))
     order = [profiles[i] for i in generator.permutation(len(profiles))]
     half = [x for x in order if fit(film, x) == 1]

@@ -7,60 +7,85 @@ Every number has its 95% interval and its n. A score that could not be read is c
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from usbrec.crs.agents import Titles
+from usbrec.crs.agreement import agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
 from usbrec.crs.evaluation import EvalRow, Guesses, Labels, copied, gold_labels, popular
 from usbrec.crs.intervals import auc, mean_interval, paired_difference
+from usbrec.crs.measures import search_figures, summaries, within_dialogues
 from usbrec.options import seed_for
 
-METHOD_NAMES = (
-    "B/L",
-    "SFT",
-    "RL",
-    "SES",
-    "SFT+SES",
-    "RL+SES",
-    "RL+SES+cards",
-)  # the order of the paper's table
+# in the order of the paper's table, which has not the last
+METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
+CHECKS = ("agreement", "ranked")  # of the judges, beside the methods in rows.jsonl
+WIDTH = 120  # of the report's text
+CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
 CUTS = (1, 10, 50)  # K of a ranking's Recall@K
 HEADINGS = {
-    "ieval": "iEval, 0 to 2", "recall@1": "Recall@1", "hit": "hit",
-    "rule_grade": "rule grade, 0 to 2",
+    "ieval": "iEval (0-2)", "recall@1": "Recall@1", "hit": "hit", "rule_grade": "rule grade (0-2)"
 }  # fmt: skip
+GREATEST = {"ieval": 2.0, "rule_grade": 2.0}  # values of these figures, 1 of the others
 SPLIT_HEADINGS = {"recall@1_repeated": "repeated", "recall@1_new": "new"}
 # name -> a value per row, and a weight per row or None for equal weights
 Figures = dict[str, tuple[Sequence[float | None], Sequence[float] | None]]
 Facts = Mapping[str, Any]
 
 
+def report_of(
+    rows: Sequence[Facts], baselines: Facts, options: Facts, counts: Facts, seed: int
+) -> dict[str, Any]:
+    """Return `build_report` of the rows of rows.jsonl, by the options and counts of their run."""
+    noted = {name: [row[name] for row in rows if name in row] for name in (*METHOD_NAMES, *CHECKS)}
+    methods = {name: [EvalRow(**x) for x in noted[name]] for name in METHOD_NAMES if noted[name]}
+    judge = agreement(noted["agreement"], seed)
+    judge["within_dialogue"] = within_dialogues(noted["ranked"], seed)
+    facts = {"options": options, "counts": counts}
+    return build_report(methods, baselines, judge, facts, seed, options["eval"]["seen"])
+
+
 def build_report(
-    methods: Facts, baselines: Facts, judge: Facts, options: Facts, counts: Facts, seed: int
+    methods: Facts, baselines: Facts, judge: Facts, facts: Facts, seed: int, seen: int = 0
 ) -> dict[str, Any]:
     """Return the content of report.json.
 
     `methods` maps the paper's names to EvalRows over the same dialogues in the same order
     (asserted). `baselines` holds the `baseline_labels` of those dialogues. `judge` holds the
-    `agreement` of both judges.
+    `agreement` of both judges and, as "within_dialogue", `within_dialogues`. `facts` holds the
+    options and counts of the run. Where there are more than `seen` dialogues, the figures of the
+    methods stand a second time under "after", without the first `seen`.
     """
     seed = seed_for(seed, "report")
     ordered = {name: methods[name] for name in METHOD_NAMES if name in methods}
     assert len(ordered) == len(methods), f"methods are named {METHOD_NAMES}, got {tuple(methods)}"
     places = [[(row.dialog_id, row.turn_id) for row in rows] for rows in ordered.values()]
     assert all(place == places[0] for place in places), "methods saw other dialogues"
-    groups = [dialog_id for dialog_id, _ in places[0]] if places else []
+    areas = {name: x["all"]["mean"] for name, x in judge.get("within_dialogue", {}).items()}
+    found = compare_all(ordered, baselines, seed)
+    if places and 0 < seen < len(places[0]):
+        rest, labels = ({k: x[seen:] for k, x in rows.items()} for rows in (ordered, baselines))
+        found["after"] = {"seen": seen, **compare_all(rest, labels, seed)}
+    found["summary"], found["judge"] = summaries(ordered, seed), dict(judge)
+    found["search"] = {
+        name: search_figures(rows, areas.get(CHOOSERS.get(name, "internal judge")), seed)
+        for name, rows in ordered.items()
+        if any(row.searches for row in rows)
+    }
+    return {**found, **facts}
+
+
+def compare_all(methods: Facts, baselines: Facts, seed: int) -> dict[str, Any]:
+    """Return the figures of all methods and baselines, and the differences of the methods."""
+    groups = [row.dialog_id for row in next(iter(methods.values()), ())]
+    pairs = combinations(methods, 2)
     return {
-        "methods": {name: summarise(rows, seed) for name, rows in ordered.items()},
-        "differences": {
-            f"{b} - {a}": compare(ordered[b], ordered[a], seed) for a, b in combinations(ordered, 2)
-        },
+        "methods": {name: summarise(rows, seed) for name, rows in methods.items()},
+        "differences": {f"{b} - {a}": compare(methods[b], methods[a], seed) for a, b in pairs},
         "baselines": {name: recall(rows, groups, seed) for name, rows in baselines.items()},
-        "judge": dict(judge),
-        "unparsed": {name: _mean([x.score is None for x in y]) for name, y in ordered.items()},
-        "options": dict(options),
-        "counts": dict(counts),
+        "unparsed": {name: _mean([x.score is None for x in y]) for name, y in methods.items()},
     }
 
 
@@ -90,14 +115,19 @@ def compare(later: Sequence[EvalRow], earlier: Sequence[EvalRow], seed: int) -> 
     """Return the paired differences of two methods over the same dialogues, per figure."""
     groups, others = [row.dialog_id for row in later], _figures(earlier)
     return {
-        name: paired_difference(values, others[name][0], seed, weights, groups)
+        name: paired_difference(
+            values, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0)
+        )
         for name, (values, weights) in _figures(later).items()
         if name in HEADINGS
     }
 
 
 def _means(figures: Figures, groups: Sequence[str], seed: int) -> dict[str, Any]:
-    return {name: mean_interval(x, seed, weights, groups) for name, (x, weights) in figures.items()}
+    return {
+        name: mean_interval(x, seed, weights, groups, (0.0, GREATEST.get(name, 1.0)))
+        for name, (x, weights) in figures.items()
+    }
 
 
 def _figures(rows: Sequence[EvalRow]) -> Figures:
@@ -118,7 +148,7 @@ def _recall_figures(labels: Sequence[Labels]) -> Figures:
 
     return {
         "recall@1": over(True, False),
-        "recall@1_rows": ([float(any(x["found"] for x in row)) for row in labels], None),
+        "recall@1_rows": ([min(1.0, sum(x["found"] for x in row)) for row in labels], None),
         "recall@1_repeated": over(True),
         "recall@1_new": over(False),
     }
@@ -165,30 +195,65 @@ def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
 
 
 def format_report(report: Facts) -> str:
-    """Return the report as text: methods and baselines, differences, judges, and a legend."""
-    unparsed = {name: f"{share:.1%}" for name, share in report["unparsed"].items()}
-    methods = {name: {**x, "unparsed": unparsed[name]} for name, x in report["methods"].items()}
-    rows = {**methods, **report["baselines"]}
+    """Return the report as text: methods, differences, search, judges, a legend, the options."""
+    rows, after = _methods_and_baselines(report), report.get("after")
+    columns = {**HEADINGS, "unparsed": "unparsed"}
+    later = _methods_and_baselines(after) if after else {}
     facts = {**report["counts"], **report["options"]}
     plain = [f"{n} {x}" for n, x in facts.items() if not isinstance(x, Mapping | list | tuple)]
     parts = [
-        _table("method", {**HEADINGS, "unparsed": "unparsed"}, rows),
+        _table("method", columns, rows),
+        _table(f"after the first {after['seen']}" if after else "", columns, later),
         _table("Recall@1 of", {**SPLIT_HEADINGS, "recall@1_rows": "rows"}, rows),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
+        *_search_tables(report),
         _judge_lines(report),
         Path(__file__).with_name("legend.txt").read_text("utf-8").splitlines(),
-        [", ".join(plain)],
+        [fill(", ".join(plain), WIDTH, break_long_words=False)],
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts).rstrip()
+    return "\n\n".join("\n".join(lines) for lines in parts if lines).rstrip()
+
+
+def _methods_and_baselines(report: Facts) -> dict[str, Any]:
+    """Return the rows of the table of methods."""
+    unparsed = {name: f"{share:.1%}" for name, share in report["unparsed"].items()}
+    methods = {name: {**x, "unparsed": unparsed[name]} for name, x in report["methods"].items()}
+    return {**methods, **report["baselines"]}
 
 
 def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f") -> list[str]:
-    """Return a head and one line per row; a cell is empty if the row has no such column."""
-    lines = [[title, *columns.values()]]
-    for name, row in rows.items():
-        found = [row.get(key, "") for key in columns]
-        lines.append([name, *(x if isinstance(x, str) else interval(x, form=form) for x in found)])
-    return ["".join([f"{x[0]:<18}", *(f"{cell:<30}" for cell in x[1:])]).rstrip() for x in lines]
+    """Return a head and one line per row; a cell is empty if the row has no such column.
+
+    The head tells the number of values, "n 128", or the least and the greatest number of the rows.
+    No rows give no table.
+    """
+    lines = [[title, *columns.values()], *([name] for name in rows)]
+    for place, key in enumerate(columns, 1):
+        found = [row.get(key, "") for row in rows.values()]
+        counts = sorted({x["n"] for x in found if not isinstance(x, str)})
+        if counts:
+            lines[0][place] += f", n {'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+        for line, x in zip(lines[1:], found, strict=True):
+            line.append(x if isinstance(x, str) else interval(x, form=form).split(" n ")[0])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    padded = [map(str.ljust, line, widths) for line in lines if rows]
+    return [" ".join(cells).rstrip() for cells in padded]
+
+
+def _search_tables(report: Facts) -> list[list[str]]:
+    """Return tables of summaries, candidates (a method per column) and AUC within a dialogue."""
+    found, heads = report["search"], {name: name for name in ("precision", "recall", "exact")}
+    within = report["judge"].get("within_dialogue", {})
+    kinds = {"all": "against all misses", "broken": "against misses that break a wish"}
+    rows: dict[str, dict[str, Any]] = {}  # a figure of all methods
+    for name, figures in found.items():
+        for key, x in figures.items():
+            rows.setdefault(key.replace("_", " "), {})[name] = x
+    return [
+        _table("summary of", heads, report["summary"]),
+        _table("candidates of", {name: name for name in found}, rows),
+        _table("AUC within a dialogue", kinds, within) or ["AUC within a dialogue: left out"],
+    ]
 
 
 def _judge_lines(report: Facts) -> list[str]:
@@ -197,7 +262,7 @@ def _judge_lines(report: Facts) -> list[str]:
         f"{name} judge, gold reply against a rewritten one: AUC {interval(found, mean='auc')}, "
         f"{found['unparsed']} unparsed, {judge.get('skipped', 0)} skipped"
         for name, found in judge.items()
-        if isinstance(found, Mapping)
+        if name in ("external", "internal")
     ]
     for name, found in report["methods"].items():
         rules = found["judge_and_rules"]

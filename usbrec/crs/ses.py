@@ -173,10 +173,10 @@ def open_searches(
     Summaries and sampled candidates share one `complete`.
     """
     ranked = options.candidates == "ranked"
-    titles = roles.likeliest(dialogues, options.samples) if ranked else [[] for _ in dialogues]
+    items = roles.likeliest(dialogues, options.samples) if ranked else [[] for _ in dialogues]
     summary = Sampling(options.summary_tokens, temperature=0.0)
     asked, sizes = [], []
-    for root, seed, named in zip(dialogues, seeds, titles, strict=True):
+    for root, seed, named in zip(dialogues, seeds, items, strict=True):
         key = seed_for(seed, "summary")
         asked += roles.simulator.requests([agents.summary_prompt(root)], summary, [key])
         sizes.append(len(named) or options.samples)
@@ -203,19 +203,19 @@ def first_responses(
     seed: int,
     options: SearchOptions,
     numbers: Sequence[int],
-    titles: Sequence[str] = (),
+    items: Sequence[Item] = (),
 ) -> list[tuple[Side, Request]]:
     """Return the requests for the first responses of these numbers.
 
-    With titles, number n begins with the announcement of the n-th title.
+    With items, number n begins with the announcement of the n-th item.
     """
     prompts = [agents.recommender_prompt(dialogue)] * len(numbers)
     keys = [seed_for(seed, "candidate", n) for n in numbers]
     sampling = Sampling(options.max_new_tokens, options.temperature)
     asked = roles.recommender.requests(prompts, sampling, keys)
-    if not titles:
+    if not items:
         return asked
-    begun = map(agents.announce, titles)
+    begun = [agents.announce(item.title) for item in items]
     return [(side, replace(x, begin=y)) for (side, x), y in zip(asked, begun, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The inference engine: tokenizer, decoder, prefix cache and sampling behind two calls.
+"""The inference engine: tokenizer, decoder, prefix cache and sampling behind three calls.
 
 A prefix that requests share is computed once, within a call and across calls. Callers handle no
 keys, values or batches.
@@ -7,7 +7,6 @@ keys, values or batches.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +16,14 @@ from usbrec.chat import Reply, Request
 from usbrec.llm.cache import PrefixCache, SlotPath
 from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
 from usbrec.llm.model import Decoder
+from usbrec.llm.ranking import Ranking
 from usbrec.llm.sampler import Sampler, finite, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, ReplyText, fit_prompt, prompt_room
 from usbrec.options import UserError
 from usbrec.parallel import as_first
 
 MAX_ROWS = 256  # rows decoded together
+TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens
 LEAVE_SHARE = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
 
 
@@ -130,7 +131,7 @@ class Batch:
 
 
 class Engine:
-    """`usbrec.chat.LanguageModel` over a decoder in this process."""
+    """`usbrec.chat.LanguageModel` and `Ranks` over a decoder in this process."""
 
     def __init__(
         self, model: Decoder, tokenizer: ChatTokenizer, kv_bytes: int = 1 << 28, max_length: int = 0
@@ -148,9 +149,9 @@ class Engine:
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
         self.usage = Usage()
+        self.ranking: Ranking | None = None  # of the texts that were ranked last
         # receives a reply's text as it is drawn, in calls with one request
         self.listener: Callable[[str], None] | None = None
-        self.rankings: dict[tuple[str, ...], Any] = {}
 
     def clear_cache(self) -> None:
         """Drop all cached keys and values, as needed after any change of an adapter's weights."""
@@ -222,14 +223,17 @@ class Engine:
         return self.agreed(finite(torch.stack(scores))).tolist() if scores else []
 
     def best_texts(
-        self, requests: Sequence[Request], texts: tuple[str, ...], k: int
+        self, requests: Sequence[Request], texts: Sequence[str], k: int
     ) -> list[list[tuple[int, float]]]:
-        """Return per request the k most probable texts as its reply's beginning, best first."""
-        from usbrec.llm.ranking import Ranking
+        """Return per request the k most probable texts as its reply's beginning, best first.
 
-        if texts not in self.rankings:
-            self.rankings = {texts: Ranking(self, texts)}
-        return [ranked.texts for ranked in self.rankings[texts].best(requests, k)]
+        Each is (place among the texts, log-probability). At most TOKENS_PER_TEXT tokens per text
+        are spent on a request, so later places may miss better texts.
+        """
+        self.usage.calls += 1
+        if self.ranking is None or self.ranking.texts != list(texts):
+            self.ranking = Ranking(self, texts)
+        return [ranked.texts for ranked in self.ranking.best(requests, k, TOKENS_PER_TEXT * k)]
 
     def variants(self, choice: str) -> list[list[int]]:
         """Return the distinct token sequences that render a choice at the start of a reply."""

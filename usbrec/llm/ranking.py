@@ -24,6 +24,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,11 @@ from torch import Tensor
 from usbrec.chat import Request
 from usbrec.llm.cache import PrefixCache, SlotPath, shared_length
 from usbrec.llm.decoding import adapter_spans
-from usbrec.llm.engine import Engine
 from usbrec.llm.model import Ops
 from usbrec.llm.sampler import finite
+
+if TYPE_CHECKING:  # engine.py imports this module
+    from usbrec.llm.engine import Engine
 
 TOKENS = 2000  # of a search: about two seconds of two cores with a model of 135M
 PASS_TOKENS = 96  # of a pass; more would open runs that a better text rules out
@@ -129,8 +132,8 @@ class TrieAttention:
 class Ranking:
     """The trie of a set of texts, which `best` ranks per request."""
 
-    def __init__(self, engine: Engine, texts: Sequence[str]) -> None:
-        self.engine = engine
+    def __init__(self, engine: "Engine", texts: Sequence[str]) -> None:
+        self.engine, self.texts = engine, list(texts)
         rows = sorted((engine.tokenizer.encode(text), i) for i, text in enumerate(texts))
         self.longest = max(len(ids) for ids, _ in rows)
         trie = make_trie(rows)
@@ -158,7 +161,7 @@ class Search:
     """The search of one request: the runs that wait to be opened, and the best texts so far."""
 
     def __init__(
-        self, engine: Engine, adapter: str | None, prompt: SlotPath, k: int, tokens: int
+        self, engine: "Engine", adapter: str | None, prompt: SlotPath, k: int, tokens: int
     ) -> None:
         self.engine, self.adapter, self.tokens = engine, adapter, tokens or math.inf
         self.attention = TrieAttention(engine.cache, prompt, engine.model.ops)
@@ -215,12 +218,13 @@ class Search:
         rows = [i for i, tokens in enumerate(following) for _ in tokens]
         tokens = list(itertools.chain(*following))
         logits = self.engine.model.logits(states).float()
-        logps = iter((logits[rows, tokens] - finite(logits.logsumexp(-1))[rows]).tolist())
+        logps = logits[rows, tokens] - finite(logits.logsumexp(-1))[rows]
+        scores = iter(self.engine.agreed(logps).tolist())
         for best, path in zip(opened, ends, strict=True):
-            score = best.bound + sum(itertools.islice(logps, len(best.run.ids) - 1))
+            score = best.bound + sum(itertools.islice(scores, len(best.run.ids) - 1))
             self.find(best.run, score)
             for child in best.run.children:
-                self.meet(child, score + next(logps), path)
+                self.meet(child, score + next(scores), path)
 
     def meet(self, run: TokenRun, bound: float, above: Slots) -> None:
         """Queue a run whose first token is scored, or record its texts if no token follows."""

@@ -1,0 +1,185 @@
+"""Measures of the search: the summary's facts, the candidates, and the choice among them.
+
+Each is a mean over dialogues of what their evaluation rows record at the first searched turn.
+Rows that were not searched are left out, and so are rows without a gold profile where one is
+needed. What a choice can gain depends on how well its judge tells a dialogue's target from other
+films, which `judge_ranked` tries on the recommender's best films; it alone asks a model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from statistics import NormalDist, fmean
+from typing import Any
+
+from usbrec.chat import Ranks, Sampling
+from usbrec.crs import agents
+from usbrec.crs.agents import Messages, Roles, Votes
+from usbrec.crs.agreement import SUMMARY_TOKENS
+from usbrec.crs.catalogue import Item
+from usbrec.crs.dialogue import Dialogue, Examples, add_turn
+from usbrec.crs.evaluation import EvalRow, EvaluationOptions, is_target
+from usbrec.crs.intervals import auc, mean_interval, paired_difference
+from usbrec.crs.wishes import card, fit, read_profile
+
+# film, dialogue, summary -> the question for a score of the dialogue's last reply, of that film
+Question = Callable[[Item, Dialogue, str], Messages]
+JUDGES: Mapping[str, Question] = {
+    "internal judge": lambda _, dialogue, told: agents.internal_judge_prompt(dialogue, told),
+    "judge with cards": lambda item, dialogue, told: agents.card_prompt(
+        dialogue[-1].text, card(item), told
+    ),
+}
+Scores = dict[str, float | None]  # scorer -> 0 to 2, None where it has no opinion
+RULE = "rule"  # the fit with the true wishes
+STEPS = 1000  # of the sum in `hit_rate`
+
+
+def summaries(methods: Mapping[str, Sequence[EvalRow]], seed: int) -> dict[str, Any]:
+    """Return `summary_facts` per searched method, or once, as "all", if they had the same."""
+    firsts = {name: [row.searches[:1] for row in rows] for name, rows in methods.items()}
+    known = {name: x for name, x in firsts.items() if any(y and y[0]["facts"] for y in x)}
+    told = [[first[0]["profile"] if first else None for first in x] for x in known.values()]
+    if told and all(profiles == told[0] for profiles in told):
+        return {"all": summary_facts(methods[next(iter(known))], seed)}
+    return {name: summary_facts(methods[name], seed) for name in known}
+
+
+def summary_facts(rows: Sequence[EvalRow], seed: int) -> dict[str, Any]:
+    """Return the precision and recall of the summaries' facts, and the share of exact summaries.
+
+    A fact is right if the gold profile has it too: attitude, kind and value. Precision is over all
+    facts that are told, recall over all that are true. An exact summary tells the true facts and no
+    other.
+    """
+    rows = [row for row in rows if row.searches and row.searches[0]["facts"]]
+    groups, counts = [row.dialog_id for row in rows], [row.searches[0]["facts"] for row in rows]
+    found = {}
+    for name, base in (("precision", "told"), ("recall", "true")):
+        shares = [x["right"] / x[base] if x[base] else None for x in counts]
+        found[name] = mean_interval(shares, seed, [x[base] for x in counts], groups)
+    exact = [float(x["right"] == x["told"] == x["true"]) for x in counts]
+    return {**found, "exact": mean_interval(exact, seed, groups=groups)}
+
+
+def search_figures(rows: Sequence[EvalRow], area: float | None, seed: int) -> dict[str, Any]:
+    """Return a searched method's means over dialogues, each with its interval.
+
+    different_titles    titles among a dialogue's candidates, the first of each reply
+    pass@N              whether a target is among them: Recall@1 of the best by target
+    best_by_rule        Recall@1 of the candidate that fits the true wishes best, ties to the first
+    chosen              Recall@1 of the search's choice, which the internal judge decides
+    random              Recall@1 of a random candidate, in expectation
+    gain                chosen less random
+    gain_predicted      `hit_rate` of a judge with this `area` (AUC within a dialogue) less random
+
+    How much a search gains follows from pass@N and the judge's ROC curve: ROC-n-Reroll, ICLR 2026.
+    """
+    rows = [row for row in rows if row.searches]
+    searches, groups = [row.searches[0] for row in rows], [row.dialog_id for row in rows]
+    tried = [search["candidates"] for search in searches]
+    found = [[float(x["found"]) for x in candidates] for candidates in tried]
+    fits = [[x["fit"] for x in candidates] for candidates in tried]
+    titles = [float(len({x["title"] for x in candidates} - {None})) for candidates in tried]
+    shares: dict[str, list[float | None]] = {
+        "pass@N": [max(x) for x in found],
+        "best_by_rule": [
+            None if None in fit else x[fit.index(max(fit))]
+            for x, fit in zip(found, fits, strict=True)
+        ],
+        "chosen": [x[search["best"]] for x, search in zip(found, searches, strict=True)],
+        "random": [sum(x) / len(x) for x in found],
+    }
+    hits = [len({x["title"] for x in candidates if x["found"]}) for candidates in tried]
+    misses = [len({x["title"] for x in candidates if not x["found"]}) for candidates in tried]
+    rates = [None if area is None else hit_rate(area, *x) for x in zip(hits, misses, strict=True)]
+    most = (0.0, float(max(map(len, tried), default=1)))
+    return {
+        "different_titles": mean_interval(titles, seed, groups=groups, limits=most),
+        **{name: mean_interval(x, seed, groups=groups) for name, x in shares.items()},
+        "gain": paired_difference(shares["chosen"], shares["random"], seed, groups=groups),
+        "gain_predicted": paired_difference(rates, shares["random"], seed, groups=groups),
+    }
+
+
+@cache
+def hit_rate(area: float, hits: int, misses: int) -> float:
+    """Return how often a judge's favourite among so many different films is a hit.
+
+    The judge is binormal: it scores hits by N(d, 1) and misses by N(0, 1), where
+    d = sqrt(2) * Phi^-1(area) makes its AUC `area`. So of one hit and one miss the hit wins in
+    `area`; of one and two in 1/3 if the area is 1/2. The mean is over the quantiles of the best
+    miss.
+    """
+    if not hits or not misses:
+        return float(hits > 0)
+    normal = NormalDist()
+    d = math.sqrt(2) * normal.inv_cdf(min(max(area, 1e-9), 1 - 1e-9))
+    best = [normal.inv_cdf(((i + 0.5) / STEPS) ** (1 / misses)) for i in range(STEPS)]
+    return fmean(1 - normal.cdf(x - d) ** hits for x in best)
+
+
+# --- the judge within a dialogue --------------------------------------------------------------
+
+
+def judge_ranked(
+    roles: Roles,
+    examples: Examples,
+    options: EvaluationOptions,
+    judges: Mapping[str, Question] = JUDGES,
+) -> list[dict[str, Any]]:
+    """Return per example its summary and the films that the recommender ranks highest.
+
+    {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
+
+    After the dialogue each film is recommended in the same words (`announce`). Of the scorers, each
+    judge knows the summary alone and is read in closed form; "rule" is the film's `fit` with the
+    true wishes (None without a gold profile), "rule on the summary" with those of the summary. A
+    language model that cannot rank gives no films.
+    """
+    catalogue = roles.catalogue
+    if not examples or not isinstance(roles.recommender.llm, Ranks):
+        return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
+    ranked = roles.likeliest([x.history for x in examples], options.ranked_titles)
+    prompts = [agents.summary_prompt(x.history) for x in examples]
+    short = Sampling(SUMMARY_TOKENS, temperature=0.0)
+    summaries = roles.complete(roles.simulator.requests(prompts, short, [0] * len(prompts)))
+    rows: list[dict[str, Any]] = []
+    cases: list[tuple[Item, Dialogue, str, Scores]] = []
+    for x, profile, best in zip(examples, summaries, ranked, strict=True):
+        told, films = {RULE: x.profile, "rule on the summary": profile}, []
+        wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
+        for item in best:
+            hit = is_target(catalogue, (item,), x.items)
+            scores: Scores = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
+            films.append({"title": item.title, "found": hit, "scores": scores})
+            tried = add_turn(x.history, "recommender", agents.announce(item.title))
+            cases.append((item, tried, profile, scores))
+        ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
+        rows.append({**ids, "profile": profile, "films": films})
+    for name, question in judges.items():
+        prompts = [question(*case[:3]) for case in cases]
+        marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
+        for (*_, scores), mark in zip(cases, marks, strict=True):
+            scores[name] = mark.score
+    return rows
+
+
+def within_dialogues(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Return {scorer: {"all", "broken"}}: the mean AUC within a dialogue, with its interval.
+
+    "all" is the AUC of the target against all other films, "broken" against those that break a
+    wish of the gold profile. A dialogue without both kinds of film does not count.
+    """
+    groups, kinds = [row["dialog_id"] for row in rows], {"all": (None, 0, 1, 2), "broken": (0, 1)}
+
+    def area(films: Sequence[Mapping[str, Any]], name: str, grades: tuple[int | None, ...]) -> Any:
+        read = [(x["scores"][name], x) for x in films if x["scores"][name] is not None]
+        misses = [y for y, x in read if not x["found"] and x["scores"][RULE] in grades]
+        return auc([y for y, x in read if x["found"]], misses)
+
+    found: dict[str, Any] = {}
+    for name in next((row["films"][0]["scores"] for row in rows if row["films"]), ()):
+        areas = {kind: [area(row["films"], name, x) for row in rows] for kind, x in kinds.items()}
+        found[name] = {kind: mean_interval(x, seed, groups=groups) for kind, x in areas.items()}
+    return found
