@@ -29,13 +29,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation 
     "lora": {"r": 32, "lora_alpha": 32.0},
     "simulator": {"learning_rate": 1e-3, "batch_size": 1, "warmup": 0.03, "save_every": 50}
     | {"shuffle": False},  # the lessons' order is a curriculum
-    "sft": {"learning_rate": 1.5e-3, "batch_size": 1, "save_every": 50},
+    "sft": {"learning_rate": 2e-3, "batch_size": 1, "save_every": 50},
     "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
 }
 
 FULL: dict[str, dict[str, Any]] = {  # what --full has in place of the defaults
-    "data": {"max_simulator": 300, "max_summaries": 2400, "max_cards": 500, "max_sft": 0}
+    "data": {"max_simulator": 300, "max_summaries": 2400, "max_cards": 0, "max_sft": 0}
     | {"max_pairs": 400, "max_eval": 0, "max_agreement": 0, "methods": METHOD_NAMES},
+    "lesson": {"cards": 288},
+    "eval": {"ranked_dialogues": 340},
     "sft": {"epochs": 4.0},
 }
 
@@ -49,16 +51,16 @@ class DataOptions(Options):
     seed: int = option(0, "decides every draw of the run", low=0)
     simulator: str | None = option(None, "adapter or model that plays the user, untrained")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
-    max_simulator: int = option(100, "training rows that teach to play the user and judge", low=0)
-    max_summaries: int = option(600, "training rows that teach to summarise", low=0)
-    max_cards: int = option(150, "training rows that teach to judge with cards", low=0)
+    max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
+    max_summaries: int = option(560, "training rows that teach to summarise", low=0)
+    max_cards: int = option(1200, "training rows whose profiles are judged with cards", low=0)
     max_sft: int = option(2000, "training rows of the stage sft", low=0)
-    max_pairs: int = option(72, "training rows that PODCS tries", low=0)
+    max_pairs: int = option(64, "training rows that PODCS tries", low=0)
     max_valid: int = option(0, "validation rows, to keep an adapter's best state; 0: none", low=0)
     max_eval: int = option(128, "test dialogues of every method", low=0)
     methods: tuple[str, ...] = option(METHODS, "columns of the report")
-    max_agreement: int = option(100, "test dialogues on which the judges are checked", low=0)
-    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
+    max_agreement: int = option(64, "test dialogues on which the judges are checked", low=0)
+    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time", low=1)
     full: bool = option(False, "the larger preset: hours in place of minutes on two cores")
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class LessonOptions(Options):
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
+    cards: int = option(100, "titles that the judge with cards learns to score", low=1)
     profiles_per_card: int = option(12, "profiles that a lesson with a card scores", low=5)
     dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
@@ -283,16 +284,16 @@ def card_lessons(
 ) -> list[TrainingDialogue]:
     """Return training dialogues of the judge with cards: a reply, its card, and profiles to score.
 
-    A first half knows profiles of a single wish, where the score tells whether the card holds it: a
-    small model learns to compare several wishes only after that. The second half has the profiles
-    of examples: those whose target the film is, and others that it meets by half or less. So no
-    film is taught with all the wishes that it meets, except its own examples'. One reply in four
-    claims what is true of another film, which costs a point.
+    The first have profiles of a single wish, where the score tells whether the card holds it: a
+    small model learns to compare several wishes only after that. The others, one per film, have the
+    profiles of examples: those whose target the film is, and those that it meets by half or less.
+    So no film is taught with all the wishes that it meets, except its own examples'. One reply in
+    four claims what is true of another film, which costs a point if it is false of this one.
     """
     profiles = [read_profile(profile_of(x, catalogue), catalogue) for x in examples]
     known = list(zip(examples, profiles, strict=True))
     golds = {x: gold_items(x, catalogue) for x in examples}
-    films = list(dict.fromkeys(film for x in examples for film in golds[x]))
+    films = list(dict.fromkeys(film for x in examples for film in golds[x]))[: options.cards]
     first, then = [], []
     for number, film in enumerate(films):
         generator = np.random.default_rng(seed_for(seed, "cards", film.title))
@@ -303,7 +304,7 @@ def card_lessons(
         tried = own[:4] + mixed(others, film, options.profiles_per_card - 4, generator)
         first.append(card_lesson(film, *plain, single_wishes(film, catalogue, generator), options))
         then.append(card_lesson(film, *(plain if number % 4 else claim), tried, options))
-    return first[: len(first) // 2] + then
+    return first[: len(first) // 3] + then
 
 
 def card_lesson(
