@@ -12,11 +12,10 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from test_report import label, row
 
 from usbrec.chat import Request
-from usbrec.crs.agents import Messages, Roles, Side, announce
-from usbrec.crs.dialogue import Dialogue, Example
+from usbrec.crs.agents import Roles, Side, announce
+from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, checked
 from usbrec.crs.measures import (
-    JUDGES,
     hit_rate,
     judge_ranked,
     search_figures,
@@ -224,7 +223,7 @@ def test_the_best_films_are_recommended_in_the_same_words_and_scored() -> None:
     assert (role_of(requests[0]), requests[0].adapter, k) == ("recommender", "rl", 4)
     assert texts == [announce(item.title) for item in FILMS]
     assert roles_of(llm.generated) == [["summariser"]]
-    assert roles_of(llm.scored) == [["internal_judge"] * 4]
+    assert roles_of(llm.scored) == [["internal_judge"] * 4, ["card_judge"] * 4]
     heard = [request.messages[-2].content for request in llm.scored[0]]
     assert heard == [announce(x.title) for x in (NEW, OLD, LOFT, WELL)]
     assert "Likes: horror, crime" in llm.scored[0][0].messages[0].content
@@ -239,17 +238,13 @@ def test_the_best_films_are_recommended_in_the_same_words_and_scored() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_second_judge_is_one_more_question() -> None:
-    asked = []
-
-    def with_cards(dialogue: Dialogue, profile: str) -> Messages:
-        asked.append(dialogue[-1].text)
-        return JUDGES["internal judge"](dialogue, profile)
-
-    llm, (found,) = judged(EXAMPLE, judges={**JUDGES, "judge with cards": with_cards})
-    assert len(llm.scored) == 2 and asked == [announce(x.title) for x in (NEW, OLD, LOFT, WELL)]
-    for film in found["films"]:
-        assert film["scores"]["judge with cards"] == film["scores"]["internal judge"]
+def test_the_judge_with_cards_sees_the_card_of_each_film() -> None:
+    llm, _ = judged(EXAMPLE)
+    expected = [
+        card_prompt(announce(x.title), card(x), "Likes: horror, crime. Dislikes: nothing said.")
+        for x in (NEW, OLD, LOFT, WELL)
+    ]
+    assert [request.messages for request in llm.scored[1]] == expected
 
 
 def test_areas_are_within_a_dialogue_and_a_target_out_of_reach_does_not_count() -> None:

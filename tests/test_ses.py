@@ -9,7 +9,7 @@ import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
 
 from usbrec.chat import Message, Request
-from usbrec.crs.agents import JudgeScore, Roles, Side, closed_form
+from usbrec.crs.agents import JudgeScore, Roles, Side, card_prompt, closed_form
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import add_turn
 from usbrec.crs.ses import Candidate, Node, SearchOptions, search, select, value_of
@@ -235,7 +235,7 @@ class Ranking(Scripted):
     """A scripted model that ranks the texts from the last to the first."""
 
     def best_texts(
-        self, requests: Sequence[Request], texts: tuple[str, ...], k: int
+        self, requests: Sequence[Request], texts: Sequence[str], k: int
     ) -> list[list[tuple[int, float]]]:
         return [[(i, -1.0) for i in reversed(range(len(texts)))][:k] for _ in requests]
 
@@ -287,9 +287,8 @@ def test_with_cards_the_judge_sees_profile_reply_and_facts_alone() -> None:
     llm = Scripted(drawing("Try Heat (1995)."))
     search(of_films(llm), ROOTS[:1], [1], SearchOptions(samples=1, turns=1, cards=True))
     (request,) = llm.scored[0]
-    question, asked = request.messages
-    assert question.content.endswith(PROFILE)
-    assert asked == Message("user", f"Try Heat (1995).\nCard: {card(FILMS.items[0])}.")
+    expected = card_prompt("Try Heat (1995).", card(FILMS.items[0]), PROFILE)
+    assert request.messages == expected and request.messages[-1] == Message("system", PROFILE)
 
 
 def test_with_cards_no_title_and_refused_titles_are_worth_nothing_unjudged() -> None:
@@ -311,7 +310,7 @@ def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way
         )
 
     def logprobs(request: Request) -> list[float]:
-        return SURE[2 if "Heat" in request.messages[-1].content else 0]
+        return SURE[2 if "Heat" in request.messages[1].content else 0]
 
     options = SearchOptions(samples=8, cards=True, scored="path", vote_temperature=0)
     (result,) = search(of_films(Scripted(reply, logprobs)), ROOTS[:1], [1], options)
