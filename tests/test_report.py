@@ -146,6 +146,7 @@ def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, 
     (head,) = [line for line in text.splitlines() if line.startswith("difference")]
     for part in ("iEval (0-2), n 150", "Recall@1, n 200", "hit, n 150", "rule grade (0-2), n 150"):
         assert part in head
+    assert not any(line.endswith("-") for line in text.splitlines())  # no flag is torn
     assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 120
 
 
