@@ -43,6 +43,8 @@ def test_rows_that_agree_leave_room_for_what_was_not_drawn() -> None:
     assert bounds(mean_interval(all_, 0)) == [0.9716, 1, 1]
     assert bounds(mean_interval(none, 0, limits=(0, 2))) == [0, 0, 0.0568]
     assert bounds(paired_difference(all_, all_, 0)) == [-0.0284, 0, 0.0284]
+    nearly = [1 + 1e-8] * 128  # a score whose sum was rounded otherwise
+    assert bounds(paired_difference(all_, nearly, 0)) == [-0.0284, 0, 0.0284]
     assert bounds(paired_difference(all_, all_, 0, span=2)) == [-0.0568, 0, 0.0568]
 
 

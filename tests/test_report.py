@@ -142,11 +142,12 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
 def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, Any]) -> None:
     plain, searched = TUNED * 50, [replace(x, searches=[SEARCH]) for x in TUNED] * 50
     methods = {name: searched if "SES" in name else plain for name in METHOD_NAMES}
-    facts = {**FACTS, "options": {f"max-{i}": "x" * 30 for i in range(20)}}
+    facts = {**FACTS, "options": {f"max-{chr(97 + i) * 25}": i for i in range(20)}}
     text = format_report(build_report(methods, {}, JUDGE, facts, 0))
     (head,) = [line for line in text.splitlines() if line.startswith("difference")]
     for part in ("iEval (0-2), n 150", "Recall@1, n 200", "hit, n 150", "rule grade (0-2), n 150"):
         assert part in head
+    assert not any(line.endswith("-") for line in text.splitlines())  # no flag is torn
     assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 120
 
 

@@ -51,7 +51,7 @@ def mean_interval(
     means = [(counts @ top) / (counts @ bottom) for counts in draws(len(top), seed)]
     mean = float((value * weight).sum() / weight.sum())
     low, high = _percentiles(means)
-    if ((top / bottom) % 1 == 0).all():
+    if np.allclose(top / bottom, np.round(top / bottom), rtol=0, atol=1e-6):
         share = unseen_share(len(top))
         low = min(low, mean - share * (mean - limits[0]))
         high = max(high, mean + share * (limits[1] - mean))

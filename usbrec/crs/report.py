@@ -209,7 +209,7 @@ def format_report(report: Facts) -> str:
         *_search_tables(report),
         _judge_lines(report),
         Path(__file__).with_name("legend.txt").read_text("utf-8").splitlines(),
-        [fill(", ".join(plain), WIDTH, break_long_words=False)],
+        [fill(", ".join(plain), WIDTH, break_long_words=False, break_on_hyphens=False)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines).rstrip()
 
