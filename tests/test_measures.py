@@ -23,6 +23,7 @@ from usbrec.crs.measures import (
     summary_facts,
     within_dialogues,
 )
+from usbrec.crs.wishes import card
 
 GOLD = "Likes: horror, by Ann Ray. Dislikes: Red Loft (2001)."  # three facts
 EXAMPLE = Example("d1", 2, talk("Dark, please."), "x", (WELL.title,), profile=GOLD)
