@@ -12,7 +12,7 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from test_report import label, row
 
 from usbrec.chat import Request
-from usbrec.crs.agents import Roles, Side, announce
+from usbrec.crs.agents import Roles, Side, announce, card_prompt
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, checked
 from usbrec.crs.measures import (
