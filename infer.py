@@ -24,14 +24,15 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs import agents, report
+from usbrec.crs import agents
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
-from usbrec.crs.dialogue import Dialogue, Example, add_turn
+from usbrec.crs.dialogue import Dialogue, Example, add_turn, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.extras import report
+from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.ranking import Ranking
@@ -280,7 +281,7 @@ def show(dialogue: Dialogue, row: Row, as_json: bool) -> None:
     if row.get("search"):
         print(report.format_search(dialogue, row["search"]).strip() + "\n")
     elif dialogue:
-        print(report.format_dialogue(dialogue) + "\n")
+        print(format_dialogue(dialogue) + "\n")
     printer()(row["reply"])
     show_facts(row)
 

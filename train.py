@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs.agreement import judge_agreement
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
@@ -42,10 +41,11 @@ from usbrec.crs.lessons import (
     summary_lessons,
     woven,
 )
-from usbrec.crs.measures import judge_ranked
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
-from usbrec.crs.report import format_report, report_of
+from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
+from usbrec.extras.measures import judge_ranked
+from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree

@@ -9,9 +9,8 @@ from typing import Any
 
 from usbrec.chat import Sampling
 from usbrec.crs.agents import Roles, recommender_prompt
-from usbrec.crs.dialogue import Dialogue, Example
+from usbrec.crs.dialogue import Dialogue, Example, format_dialogue
 from usbrec.crs.evaluation import titles_in
-from usbrec.crs.report import format_dialogue
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine, Usage
 from usbrec.llm.ranking import TOKENS, Ranking

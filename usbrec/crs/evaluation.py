@@ -4,7 +4,7 @@ All methods get the same dialogues, options and draws: a row's seed does not dep
 so that differences are paired. Three figures besides the judge's score come from rules alone:
 Recall@1 (the first catalogue title of the first reply), hit (any gold title up to the judged turn),
 and the grade of the judged reply's first title. Baselines and upper marks need no model. Left out:
-the methods' names and tables (report.py), and intervals (intervals.py).
+the tables (extras/report.py), and intervals (extras/intervals.py).
 """
 
 import math
@@ -24,6 +24,8 @@ from usbrec.crs.spelling import key_of
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.options import Options, option, seed_for
 
+# in the order of the paper's table, which has not the last
+METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 # best first; a guess has several items if its title leaves the year open
 Guesses = Sequence[tuple[Item, ...]]
 # one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess

@@ -11,16 +11,22 @@ from textwrap import fill
 from typing import Any
 
 from usbrec.crs.agents import Titles
-from usbrec.crs.agreement import agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import EvalRow, Guesses, Labels, copied, gold_labels, popular
-from usbrec.crs.intervals import auc, mean_interval, paired_difference
-from usbrec.crs.measures import search_figures, summaries, within_dialogues
+from usbrec.crs.evaluation import (
+    METHOD_NAMES,
+    EvalRow,
+    Guesses,
+    Labels,
+    copied,
+    gold_labels,
+    popular,
+)
+from usbrec.extras.agreement import agreement
+from usbrec.extras.intervals import auc, mean_interval, paired_difference
+from usbrec.extras.measures import search_figures, summaries, within_dialogues
 from usbrec.options import seed_for
 
-# in the order of the paper's table, which has not the last
-METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 CHECKS = ("agreement", "ranked")  # of the judges, beside the methods in rows.jsonl
 WIDTH = 120  # of the report's text
 CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
