@@ -229,7 +229,7 @@ def reply_into(
         runs.write_rows(times, [*timed(), *lines])
         return rows
 
-    results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.clear)
+    results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.engines)
     rows = run_chunks(results, list(enumerate(asked)), reply_chunk)
     seconds = {str(line.get("place")): line.get("seconds") for line in timed()}
     tell(f"{len(rows)} replies in {path}")
@@ -238,14 +238,9 @@ def reply_into(
 
 def results_file(setup: Setup, kind: str, facts: Mapping[str, Any]) -> Path:
     """Return the path of the results of these facts, in the run folder if there is one."""
-    folder = (setup.run or RUNS) / "infer"
-    return folder / f"{Path(setup.data).name}-{kind}-{name_for(facts)}.jsonl"
-
-
-def name_for(value: Any) -> str:
-    """Return a name of 8 hexadecimal digits for a value of JSON's types."""
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    text = json.dumps(facts, sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return (setup.run or RUNS) / "infer" / f"{Path(setup.data).name}-{kind}-{name}.jsonl"
 
 
 def talk(recommender: Recommender, as_json: bool) -> None:
@@ -325,7 +320,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
         recommender.spent()
         return judged
 
-    results = Results(out, recommender.options.chunk_size, "validate", facts, recommender.clear)
+    results = Results(out, recommender.options.chunk_size, "validate", facts, recommender.engines)
     found = agreement(run_chunks(results, rows, judge_chunk), seed)
     if flags.json:
         print(runs.dump(found))

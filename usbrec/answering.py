@@ -42,11 +42,6 @@ class Recommender:
     verbose: bool
     told: Usage = field(default_factory=Usage)  # the usage at the last `spent`
 
-    def clear(self) -> None:
-        """Empty the prefix caches of all engines."""
-        for engine in self.engines:
-            engine.clear_cache()
-
     def spent(self) -> dict[str, int]:
         """Return the token counts since the last call, as `Usage.since`; --verbose prints them."""
         now = usage_of(self.engines)
