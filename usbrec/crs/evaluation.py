@@ -86,7 +86,6 @@ class Talk:
     def row(self, catalogue: Catalogue, last: int, explanation: str, score: JudgeScore) -> EvalRow:
         """Return the talk's row; `explanation` and `score` are those of turn `last`."""
         gold, replies = self.example.items, self.replies
-        named = catalogue.first(replies[last - 1])
         return EvalRow(
             dialog_id=self.example.dialog_id,
             turn_id=self.example.turn_id,
@@ -94,7 +93,7 @@ class Talk:
             items=[titles_in(catalogue, reply) for reply in replies],
             labels=gold_labels(catalogue, self.example, [catalogue.first(replies[0])]),
             hit=any(catalogue.mentions(reply, gold) for reply in replies[:last]),
-            grade=min((catalogue.grade(item, gold) for item in named), default=0),
+            grade=catalogue.grade_of(replies[last - 1], gold),
             explanation=explanation,
             transcript=[[line.speaker, line.text] for line in self.dialogues[-1]],
             searches=self.searches,
