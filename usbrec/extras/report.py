@@ -10,18 +10,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from usbrec.crs import evaluation
 from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import (
-    METHOD_NAMES,
-    EvalRow,
-    Guesses,
-    Labels,
-    copied,
-    gold_labels,
-    popular,
-)
+from usbrec.crs.evaluation import METHOD_NAMES, EvalRow, Guesses, Labels
 from usbrec.extras.agreement import agreement
 from usbrec.extras.intervals import auc, mean_interval, paired_difference
 from usbrec.extras.measures import search_figures, summaries, within_dialogues
@@ -121,10 +114,8 @@ def compare(later: Sequence[EvalRow], earlier: Sequence[EvalRow], seed: int) -> 
     """Return the paired differences of two methods over the same dialogues, per figure."""
     groups, others = [row.dialog_id for row in later], _figures(earlier)
     return {
-        name: paired_difference(
-            values, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0)
-        )
-        for name, (values, weights) in _figures(later).items()
+        name: paired_difference(x, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0))
+        for name, (x, weights) in _figures(later).items()
         if name in HEADINGS
     }
 
@@ -179,14 +170,15 @@ def ranked_recall(
     groups = [example.dialog_id for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
-        "copy-last": [copied(catalogue, example) for example in examples],
-        "most-popular": [popular(catalogue, popularity)] * len(examples),
+        "copy-last": [evaluation.copied(catalogue, example) for example in examples],
+        "most-popular": [evaluation.popular(catalogue, popularity)] * len(examples),
     }
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
     def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
         rows = zip(examples, guesses, strict=True)
-        return recall([gold_labels(catalogue, x, row[:k]) for x, row in rows], groups, seed)
+        labels = [evaluation.gold_labels(catalogue, x, row[:k]) for x, row in rows]
+        return recall(labels, groups, seed)
 
     return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
 
@@ -251,10 +243,8 @@ def _search_tables(report: Facts) -> list[list[str]]:
     found, heads = report["search"], {name: name for name in ("precision", "recall", "exact")}
     within = report["judge"].get("within_dialogue", {})
     kinds = {"all": "against all misses", "broken": "against misses that break a wish"}
-    rows: dict[str, dict[str, Any]] = {}  # a figure of all methods
-    for name, figures in found.items():
-        for key, x in figures.items():
-            rows.setdefault(key.replace("_", " "), {})[name] = x
+    keys = next(iter(found.values()), ())  # every method has the same figures
+    rows = {key.replace("_", " "): {name: x[key] for name, x in found.items()} for key in keys}
     return [
         _table("summary of", heads, report["summary"]),
         _table("candidates of", {name: name for name in found}, rows),
