@@ -24,14 +24,15 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs import agents, report
+from usbrec.crs import agents
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.agreement import agreement, judge_agreement
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
-from usbrec.crs.dialogue import Dialogue, Example, add_turn
+from usbrec.crs.dialogue import Dialogue, Example, add_turn, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.extras import report
+from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter
 from usbrec.llm.ranking import Ranking
@@ -228,7 +229,7 @@ def reply_into(
         runs.write_rows(times, [*timed(), *lines])
         return rows
 
-    results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.clear)
+    results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.engines)
     rows = run_chunks(results, list(enumerate(asked)), reply_chunk)
     seconds = {str(line.get("place")): line.get("seconds") for line in timed()}
     tell(f"{len(rows)} replies in {path}")
@@ -237,14 +238,9 @@ def reply_into(
 
 def results_file(setup: Setup, kind: str, facts: Mapping[str, Any]) -> Path:
     """Return the path of the results of these facts, in the run folder if there is one."""
-    folder = (setup.run or RUNS) / "infer"
-    return folder / f"{Path(setup.data).name}-{kind}-{name_for(facts)}.jsonl"
-
-
-def name_for(value: Any) -> str:
-    """Return a name of 8 hexadecimal digits for a value of JSON's types."""
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    text = json.dumps(facts, sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return (setup.run or RUNS) / "infer" / f"{Path(setup.data).name}-{kind}-{name}.jsonl"
 
 
 def talk(recommender: Recommender, as_json: bool) -> None:
@@ -280,7 +276,7 @@ def show(dialogue: Dialogue, row: Row, as_json: bool) -> None:
     if row.get("search"):
         print(report.format_search(dialogue, row["search"]).strip() + "\n")
     elif dialogue:
-        print(report.format_dialogue(dialogue) + "\n")
+        print(format_dialogue(dialogue) + "\n")
     printer()(row["reply"])
     show_facts(row)
 
@@ -324,7 +320,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
         recommender.spent()
         return judged
 
-    results = Results(out, recommender.options.chunk_size, "validate", facts, recommender.clear)
+    results = Results(out, recommender.options.chunk_size, "validate", facts, recommender.engines)
     found = agreement(run_chunks(results, rows, judge_chunk), seed)
     if flags.json:
         print(runs.dump(found))

@@ -30,22 +30,16 @@ from tqdm import tqdm
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs.agreement import judge_agreement
+from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
-from usbrec.crs.dialogue import Example
+from usbrec.crs.dialogue import Example, Examples
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
-from usbrec.crs.lessons import (
-    card_lessons,
-    popularity_of,
-    recommender_lessons,
-    simulator_lessons,
-    summary_lessons,
-    woven,
-)
-from usbrec.crs.measures import judge_ranked
+from usbrec.crs.lessons import popularity_of
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
-from usbrec.crs.report import format_report, report_of
+from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
+from usbrec.extras.measures import judge_ranked
+from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
@@ -78,34 +72,33 @@ def train_simulator(work: Work) -> None:
     """Train the adapter that plays the user and judges, on training dialogues alone."""
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
-    def lessons(kinds: Mapping[str, Sequence[Example]]) -> list[TrainingDialogue]:
+    def make(kinds: Mapping[str, Examples]) -> list[TrainingDialogue]:
         played = kinds["simulator"], films, popularity_of(work.train), seed
-        first, then = simulator_lessons(*played, options)
-        summaries = summary_lessons(kinds["summaries"], films, options)
-        return first + woven(then, summaries, card_lessons(kinds["cards"], films, seed, options))
+        first, then = lessons.simulator_lessons(*played, options)
+        summaries = lessons.summary_lessons(kinds["summaries"], films, options)
+        cards = lessons.card_lessons(kinds["cards"], films, seed, options)
+        return first + lessons.woven(then, summaries, cards)
 
-    teach(work, "simulator", lessons)
+    teach(work, "simulator", make)
 
 
 def train_sft(work: Work) -> None:
     """Train an adapter on the recommender's gold turns."""
     options, films = work.settings.lesson, work.catalogue
-    teach(work, "sft", lambda kinds: recommender_lessons(kinds["sft"], films, options))
+    teach(work, "sft", lambda kinds: lessons.recommender_lessons(kinds["sft"], films, options))
 
 
 def teach(
-    work: Work,
-    stage: str,
-    lessons: Callable[[Mapping[str, Sequence[Example]]], list[TrainingDialogue]],
+    work: Work, stage: str, make: Callable[[Mapping[str, Examples]], list[TrainingDialogue]]
 ) -> None:
     """Train a new adapter of the stage's name on the lessons made from the stage's rows.
 
-    `lessons` gets the rows by the name of their limit (--max-NAME).
+    `make` gets the rows by the name of their limit (--max-NAME).
     """
     engine, seed = work.engine, seed_for(work.settings.data.seed, stage)
 
-    def lay_out(kinds: Mapping[str, Sequence[Example]], label: str) -> list[Tree]:
-        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in lessons(kinds)]
+    def lay_out(kinds: Mapping[str, Examples], label: str) -> list[Tree]:
+        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(kinds)]
         kept, dropped = usable_dialogues(trees, engine.max_length)
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
@@ -122,7 +115,7 @@ def make_pairs(work: Work) -> None:
     """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter."""
     settings, roles = work.settings, work.roles("sft")
 
-    def try_chunk(chunk: Sequence[Example]) -> list[Row]:
+    def try_chunk(chunk: Examples) -> list[Row]:
         outcomes = build_pairs(roles, chunk, settings.data.seed, settings.pairs)
         return [outcome.record() for outcome in outcomes]
 
@@ -199,7 +192,7 @@ def evaluate(work: Work) -> None:
     methods = [name for name in COMPARED if name in o.methods]
     roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
 
-    def meet_chunk(chunk: Sequence[Example]) -> list[Row]:
+    def meet_chunk(chunk: Examples) -> list[Row]:
         rows: dict[Example, Row] = {x: {} for x in chunk}
         own = [x for x in chunk if x in judged]
         found = judge_agreement(roles["sft"], own, popularity, o.seed, settings.eval)

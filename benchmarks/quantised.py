@@ -27,7 +27,7 @@ from usbrec.crs.agents import Roles, Side, recommender_prompt  # noqa: E402
 from usbrec.crs.datasets import ROOT, load_catalogue, load_split  # noqa: E402
 from usbrec.crs.dialogue import Example  # noqa: E402
 from usbrec.crs.evaluation import EvaluationOptions, evaluate_method  # noqa: E402
-from usbrec.crs.intervals import mean_interval, paired_difference  # noqa: E402
+from usbrec.extras.intervals import mean_interval, paired_difference  # noqa: E402
 from usbrec.llm.adapter_files import load_adapter  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.loss import token_logps  # noqa: E402

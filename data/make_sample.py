@@ -170,13 +170,11 @@ class Scene:
 
     def change_mind(self, wrong: Wish, wishes: Sequence[Wish]) -> None:
         """Add the recommender's question and the seeker's correction of a wish."""
-        forms = {"genre": f"{genre_word(wrong.value)} film", "mood": f"{wrong.value} mood"}
-        named = forms.get(wrong.kind, wrong.value)
         self.speak("recommender asks")
         wanted, disliked = parted(wishes)
 
         def correct() -> str:
-            text = self.words.phrase("seeker changes mind", wanted, wrong=named)
+            text = self.words.phrase("seeker changes mind", wanted, wrong=wrong.noun)
             return f"{text} {self.words.wishes(disliked)}".strip()
 
         self.add_short(correct)
@@ -269,11 +267,8 @@ def explain(scene: Scene) -> str:
     star = next((wish.value for wish in told if wish.kind == "lead"), target.lead)
     kind = f"{target.year} {genre_word(genre)} film"
     facts = f"{with_article(kind)} directed by {target.directors[0]} and starring {star}"
-    wish = told[0]
-    value = genre_word(wish.value) if wish.kind == "genre" else wish.value
-    forms = {"mood": "the {} mood", "decade": "the {}"}
-    asked = forms.get(wish.kind, "the {} film").format(value)
-    return sentence_case(scene.words.phrase("explains", facts=facts, wish=asked))
+    wish = f"the {told[0].noun}"
+    return sentence_case(scene.words.phrase("explains", facts=facts, wish=wish))
 
 
 def react(scene: Scene) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from usbrec.crs.catalogue import Item
 from usbrec.crs.rewrite import decade_forms, genre_word, genre_words, with_article
+from usbrec.crs.wishes import attributes
 
 NOUNS = ("comedy", "drama", "thriller", "western", "musical")  # genres that need no "film"
 KINDS = ("mood", "genre", "decade", "director", "lead")  # the order of words in a noun phrase
@@ -21,6 +22,12 @@ class Wish:
     kind: str
     value: str
 
+    @property
+    def noun(self) -> str:
+        """The wish as a noun: "crime film", "Al Pacino film", "tense mood", "1990s"."""
+        value = genre_word(self.value) if self.kind == "genre" else self.value
+        return {"mood": f"{value} mood", "decade": value}.get(self.kind, f"{value} film")
+
     def fits(self, item: Item) -> bool:
         """Return whether the film meets the wish."""
         if self.kind == "dislike":
@@ -31,10 +38,8 @@ class Wish:
 @cache
 def facts_of(item: Item) -> list[Wish]:
     """Return every fact of a film that a seeker can wish for."""
-    decades = (item.decade,) if item.decade else ()
-    values = (item.genres, decades, item.directors, item.stars, item.moods)
-    kinds = ("genre", "decade", "director", "lead", "mood")
-    return [Wish(kind, value) for kind, own in zip(kinds, values, strict=True) for value in own]
+    facts = [Wish(*fact) for fact in attributes(item)]
+    return sorted(facts, key=lambda fact: fact.kind == "mood")  # moods last
 
 
 @cache

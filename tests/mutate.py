@@ -80,7 +80,7 @@ MUTATIONS = (
              'bound = 0 if worst == "zero" else 1', 'bound = 1 if worst == "zero" else 0',
              "test_podcs"),
     Mutation("a leaf weighs 1, however often it was drawn", "usbrec/crs/ses.py",
-             "read = [(x.score.score, x.draws)", "read = [(x.score.score, 1)", "test_ses"),
+             "path[-1].draws) for path in paths", "1) for path in paths", "test_ses"),
     Mutation("equal candidates: the last is chosen", "usbrec/crs/ses.py",
              "return ranks.index(max(ranks))",
              "return len(ranks) - 1 - ranks[::-1].index(max(ranks))", "test_ses"),
@@ -88,7 +88,7 @@ MUTATIONS = (
              "max(range(3), key=read.count)", "max(reversed(range(3)), key=read.count)",
              "test_agents"),
     Mutation("an open year counts for any of its films", "usbrec/crs/evaluation.py",
-             "guess and set(guess) <= gold", "guess and set(guess) & gold", "test_evaluation"),
+             "guess and set(guess) <= set(", "guess and set(guess) & set(", "test_evaluation"),
     Mutation("the seeker says its target", "usbrec/crs/catalogue.py",
              "text = text[:start] + NEUTRAL + text[end:]", "text = text", "test_catalogue"),
 )  # fmt: skip

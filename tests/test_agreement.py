@@ -10,10 +10,10 @@ from scripted import SURE, Scripted, role_of, roles_of, talk
 
 from usbrec.chat import Request
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.agreement import Contrast, agreement, contrast, draw_others, judge_agreement
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.extras.agreement import Contrast, agreement, contrast, draw_others, judge_agreement
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from usbrec.crs.catalogue import Catalogue, Item, grade, read_item
+from usbrec.crs.catalogue import Catalogue, Item, read_item
 from usbrec.crs.datasets import load_catalogue, load_split, read_examples
 from usbrec.options import UserError
 
@@ -447,16 +447,15 @@ def test_a_bare_name_means_the_item_without_a_description() -> None:
 def test_a_recommendation_is_graded_by_what_it_shares_with_the_target(films: Catalogue) -> None:
     heat, godfather = films.get("Heat (1995)"), films.get("The Godfather (1972)")
     titanic, up = films.get("Titanic (1997)"), films.get("Up (2009)")
-    assert grade(heat, [heat]) == 2
-    assert grade(godfather, [heat]) == 1  # a star
-    assert grade(titanic, [films.get("Her (2013)")]) == 1  # genres
-    assert grade(films.get("Spider-Man 2 (2004)"), [films.get("Spider-Man (2002)")]) == 1
-    assert grade(up, [heat]) == 0
-    assert grade(up, [heat, up]) == 2
-    assert grade(None, [heat]) == 0
-    assert films.grade(godfather, ["Heat (1995)"]) == 1
+    assert films.grade(heat, [heat.title]) == 2
+    assert films.grade(godfather, [heat.title]) == 1  # a star
+    assert films.grade(titanic, ["Her (2013)"]) == 1  # genres
+    assert films.grade(films.get("Spider-Man 2 (2004)"), ["Spider-Man (2002)"]) == 1
+    assert films.grade(up, [heat.title]) == 0
+    assert films.grade(up, [heat.title, up.title]) == 2
+    assert films.grade(None, [heat.title]) == 0
     nameless = Item("X", "X")
-    assert grade(nameless, [Item("Y", "Y")]) == 0  # no facts, nothing shared
+    assert Catalogue([Item("Y", "Y")]).grade(nameless, ["Y"]) == 0  # no facts, nothing shared
 
 
 def test_a_fifth_to_a_third_of_popular_films_share_something_with_a_random_target(
@@ -465,7 +464,8 @@ def test_a_fifth_to_a_third_of_popular_films_share_something_with_a_random_targe
     draws = random.Random(0)
     popular = [example.items[0] for example in load_split("sample", "train").examples]
     grades = [
-        grade(sample.get(draws.choice(popular)), [draws.choice(sample.items)]) for _ in range(4000)
+        sample.grade(sample.get(draws.choice(popular)), [draws.choice(sample.items).title])
+        for _ in range(4000)
     ]
     assert 0.2 <= grades.count(1) / len(grades) <= 0.37
 

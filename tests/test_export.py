@@ -137,4 +137,4 @@ def test_an_empty_file_is_one_clear_error(tmp_path, capsys):
 
 def test_a_missing_file_is_one_clear_error(tmp_path, capsys):
     assert main(["--pairs", str(tmp_path / "x"), "--llama-factory", str(tmp_path / "d")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is missing" in capsys.readouterr().err

@@ -16,8 +16,8 @@ import train
 from usbrec.answering import Recommender
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.report import format_search
 from usbrec.crs.ses import SearchOptions, search
+from usbrec.extras.report import format_search
 from usbrec.llm.engine import Engine
 from usbrec.runs import read_rows
 

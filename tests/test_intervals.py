@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from usbrec.crs.intervals import (
+from usbrec.extras.intervals import (
     DRAWS,
     auc,
     auc_interval,

@@ -15,7 +15,8 @@ from usbrec.chat import Request
 from usbrec.crs.agents import Roles, Side, announce, card_prompt
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, checked
-from usbrec.crs.measures import (
+from usbrec.crs.wishes import card
+from usbrec.extras.measures import (
     hit_rate,
     judge_ranked,
     search_figures,
@@ -23,7 +24,6 @@ from usbrec.crs.measures import (
     summary_facts,
     within_dialogues,
 )
-from usbrec.crs.wishes import card
 
 GOLD = "Likes: horror, by Ann Ray. Dislikes: Red Loft (2001)."  # three facts
 EXAMPLE = Example("d1", 2, talk("Dark, please."), "x", (WELL.title,), profile=GOLD)

@@ -11,9 +11,9 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 
 from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import EvalRow, copied, popular
-from usbrec.crs.report import (
-    METHOD_NAMES,
+from usbrec.crs.evaluation import METHOD_NAMES, EvalRow, copied, popular
+from usbrec.extras.plot import main, save_plot
+from usbrec.extras.report import (
     build_report,
     format_recall,
     format_report,
@@ -21,7 +21,6 @@ from usbrec.crs.report import (
     ranked_recall,
     report_of,
 )
-from usbrec.extras.plot import main, save_plot
 
 
 def label(found: bool, repeated: bool = False) -> dict[str, Any]:

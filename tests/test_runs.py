@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,10 +91,11 @@ def test_an_interrupt_keeps_the_chunks_before_it(tmp_path: Path) -> None:
     assert again.chunks == [[3, 4, 5], [6]]
 
 
-def test_each_chunk_is_preceded_by_its_call(tmp_path: Path) -> None:
+def test_the_caches_are_emptied_before_each_chunk(tmp_path: Path) -> None:
     calls: list[int] = []
     work = Work()
-    run(tmp_path / "rows.jsonl", work, before_chunk=lambda: calls.append(len(work.chunks)))
+    engine = SimpleNamespace(clear_cache=lambda: calls.append(len(work.chunks)))
+    run(tmp_path / "rows.jsonl", work, engines=[engine])
     assert calls == [0, 1, 2]
 
 

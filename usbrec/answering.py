@@ -9,9 +9,8 @@ from typing import Any
 
 from usbrec.chat import Sampling
 from usbrec.crs.agents import Roles, recommender_prompt
-from usbrec.crs.dialogue import Dialogue, Example
+from usbrec.crs.dialogue import Dialogue, Example, format_dialogue
 from usbrec.crs.evaluation import titles_in
-from usbrec.crs.report import format_dialogue
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine, Usage
 from usbrec.llm.ranking import TOKENS, Ranking
@@ -42,11 +41,6 @@ class Recommender:
     ranking: Ranking | None  # of the catalogue, with --rank
     verbose: bool
     told: Usage = field(default_factory=Usage)  # the usage at the last `spent`
-
-    def clear(self) -> None:
-        """Empty the prefix caches of all engines."""
-        for engine in self.engines:
-            engine.clear_cache()
 
     def spent(self) -> dict[str, int]:
         """Return the token counts since the last call, as `Usage.since`; --verbose prints them."""

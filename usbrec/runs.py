@@ -180,7 +180,7 @@ def read_note(note: Path) -> Row:
 class Results:
     """A results file: its path, chunk size, label, and the facts that decide its rows.
 
-    `before_chunk` runs before each chunk, to empty the caches. With `spread` each process computes
+    The caches of `engines` are emptied before each chunk. With `spread` each process computes
     chunks of its own; without it all processes compute every chunk together.
     """
 
@@ -188,7 +188,7 @@ class Results:
     chunk_size: int
     label: str
     facts: Mapping[str, Any] = field(default_factory=dict)
-    before_chunk: Callable[[], None] = lambda: None
+    engines: Sequence[Any] = ()
     spread: bool = True
 
 
@@ -213,7 +213,8 @@ def run_chunks(
             for start in range(0, len(chunks), width):
                 made: list[Row] = []
                 for chunk in chunks[start + parallel.rank() % width :][:1]:  # some may have none
-                    results.before_chunk()
+                    for engine in results.engines:
+                        engine.clear_cache()
                     made = [json.loads(json.dumps(row)) for row in work(chunk)]
                     told = f"{label}: {len(made)} rows for {len(chunk)} items"
                     assert len(made) == len(chunk), told

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
-from usbrec.crs.report import METHOD_NAMES
+from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions

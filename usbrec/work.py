@@ -95,13 +95,8 @@ class Work:
 
     def results(self, name: str, label: str) -> Results:
         """Return a results file of the run; its facts are in its stage's note."""
-
-        def clear() -> None:
-            for engine in self.engines:
-                engine.clear_cache()
-
         size, spread = self.settings.data.chunk_size, not self.engine.model.sharded
-        return Results(self.folder / name, size, label, before_chunk=clear, spread=spread)
+        return Results(self.folder / name, size, label, engines=self.engines, spread=spread)
 
     def learn(
         self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective

@@ -216,8 +216,19 @@ class Catalogue:
         return bool(unknown and strangers.find(text))
 
     def grade(self, item: Item | None, titles: Iterable[str]) -> int:
-        """Return `grade` of the item against all items that the titles may mean."""
-        return grade(item, [target for title in titles for target in self.named(title)])
+        """Return the grade of a recommendation against all items that the titles may mean, 0 to 2.
+
+        2: it is one of them. 1: it shares a director, a star, or at least half of the genres (of
+        the film that has fewer) with one. 0: none of these, or no item.
+        """
+        targets = [target for title in titles for target in self.named(title)]
+        if item in targets:
+            return 2
+        return int(any(item is not None and _is_kin(item, target) for target in targets))
+
+    def grade_of(self, text: str, titles: Iterable[str]) -> int:
+        """Return the grade of the text's first title: the worst of its readings, 0 without one."""
+        return min((self.grade(item, titles) for item in self.first(text)), default=0)
 
     def hide(self, text: str, titles: Iterable[str]) -> str:
         """Return the text with the titles replaced by neutral words.
@@ -261,18 +272,6 @@ def _fitting(items: list[Item], year: int) -> tuple[Item, ...]:
         if found := [item for item in items if item.year and abs(item.year - year) <= near]:
             return tuple(found)
     return tuple(item for item in items if item.year is None)
-
-
-def grade(item: Item | None, targets: Iterable[Item]) -> int:
-    """Return the grade of a recommendation against the targets, 0 to 2.
-
-    2: it is a target. 1: it shares a director, a star, or at least half of the genres (of the film
-    that has fewer) with a target. 0: none of these, or no item.
-    """
-    targets = tuple(targets)
-    if item in targets:
-        return 2
-    return int(any(item is not None and _is_kin(item, target) for target in targets))
 
 
 def _is_kin(item: Item, other: Item) -> bool:

@@ -4,7 +4,7 @@ All methods get the same dialogues, options and draws: a row's seed does not dep
 so that differences are paired. Three figures besides the judge's score come from rules alone:
 Recall@1 (the first catalogue title of the first reply), hit (any gold title up to the judged turn),
 and the grade of the judged reply's first title. Baselines and upper marks need no model. Left out:
-the methods' names and tables (report.py), and intervals (intervals.py).
+the tables (extras/report.py), and intervals (extras/intervals.py).
 """
 
 import math
@@ -24,6 +24,8 @@ from usbrec.crs.spelling import key_of
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.options import Options, option, seed_for
 
+# in the order of the paper's table, which has not the last
+METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 # best first; a guess has several items if its title leaves the year open
 Guesses = Sequence[tuple[Item, ...]]
 # one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess
@@ -84,7 +86,6 @@ class Talk:
     def row(self, catalogue: Catalogue, last: int, explanation: str, score: JudgeScore) -> EvalRow:
         """Return the talk's row; `explanation` and `score` are those of turn `last`."""
         gold, replies = self.example.items, self.replies
-        named = catalogue.first(replies[last - 1])
         return EvalRow(
             dialog_id=self.example.dialog_id,
             turn_id=self.example.turn_id,
@@ -92,7 +93,7 @@ class Talk:
             items=[titles_in(catalogue, reply) for reply in replies],
             labels=gold_labels(catalogue, self.example, [catalogue.first(replies[0])]),
             hit=any(catalogue.mentions(reply, gold) for reply in replies[:last]),
-            grade=min((catalogue.grade(item, gold) for item in named), default=0),
+            grade=catalogue.grade_of(replies[last - 1], gold),
             explanation=explanation,
             transcript=[[line.speaker, line.text] for line in self.dialogues[-1]],
             searches=self.searches,

@@ -26,21 +26,14 @@ from typing import NamedTuple
 import numpy as np
 
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs import agents
+from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.crs.rewrite import describe, genre_word, rewrite
-from usbrec.crs.wishes import (
-    ATTITUDES,
-    Fact,
-    attributes,
-    card,
-    fit,
-    read_profile,
-    write_attribute,
-    write_profile,
-)
+from usbrec.crs.wishes import Fact, attributes, fit
 from usbrec.options import Options, option, seed_for
+
+Profile = Collection[Fact]
 
 # replies that recommend nothing, as an untrained model gives them
 FILMLESS = Path(__file__).with_name("filmless_replies.txt").read_text("utf-8").splitlines()
@@ -74,23 +67,22 @@ def recommender_lessons(
     `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
     `explain_every` goes on with the explanation of its last gold turn.
     """
-    branches = []
+    chats = []
     for number, rows in enumerate(same_dialogue(examples)):
         gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
         system, *said = agents.recommender_prompt(_with_response(rows[-1]))
         lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
         told = "" if number % options.explain_every else explanation_of(rows[-1], catalogue)
         answer = Message("assistant", told, options.explanation_weight)
-        branches.append((*lines, Message("user", agents.EXPLAIN), answer) if told else (*lines,))
-    return share_prompt(system, branches, options.dialogues_per_lesson) if branches else []
+        asked = (Message("user", agents.EXPLAIN), answer) if told else ()
+        chats.append((system, *lines, *asked))
+    return share_prompt(chats, options.dialogues_per_lesson)
 
 
-def share_prompt(
-    system: Message, branches: Sequence[tuple[Message, ...]], size: int
-) -> list[TrainingDialogue]:
-    """Return training dialogues of `size` branches each after the same system prompt."""
-    cuts = range(0, len(branches), size)
-    return [TrainingDialogue((system,), tuple(branches[i : i + size])) for i in cuts]
+def share_prompt(chats: Sequence[agents.Messages], size: int) -> list[TrainingDialogue]:
+    """Return training dialogues of `size` chats each, branches after their equal system prompt."""
+    parts = [chats[i : i + size] for i in range(0, len(chats), size)]
+    return [TrainingDialogue(part[0][:1], tuple(chat[1:] for chat in part)) for part in parts]
 
 
 def same_dialogue(examples: Sequence[Example]) -> list[list[Example]]:
@@ -272,11 +264,10 @@ def summary_lessons(
     examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
 ) -> list[TrainingDialogue]:
     """Return training dialogues of summaries, `dialogues_per_lesson` chats in each."""
-    branches = []
-    for example in examples:
-        system, log = agents.summary_prompt(example.history)
-        branches.append((log, Message("assistant", profile_of(example, catalogue), 1.0)))
-    return share_prompt(system, branches, options.dialogues_per_lesson) if branches else []
+    profiles = [Message("assistant", profile_of(x, catalogue), 1.0) for x in examples]
+    prompts = [agents.summary_prompt(x.history) for x in examples]
+    chats = [(*prompt, profile) for prompt, profile in zip(prompts, profiles, strict=True)]
+    return share_prompt(chats, options.dialogues_per_lesson)
 
 
 def card_lessons(
@@ -290,7 +281,7 @@ def card_lessons(
     So no film is taught with all the wishes that it meets, except its own examples'. One reply in
     four claims what is true of another film, which costs a point if it is false of this one.
     """
-    profiles = [read_profile(profile_of(x, catalogue), catalogue) for x in examples]
+    profiles = [wishes.read_profile(profile_of(x, catalogue), catalogue) for x in examples]
     known = list(zip(examples, profiles, strict=True))
     golds = {x: gold_items(x, catalogue) for x in examples}
     films = list(dict.fromkeys(film for x in examples for film in golds[x]))[: options.cards]
@@ -308,17 +299,13 @@ def card_lessons(
 
 
 def card_lesson(
-    film: Item,
-    reply: str,
-    false: bool,
-    profiles: Sequence[Collection[Fact]],
-    options: LessonOptions,
+    film: Item, reply: str, false: bool, profiles: Sequence[Profile], options: LessonOptions
 ) -> TrainingDialogue:
     """Return a reply about the film and its card, scored by rule for each profile."""
     branches = []
     for facts in profiles:
         score = str(max(fit(film, facts) - false, 0))
-        system, shown, asked = agents.card_prompt(reply, card(film), told(facts))
+        system, shown, asked = agents.card_prompt(reply, wishes.card(film), told(facts))
         branches.append((asked, Message("assistant", score, options.score_weight)))
     return TrainingDialogue((system, shown), tuple(branches))
 
@@ -330,34 +317,29 @@ def single_wishes(
     own = attributes(film)
     pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
     wrong = [pool[i] for i in generator.choice(len(pool), len(own))]
-    profiles = [[Fact("like", *x)] for x in (*own, *wrong)]
-    for genre in film.genres:
-        profiles.append([Fact("like", *own[-1]), Fact("dislike", "genre", genre)])
-    for value in sorted({value for kind, value in wrong if kind == "genre"}):
-        profiles.append([Fact("like", *own[0]), Fact("dislike", "genre", value)])
-    return profiles
+    absent = sorted({value for kind, value in wrong if kind == "genre"})
+    pairs = [*((own[-1], genre) for genre in film.genres), *((own[0], genre) for genre in absent)]
+    single = [[Fact("like", *x)] for x in (*own, *wrong)]
+    return single + [[Fact("like", *x), Fact("dislike", "genre", genre)] for x, genre in pairs]
 
 
 def mixed(
-    profiles: Sequence[Collection[Fact]], film: Item, count: int, generator: np.random.Generator
-) -> list[Collection[Fact]]:
+    profiles: Sequence[Profile], film: Item, count: int, generator: np.random.Generator
+) -> list[Profile]:
     """Return `count` of the profiles, drawn at random: by turns half met, a near miss, and any."""
     own = set(attributes(film))
     order = [profiles[i] for i in generator.permutation(len(profiles))]
     half = [x for x in order if fit(film, x) == 1]
-    near = sorted(
-        (x for x in order if not fit(film, x)), key=lambda x: -len({f[1:] for f in x} & own)
-    )
+    unmet = [x for x in order if not fit(film, x)]
+    near = sorted(unmet, key=lambda facts: -len({x[1:] for x in facts} & own))
     turns = zip_longest(half[:count], near[:count], order[:count])
     return [x for turn in turns for x in turn if x is not None][:count]
 
 
-def told(facts: Collection[Fact]) -> str:
+def told(facts: Profile) -> str:
     """Return the profile of these facts."""
-    texts = {
-        x: [write_attribute(f.kind, f.value) for f in facts if f.attitude == x] for x in ATTITUDES
-    }
-    return write_profile(*texts.values())
+    parts = ([x for x in facts if x.attitude == attitude] for attitude in wishes.ATTITUDES)
+    return wishes.write_profile(*([wishes.write_attribute(*x[1:]) for x in own] for own in parts))
 
 
 def claim_of(response: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:

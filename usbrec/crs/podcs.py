@@ -186,9 +186,6 @@ def count_wins(
     for example, record in zip(examples, records, strict=True):
         if pair := record["pair"]:
             texts = (pair[side][0]["content"] for side in ("chosen", "rejected"))
-            first, second = (
-                min((catalogue.grade(x, example.items) for x in catalogue.first(text)), default=0)
-                for text in texts
-            )
+            first, second = (catalogue.grade_of(text, example.items) for text in texts)
             wins["better" if first > second else "worse" if first < second else "equal"] += 1
     return wins

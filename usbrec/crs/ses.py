@@ -154,10 +154,8 @@ def search(
     levels = [list(nodes.values())]
     for _ in range(options.turns - 1):
         levels.append(expand(roles, levels[-1], options))
-    scored = (
-        [node for level in levels for node in level] if options.scored == "path" else levels[-1]
-    )
-    score_nodes(roles, scored, options)
+    scored = levels if options.scored == "path" else levels[-1:]
+    score_nodes(roles, [node for level in scored for node in level], options)
     for result in results:
         for candidate in result.candidates:
             candidate.value = value_of(candidate.paths, options.value)
@@ -213,18 +211,12 @@ def first_responses(
     keys = [seed_for(seed, "candidate", n) for n in numbers]
     sampling = Sampling(options.max_new_tokens, options.temperature)
     asked = roles.recommender.requests(prompts, sampling, keys)
-    if not items:
-        return asked
-    begun = [agents.announce(item.title) for item in items]
+    begun = [agents.announce(item.title) for item in items] or [""] * len(asked)
     return [(side, replace(x, begin=y)) for (side, x), y in zip(asked, begun, strict=True)]
 
 
 def draw_distinct(
-    roles: Roles,
-    dialogues: Dialogues,
-    seeds: Seeds,
-    drawn: Sequence[list[str]],
-    options: SearchOptions,
+    roles: Roles, dialogues: Dialogues, seeds: Seeds, drawn: list[list[str]], options: SearchOptions
 ) -> list[list[str]]:
     """Return per dialogue the first reply of each title, `samples` of them or as many as are drawn.
 

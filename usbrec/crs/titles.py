@@ -37,24 +37,8 @@ from usbrec.crs.spelling import SPACELESS, YEAR, Word, key_of, names_of, plain, 
 
 # The forms a genre's name takes in text; the first stands before "film". Their order here is the
 # order of several before "film": "romantic comedy film", "sci-fi action film".
-GENRE_FORMS: dict[str, tuple[str, ...]] = {
-    "romance": ("romantic", "romance", "romances"),
-    "animation": ("animated", "animation", "cartoon", "cartoons"),
-    "family": ("family",),
-    "fantasy": ("fantasy",),
-    "sci-fi": ("sci-fi", "science fiction", "scifi"),
-    "crime": ("crime",),
-    "mystery": ("mystery", "mysteries"),
-    "horror": ("horror",),
-    "war": ("war",),
-    "action": ("action",),
-    "adventure": ("adventure", "adventures"),
-    "musical": ("musical", "musicals"),
-    "western": ("western", "westerns"),
-    "drama": ("drama", "dramas", "dramatic"),
-    "thriller": ("thriller", "thrillers"),
-    "comedy": ("comedy", "comedies", "comedic"),
-}
+_FORMS = Path(__file__).with_name("genre_forms.txt").read_text("utf-8").splitlines()
+GENRE_FORMS = {name: forms.split(", ") for name, forms in (line.split(": ") for line in _FORMS)}
 GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
 # The most common words, and names of films that are ordinary words.
 ORDINARY_WORDS = GENRE_WORDS.union(

@@ -15,12 +15,12 @@ from typing import Any
 from usbrec.chat import Ranks, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Messages, Roles, Votes
-from usbrec.crs.agreement import SUMMARY_TOKENS
 from usbrec.crs.catalogue import Item
 from usbrec.crs.dialogue import Dialogue, Examples, add_turn
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, is_target
-from usbrec.crs.intervals import auc, mean_interval, paired_difference
 from usbrec.crs.wishes import card, fit, read_profile
+from usbrec.extras.agreement import SUMMARY_TOKENS
+from usbrec.extras.intervals import auc, mean_interval, paired_difference
 
 # film, dialogue, summary -> the question for a score of the dialogue's last reply, of that film
 Question = Callable[[Item, Dialogue, str], Messages]

@@ -19,8 +19,8 @@ from usbrec.crs.agents import EXPLAIN, JudgeScore, Messages, Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
-from usbrec.crs.intervals import auc_interval
 from usbrec.crs.rewrite import rewrite
+from usbrec.extras.intervals import auc_interval
 from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48

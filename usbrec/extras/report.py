@@ -10,17 +10,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from usbrec.crs import evaluation
 from usbrec.crs.agents import Titles
-from usbrec.crs.agreement import agreement
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import EvalRow, Guesses, Labels, copied, gold_labels, popular
-from usbrec.crs.intervals import auc, mean_interval, paired_difference
-from usbrec.crs.measures import search_figures, summaries, within_dialogues
+from usbrec.crs.evaluation import METHOD_NAMES, EvalRow, Guesses, Labels
+from usbrec.extras.agreement import agreement
+from usbrec.extras.intervals import auc, mean_interval, paired_difference
+from usbrec.extras.measures import search_figures, summaries, within_dialogues
 from usbrec.options import seed_for
 
-# in the order of the paper's table, which has not the last
-METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 CHECKS = ("agreement", "ranked")  # of the judges, beside the methods in rows.jsonl
 WIDTH = 120  # of the report's text
 CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
@@ -115,10 +114,8 @@ def compare(later: Sequence[EvalRow], earlier: Sequence[EvalRow], seed: int) -> 
     """Return the paired differences of two methods over the same dialogues, per figure."""
     groups, others = [row.dialog_id for row in later], _figures(earlier)
     return {
-        name: paired_difference(
-            values, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0)
-        )
-        for name, (values, weights) in _figures(later).items()
+        name: paired_difference(x, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0))
+        for name, (x, weights) in _figures(later).items()
         if name in HEADINGS
     }
 
@@ -173,14 +170,15 @@ def ranked_recall(
     groups = [example.dialog_id for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
-        "copy-last": [copied(catalogue, example) for example in examples],
-        "most-popular": [popular(catalogue, popularity)] * len(examples),
+        "copy-last": [evaluation.copied(catalogue, example) for example in examples],
+        "most-popular": [evaluation.popular(catalogue, popularity)] * len(examples),
     }
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
     def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
         rows = zip(examples, guesses, strict=True)
-        return recall([gold_labels(catalogue, x, row[:k]) for x, row in rows], groups, seed)
+        labels = [evaluation.gold_labels(catalogue, x, row[:k]) for x, row in rows]
+        return recall(labels, groups, seed)
 
     return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
 
@@ -245,10 +243,8 @@ def _search_tables(report: Facts) -> list[list[str]]:
     found, heads = report["search"], {name: name for name in ("precision", "recall", "exact")}
     within = report["judge"].get("within_dialogue", {})
     kinds = {"all": "against all misses", "broken": "against misses that break a wish"}
-    rows: dict[str, dict[str, Any]] = {}  # a figure of all methods
-    for name, figures in found.items():
-        for key, x in figures.items():
-            rows.setdefault(key.replace("_", " "), {})[name] = x
+    keys = next(iter(found.values()), ())  # every method has the same figures
+    rows = {key.replace("_", " "): {name: x[key] for name, x in found.items()} for key in keys}
     return [
         _table("summary of", heads, report["summary"]),
         _table("candidates of", {name: name for name in found}, rows),

@@ -23,17 +23,13 @@ Values = Sequence[float | None]
 Weights = Sequence[float] | None
 Groups = Sequence[str] | None  # a name per row
 Limits = tuple[float, float]  # the least and the greatest value that a row can have
-SHARE = (0.0, 1.0)
+UNIT = (0.0, 1.0)
 DRAWS = 10_000
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 
 
 def mean_interval(
-    values: Values,
-    seed: int,
-    weights: Weights = None,
-    groups: Groups = None,
-    limits: Limits = SHARE,
+    values: Values, seed: int, weights: Weights = None, groups: Groups = None, limits: Limits = UNIT
 ) -> dict[str, Any]:
     """Return the (weighted) mean of the values as {"mean", "low", "high", "n"}.
 
