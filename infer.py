@@ -46,7 +46,7 @@ VALIDATED = 100  # held-out dialogues on which the judges are checked
 _SHOWN = (  # the flags in --help; --help-all lists every flag
     "--dialogue", "--chat", "--validate-simulator", "--data", "--data-dir", "--split", "--limit",
     "--out", "--json", "--verbose", "--run-dir", "--adapter", "--simulator", "--model", "--dtype",
-    "--device", "--int4", "--max-length", "--kv-memory", "--ses", "--temperature", "--top-p",
+    "--device", "--max-length", "--kv-memory", "--ses", "--temperature", "--top-p",
     "--max-new-tokens", "--seed", "--chunk-size", "--rank", "--ses-samples", "--ses-turns",
     "--ses-mode",
 )  # fmt: skip

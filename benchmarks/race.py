@@ -36,11 +36,11 @@ class Endless:
         return getattr(self.tokenizer, name)
 
 
-def our_engine(int4: bool = False) -> Engine:
-    """The default model in bf16, its weights rounded or not, behind our engine."""
+def our_engine() -> Engine:
+    """The default model in bf16, behind our engine."""
     folder = find_model(None)
     model = load_model(folder, torch.bfloat16)
-    accelerate(model, int4)
+    accelerate(model)
     tokenizer: Any = Endless(ChatTokenizer.from_folder(folder))
     return Engine(model, tokenizer)
 

@@ -21,7 +21,8 @@ from test_checkpoint import oracle_of
 
 from usbrec.extras import default_model, shards
 from usbrec.extras.default_model import find_model
-from usbrec.extras.gguf_file import llama3_divisors, unpermute
+from usbrec.extras.gguf_file import unpermute
+from usbrec.llm.model import rotary_frequencies
 from usbrec.options import UserError
 
 NAME = "someone/tiny-model"
@@ -189,7 +190,7 @@ def test_unpermute_gives_rotary_halves_back():
     assert unpermute(stored, heads=2).flatten().tolist() == list(range(8))
 
 
-def test_llama3_divisors_equal_transformers():
+def test_llama3_frequencies_equal_transformers():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -204,9 +205,9 @@ def test_llama3_divisors_equal_transformers():
         head_dim=128, rope_parameters={**scaling, "rope_theta": 500000.0}, hidden_size=256
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    plain = 500000.0 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    divisors = torch.from_numpy(llama3_divisors(500000.0, 128, scaling))
-    torch.testing.assert_close((plain / divisors).float(), scaled, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        rotary_frequencies(500000.0, 128, scaling), scaled, rtol=1e-5, atol=0
+    )
 
 
 def test_the_default_models_settings_are_smollm2s(default_model_folder):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import TINY, random_decoder
 
 from usbrec.llm.fast import FusedLinear, accelerate, prepack, product
-from usbrec.llm.fast.int4 import MOST_ROWS, Int4Weight
 from usbrec.llm.fast.kernels import (
     adapted_linear,
     attend_on_gpu,
@@ -25,7 +24,6 @@ from usbrec.llm.lora import (
     add_adapter,
 )
 from usbrec.llm.model import Decoder, ModelConfig, attend, rms_norm
-from usbrec.options import UserError
 
 CHATGLM = replace(TINY, attention_bias=True, rotary_dim=4, rotary_interleaved=True)
 CONFIGS = {
@@ -34,7 +32,6 @@ CONFIGS = {
     "tied": replace(TINY, tie_word_embeddings=True),
     "chatglm": replace(CHATGLM, fused_projections=True),
 }
-INT4 = replace(TINY, num_attention_heads=4, intermediate_size=64)  # groups of 32 inputs
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -290,88 +287,3 @@ def test_acceleration_leaves_every_weight_as_it_was() -> None:
     expected, got = plain.state_dict(), quick.state_dict()
     assert expected.keys() == got.keys()
     assert all(torch.equal(got[name], value) for name, value in expected.items())
-
-
-# --- int4 -------------------------------------------------------------------------------------
-
-
-def rounded_layer(weight: torch.Tensor) -> tuple[LoraLinear, Int4Weight]:
-    """A layer of this weight, rounded, and the rounded form."""
-    layer = LoraLinear(weight.shape[1], weight.shape[0]).to(weight.dtype)
-    layer.weight.copy_(weight.detach())
-    return layer, Int4Weight((layer,))
-
-
-@DTYPES
-def test_an_int4_product_is_that_of_the_matrix_it_stands_for(dtype: torch.dtype) -> None:
-    """bf16: the matrix and the result are rounded once each, by 2^-9 of their size at most."""
-    layer, form = rounded_layer(random(48, 64).to(dtype))
-    x = random(3, 64, seed=1).detach().to(dtype)
-    expected = x.float() @ layer.weight.float().T
-    off = 1e-5 if dtype == torch.float32 else 2**-7
-    torch.testing.assert_close(form.product(x).float(), expected, rtol=off, atol=10 * off)
-
-
-def test_an_int4_weight_moves_by_half_a_step_at_most() -> None:
-    weight = random(48, 64).detach()
-    layer, _ = rounded_layer(weight)
-    groups = weight.unflatten(1, (-1, 32))
-    steps = (groups.amax(-1) - groups.amin(-1)) / 15
-    moved = (layer.weight - weight).abs().view_as(groups).amax(-1)
-    assert (moved <= steps * 0.501).all() and (moved > 0).all()
-
-
-@DTYPES
-def test_weights_on_a_grid_of_16_values_a_group_stay_as_they_are(dtype: torch.dtype) -> None:
-    """Scales 2^-4 and offsets in eighths are exact in both dtypes; every group has both ends."""
-    q = torch.randint(0, 16, (48, 2, 32), generator=torch.Generator().manual_seed(0))
-    q[..., 0], q[..., 1] = 0, 15
-    weight = (q / 16 + torch.arange(2)[:, None] / 8).flatten(1).to(dtype)
-    assert torch.equal(rounded_layer(weight)[0].weight, weight)
-
-
-def test_weights_that_are_all_equal_or_zero_stay_finite_and_as_they_are() -> None:
-    for value in (0.0, 0.5):
-        layer, form = rounded_layer(torch.full((16, 32), value))
-        torch.testing.assert_close(layer.weight.detach(), torch.full((16, 32), value))
-        torch.testing.assert_close(form.product(torch.ones(1, 32)), torch.full((1, 16), 32 * value))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_rows_give_the_same_result_whichever_form_they_read(bias: bool) -> None:
-    """A row alone, among more rows than the rounded form is for, and in a pass with gradients."""
-    layers = tuple(adapted(out, 64, bias) for out in (48, 16))
-    fused = FusedLinear(layers, Int4Weight(layers))
-    x = random(MOST_ROWS + 1, 64, seed=1).detach()
-    for spans in ([], [AdapterSpan("one", 0, MOST_ROWS)]):
-        learned = torch.cat([adapted_linear(layer, x, spans) for layer in layers], -1).detach()
-        with torch.no_grad():
-            torch.testing.assert_close(fused(x, spans), learned, rtol=1e-4, atol=1e-4)
-            few = fused(x[:MOST_ROWS], spans)
-            assert not torch.equal(few, learned[:MOST_ROWS])  # another form was read
-            torch.testing.assert_close(few, learned[:MOST_ROWS], rtol=1e-4, atol=1e-4)
-
-
-def test_rounding_a_model_changes_its_logits_and_leaves_head_and_embeddings() -> None:
-    config = replace(INT4, tie_word_embeddings=True)
-    whole, rounded = random_decoder(config), random_decoder(config)
-    accelerate(rounded, int4=True)
-    assert torch.equal(rounded.lm_head.weight, whole.lm_head.weight)
-    assert torch.equal(rounded.model.embed_tokens.weight, whole.model.embed_tokens.weight)
-    ids, row = torch.arange(3, 40), torch.arange(37)
-    outs = [x.logits(x(ids, row, CausalRow(x, [37]))).detach() for x in (whole, rounded)]
-    assert (outs[0] - outs[1]).abs().max() > 1e-3
-
-
-def test_a_layer_that_does_not_fit_int4_is_named_and_nothing_is_rounded() -> None:
-    model = random_decoder(TINY)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(UserError, match="got a layer with 48 inputs and 32 outputs"):
-        accelerate(model, int4=True)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    accelerate(model)
-
-
-def test_another_device_is_refused_for_int4() -> None:
-    with pytest.raises(UserError, match="--int4 works on the CPU only, the model is on meta"):
-        accelerate(random_decoder(INT4).to("meta"), int4=True)

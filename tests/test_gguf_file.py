@@ -13,11 +13,12 @@ from tokenizers import Tokenizer, models
 
 from usbrec.extras import default_model, shards
 from usbrec.extras.default_model import find_model
-from usbrec.extras.gguf_file import TENSOR_NAMES, llama3_divisors
+from usbrec.extras.gguf_file import TENSOR_NAMES
 from usbrec.extras.merge import merge
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, add_adapter
+from usbrec.llm.model import rotary_frequencies
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 
@@ -73,7 +74,8 @@ def write_gguf(path, model, tokenizer=None, quantisation="F32", doubled_factor=N
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
     scaling = config.rope_parameters
     if scaling["rope_type"] == "llama3":
-        factors = llama3_divisors(scaling["rope_theta"], config.head_dim, scaling)
+        asked = scaling["rope_theta"], config.head_dim
+        factors = (rotary_frequencies(*asked, None) / rotary_frequencies(*asked, scaling)).numpy()
         if doubled_factor is not None:
             factors[doubled_factor] *= 2
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))

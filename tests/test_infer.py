@@ -546,7 +546,6 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--top-k", "-1"], "top_k"),
         (["--device", "abacus"], "abacus"),
         (["--kv-memory", "-1"], "kv_memory"),
-        (["--int4"], "48 inputs"),  # no groups of 32
         (["--simulator", "/no/such/simulator"], "/no/such/simulator"),
         (["--ses-mode", "star"], "star"),
         (["--no-such-flag"], "--no-such-flag"),

@@ -58,7 +58,7 @@ def options(tmp_path: Path) -> ModelOptions:
 
 def test_the_memory_for_keys_and_values_is_no_fact_of_a_result() -> None:
     assert ModelOptions(kv_memory=1.5).facts() == ModelOptions().facts()
-    assert ModelOptions(int4=True).facts() != ModelOptions().facts()
+    assert ModelOptions(max_length=64).facts() != ModelOptions().facts()
     with pytest.raises(ValueError, match="kv_memory must be at least 0"):
         ModelOptions(kv_memory=-1.0)
 

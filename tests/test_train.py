@@ -52,7 +52,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The small model and dataset, as flags."""
     place = tmp_path_factory.mktemp("inputs")
-    model = write_small_model(place / "model", intermediate_size=64)  # groups of 32 for --int4
+    model = write_small_model(place / "model")
     data = write_small_data(place / "data", test_word=WORD)
     often = {"--simulator-save-every": 2}
     return {"--model": model, "--data": data, "--dtype": "float32", **STAGE_FLAGS, **often}
@@ -451,19 +451,6 @@ def test_other_options_are_refused_and_nothing_is_lost(
     assert named in told and "add --fresh to start the stage " in told
     assert bytes_of(run) == before
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0  # the old options still do
-
-
-def test_rounded_weights_serve_the_report_and_are_learned_on_by_no_stage(
-    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    rounded = ["--run-dir", str(run), *flags(inputs), "--int4"]
-    before = bytes_of(run)
-    told = refused([*rounded, "--stages", "sft", "pairs", "simpo", "--fresh"], capsys)
-    assert "--int4" in told and "sft, simpo would learn" in told
-    assert bytes_of(run) == before
-    assert "model-int4 False" in refused([*rounded, "--stages", "report"], capsys)
-    assert train.main([*rounded, "--stages", "report", "--fresh"]) == 0
-    assert bytes_of(run)["rows.jsonl"] != before["rows.jsonl"]
 
 
 def test_test_dialogues_enter_no_lesson_and_no_pair(

@@ -42,7 +42,6 @@ class ModelOptions(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "auto: the quickest")
     max_length: int = option(0, "longest prompt with its reply, in tokens; 0: the model's")
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
-    int4: bool = option(False, "4-bit base weights: quick single replies on the CPU, no training")
     kv_memory: float = option(0.0, "GB for prompts that replies share; 0: fits the device", low=0)
 
     def facts(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Eng
     device = pick_device(options.device)
     folder = parallel.one_then_all(lambda: find(options.model))
     model = load_model(folder, pick_dtype(options.dtype, device), device, sharded)
-    accelerate(model, int4=options.int4)
+    accelerate(model)
     give_back_memory()  # the weights that were laid out anew
     tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
     kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)

@@ -52,13 +52,11 @@ def run_together(program: str, job: Callable[[], None]) -> int:
         job()
         sys.stdout.flush()
         meet()
-    except OSError as error:
-        if error.filename is None:  # the standard output: what is left of it cannot be written
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (OSError, UserError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the output's rest cannot be written
         closed = isinstance(error, BrokenPipeError)
         code = _end(store, f"{program}: {error}", 141 if closed else 2)
-    except UserError as error:
-        code = _end(store, f"{program}: {error}", 2)
     except KeyboardInterrupt:
         code = _end(store, f"\n{program}: stopped; the same command goes on from here", 130)
     except RuntimeError:

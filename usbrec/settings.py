@@ -14,7 +14,7 @@ from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
 from usbrec.loading import ModelOptions
-from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option
+from usbrec.options import Options, Parser, add_flags, from_flags, option
 from usbrec.runs import ADAPTERS, MADE, claim
 
 STAGES = {  # stage -> the option groups and row limits that decide its result
@@ -122,10 +122,6 @@ class Settings:
         Raises UserError for a stage that was made with other facts. With `fresh` the stages' files
         are deleted first.
         """
-        learning = [stage for stage in stages if stage in ADAPTERS]
-        if learning and self.model.int4:
-            told = f"{', '.join(learning)} would learn on rounded weights: name others (--stages)"
-            raise UserError(f"--int4 is for stages that learn nothing, and {told}")
         for stage in stages:
             made = [folder / name for name in MADE[stage]]
             for path in made if fresh else ():

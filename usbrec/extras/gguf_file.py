@@ -15,29 +15,21 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from torch import Tensor
 
+from usbrec.llm.model import rotary_frequencies
 from usbrec.options import UserError
 
 TENSOR_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}
+}  # fmt: skip
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -75,10 +67,8 @@ class GgufFile:
         self.values = {key: field.contents() for key, field in reader.fields.items()}
         self.architecture = self.value("general.architecture")
         if self.architecture not in ("llama", "qwen2"):
-            raise UserError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported, "
-                "only llama and qwen2 are"
-            )
+            told = f"{path}: GGUF architecture {self.architecture!r} is not supported"
+            raise UserError(f"{told}, only llama and qwen2 are")
         for key, honoured in HONOURED_GGUF.items():
             if self.value(key, honoured) != honoured:
                 raise UserError(f"{path}: the GGUF setting {key[1:]} is not supported")
@@ -156,8 +146,9 @@ class GgufFile:
             return None
         stored = np.array(self.rope_factors.data, dtype=np.float64)
         scaling = {**LLAMA3_SCALING, "factor": float(stored.max())}
-        expected = llama3_divisors(self.value(".rope.freq_base"), 2 * len(stored), scaling)
-        if not np.allclose(stored, expected, rtol=1e-4):
+        theta, dim = self.value(".rope.freq_base"), 2 * len(stored)
+        plain, scaled = (rotary_frequencies(theta, dim, x) for x in (None, scaling))
+        if not np.allclose(stored, (plain / scaled).numpy(), rtol=1e-4):
             raise UserError(f"{self.path}: rope_freqs.weight is not Llama 3.1's RoPE scaling")
         return scaling
 
@@ -165,10 +156,9 @@ class GgufFile:
         """Return the tokenizer, a byte-level BPE."""
         model, pre = self.value("tokenizer.ggml.model"), self.value("tokenizer.ggml.pre", "none")
         if model != "gpt2" or pre not in PRE_TOKENIZERS:
-            raise UserError(
-                f"{self.path}: the GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not "
-                f"supported, only gpt2 with {', '.join(PRE_TOKENIZERS)}; use the model's folder"
-            )
+            told = f"the GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported"
+            usual = f"only gpt2 with {', '.join(PRE_TOKENIZERS)}; use the model's folder"
+            raise UserError(f"{self.path}: {told}, {usual}")
         tokens, kinds = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.token_type")
         vocabulary = {token: i for i, token in enumerate(tokens)}
         merges = [tuple(merge.split(" ")) for merge in self.value("tokenizer.ggml.merges")]
@@ -177,12 +167,9 @@ class GgufFile:
         tokenizer.decoder = decoders.ByteLevel()
         if pre == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
-        added = [
-            AddedToken(token, special=SPECIAL[kind], normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in SPECIAL
-        ]
-        tokenizer.add_tokens(added)
+        for token, kind in zip(tokens, kinds, strict=True):
+            if kind in SPECIAL:
+                tokenizer.add_tokens([AddedToken(token, special=SPECIAL[kind], normalized=False)])
         return tokenizer
 
     def tokenizer_config(self) -> dict[str, Any]:
@@ -199,15 +186,6 @@ class GgufFile:
             "clean_up_tokenization_spaces": False,
             "model_max_length": config["max_position_embeddings"],
         }
-
-
-def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """Return the (head_dim / 2,) divisors of RoPE frequencies (`llama3` in transformers)."""
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:

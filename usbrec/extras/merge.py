@@ -6,7 +6,6 @@ The sum W + scaling * B A is taken in fp32 and written in the dtype of W, a shar
 that has an adapter merged into it is refused.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -18,14 +17,10 @@ from torch import Tensor
 from usbrec.extras.default_model import RECEIPT, find_model
 from usbrec.extras.shards import SHARD_BYTES, write_shards
 from usbrec.llm.adapter_files import CONFIG_FILE, read_adapter
-from usbrec.llm.checkpoint import (
-    INDEX_FILE,
-    SafetensorsWeights,
-    empty_decoder,
-    parameter_names,
-)
+from usbrec.llm.checkpoint import INDEX_FILE, SafetensorsWeights, empty_decoder, parameter_names
 from usbrec.llm.model_config import MERGED_BASE, file_in, load_config, read_json
-from usbrec.options import UserError
+from usbrec.options import Parser, UserError
+from usbrec.parallel import run_together
 from usbrec.runs import write_json
 
 MERGED = "merged_adapter"  # the key in config.json that marks a merged model
@@ -44,10 +39,8 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
     model = empty_decoder(load_config(base))
     settings = read_json(base / "config.json")
     if MERGED in settings:
-        raise UserError(
-            f"{base} has the adapter {settings[MERGED]} merged into it already; merge into the "
-            "base that the adapter was trained on"
-        )
+        told = f"{base} has the adapter {settings[MERGED]} merged into it already"
+        raise UserError(f"{told}; merge into the base that the adapter was trained on")
     weights = SafetensorsWeights.from_folder(base)
     parameter_names(model, weights)  # the base itself must be whole
     config, matrices = read_adapter(model, adapter)
@@ -78,18 +71,17 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Merge as the flags say; a user's fault is printed as one sentence and ends with 2."""
-    parser = argparse.ArgumentParser(description="Merge an adapter into its base model.")
+    parser = Parser(prog="merge", description="Merge an adapter into its base model.")
     parser.add_argument("--model", required=True, help="the base: folder, GGUF file or hub name")
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
     parser.add_argument("--out", type=Path, required=True, help="the new folder")
-    options = parser.parse_args(arguments)
-    try:
+
+    def job() -> None:
+        options = parser.parse_args(arguments)
         merge(find_model(options.model), options.adapter, options.out)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"merged into {options.out}")
-    return 0
+        print(f"merged into {options.out}")
+
+    return run_together("merge", job)
 
 
 if __name__ == "__main__":

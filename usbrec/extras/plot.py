@@ -5,20 +5,23 @@
 It needs matplotlib.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from usbrec.llm.model_config import read_json
 from usbrec.options import Parser, UserError
+from usbrec.parallel import run_together
 
 
 def save_plot(report: Mapping[str, Any], path: Path) -> None:
     """Save iEval and Recall@1 of each method with their intervals as a picture.
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError where matplotlib is not installed, and for a report without methods.
     """
+    if "methods" not in report:
+        raise UserError(f"no plot in {path}: the report names no methods")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -38,15 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw a report; a user's fault is printed as one sentence and ends with 2."""
     parser = Parser(prog="plot", description="Draw a report's methods with their intervals.")
     parser.add_argument("report", type=Path, help="a run's report.json")
-    path = Path("report.json")
-    try:
+
+    def job() -> None:
         path = parser.parse_args(arguments).report
-        save_plot(json.loads(path.read_text("utf-8")), path.with_suffix(".png"))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"plot: {path}: {error}", file=sys.stderr)
-        return 2
-    print(path.with_suffix(".png"))
-    return 0
+        save_plot(read_json(path), path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
+
+    return run_together("plot", job)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from usbrec.llm.checkpoint import SafetensorsWeights, compare_shapes, stored_name, weights_file
-from usbrec.llm.lora import LoraConfig, LoraLinear, remove_adapter
+from usbrec.llm.lora import LoraConfig, LoraLinear, lora_layers, remove_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import OFF, CheckedSettings, file_in, read_json
 from usbrec.options import UserError
@@ -72,8 +72,7 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
 
 def linear_layers(model: Decoder) -> dict[str, LoraLinear]:
     """Return {the checkpoint's module name: layer} of every layer that can have an adapter."""
-    found = [(path, x) for path, x in model.named_modules() if isinstance(x, LoraLinear)]
-    return {stored_name(model.config, path): layer for path, layer in found}
+    return {stored_name(model.config, path): layer for path, layer in lora_layers(model).items()}
 
 
 def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:

@@ -125,8 +125,7 @@ class SafetensorsWeights:
 
     def mapped(self, name: str) -> Tensor:
         """Return a tensor that views the mapped file."""
-        tensor: Tensor = self.opened[self.file_of[name]].get_tensor(name)
-        return tensor
+        return self.opened[self.file_of[name]].get_tensor(name)
 
     def load(self, name: str, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
         """Return a tensor in memory of its own; raises UserError if it is not finite."""

@@ -67,10 +67,6 @@ class BatchRow:
         self.tokens.append(token)
         self.text.push(token, last=len(self.tokens) == self.request.sampling.max_new_tokens)
 
-    def reply(self) -> Reply:
-        """Return the complete reply."""
-        return Reply(self.text.text, tuple(self.text.ids), self.text.ended)
-
 
 class Batch:
     """Rows that are decoded together, all with the same number of drawn tokens.
@@ -142,9 +138,8 @@ class Engine:
         """
         positions = model.config.max_position_embeddings
         if not 0 <= max_length <= positions:
-            raise UserError(
-                f"--max-length must lie in 0 (all) to the model's {positions}, got {max_length}"
-            )
+            told = f"must lie in 0 (all) to the model's {positions}, got {max_length}"
+            raise UserError(f"--max-length {told}")
         self.model, self.tokenizer = model, tokenizer
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
@@ -178,7 +173,7 @@ class Engine:
             sizes.append(len(prompt) + request.sampling.max_new_tokens)
         for batch in self.batches(sizes):
             self.decode(rows[batch])
-        return [row.reply() for row in rows]
+        return [Reply(x.text.text, tuple(x.text.ids), x.text.ended) for x in rows]
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[BatchRow]) -> None:
@@ -210,7 +205,7 @@ class Engine:
         longest = max(len(ids) for group in variants for ids in group)
         prompts = [self.prompt(request, longest) for request in requests]
         # the choices without their last tokens, once each: () for single tokens
-        begun = list(dict.fromkeys(tuple(ids[:-1]) for group in variants for ids in group))
+        begun = list(dict.fromkeys(ids[:-1] for group in variants for ids in group))
         scores: list[Tensor] = []
         for batch in self.batches([len(begun) * (len(ids) + longest) for ids in prompts]):
             pairs = list(zip(requests[batch], prompts[batch], strict=True))
@@ -235,11 +230,10 @@ class Engine:
             self.ranking = Ranking(self, texts)
         return [ranked.texts for ranked in self.ranking.best(requests, k, TOKENS_PER_TEXT * k)]
 
-    def variants(self, choice: str) -> list[list[int]]:
+    def variants(self, choice: str) -> list[tuple[int, ...]]:
         """Return the distinct token sequences that render a choice at the start of a reply."""
-        texts = (choice, " " + choice)
-        found = [tuple(self.tokenizer.encode(text, continued=True)) for text in texts]
-        return [list(ids) for ids in dict.fromkeys(found)]
+        found = [self.tokenizer.encode(text, continued=True) for text in (choice, " " + choice)]
+        return list(dict.fromkeys(map(tuple, found)))
 
     def prompt(self, request: Request, new_tokens: int) -> list[int]:
         """Return the ids of a request's prompt, shortened if it is too long.
@@ -286,12 +280,12 @@ class Engine:
 
 
 def choice_logprob(
-    logps: Mapping[tuple[int, ...], Tensor], variants: Sequence[Sequence[int]]
+    logps: Mapping[tuple[int, ...], Tensor], variants: Sequence[tuple[int, ...]]
 ) -> Tensor:
     """Return the log of the variants' summed probability, a scalar.
 
     `logps` maps the first n - 1 tokens of a variant to the log-probabilities (n, V) of its n
     tokens.
     """
-    own = [logps[tuple(ids[:-1])][range(len(ids)), ids].sum() for ids in variants]
+    own = [logps[ids[:-1]][range(len(ids)), ids].sum() for ids in variants]
     return torch.stack(own).logsumexp(0)

@@ -8,7 +8,7 @@ the base to the last bit. Adapters stay in fp32 over a base of any dtype.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,41 +85,36 @@ class LoraLinear(FrozenLinear):
         self.configs[name] = config
 
 
-def lora_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield (module path, layer) of each layer that an adapter of this config covers."""
-    wanted = set(config.target_modules)
-    found = set()
-    for path, module in model.named_modules():
-        last = path.rpartition(".")[2]
-        if isinstance(module, LoraLinear) and (ALL_LINEAR in wanted or last in wanted):
-            found.add(last)
-            yield path, module
-    missing = wanted - found - {ALL_LINEAR}
-    if missing:
-        raise ValueError(f"target_modules names no linear layer of this model: {sorted(missing)}")
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return {module path: layer} of every layer that can have an adapter."""
+    return {path: x for path, x in model.named_modules() if isinstance(x, LoraLinear)}
 
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
     """Add a fresh adapter `name` to the model; equal seeds give equal weights."""
-    generator = torch.Generator().manual_seed(seed)
-    for path, layer in lora_layers(model, config):
-        if name in layer.lora_A:
-            raise ValueError(f"the model already has an adapter {name!r} at {path}")
-        layer.add(name, config, generator)
+    generator, wanted = torch.Generator().manual_seed(seed), {*config.target_modules}
+    layers = lora_layers(model)
+    if missing := wanted - {path.rpartition(".")[2] for path in layers} - {ALL_LINEAR}:
+        raise ValueError(f"target_modules names no linear layer of this model: {sorted(missing)}")
+    for path, layer in layers.items():
+        if wanted & {ALL_LINEAR, path.rpartition(".")[2]}:
+            if name in layer.lora_A:
+                raise ValueError(f"the model already has an adapter {name!r} at {path}")
+            layer.add(name, config, generator)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Remove the adapter `name` from the model, if it is there."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear) and name in module.lora_A:
-            del module.lora_A[name], module.lora_B[name], module.configs[name]
+    for layer in lora_layers(model).values():
+        if name in layer.lora_A:
+            del layer.lora_A[name], layer.lora_B[name], layer.configs[name]
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the adapter's parameters: "<module path>.lora_A.weight" and "...lora_B.weight"."""
     found: dict[str, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear) and name in module.lora_A:
-            found[f"{path}.lora_A.weight"] = module.lora_A[name]
-            found[f"{path}.lora_B.weight"] = module.lora_B[name]
+    for path, layer in lora_layers(model).items():
+        if name in layer.lora_A:
+            found[f"{path}.lora_A.weight"] = layer.lora_A[name]
+            found[f"{path}.lora_B.weight"] = layer.lora_B[name]
     return found

@@ -116,10 +116,8 @@ class SimpoOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gamma is not None and self.gamma_beta_ratio is not None:
-            raise ValueError(
-                f"gamma ({self.gamma}) and gamma_beta_ratio ({self.gamma_beta_ratio}) both set the "
-                "margin: give one of them"
-            )
+            told = f"gamma ({self.gamma}) and gamma_beta_ratio ({self.gamma_beta_ratio}) both set"
+            raise ValueError(f"{told} the margin: give one of them")
 
     @property
     def margin(self) -> float:

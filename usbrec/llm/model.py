@@ -8,7 +8,7 @@ seam for quicker equals (fast/). Left out: mixtures of experts, sliding windows,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,6 @@ class Attention(Protocol):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Map q (T, H, d), k and v (T, H_kv, d) of layer number `layer` to (T, H, d)."""
-        ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -87,11 +86,9 @@ class Ops:
     clear: Callable[[], None] = lambda: None
 
 
-def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Return the angle of each pair per position, (rotary_dim / 2,) in fp32 (RoPE)."""
-    dim = config.rotary_dim or config.head_dim
-    inv_freq = 1 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    scaling = config.rope_scaling
+def rotary_frequencies(theta: float, dim: int, scaling: Mapping[str, Any] | None) -> Tensor:
+    """Return the angle of each pair per position, (dim / 2,) in fp32 (RoPE)."""
+    inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if scaling is None:
         return inv_freq
     # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between are blended
@@ -235,7 +232,9 @@ class Decoder(nn.Module):
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Return the tables of `rotate`, (T, 1, rotary_dim) each, and its `interleaved`."""
         if self.inv_freq is None or self.inv_freq.device != position_ids.device:
-            self.inv_freq = rotary_frequencies(self.config).to(position_ids.device)
+            config, dim = self.config, self.config.rotary_dim or self.config.head_dim
+            inv_freq = rotary_frequencies(config.rope_theta, dim, config.rope_scaling)
+            self.inv_freq = inv_freq.to(position_ids.device)
         angles = position_ids.float()[:, None, None] * self.inv_freq
         cos, sin = rotary_tables(angles, self.config.rotary_interleaved)
         return cos.to(self.dtype), sin.to(self.dtype), self.config.rotary_interleaved

@@ -18,14 +18,11 @@ MERGED_BASE = "merged_adapter_base"  # the key in config.json of ModelConfig.mer
 LAYER_LIMIT, SIZE_LIMIT = 1024, 1 << 24
 
 CHATGLM_SETTINGS = {  # Hugging Face's name of a setting -> ChatGLM3's own, where they differ
-    "vocab_size": "padded_vocab_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_key_value_heads": "multi_query_group_num",
-    "head_dim": "kv_channels",
-    "rms_norm_eps": "layernorm_epsilon",
+    "vocab_size": "padded_vocab_size", "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers", "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels", "rms_norm_eps": "layernorm_epsilon",
     "max_position_embeddings": "seq_length",
-}
+}  # fmt: skip
 # Settings that change a model's result -> the only values that the decoder honours.
 OFF = (None, False, 0)
 HONOURED: dict[str, tuple[Any, ...]] = {
@@ -69,10 +66,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+            told = f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
+            raise UserError(f"{told} num_key_value_heads ({self.num_key_value_heads})")
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -185,8 +180,7 @@ def rope_of(settings: "CheckedSettings") -> dict[str, Any]:
     scaling = {"rope_type": "llama3", **{name: rope.number(name) for name in names}}
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise UserError(f"{settings.source}: high_freq_factor must be above low_freq_factor")
-    original = "original_max_position_embeddings"
-    scaling[original] = rope.size(original)
+    scaling["original_max_position_embeddings"] = rope.size("original_max_position_embeddings")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

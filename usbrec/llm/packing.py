@@ -93,10 +93,9 @@ def pack_rows(trees: Sequence[Tree], tokens_per_pass: int) -> list[list[Tree]]:
     """
     rows: list[list[Tree]] = []
     for tree in sorted(trees, key=len, reverse=True):
-        for row in rows:
-            if sum(map(len, row)) + len(tree) <= tokens_per_pass:
-                row.append(tree)
-                break
+        fitting = (row for row in rows if sum(map(len, row)) + len(tree) <= tokens_per_pass)
+        if row := next(fitting, None):
+            row.append(tree)
         else:
             rows.append([tree])
     return rows

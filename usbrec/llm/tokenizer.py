@@ -70,54 +70,40 @@ QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
 CHATML = ChatFormat("chatml", CHATML_MARKS, "<|im_start|>{role}\n{content}<|im_end|>", gap="\n")
 LLAMA3 = ChatFormat(
-    "llama3",
-    marks=("<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
-    begin="<|begin_of_text|>",
+    "llama3", ("<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
     turn="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-    stops=("<|end_of_text|>",),
-    trim=True,
-)
+    begin="<|begin_of_text|>", stops=("<|end_of_text|>",), trim=True,
+)  # fmt: skip
 LLAMA2 = ChatFormat(
-    *("llama2", ("<s>", "</s>"), "{content} </s>"),
-    user_turn="<s>[INST] {content} [/INST]",
-    system="<<SYS>>\n{}\n<</SYS>>\n\n",
-    reply_prefix=" ",
-    trim=True,
-    by_name=True,
-)
+    "llama2", ("<s>", "</s>"), turn="{content} </s>", user_turn="<s>[INST] {content} [/INST]",
+    system="<<SYS>>\n{}\n<</SYS>>\n\n", reply_prefix=" ", trim=True, by_name=True,
+)  # fmt: skip
 MISTRAL = variant(
-    *(LLAMA2, "mistral"),
-    begin="<s>",
-    turn="{content}</s>",
-    user_turn=" [INST] {content} [/INST]",
-    system="{}\n\n",
-    trim=False,
-)
+    LLAMA2, "mistral", turn="{content}</s>", user_turn=" [INST] {content} [/INST]",
+    begin="<s>", system="{}\n\n", trim=False,
+)  # fmt: skip
 FORMATS = (  # the first whose marks the tokenizer has is taken
     variant(CHATML, "smollm2", "<gh_stars>", default_system=SMOLLM2),
     variant(CHATML, "qwen2.5", "<|fim_prefix|>", default_system=QWEN25),
     variant(CHATML, "qwen2", "<|endoftext|>", default_system="You are a helpful assistant."),
     CHATML,
     variant(
-        *(LLAMA3, "llama3.1", "<|eom_id|>"),
-        stops=("<|end_of_text|>", "<|eom_id|>"),
+        LLAMA3, "llama3.1", "<|eom_id|>", stops=("<|end_of_text|>", "<|eom_id|>"),
         default_system="",
         system_prefix="Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n",
     ),
     LLAMA3,
     ChatFormat(
-        name="chatglm3",
-        marks=("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-        begin="[gMASK]sop",
-        turn="<|{role}|>\n{content}",
-        stops=("<|user|>", "<|observation|>"),
-        separate=True,
+        "chatglm3",
+        ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        turn="<|{role}|>\n{content}", begin="[gMASK]sop",
+        stops=("<|user|>", "<|observation|>"), separate=True,
     ),
     ChatFormat("zephyr", ("</s>",), "<|{role}|>\n{content}</s>", gap="\n", by_name=True),
     LLAMA2,
     MISTRAL,
     variant(MISTRAL, "mistral-v3", "[INST]", "[/INST]", user_turn="[INST] {content}[/INST]"),
-)
+)  # fmt: skip
 
 
 def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:

@@ -75,10 +75,8 @@ class State:
                 self.best = {name: tensors[f"best.{name}"] for name in self.parameters}
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
         if len(content) < length:
-            raise UserError(
-                f"{self.metrics} holds {len(content)} bytes, the state beside it counts {length}; "
-                "delete the state to train from the beginning"
-            )
+            size = f"{self.metrics} holds {len(content)} bytes, the state beside it counts {length}"
+            raise UserError(f"{size}; delete the state to train from the beginning")
         if parallel.rank() == 0:
             write_whole(self.metrics, content[:length])
 
@@ -111,9 +109,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = json.loads(file.metadata()["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no whole training state ({error}); delete it to train from the beginning"
-        ) from error
+        told = f"{path} is no whole training state ({error})"
+        raise UserError(f"{told}; delete it to train from the beginning") from error
 
 
 def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,11 +121,10 @@ def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
     """Return warnings of a degenerating policy: the last tenth of `history` against the first."""
     window = max(1, len(history) // 10)
+    ends = list(zip(history[:window], history[-window:], strict=True))
 
     def change(name: str) -> float:
-        ends = history[:window], history[-window:]
-        first, last = (sum(row[name] for row in end) / window for end in ends)
-        return last - first
+        return sum(last[name] - first[name] for first, last in ends) / window
 
     found, fall, rise = [], -change("logps/chosen"), change("repetition")
     if fall > FALL_OF_CHOSEN:

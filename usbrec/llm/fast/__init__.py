@@ -17,26 +17,21 @@ import torch
 from torch import Tensor
 
 from usbrec.llm.fast import kernels
-from usbrec.llm.fast.int4 import MOST_ROWS, Int4Weight, Layers
-from usbrec.llm.lora import AdapterSpan, LoraLinear
+from usbrec.llm.lora import AdapterSpan, FrozenLinear, LoraLinear
 from usbrec.llm.model import Decoder, DecoderLayer, Ops, linear
 
+Layers = tuple[FrozenLinear, ...]
 
-def accelerate(model: Decoder, int4: bool = False) -> None:
-    """Replace the model's operations by quicker equals; the model is on its device already.
 
-    `int4` rounds the layers' weights for good (int4.py), which makes decoding of few rows quicker
-    on the CPU. Raises UserError, with nothing rounded, for weights or a device that int4 does not
-    support.
-    """
+def accelerate(model: Decoder) -> None:
+    """Replace the model's operations by quicker equals; the model is on its device already."""
     fused: dict[Layers, FusedLinear] = {}
     if not model.sharded:  # sharded weights are here only while their layer computes
         groups: list[Layers] = [model.head]
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer), "a decoder's layers"
             groups += [layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down]
-        rounded = Int4Weight.round_all(model, groups[1:]) if int4 else {}
-        fused = {layers: FusedLinear(layers, rounded.get(layers)) for layers in groups}
+        fused = {layers: FusedLinear(layers) for layers in groups}
     on_cpu = model.device.type == "cpu"
     model.ops = Ops(
         rms_norm=kernels.lean_rms_norm,
@@ -51,8 +46,8 @@ class FusedLinear:
     """Layers that read the same input, as one product."""
 
     @torch.no_grad()
-    def __init__(self, layers: Layers, int4: "Int4Weight | None" = None) -> None:
-        self.layers, self.int4 = layers, int4
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
         self.adapters: dict[str, tuple[Tensor, ...]] = {}
         weight: Tensor = layers[0].weight.detach()
         if len(layers) > 1:  # one storage: each layer's own weight becomes a view of it
@@ -83,11 +78,7 @@ class FusedLinear:
 
     def __call__(self, x: Tensor, spans: Sequence[AdapterSpan]) -> Tensor:
         """Return the layers' outputs side by side, (T, in) -> (T, outs)."""
-        if self.int4 is not None and len(x) <= MOST_ROWS:
-            out = self.int4.product(x)
-            out = out if self.bias is None else out.add_(self.bias)
-        else:
-            out = product(x, self.weight, self.bias)
+        out = product(x, self.weight, self.bias)
         for name, start, stop in spans:
             if name not in self.adapters:
                 self.adapters[name] = self.lay_out(name)
