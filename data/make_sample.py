@@ -88,13 +88,11 @@ class Scene:
 
     def add_short(self, make: Callable[[], str]) -> None:
         """Add the seeker's line, drawn until it is short enough; after 30 draws the shortest."""
-        drawn = []
-        for _ in range(30):
+        drawn = [sentence_case(make())]
+        while len(drawn[-1].split()) > MAX_WORDS and len(drawn) < 30:
             drawn.append(sentence_case(make()))
-            if len(drawn[-1].split()) <= MAX_WORDS:
-                self.lines.append(drawn[-1])
-                return
-        self.lines.append(min(drawn, key=len))
+        is_short = len(drawn[-1].split()) <= MAX_WORDS
+        self.lines.append(drawn[-1] if is_short else min(drawn, key=len))
 
     def reveal(self, wishes: Sequence[Wish], act: str = "") -> None:
         """Let the seeker reveal these wishes, after a phrase of the act if one is named."""
@@ -110,9 +108,7 @@ class Scene:
         vague = exchanges == len(wishes) or (exchanges > 0 and rng.random() < 0.15)
         runs = split_up(rng, wishes, exchanges + (not vague))
         first = [] if vague else runs.pop(0)
-        wrong = None
-        if first and runs and rng.random() < 0.3:
-            wrong = self.mistaken(first[0])
+        wrong = self.mistaken(first[0]) if first and runs and rng.random() < 0.3 else None
         if wrong:
             runs[0].insert(0, first[0])
             first[0] = wrong

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,9 +50,8 @@ def phrases() -> dict[str, list[str]]:
     return {act: [line for line in lines.splitlines() if line] for act, lines in sections}
 
 
-def parted(wishes: Iterable[Wish]) -> tuple[list[Wish], list[Wish]]:
+def parted(wishes: Sequence[Wish]) -> tuple[list[Wish], list[Wish]]:
     """Return the wishes for something, and those against a genre."""
-    wishes = list(wishes)
     wanted = [wish for wish in wishes if wish.kind != "dislike"]
     return wanted, [wish for wish in wishes if wish.kind == "dislike"]
 
@@ -68,15 +67,13 @@ class Words:
 
     rng: random.Random
 
-    def noun_phrase(self, wishes: Iterable[Wish], plural: bool = False, plain: bool = False) -> str:
+    def noun_phrase(self, wishes: Sequence[Wish], plural: bool = False, plain: bool = False) -> str:
         """Return a noun phrase of wishes: "a tense crime film from the nineties with Al Pacino".
 
         `plain` keeps a decade in digits.
         """
         choice = self.rng.choice
-        wished: dict[str, list[str]] = {kind: [] for kind in (*KINDS, "dislike")}
-        for wish in wishes:
-            wished[wish.kind].append(wish.value)
+        wished = {kind: [x.value for x in wishes if x.kind == kind] for kind in KINDS}
         before = [*wished["mood"], *genre_words(wished["genre"])]
         after = []
         for decade in wished["decade"]:
@@ -114,7 +111,7 @@ class Words:
         slots = {wish.kind: value, f"a_{wish.kind}": with_article(value), "genre_name": wish.value}
         return self.phrase(f"seeker says {wish.kind}", [wish], **slots)
 
-    def wishes(self, wishes: Iterable[Wish], act: str = "seeker says") -> str:
+    def wishes(self, wishes: Sequence[Wish], act: str = "seeker says") -> str:
         """Return the seeker's sentences that reveal these wishes; each dislike has its own."""
         wanted, disliked = parted(wishes)
         parts = []

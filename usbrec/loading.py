@@ -115,13 +115,12 @@ def load_simulator(
     An adapter is loaded beside the base of `engine`. "none" is that base alone. Any other name is a
     separate model.
     """
-    if name == "none":
-        return Side(engine), engine
-    if is_adapter(name):
+    if name != "none" and is_adapter(name):
         load_adapter(engine.model, Path(name), "simulator")
         engine.clear_cache()
         return Side(engine, "simulator"), engine
-    engine = load_engine(replace(options, model=name, chat_format=None), find, sharded)
+    if name != "none":
+        engine = load_engine(replace(options, model=name, chat_format=None), find, sharded)
     return Side(engine), engine
 
 

@@ -41,11 +41,9 @@ _Item = TypeVar("_Item")
 Row = dict[str, Any]
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
-MADE = {  # stage -> its files in the run folder, first the one that marks it as finished
-    "simulator": ("simulator/adapter_model.safetensors", "simulator"),
-    "sft": ("sft/adapter_model.safetensors", "sft"),
+MADE: dict[str, tuple[str, ...]] = {  # stage -> its files, first the one that it ends with
+    **{stage: (f"{name}/adapter_model.safetensors", name) for stage, name in ADAPTERS.items()},
     "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
-    "simpo": ("rl/adapter_model.safetensors", "rl"),
     "report": ("report.json", "report.txt", "rows.jsonl", "rows.jsonl.options.json"),
 }
 NEEDED = {"pairs": ("simulator", "sft"), "simpo": ("sft", "pairs"), "report": tuple(ADAPTERS)}

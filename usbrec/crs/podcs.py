@@ -63,13 +63,9 @@ class Rollout:
 
     def record(self) -> dict[str, Any]:
         """Return the roll-out in JSON's own types, with the lines after the example's history."""
-        lines = self.dialogue[len(self.example.history) :]
-        return {
-            "reply": self.reply,
-            **asdict(self.score),
-            "explanation": self.explanation,
-            "lines": [[line.speaker, line.text] for line in lines],
-        }
+        lines = [[x.speaker, x.text] for x in self.dialogue[len(self.example.history) :]]
+        told = {"explanation": self.explanation, "lines": lines}
+        return {"reply": self.reply, **asdict(self.score), **told}
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,8 @@ _FORMS = Path(__file__).with_name("genre_forms.txt").read_text("utf-8").splitlin
 GENRE_FORMS = {name: forms.split(", ") for name, forms in (line.split(": ") for line in _FORMS)}
 GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
 # The most common words, and names of films that are ordinary words.
-ORDINARY_WORDS = GENRE_WORDS.union(
-    Path(__file__).with_name("ordinary_words.txt").read_text("utf-8").split()
-)
+_ORDINARY = Path(__file__).with_name("ordinary_words.txt").read_text("utf-8").split()
+ORDINARY_WORDS = GENRE_WORDS.union(_ORDINARY)
 # title_words.txt: words right before a title; the same and others; words that begin a sentence with
 # a capital ("Watch Heat") and are no part of a name; words that do ("It is tense") or begin a title
 # if a capital follows ("The Force Awakens").

@@ -53,6 +53,7 @@ class Contrast:
     def record(self, scores: Sequence[JudgeScore]) -> dict[str, Any]:
         """Return texts and scores, ordered as `judge_prompts`, in JSON's own types."""
         return {
+            "skipped": None,
             "gold": self.replies[0],
             "other": self.replies[1],
             "titles": list(self.titles),
@@ -80,11 +81,9 @@ def judge_agreement(
     scores = iter(roles.judge(prompts, Votes(options.votes, options.vote_temperature), seeds))
     rows = []
     for example, x in zip(examples, made, strict=True):
-        skipped = x if isinstance(x, str) else None
-        row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "skipped": skipped}
-        if isinstance(x, Contrast):
-            row |= x.record([next(scores) for _ in range(4)])
-        rows.append(row)
+        ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
+        told = {"skipped": x} if isinstance(x, str) else x.record([next(scores) for _ in range(4)])
+        rows.append({**ids, **told})
     return rows
 
 

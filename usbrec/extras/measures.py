@@ -24,7 +24,8 @@ from usbrec.extras.intervals import auc, mean_interval, paired_difference
 
 # film, dialogue, summary -> the question for a score of the dialogue's last reply, of that film
 Question = Callable[[Item, Dialogue, str], Messages]
-JUDGES: Mapping[str, Question] = {
+Judges = Mapping[str, Question]
+JUDGES: Judges = {
     "internal judge": lambda _, dialogue, told: agents.internal_judge_prompt(dialogue, told),
     "judge with cards": lambda item, dialogue, told: agents.card_prompt(
         dialogue[-1].text, card(item), told
@@ -81,12 +82,10 @@ def search_figures(rows: Sequence[EvalRow], area: float | None, seed: int) -> di
     found = [[float(x["found"]) for x in candidates] for candidates in tried]
     fits = [[x["fit"] for x in candidates] for candidates in tried]
     titles = [float(len({x["title"] for x in candidates} - {None})) for candidates in tried]
+    fitted = zip(found, fits, strict=True)
     shares: dict[str, list[float | None]] = {
         "pass@N": [max(x) for x in found],
-        "best_by_rule": [
-            None if None in fit else x[fit.index(max(fit))]
-            for x, fit in zip(found, fits, strict=True)
-        ],
+        "best_by_rule": [None if None in y else x[y.index(max(y))] for x, y in fitted],
         "chosen": [x[search["best"]] for x, search in zip(found, searches, strict=True)],
         "random": [sum(x) / len(x) for x in found],
     }
@@ -123,10 +122,7 @@ def hit_rate(area: float, hits: int, misses: int) -> float:
 
 
 def judge_ranked(
-    roles: Roles,
-    examples: Examples,
-    options: EvaluationOptions,
-    judges: Mapping[str, Question] = JUDGES,
+    roles: Roles, examples: Examples, options: EvaluationOptions, judges: Judges = JUDGES
 ) -> list[dict[str, Any]]:
     """Return per example its summary and the films that the recommender ranks highest.
 

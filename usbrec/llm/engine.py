@@ -26,6 +26,8 @@ MAX_ROWS = 256  # rows decoded together
 TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens
 LEAVE_SHARE = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
 
+Ids = tuple[int, ...]
+
 
 @dataclass
 class Usage:
@@ -230,7 +232,7 @@ class Engine:
             self.ranking = Ranking(self, texts)
         return [ranked.texts for ranked in self.ranking.best(requests, k, TOKENS_PER_TEXT * k)]
 
-    def variants(self, choice: str) -> list[tuple[int, ...]]:
+    def variants(self, choice: str) -> list[Ids]:
         """Return the distinct token sequences that render a choice at the start of a reply."""
         found = [self.tokenizer.encode(text, continued=True) for text in (choice, " " + choice)]
         return list(dict.fromkeys(map(tuple, found)))
@@ -279,9 +281,7 @@ class Engine:
         return as_first(numbers) if self.model.sharded else numbers
 
 
-def choice_logprob(
-    logps: Mapping[tuple[int, ...], Tensor], variants: Sequence[tuple[int, ...]]
-) -> Tensor:
+def choice_logprob(logps: Mapping[Ids, Tensor], variants: Sequence[Ids]) -> Tensor:
     """Return the log of the variants' summed probability, a scalar.
 
     `logps` maps the first n - 1 tokens of a variant to the log-probabilities (n, V) of its n

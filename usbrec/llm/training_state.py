@@ -128,9 +128,8 @@ def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
 
     found, fall, rise = [], -change("logps/chosen"), change("repetition")
     if fall > FALL_OF_CHOSEN:
-        found.append(
-            f"the chosen log-probability a token fell by {fall:.2f}: learn slower, add NLL"
-        )
+        told = f"the chosen log-probability a token fell by {fall:.2f}"
+        found.append(f"{told}: learn slower, add NLL")
     if rise > RISE_OF_REPETITION:
         found.append(f"predictions that repeat a recent token grew by {rise:.2f}: learn slower")
     return found
