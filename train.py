@@ -58,7 +58,7 @@ COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, optio
 }  # fmt: skip
 _SHOWN = (  # the flags in --help; --help-all lists every flag
     "--stages", "--run-dir", "--fresh", "--verbose", "--shard", "--data", "--data-dir", "--seed",
-    "--simulator", "--max-simulator", "--max-sft", "--max-pairs", "--max-valid", "--max-eval",
+    "--simulator", "--max-simulator", "--max-sft", "--max-pairs", "--max-eval",
     "--full", "--model", "--dtype", "--device", "--max-length", "--kv-memory", "--learning-rate",
     "--epochs", "--batch-size", "--tokens-per-pass", "--checkpointing", "--lora-r",
     "--pairs-samples", "--pairs-turns", "--ses-samples", "--ses-turns",

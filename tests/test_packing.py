@@ -68,13 +68,19 @@ def test_a_changed_token_reaches_those_that_continue_it_and_nobody_else(tiny_mod
         assert torch.equal(before[index], after[index]) == (not sees), (t, b, i)
 
 
-def test_a_window_begins_at_the_first_key_it_sees():
-    """Two conversations in one tree: the second one's window has no column for the first."""
+def test_a_window_holds_the_keys_that_it_sees_alone():
+    """Two conversations in one tree: the second one's window has no column for the first.
+
+    In a tree of prompt and two branches the second branch's window skips the first branch.
+    """
     tree = Tree([Branch([1] * 128, [0] * 128), Branch([2] * 128, [0] * 128)])
     first, second = window_mask(visibility(tree))
-    assert (first.first, first.start, first.stop, first.last) == (0, 0, 128, 128)
-    assert (second.first, second.start, second.stop, second.last) == (128, 128, 256, 256)
+    assert (first.start, first.stop, first.keys.tolist()) == (0, 128, [*range(128)])
+    assert (second.start, second.stop, second.keys.tolist()) == (128, 256, [*range(128, 256)])
     assert torch.equal(first.hidden == 0, torch.ones(128, 128).tril().bool())
+    parts = [Branch([1] * 128, [0] * 128, parent) for parent in (None, 0, 0)]
+    third = window_mask(visibility(Tree(parts)))[2]
+    assert third.keys.tolist() == [*range(128), *range(256, 384)]
 
 
 def test_an_empty_branch_is_passed_over():

@@ -97,7 +97,7 @@ def check_report(folder: Path, dialogues: int, judged: int) -> None:
             assert {"mean", "low", "high"} <= report["differences"][name][key].keys()
     listeners = {"rule listener", "random listener"}
     assert set(report["baselines"]) == {"copy-last", "most-popular", "nearest"} | listeners
-    scorers = {"rule", "rule on the summary", "internal judge"}
+    scorers = {"rule", "rule on the summary", "internal judge", "judge with cards"}
     assert set(report["judge"]["within_dialogue"]) == scorers
     assert report["search"]["RL+SES"]["random"]["n"] == dialogues
     assert report["summary"]["all"]["exact"]["n"] == dialogues

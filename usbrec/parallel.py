@@ -50,11 +50,9 @@ def run_together(program: str, job: Callable[[], None]) -> int:
             warnings.simplefilter("ignore")
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         job()
-        sys.stdout.flush()
+        print(end="", flush=True)  # an output that is full fails here, not at the exit
         meet()
     except (OSError, UserError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the output's rest cannot be written
         closed = isinstance(error, BrokenPipeError)
         code = _end(store, f"{program}: {error}", 141 if closed else 2)
     except KeyboardInterrupt:
