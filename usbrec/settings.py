@@ -60,7 +60,7 @@ class DataOptions(Options):
     max_eval: int = option(128, "test dialogues of every method", low=0)
     methods: tuple[str, ...] = option(METHODS, "columns of the report")
     max_agreement: int = option(64, "test dialogues on which the judges are checked", low=0)
-    chunk_size: int = option(64, "dialogues asked together; results come a chunk at a time", low=1)
+    chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
     full: bool = option(False, "the larger preset: hours in place of minutes on two cores")
 
     def __post_init__(self) -> None:
