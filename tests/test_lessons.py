@@ -23,6 +23,7 @@ from usbrec.crs.lessons import (
     simulator_lessons,
     summary_lessons,
     telling_words,
+    told,
     woven,
 )
 from usbrec.crs.wishes import card, fit, read_profile
@@ -144,6 +145,13 @@ def test_a_claim_is_false_only_of_films_that_it_does_not_fit() -> None:
     text = "Try Alien (1979), a horror film."
     assert claim_of(text, [old], new) == ("Try Heat (1995), a horror film.", True)
     assert claim_of("Try Alien (1979).", [old], new) == ("Try Heat (1995).", False)
+
+
+def test_a_told_profile_has_the_order_of_the_gold_ones() -> None:
+    """A set of facts has no order of its own: it differs from process to process."""
+    text = "Likes: crime, war, tense mood, 1990s, by Michael Mann, with Al Pacino."
+    text += " Dislikes: drama, Up (2009). Seen: Alien (1979)."
+    assert told(read_profile(text, CATALOGUE)) == text
 
 
 def test_woven_lists_keep_their_order_and_are_spread_evenly() -> None:
