@@ -17,7 +17,7 @@ from usbrec.crs.catalogue import Catalogue, Item
 FORMS = {"mood": "{} mood", "director": "by {}", "lead": "with {}"}  # other kinds: the value alone
 SECTIONS = {"Likes": "like", "Dislikes": "dislike", "Seen": "seen"}
 ATTITUDES = tuple(SECTIONS.values())
-KINDS = ("genre", "mood", "decade", "director", "lead", "title")  # in the order of a profile
+FACT_KINDS = ("genre", "mood", "decade", "director", "lead", "title")  # in the order of a profile
 NOTHING = "nothing said"
 _SECTION = re.compile(
     r"\b(Likes|Dislikes|Seen): *(.*?)(?:\.(?= *(?:Likes|Dislikes|Seen):)|\.?\s*$)"
