@@ -282,7 +282,7 @@ def test_a_run_killed_in_the_midst_of_a_write_goes_on_to_the_same_bytes(
 
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
     "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 10,
-    "--sft-schedule": "constant",
+    "--sft-schedule": "constant", "--lesson-dialogues-per-lesson": 1,
 }  # fmt: skip
 
 
@@ -466,6 +466,7 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
         "--max-simulator": 0,
         "--max-sft": 0,
         "--max-pairs": 0,
+        "--simulator-learning-rate": 0.01,  # so that the judge's classes differ
         "--run-dir": tmp_path,
     }
     assert train.main(flags(options)) == 0
