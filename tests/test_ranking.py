@@ -74,6 +74,15 @@ def test_the_engine_ranks_and_keeps_the_trie_of_the_last_texts() -> None:
         assert (e.ranking is kept) == (kept is not None and kept.texts == texts)
 
 
+def test_few_texts_get_tokens_enough_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share per text alone would end the search for one text before its first full text."""
+    spent = []
+    monkeypatch.setattr(Ranking, "best", lambda self, requests, k, n: spent.append(n) or [])
+    for k in (1, 8, 20):
+        engine().best_texts(CHATS, LED, k)
+    assert spent == [480, 480, 1200]
+
+
 def test_a_chats_ranking_does_not_depend_on_the_others() -> None:
     together = Ranking(engine(), LED).best(CHATS, 5, 60)
     alone = [Ranking(engine(), LED).best([chat], 5, 60)[0] for chat in reversed(CHATS)][::-1]

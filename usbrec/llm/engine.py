@@ -23,7 +23,8 @@ from usbrec.options import UserError
 from usbrec.parallel import as_first
 
 MAX_ROWS = 256  # rows decoded together
-TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens
+TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens,
+LEAST_TOKENS = 480  # and the first of them most of these
 LEAVE_SHARE = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
 
 Ids = tuple[int, ...]
@@ -224,13 +225,14 @@ class Engine:
     ) -> list[list[tuple[int, float]]]:
         """Return per request the k most probable texts as its reply's beginning, best first.
 
-        Each is (place among the texts, log-probability). At most TOKENS_PER_TEXT tokens per text
-        are spent on a request, so later places may miss better texts.
+        Each is (place among the texts, log-probability). TOKENS_PER_TEXT tokens per text, at least
+        LEAST_TOKENS, are spent on a request, so later places may miss better texts.
         """
         self.usage.calls += 1
         if self.ranking is None or self.ranking.texts != list(texts):
             self.ranking = Ranking(self, texts)
-        return [ranked.texts for ranked in self.ranking.best(requests, k, TOKENS_PER_TEXT * k)]
+        tokens = max(TOKENS_PER_TEXT * k, LEAST_TOKENS)
+        return [ranked.texts for ranked in self.ranking.best(requests, k, tokens)]
 
     def variants(self, choice: str) -> list[Ids]:
         """Return the distinct token sequences that render a choice at the start of a reply."""
