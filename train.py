@@ -5,8 +5,8 @@
     sft         an adapter learns the recommender's turns
     pairs       PODCS: the recommender's samples are tried on the simulated user
     simpo       the recommender learns to prefer the chosen reply of each pair
-    report      B/L, SFT, RL and RL+SES on the same test dialogues, with 95%
-                intervals
+    report      B/L, SFT, RL, RL+SES and RL+SES+cards on the same test
+                dialogues, with 95% intervals
 
 A finished stage is used again; an interrupted one resumes. The next command is
 `python infer.py --ses`. `torchrun --nproc-per-node N train.py` does the same in
@@ -119,12 +119,13 @@ def make_pairs(work: Work) -> None:
         outcomes = build_pairs(roles, chunk, settings.data.seed, settings.pairs)
         return [outcome.record() for outcome in outcomes]
 
-    records = run_chunks(work.results("samples.jsonl", "pairs"), work.rows("pairs"), try_chunk)
+    rows = work.rows("pairs")
+    records = run_chunks(work.results("samples.jsonl", "pairs"), rows, try_chunk)
     pairs = [record["pair"] for record in records if record["pair"]]
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
     print_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
-    wins = count_wins(work.catalogue, work.rows("pairs"), records)
+    wins = count_wins(work.catalogue, rows, records)
     print_counts("pairs, the chosen side against the rejected by rule", wins)
 
 
