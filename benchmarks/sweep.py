@@ -1,6 +1,7 @@
 """A grid of searches on held-out dialogues: the quality and the cost of each beside a plain reply.
 
     python benchmarks/sweep.py samples=1,3,8 temperature=0,0.5,0.8 [--limit 100] [--plot FILE.png]
+    python benchmarks/sweep.py --ladder
 
 Every combination of the values is a cell. An option is the end of a --ses flag: samples,
 start_turn, cards=no,yes. --ses flags hold for every cell, --temperature and --max-new-tokens for
@@ -11,8 +12,13 @@ the differences to the plain reply are paired. The newest run's recommender answ
 --run-dir. A cell's rows are in sweep/ in the run folder, in a file that is named after all that
 decided them: the same command goes on from there, and another grid takes over the cells that it
 shares. The table is kept as sweep/NAME.json. Nothing here chooses a cell.
+
+The ladder leads from the paper's search to the one with cards, and changes one thing per row. Its
+control needs no judge: the last column is Recall@1 of the candidate whose card fits the summary
+best by rule, ties to the first.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -21,7 +27,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_type_hints
@@ -33,9 +38,12 @@ from usbrec import loading, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, evaluate_method
 from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.crs.wishes import fit, read_profile
+from usbrec.extras.intervals import mean_interval
 from usbrec.extras.report import compare, interval, summarise
 from usbrec.llm.training_state import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
@@ -53,10 +61,21 @@ KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {  # how a value is read, w
     int: (int, "a whole number"),
     float: (float, "a number"),
 }
+LADDER: dict[str, dict[str, Any]] = {  # a row -> what it changes
+    "the paper's chain": {},
+    "its candidate judged too": {"scored": "path"},
+    "the candidate alone judged": {"scored": "leaf", "turns": 1},
+    "three different titles": {"candidates": "distinct"},
+    "cards": {"cards": True, "veto": False},
+    "veto": {"veto": True},
+    "the three likeliest titles": {"candidates": "ranked"},
+    "eight of them": {"samples": 8},
+    "classes in place of means": {"value": "majority"},
+}
 SHOWN = (  # the flags in --help; --help-all lists every flag
-    "--run-dir", "--limit", "--plot", "--data", "--data-dir", "--adapter", "--simulator", "--model",
-    "--device", "--seed", "--chunk-size", "--temperature", "--max-new-tokens", "--ses-samples",
-    "--ses-turns", "--ses-mode", "--ses-cards",
+    "--ladder", "--run-dir", "--limit", "--plot", "--data", "--data-dir", "--adapter",
+    "--simulator", "--model", "--device", "--seed", "--chunk-size", "--temperature",
+    "--max-new-tokens", "--ses-samples", "--ses-turns", "--ses-mode", "--ses-cards",
 )  # fmt: skip
 
 
@@ -67,7 +86,8 @@ def build_parser() -> Parser:
     """Return the parser: the grid, and those flags of infer.py that say who answers and how."""
     usage = "sweep.py [FLAGS] OPTION=VALUE,VALUE ..."
     parser = Parser(SHOWN, prog="sweep.py", description=__doc__, usage=usage)
-    parser.add_argument("grid", nargs="+", metavar="OPTION=VALUES")
+    parser.add_argument("grid", nargs="*", metavar="OPTION=VALUES")
+    parser.add_argument("--ladder", action="store_true", help="in place of a grid")
     parser.add_argument("--limit", type=int, default=100, help="dialogues, 0 for all (default 100)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the cells")
     parser.add_argument("--verbose", action="store_true", help="tell the tokens of every chunk")
@@ -92,6 +112,17 @@ def read_grid(flags: Namespace) -> Cells:
     """
     hints = get_type_hints(SearchOptions)
     given = {name[4:]: x for name, x in vars(flags).items() if name.startswith("ses_")}
+    if flags.ladder:
+        if flags.grid or given:
+            raise UserError("--ladder has its own searches: no OPTION=VALUES and no --ses flags")
+        cells: Cells = [({}, None)]
+        values: dict[str, Any] = {}
+        for name, change in LADDER.items():
+            values |= change
+            cells.append(({"changed": name}, SearchOptions(**values)))
+        return cells
+    if not flags.grid:
+        raise UserError("nothing to try: name OPTION=VALUES, or --ladder")
     swept: dict[str, dict[Any, None]] = {}  # a value that is given twice makes one cell
     for word in flags.grid:
         start, equals, texts = word.partition("=")
@@ -107,8 +138,8 @@ def read_grid(flags: Namespace) -> Cells:
                 swept.setdefault(name, {})[read(text)] = None
             except (KeyError, ValueError) as error:
                 raise UserError(f"{name}: expected {expected}, got {text!r} in {word}") from error
-    cells: Cells = [({}, None)]
-    for combination in product(*swept.values()):
+    cells = [({}, None)]
+    for combination in itertools.product(*swept.values()):
         values = given | dict(zip(swept, combination, strict=True))
         try:
             search = SearchOptions(**{**(CARDS if values.get("cards") else {}), **values})
@@ -190,7 +221,8 @@ def run_sweep(
         costs = [row.pop("costs") for row in rows]
         met.append(([EvalRow(**row) for row in rows], costs))
         cell = {"values": values, "search": own["search"], "rows": path.name}
-        found.append(cell | figures(met[-1], met[0], seed_for(o.seed, "sweep")))
+        ruled = {"rule": rule_recall(met[-1][0], films, seed_for(o.seed, "sweep"))}
+        found.append(cell | figures(met[-1], met[0], seed_for(o.seed, "sweep")) | ruled)
     swept = list(cells[-1][0])
     name = f"{'-'.join(swept)}-{name_for([cell['rows'] for cell in found])}"
     return {"name": name, "swept": swept, "n": len(asked), **shared, "cells": found}
@@ -214,13 +246,36 @@ def figures(own: Met, plain: Met, seed: int) -> dict[str, Any]:
     return {name: means[name] for name in FIGURES} | told
 
 
+def rule_recall(talks: Sequence[EvalRow], films: Catalogue, seed: int) -> dict[str, Any]:
+    """Return Recall@1, with its interval, of the candidate whose card fits the summary best.
+
+    The rule is `wishes.fit`, ties go to the first, and a reply without a title fits worst. Of each
+    talk the first search counts.
+    """
+    found = []
+    for search in (talk.searches[0] for talk in talks if talk.searches):
+        told = read_profile(search["profile"], films)
+        items = [films.get(x["title"] or "") for x in search["candidates"]]
+        fits = [-1 if item is None else fit(item, told) for item in items]
+        found.append(float(search["candidates"][fits.index(max(fits))]["found"]))
+    return mean_interval(found, seed)
+
+
 # --- the table and the picture ----------------------------------------------------------------
 
 
 def header_of(sweep: Mapping[str, Any]) -> list[str]:
     """Return the titles of the table's columns."""
     gaps = [f"{title} - plain" for title in FIGURES.values()]
-    return ["", *sweep["swept"], *FIGURES.values(), *gaps, "time / plain", *TOKENS.values()]
+    return [
+        "",
+        *sweep["swept"],
+        *FIGURES.values(),
+        *gaps,
+        "time / plain",
+        *TOKENS.values(),
+        "by rule",
+    ]
 
 
 def line_of(sweep: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
@@ -229,7 +284,8 @@ def line_of(sweep: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     means = [interval(cell[name]) for name in FIGURES]
     gaps = [interval(cell["differences"][name], form="+.3f") for name in FIGURES]
     costs = [f"{cell['costs'][name]:.1f}" for name in ("times", *TOKENS)]
-    return ["search" if cell["values"] else "plain reply", *values, *means, *gaps, *costs]
+    kind = "search" if cell["values"] else "plain reply"
+    return [kind, *values, *means, *gaps, *costs, interval(cell["rule"])]
 
 
 def word(value: Any) -> str:

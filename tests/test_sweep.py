@@ -1,10 +1,11 @@
 """benchmarks/sweep.py: the grid and its faults, equal draws in every cell, the table by hand."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Reply, Request, Sampling
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.crs.wishes import attributes, write_attribute, write_profile
 from usbrec.llm.engine import Usage
 from usbrec.runs import read_rows
 
@@ -103,6 +105,15 @@ def test_flags_hold_for_every_cell_and_cards_bring_their_own_defaults() -> None:
     assert (one, two) == tuple(SearchOptions(**{**CARDS, "samples": n, "turns": 4}) for n in (2, 3))
 
 
+def test_the_ladder_leads_from_the_papers_search_to_the_one_with_cards() -> None:
+    plain, *rungs = grid("--ladder")
+    searches = [asdict(search) for _, search in rungs if search]
+    assert plain == ({}, None) and searches[0] == asdict(SearchOptions())
+    assert searches[-1] == asdict(SearchOptions(**CARDS))
+    changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(searches)]
+    assert [len(x) for x in changes] == [1, 2, 1, 2, 1, 1, 1, 1]  # two: what was tried goes back
+
+
 def test_flags_may_stand_between_the_words() -> None:
     assert grid("samples=1 --limit 3 mode=tree") == grid("--limit 3 samples=1 mode=tree")
 
@@ -127,7 +138,9 @@ def test_flags_may_stand_between_the_words() -> None:
         ("samples=2 --limit -1", ("--limit", "-1")),
         ("samples=2 --plot x.xyz", ("--plot", "x.xyz", ".png")),
         ("samples=2 --plot nowhere/x.png", ("--plot", "no folder nowhere")),
-        ("", ("OPTION=VALUES",)),
+        ("", ("OPTION=VALUES", "--ladder")),
+        ("--ladder samples=2", ("--ladder", "OPTION=VALUES")),
+        ("--ladder --ses-samples 2", ("--ladder", "--ses")),
     ],
 )
 def test_a_wrong_word_is_one_sentence(
@@ -247,7 +260,9 @@ def sweep_by_hand() -> dict[str, Any]:
     plain = {"values": {}, **sweep.figures((PLAIN, CHEAP), (PLAIN, CHEAP), seed=0)}
     search = sweep.figures((SEARCHED, DEAR), (PLAIN, CHEAP), seed=0)
     pairs = [(n, cards) for n in (0, 1) for cards in (False, True)]
-    cells = [{"values": {"votes": n, "cards": cards}, **search} for n, cards in pairs]
+    ruled = {"rule": sweep.mean_interval([], 0)}
+    cells = [{"values": {"votes": n, "cards": cards}, **search, **ruled} for n, cards in pairs]
+    plain |= ruled
     return {"swept": ["votes", "cards"], "cells": [plain, *cells]}
 
 
@@ -269,14 +284,27 @@ def test_the_table_has_a_line_per_cell_with_its_values_as_they_are_given() -> No
     found = sweep_by_hand()
     assert sweep.header_of(found) == [
         "", "votes", "cards", "iEval, 0 to 2", "Recall@1", "iEval, 0 to 2 - plain",
-        "Recall@1 - plain", "time / plain", "prompt tokens", "decoded tokens",
+        "Recall@1 - plain", "time / plain", "prompt tokens", "decoded tokens", "by rule",
     ]  # fmt: skip
     plain, *searches = [sweep.line_of(found, cell) for cell in found["cells"]]
     assert plain[:3] == ["plain reply", "", ""] and plain[3].startswith("0.667 [")
     values = [["0", "no"], ["0", "yes"], ["1", "no"], ["1", "yes"]]
     assert [line[:3] for line in searches] == [["search", *x] for x in values]
     assert searches[0][3].startswith("1.500 [") and searches[0][5].startswith("+1.000 [")
-    assert searches[0][-3:] == ["2.5", "600.0", "40.0"]
+    assert searches[0][-4:] == ["2.5", "600.0", "40.0", "none"]
+
+
+def test_the_rule_chooses_the_candidate_whose_card_fits_the_summary() -> None:
+    """The second film fits, the third does too but comes later, and one reply names no film."""
+    liked, other, *_ = FILMS
+    wish = write_profile([write_attribute(*x) for x in attributes(liked)], [])
+    tried = [(None, False), (other.title, False), (liked.title, True), (liked.title, False)]
+    candidates = [{"title": title, "found": found} for title, found in tried]
+    talks = [replace(PLAIN[0], searches=[{"profile": wish, "candidates": candidates}]), PLAIN[1]]
+    found = sweep.rule_recall(talks, FILMS, 0)
+    assert (found["mean"], found["n"]) == (1.0, 1)
+    talks[0].searches[0]["profile"] = "Likes: unknown."  # all films fit alike: the first one
+    assert sweep.rule_recall(talks, FILMS, 0)["mean"] == 0.0
 
 
 def test_a_plot_has_a_point_per_cell_and_a_line_per_combination_of_the_others() -> None:

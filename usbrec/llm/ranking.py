@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # engine.py imports this module
     from usbrec.llm.engine import Engine
 
 TOKENS = 2000  # of a search: about two seconds of two cores with a model of 135M
-PASS_TOKENS = 96  # of a pass; more would open runs that a better text rules out
+PASS_TOKENS = 96  # of a search in a pass; more would open runs that a better text rules out
+SEARCHES = 16  # that share a pass: 96 tokens alone leave the products far below their speed
 RUN_TOKENS = 2  # at most; the tokens of a run are run together, even if the first rules it out
 TOKEN_COST = 0.3  # the guessed -log p of each later token, for the order of the runs
 
@@ -129,6 +130,18 @@ class TrieAttention:
         return self.ops.attend(q, keys, values, self.mask)
 
 
+class JointAttention:
+    """The attentions of several searches in one pass, each over its own stretch of the tokens."""
+
+    def __init__(self, attentions: Sequence[TrieAttention], counts: list[int]) -> None:
+        self.attentions, self.counts = attentions, counts
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
+        own = zip(self.attentions, *(x.split(self.counts) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(layer, *x) for attention, *x in own])
+
+
 class Ranking:
     """The trie of a set of texts, which `best` ranks per request."""
 
@@ -152,9 +165,32 @@ class Ranking:
         for batch in engine.batches([len(ids) for _, ids in rows]):
             firsts = [len(ids) - len(lead) - 1 for _, ids in rows[batch]]
             paths, states = engine.prefill(rows[batch], firsts)
-            for (adapter, _), path, state in zip(rows[batch], paths, states, strict=True):
-                ranked.append(Search(engine, adapter, path, k, tokens).run(self.trie, state))
+            begun = list(zip(rows[batch], paths, states, strict=True))
+            for start in range(0, len(begun), SEARCHES):
+                searches = []
+                for (adapter, _), path, state in begun[start : start + SEARCHES]:
+                    searches.append(Search(engine, adapter, path, k, tokens))
+                    searches[-1].begin(self.trie, state)
+                run_searches(engine, searches)
+                ranked += [search.result() for search in searches]
         return ranked
+
+
+def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
+    """Run the searches to their ends; each pass computes the next tokens of all of them."""
+    model, usage = engine.model, engine.usage
+    while going := [(search, chosen) for search in searches if (chosen := search.choose())]:
+        laid_out = [search.lay_out(chosen) for search, chosen in going]
+        ids, places = ([x for own in laid_out for x in own[i]] for i in (0, 1))
+        counts = [len(own[0]) for own in laid_out]
+        attention = JointAttention([search.attention for search, _ in going], counts)
+        rows = (torch.tensor(x, device=model.device) for x in (ids, places))
+        spans = adapter_spans([search.adapter for search, _ in going], counts)
+        states = model(*rows, attention, spans).split(counts)
+        usage.prompt_tokens += len(ids)
+        usage.computed_tokens += len(ids)
+        for (search, chosen), (_, _, ends), own in zip(going, laid_out, states, strict=True):
+            search.score(chosen, ends, own)
 
 
 class Search:
@@ -168,14 +204,15 @@ class Search:
         self.open: list[Open] = []
         self.found = [(-math.inf, 0)] * k  # (log p, -text) of the best, the k-th on top
 
-    def run(self, trie: TokenRun, states: Tensor) -> Ranked:
-        """Return the k best texts, given the states (n, D) of the n tokens of `trie`.
+    def begin(self, trie: TokenRun, states: Tensor) -> None:
+        """Score the first tokens, given the states (n, D) of the n tokens of `trie`.
 
         The caller computes these states with the prompt, since all texts share the tokens.
         """
         self.score([Open(0.0, 0.0, trie, ())], [()], states[: len(trie.fed)])
-        while chosen := self.choose():
-            self.score(chosen, *self.expand(chosen))
+
+    def result(self) -> Ranked:
+        """Return the k best texts that were found."""
         found = sorted((pair for pair in self.found if pair[0] > -math.inf), reverse=True)
         bound = max((left.bound for left in self.open), default=-math.inf)
         proven = sum(score > bound for score, _ in found)
@@ -192,8 +229,8 @@ class Search:
                 room -= len(best.run.fed)
         return chosen
 
-    def expand(self, chosen: Sequence[Open]) -> tuple[list[Slots], Tensor]:
-        """Return the path of each chosen run and the states of its tokens, computed in one pass."""
+    def lay_out(self, chosen: Sequence[Open]) -> tuple[list[int], list[int], list[Slots]]:
+        """Return the ids and positions of the runs' tokens, and the path to each run's last one."""
         ends: list[Slots] = []
         paths: list[Slots] = []  # of each token: the slots it sees, its own the last
         for best in chosen:
@@ -202,15 +239,9 @@ class Search:
                 path = (*path, self.attention.used + len(paths))
                 paths.append(path)
             ends.append(path)
-        model, usage = self.engine.model, self.engine.usage
         self.attention.begin(paths)
         ids = [token for best in chosen for token in best.run.fed]
-        places = [self.attention.prompt_length + len(path) - 1 for path in paths]
-        rows = (torch.tensor(row, device=model.device) for row in (ids, places))
-        states = model(*rows, self.attention, adapter_spans([self.adapter], [len(ids)]))
-        usage.prompt_tokens += len(ids)
-        usage.computed_tokens += len(ids)
-        return ends, states
+        return ids, [self.attention.prompt_length + len(path) - 1 for path in paths], ends
 
     def score(self, opened: Sequence[Open], ends: Sequence[Slots], states: Tensor) -> None:
         """Score the tokens after the states: the rest of each run, then its children's first."""
