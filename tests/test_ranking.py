@@ -123,6 +123,16 @@ def test_a_search_runs_no_more_tokens_than_it_is_given(monkeypatch: pytest.Monke
     assert 30 <= used <= 30 + len("Try ") + ranking.RUN_TOKENS
 
 
+def test_a_search_without_tokens_enough_still_finds_a_text() -> None:
+    e = engine()
+    for ranked, chat in zip(Ranking(e, LED).best(CHATS, 3, 1), CHATS, strict=True):
+        scores = dict(brute_force(e, chat, LED))
+        assert ranked.texts and ranked.proven < 3
+        assert [s for _, s in ranked.texts] == pytest.approx(
+            [scores[i] for i, _ in ranked.texts], abs=1e-4
+        )
+
+
 def test_one_text_and_equal_texts_are_ranked_too() -> None:
     e = engine()
     assert_equal(Ranking(e, ["Up."]).best(CHATS[:1], 3)[0].texts, brute_force(e, CHATS[0], ["Up."]))

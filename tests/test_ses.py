@@ -64,7 +64,7 @@ def test_each_role_speaks_with_its_adapter_and_temperature() -> None:
 def test_a_shared_model_gets_summary_and_candidates_in_one_call() -> None:
     llm = Scripted(by_role)
     search(cast(llm), ROOTS, [1, 2], SearchOptions(turns=1))
-    assert roles_of(llm.generated) == [["summariser", *["recommender"] * 3] * 2]
+    assert roles_of(llm.generated) == [["summariser"] * 2 + ["recommender"] * 6]
 
 
 @pytest.mark.parametrize("mode", ["chain", "tree"])
@@ -273,12 +273,19 @@ def test_more_draws_for_one_dialogue_change_nothing_for_another() -> None:
     assert together[1:] == search(of_films(Scripted(reply)), ROOTS[1:], [2], options)
 
 
-def test_ranked_candidates_begin_with_the_likeliest_titles() -> None:
+def test_ranked_candidates_are_announced_and_the_chosen_one_is_written_out() -> None:
+    """The judge prefers the second; only it costs a reply, and both were judged as announced."""
     llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
-    options = SearchOptions(samples=2, turns=1, candidates="ranked")
+    llm.logprobs = lambda x: SURE[2 if "Alien" in x.messages[1].content else 0]
+    options = SearchOptions(samples=2, turns=1, candidates="ranked", cards=True, veto=False)
     (result,) = search(of_films(llm), ROOTS[:1], [1], options)
-    expected = ["I recommend Up (2009). Good.", "I recommend Alien (1979). Good."]
-    assert [x.reply for x in result.candidates] == expected
+    expected = ["I recommend Up (2009).", "I recommend Alien (1979). Good."]
+    assert [x.reply for x in result.candidates] == expected and result.reply == expected[1]
+    assert [role_of(x) for call in llm.generated for x in call] == ["summariser", "recommender"]
+    judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
+    assert judged == ["I recommend Up (2009).", "I recommend Alien (1979)."]
+    with pytest.raises(UserError, match="no titles to rank"):
+        search(replace(of_films(llm), catalogue=Catalogue([])), ROOTS[:1], [1], options)
     with pytest.raises(UserError, match="cannot rank"):
         search(of_films(Scripted(drawing("x"))), ROOTS[:1], [1], options)
 

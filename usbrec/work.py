@@ -58,10 +58,11 @@ class Work:
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
 
-        The simulator learns to play the user from rows with reactions, where the dataset has them.
+        The simulator learns to play the user, and to sum up what a user says in several turns, from
+        rows with reactions, where the dataset has them.
         """
-        data = self.settings.data
-        reacting = [x for x in self.train if x.accept is not None] if stage == "simulator" else []
+        data, whole = self.settings.data, stage in ("simulator", "summaries")
+        reacting = [x for x in self.train if x.accept is not None] if whole else []
         return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
 
     def side(self, adapter: str | None) -> Side:

@@ -97,13 +97,15 @@ class Roles:
     def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
         """Return the items of the catalogue that the recommender is likeliest to name, best first.
 
-        Raises UserError for a language model that cannot rank texts.
+        Raises UserError for a language model that cannot rank texts, and for an empty catalogue.
         """
         llm = self.recommender.llm
         if not isinstance(llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [self.recommender.request(recommender_prompt(x)) for x in dialogues]
+        if not texts:
+            raise UserError("the catalogue has no titles to rank: sample the candidates instead")
         ranked = llm.best_texts(requests, texts, count)
         return [[self.catalogue.items[i] for i, _ in row] for row in ranked]
 

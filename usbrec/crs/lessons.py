@@ -201,10 +201,10 @@ def simulator_lessons(
 ) -> tuple[list[TrainingDialogue], list[TrainingDialogue]]:
     """Return two lists of the simulator's training dialogues: what it learns first, and then.
 
-    The external judge of every other example comes first: finding the target's title in a reply is
+    The external judge of five examples in six comes first: finding the target's title in a reply is
     the easiest comparison. A small model that has learned it can learn to compare a reply with a
     profile, which fails from the start. The internal seeker of every example follows, with the
-    external seeker again for one in six. Replies without a film are rarer still.
+    external seeker of the sixth in between. Replies without a film are rarer still.
     """
     draws = Suggestions(catalogue, popularity)
     first, then = [], []
@@ -219,10 +219,10 @@ def simulator_lessons(
         kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
         then.append(seeker_lesson(example, judged, profile, options))
-        if number % 2 == 0:
-            first.append(seeker_lesson(example, [*named, *at_times], None, options))
-        elif number % 6 == 1:
+        if number % 6 == 1:
             then.append(seeker_lesson(example, [*named[:2], filmless], None, options))
+        else:
+            first.append(seeker_lesson(example, [*named, *at_times], None, options))
     return first, then
 
 

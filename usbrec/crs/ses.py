@@ -11,10 +11,11 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 6. The inner judge scores the last reply itself; no explanation is asked for.
 7. Later branches of the tree are drawn at the roll-out temperature, as the chain's replies are.
 8. Beyond the paper, and off unless asked for: `candidates` of different titles, drawn until there
-   are enough or the likeliest ones of the catalogue; `scored="path"`, which also scores the
-   candidate itself; `cards`, with which the judge sees the catalogue's facts of the title. With
-   cards a last reply without a title of the catalogue is 0, and so is one that the profile calls
-   refused or seen (`veto`); a question on the way is not scored.
+   are enough, or the announcements of the likeliest titles of the catalogue, of which the chosen
+   one is written out; `scored="path"`, which also scores the candidate itself; `cards`, with which
+   the judge sees the catalogue's facts of the title. With cards a last reply without a title of
+   the catalogue is 0, and so is one that the profile calls refused or seen (`veto`); a question on
+   the way is not scored.
 
     dialogue + profile                  summary and first responses: one call for all dialogues
     |- candidate -- seeker -- reply     the later reply is a leaf, which the inner judge scores
@@ -54,7 +55,7 @@ class SearchOptions(Options):
     value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
     scored: Literal["leaf", "path"] = option("leaf", "the last reply, or all of the path's replies")
     candidates: Literal["sampled", "distinct", "ranked"] = option(
-        "sampled", "draws, draws of N different titles, or replies for the likeliest titles"
+        "sampled", "draws, draws of N different titles, or the likeliest titles' announcements"
     )
     draws: int = option(24, "most draws in search of N different titles", low=1)
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
@@ -160,6 +161,8 @@ def search(
         for candidate in result.candidates:
             candidate.value = value_of(candidate.paths, options.value)
         result.best = select(result.candidates)
+    if options.candidates == "ranked":
+        write_out(roles, results, seeds, options)
     return results
 
 
@@ -171,19 +174,16 @@ def open_searches(
     Summaries and sampled candidates share one `complete`.
     """
     ranked = options.candidates == "ranked"
-    items = roles.likeliest(dialogues, options.samples) if ranked else [[] for _ in dialogues]
-    summary = Sampling(options.summary_tokens, temperature=0.0)
-    asked, sizes = [], []
-    for root, seed, named in zip(dialogues, seeds, items, strict=True):
-        key = seed_for(seed, "summary")
-        asked += roles.simulator.requests([agents.summary_prompt(root)], summary, [key])
-        sizes.append(len(named) or options.samples)
-        asked += first_responses(roles, root, seed, options, range(sizes[-1]), named)
+    likeliest = roles.likeliest(dialogues, options.samples) if ranked else []
+    drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
+    summary, width = Sampling(options.summary_tokens, temperature=0.0), range(options.samples)
+    keys = [seed_for(seed, "summary") for seed in seeds]
+    asked = roles.simulator.requests(map(agents.summary_prompt, dialogues), summary, keys)
+    for root, seed in zip(dialogues, seeds, strict=True):
+        asked += [] if ranked else first_responses(roles, root, seed, options, width)
     texts = iter(roles.complete(asked))
-    profiles, drawn = [], []
-    for size in sizes:
-        profiles.append(next(texts))
-        drawn.append([next(texts) for _ in range(size)])
+    profiles = [next(texts) for _ in dialogues]
+    drawn = drawn or [[next(texts) for _ in width] for _ in dialogues]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, dialogues, seeds, drawn, options)
     results = []
@@ -196,23 +196,25 @@ def open_searches(
 
 
 def first_responses(
-    roles: Roles,
-    dialogue: Dialogue,
-    seed: int,
-    options: SearchOptions,
-    numbers: Sequence[int],
-    items: Sequence[Item] = (),
+    roles: Roles, dialogue: Dialogue, seed: int, options: SearchOptions, numbers: Sequence[int]
 ) -> list[tuple[Side, Request]]:
-    """Return the requests for the first responses of these numbers.
-
-    With items, number n begins with the announcement of the n-th item.
-    """
+    """Return the requests for the first responses of these numbers."""
     prompts = [agents.recommender_prompt(dialogue)] * len(numbers)
     keys = [seed_for(seed, "candidate", n) for n in numbers]
     sampling = Sampling(options.max_new_tokens, options.temperature)
-    asked = roles.recommender.requests(prompts, sampling, keys)
-    begun = [agents.announce(item.title) for item in items] or [""] * len(asked)
-    return [(side, replace(x, begin=y)) for (side, x), y in zip(asked, begun, strict=True)]
+    return roles.recommender.requests(prompts, sampling, keys)
+
+
+def write_out(
+    roles: Roles, results: Sequence[SearchResult], seeds: Seeds, options: SearchOptions
+) -> None:
+    """Replace the chosen announcements by whole replies that begin with them."""
+    asked = []
+    for result, seed in zip(results, seeds, strict=True):
+        opened = first_responses(roles, result.root, seed, options, [result.best])
+        asked += [(side, replace(request, begin=result.reply)) for side, request in opened]
+    for result, text in zip(results, roles.complete(asked), strict=True):
+        result.candidates[result.best].reply = text
 
 
 def draw_distinct(

@@ -157,8 +157,9 @@ class Ranking:
     def best(self, requests: Sequence[Request], k: int, tokens: int = TOKENS) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
-        A search ends after `tokens` tokens, or as soon as its result is exact (0: only then). A
-        request's result does not depend on the others, and its sampling is not used.
+        A search ends after `tokens` tokens, once it has a text, or as soon as its result is exact
+        (0: only then). A request's result does not depend on the others, and its sampling is not
+        used.
         """
         engine, lead, ranked = self.engine, self.trie.ids[1:], []
         rows = [(asked.adapter, engine.prompt(asked, self.longest) + lead) for asked in requests]
@@ -222,6 +223,8 @@ class Search:
         """Return the runs to open next: the most promising of those that beat the k-th text."""
         chosen: list[Open] = []
         room = min(PASS_TOKENS, self.tokens - self.attention.used)
+        if max(self.found)[0] == -math.inf:
+            room = PASS_TOKENS  # a search gives at least one text
         while self.open and room > 0:
             best = heapq.heappop(self.open)
             if best.bound > self.found[0][0]:

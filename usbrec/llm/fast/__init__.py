@@ -11,7 +11,7 @@ results are the same to rounding (tests/test_fast.py).
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -49,15 +49,19 @@ class FusedLinear:
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
         self.adapters: dict[str, tuple[Tensor, ...]] = {}
-        weight: Tensor = layers[0].weight.detach()
+        self.rows: Tensor = layers[0].weight.detach()
         if len(layers) > 1:  # one storage: each layer's own weight becomes a view of it
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            parts = weight.split([layer.out_features for layer in layers])
+            self.rows = torch.cat([layer.weight.detach() for layer in layers])
+            parts = self.rows.split([layer.out_features for layer in layers])
             for layer, part in zip(layers, parts, strict=True):
                 layer.weight = torch.nn.Parameter(part, requires_grad=False)
         biases: list[Tensor] = [x.bias for x in layers if x.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.weight = prepack(weight)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weight in `prepack`'s order: made when it is first used, since training does not."""
+        return prepack(self.rows)
 
     @torch.no_grad()
     def lay_out(self, name: str) -> tuple[Tensor, ...]:
