@@ -1,5 +1,6 @@
 """Quicker operations against the definitions that they replace: values, gradients, whole models."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from usbrec.llm.lora import (
     adapter_parameters,
     add_adapter,
 )
-from usbrec.llm.model import Decoder, ModelConfig, attend, rms_norm
+from usbrec.llm.model import Decoder, ModelConfig, attend, linear, rms_norm
 
 CHATGLM = replace(TINY, attention_bias=True, rotary_dim=4, rotary_interleaved=True)
 CONFIGS = {
@@ -65,16 +66,33 @@ def adapted(outputs: int, inputs: int, bias: bool = False, r: int = 3) -> LoraLi
     return layer
 
 
+def alone(layer: LoraLinear, x: torch.Tensor, spans: list[AdapterSpan]) -> torch.Tensor:
+    """The kernel's output for one layer."""
+    return adapted_linear((layer,), (layer.weight,), x, spans)
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_adapted_layer_equals_its_definition(bias: bool) -> None:
-    layer, spans = adapted(10, 6, bias), [AdapterSpan("one", 0, 7)]
-    x, A, B = random(7, 6), layer.lora_A["one"], layer.lora_B["one"]
-    got, expected = (
-        (out, *torch.autograd.grad(out.square().sum(), (x, A, B)))
-        for out in (adapted_linear(layer, x, spans), layer(x, spans))
+@pytest.mark.parametrize("covered", [(0, 1, 2), (0, 2), (1,)])
+def test_adapted_layers_equal_their_definition(bias: bool, covered: tuple[int, ...]) -> None:
+    """Three layers that read one input, of unlike widths and ranks; the adapter skips some."""
+    layers = [adapted(10, 6, bias), adapted(4, 6, bias, r=3), adapted(7, 6, bias, r=1)]
+    for i in {0, 1, 2}.difference(covered):
+        del layers[i].lora_A["one"], layers[i].lora_B["one"], layers[i].configs["one"]
+    apart = [layer.weight for layer in layers]
+    x, spans = random(7, 6), [AdapterSpan("one", 0, 7)]
+    adapters = [(layers[i].lora_A["one"], layers[i].lora_B["one"]) for i in covered]
+    learned = [x, *itertools.chain(*adapters)]
+    got, same, expected = (
+        (out, *torch.autograd.grad(out.square().sum(), learned))
+        for out in (
+            adapted_linear(layers, apart, x, spans),
+            adapted_linear(layers, [torch.cat(apart)], x, spans),
+            linear(layers, x, spans),
+        )
     )
-    for ours, plain in zip(got, expected, strict=True):
+    for ours, joined, plain in zip(got, same, expected, strict=True):
         torch.testing.assert_close(ours, plain)
+        assert torch.equal(ours, joined)
 
 
 def test_an_adapted_layer_over_bf16_keeps_fp32_adapters_and_gradients() -> None:
@@ -82,7 +100,7 @@ def test_an_adapted_layer_over_bf16_keeps_fp32_adapters_and_gradients() -> None:
     layer = adapted(48, 64, r=4)
     x, A, B = random(50, 64, dtype=torch.bfloat16), layer.lora_A["one"], layer.lora_B["one"]
     layer.weight.data = layer.weight.data.bfloat16()
-    out = adapted_linear(layer, x, [AdapterSpan("one", 0, 50)])
+    out = alone(layer, x, [AdapterSpan("one", 0, 50)])
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     assert A.grad is not None and B.grad is not None and x.grad is not None
@@ -97,14 +115,14 @@ def test_an_adapted_layer_over_bf16_keeps_fp32_adapters_and_gradients() -> None:
 
 def test_an_input_that_wants_no_gradient_gets_none() -> None:
     layer = adapted(10, 6)
-    adapted_linear(layer, torch.ones(2, 6), [AdapterSpan("one", 0, 2)]).sum().backward()
+    alone(layer, torch.ones(2, 6), [AdapterSpan("one", 0, 2)]).sum().backward()
     assert layer.lora_A["one"].grad is not None and layer.lora_B["one"].grad is not None
 
 
 def test_a_pass_with_gradients_that_mixes_adapters_takes_the_definition() -> None:
     layer, x = adapted(10, 6), random(7, 6)
     for spans in ([], [AdapterSpan("one", 2, 7)], [AdapterSpan("other", 0, 7)]):
-        assert torch.equal(adapted_linear(layer, x, spans), layer(x, spans))
+        assert torch.equal(alone(layer, x, spans), layer(x, spans))
 
 
 def test_rms_norm_equals_its_definition() -> None:

@@ -95,11 +95,11 @@ class FusedLinear:
 def fused_linear(
     fused: dict[Layers, FusedLinear], layers: Layers, x: Tensor, spans: Sequence[AdapterSpan]
 ) -> Tensor:
-    """Return `model.linear`: one product without gradients, one per layer with gradients."""
-    if torch.is_grad_enabled():
-        outs = [kernels.adapted_linear(layer, x, spans) for layer in layers]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+    """Return `model.linear`: one product for all layers, with or without gradients."""
     found = fused.get(layers)
+    if torch.is_grad_enabled():
+        weights = [found.rows] if found else [layer.weight for layer in layers]
+        return kernels.adapted_linear(layers, weights, x, spans)
     return linear(layers, x, spans) if found is None else found(x, spans)
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usbrec.llm import model as plain
-from usbrec.llm.lora import AdapterSpan, FrozenLinear, LoraLinear
+from usbrec.llm.lora import FrozenLinear, LoraLinear
+from usbrec.llm.model import Spans
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
 WINDOW = 128  # queries that attend at once; with 256 a pass of 250-token trees took 10% longer
@@ -49,43 +50,71 @@ def lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) (s B)^T with W and b frozen.
+    """y = x W^T + b, plus (x A_i^T) (s_i B_i)^T in the columns y_i of each adapted layer i.
 
-    With g = dL/dy and l = g (s B):  dL/dx = g W + l A,  dL/dA = l^T x,  dL/dB = s g^T (x A^T).
+    W and b hold all layers that read x, and are frozen. W comes in one piece, or a piece per layer
+    where the weights are here only while their layer computes. With g = dL/dy, g_i its columns and
+    l_i = g_i (s_i B_i):  dL/dx = g W + sum of l_i A_i,  dL/dA_i = l_i^T x,  and
+    dL/dB_i = s_i g_i^T (x A_i^T). The l_i stand side by side, (T, R), and so do the rows A_i.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: LoraLinear, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any, x: Tensor, weights: Any, bias: Tensor | None, parts: Any, *adapters: Tensor
     ) -> Tensor:
-        A, B = lora_A.to(x.dtype), (lora_B * scaling).to(x.dtype)
-        low = F.linear(x, A)  # (T, r)
-        ctx.save_for_backward(x, layer.weight, low, A, B)
-        ctx.scaling = scaling
-        return F.linear(x, layer.weight, layer.bias).addmm_(low, B.T)
+        A = torch.cat(adapters[::2]).to(x.dtype)  # (R, in)
+        pairs = zip(adapters[1::2], parts, strict=True)
+        B = [(lora_B * scaling).to(x.dtype) for lora_B, (_, scaling) in pairs]
+        ctx.ranks = [x.shape[1] for x in B]
+        low = F.linear(x, A)  # (T, R)
+        out = F.linear(x, joined(weights), bias)
+        for own, b, (columns, _) in zip(low.split(ctx.ranks, -1), B, parts, strict=True):
+            out[:, columns].addmm_(own, b.T)
+        ctx.save_for_backward(x, low, A, *B, *weights)
+        ctx.parts = parts
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight, low, A, B = ctx.saved_tensors
-        grad_low = grad @ B  # (T, r)
+        n = len(ctx.parts)
+        x, low, A, *kept = ctx.saved_tensors
+        B, weight = kept[:n], joined(kept[n:])
+        own = [grad[:, columns] for columns, _ in ctx.parts]
+        grad_low = torch.cat([g @ b for g, b in zip(own, B, strict=True)], -1)  # (T, R)
         grad_x = (grad @ weight).addmm_(grad_low, A) if ctx.needs_input_grad[0] else None
-        grad_A = (grad_low.T @ x).float()
-        grad_B = (low.T @ grad).T.float() * ctx.scaling
-        return grad_x, None, grad_A, grad_B, None
+        found: list[Tensor] = []
+        grad_A, lows = (grad_low.T @ x).float(), low.split(ctx.ranks, -1)
+        pairs = zip(grad_A.split(ctx.ranks), lows, own, ctx.parts, strict=True)
+        for own_A, own_low, g, (_, scaling) in pairs:
+            found += [own_A, (own_low.T @ g).T.float() * scaling]
+        return grad_x, None, None, None, *found
 
 
-def adapted_linear(layer: FrozenLinear, x: Tensor, spans: Sequence[AdapterSpan]) -> Tensor:
-    """Return layer(x, spans), (T, in) -> (T, out), with gradients for x and the adapter.
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all pieces as one tensor, without a copy of a single piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
-    A training pass has one adapter for all of its rows; other passes use the layer's own forward.
+
+def adapted_linear(
+    layers: Sequence[FrozenLinear], weights: Sequence[Tensor], x: Tensor, spans: Spans
+) -> Tensor:
+    """Return `model.linear`, (T, in) -> (T, outs), with gradients for x and the adapter.
+
+    `weights` hold the rows of all layers. A training pass has one adapter for all of its rows;
+    other passes use the layers' own forward.
     """
-    if len(spans) == 1 and isinstance(layer, LoraLinear) and spans[0].adapter in layer.lora_A:
-        name, start, stop = spans[0]
-        if (start, stop) == (0, len(x)):
-            scaling = layer.configs[name].scaling
-            return _AdaptedLinear.apply(x, layer, layer.lora_A[name], layer.lora_B[name], scaling)
-    return layer(x, spans)
+    name, start, stop = spans[0] if len(spans) == 1 else ("", 0, 0)
+    parts, adapters, at = [], [], 0
+    for layer in layers:
+        if isinstance(layer, LoraLinear) and name in layer.lora_A and (start, stop) == (0, len(x)):
+            parts.append((slice(at, at + layer.out_features), layer.configs[name].scaling))
+            adapters += [layer.lora_A[name], layer.lora_B[name]]
+        at += layer.out_features
+    if not parts:
+        return plain.linear(layers, x, spans)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return _AdaptedLinear.apply(x, weights, joined(biases) if biases else None, parts, *adapters)
 
 
 class Window(NamedTuple):
