@@ -43,7 +43,7 @@ class EvaluationOptions(Options):
     votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
-    ranked_dialogues: int = option(48, "dialogues whose best films are judged; 0: none", low=0)
+    ranked_dialogues: int = option(24, "dialogues whose best films are judged; 0: none", low=0)
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
     seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
 
