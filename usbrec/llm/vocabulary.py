@@ -1,13 +1,15 @@
 """Vocabularies: text <-> token ids by tokenizer.json or sentencepiece, never control tokens.
 
 `<|im_end|>` typed by a person is a handful of ordinary tokens; the control token of that name is
-available by its id alone (`control`). Both classes offer `control`, `encode` and `decode`.
+available by its id alone (`control`). Both classes offer `control`, `encode`, `decode`,
+`byte_level` (tokens are made of bytes), and `last_plain` (the plain token of the highest id).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -35,9 +37,12 @@ class TokenizersVocabulary:
         except Exception as error:  # the package raises bare Exceptions for a malformed file
             raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
         self._control_ids = frozenset(self.control.values())
+        own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
+        self.last_plain = max(own, key=itemgetter(1), default=("", 0))
         # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
         # first of a whole conversation, which here is BOS
-        self._spaces = self._plain.encode("a").tokens[0].startswith(SPACE)
+        self._spaces = "".join(self._plain.encode("a").tokens).startswith(SPACE)
+        self.byte_level = not "".join(self._plain.encode(" a").tokens).startswith(SPACE)
         split = content.get("pre_tokenizer") or {}
         self._spaces_first_only = split.get("prepend_scheme") == "first"
 
@@ -72,6 +77,8 @@ class SentencePieceVocabulary:
             raise UserError(f"{path}: not a sentencepiece model: {error}") from error
         self._size = self._pieces.vocab_size()
         self.control = {token: self._size + i for i, token in enumerate(CHATGLM3_CONTROL)}
+        self.byte_level = False
+        self.last_plain = (self._pieces.id_to_piece(self._size - 1), self._size - 1)
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of `text`; the control tokens are unknown to the sentencepiece model.
