@@ -290,8 +290,8 @@ def test_the_known_end_tokens_end_a_reply_without_being_named(tmp_path, control,
 @pytest.mark.parametrize(
     "control, rows, named",
     [
-        (["<|im_start|>", "<|im_end|>"], 256, r"'<\|im_end\|>' as id 257, and vocab_size is 256"),
-        (["<|im_start|>", "<|im_end|>"], 257, "id 257, and vocab_size is 257"),
+        (["<|im_start|>", "<|im_end|>"], 256, r"'<\|im_end\|>' has id 257, but vocab_size is 256"),
+        (["<|im_start|>", "<|im_end|>"], 257, "id 257, but vocab_size is 257"),
         (["<|im_start|>", "<|im_end|>"], 258, ""),
         (["<|im_start|>", "<|im_end|>", "[PAD]"], 258, ""),  # no layout needs it
     ],
@@ -318,7 +318,7 @@ def test_plain_tokens_beyond_the_embeddings_are_refused_too(tmp_path):
     vocab = {token: i for i, token in enumerate([*names, *letters])}
     content["model"]["vocab"] = vocab
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"as id {len(vocab) - 1}, and vocab_size is 200"):
+    with pytest.raises(UserError, match=f"has id {len(vocab) - 1}, but vocab_size is 200"):
         ChatTokenizer.from_folder(tmp_path)
 
 

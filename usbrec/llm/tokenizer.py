@@ -37,8 +37,8 @@ REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
 # Each of these control tokens ends a reply: a GGUF file names one end id, its readers the others.
 END_TOKENS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>",
-    "<eos>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>",
-    "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<eos>", "[EOS]", "<EOT>", "[EOT]", "<end_of_turn>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|user|>", "<|observation|>",  # ChatGLM3's next turn: its replies have no end of their own
 )  # fmt: skip
 
 
@@ -56,7 +56,6 @@ class ChatFormat:
     turn: str  # {role}, {content}, and the end of turn if the format has one
     gap: str = ""
     begin: str = ""
-    stops: tuple[str, ...] = ()  # marks that end a reply besides the end of turn and END_TOKENS
     default_system: str | None = None  # put first where the chat has no system prompt
     system_prefix: str = ""  # put before the first system prompt's content; {date} is pinned
     trim: bool = False  # the template strips white space around the content
@@ -102,8 +101,7 @@ FORMATS = (  # the first whose marks the tokenizer has is taken
     ChatFormat(
         "chatglm3",
         ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-        turn="<|{role}|>\n{content}", begin="[gMASK]sop",
-        stops=("<|user|>", "<|observation|>"), separate=True,
+        turn="<|{role}|>\n{content}", begin="[gMASK]sop", separate=True,
     ),
     ChatFormat("zephyr", ("</s>",), "<|{role}|>\n{content}</s>", gap="\n", by_name=True),
     LLAMA2,
@@ -136,8 +134,7 @@ class ChatTokenizer:
                 raise UserError(f"{told}, which this tokenizer lacks")
         self._marks = re.compile(f"({'|'.join(map(re.escape, chat_format.marks))})")
         _, end = self._frame("assistant")
-        names = {*chat_format.stops, *END_TOKENS}
-        stops = {i for token, i in vocabulary.control.items() if token in names}
+        stops = {vocabulary.control[x] for x in END_TOKENS if x in vocabulary.control}
         self.stop_ids = end_ids | stops | {piece for piece in end if isinstance(piece, int)}
 
     @classmethod
@@ -154,22 +151,19 @@ class ChatTokenizer:
         end_ids = end_ids_of(config, folder)
         if (folder / "generation_config.json").exists():
             end_ids |= end_ids_of(read_json(file_in(folder, "generation_config.json")), folder)
-        is_chatglm = config.get("model_type") == "chatglm"
-        if is_chatglm and not (folder / "tokenizer.json").exists():
+        if config.get("model_type") == "chatglm" and not (folder / "tokenizer.json").exists():
             vocabulary: Vocabulary = SentencePieceVocabulary(file_in(folder, "tokenizer.model"))
         else:
             vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
         style = pick_format(vocabulary.control, chat_format)
         if style.name == "mistral-v3" and vocabulary.byte_level:  # Tekken's layout has no spaces
             style = replace(style, user_turn="[INST]{content}[/INST]", reply_prefix="")
-        tokenizer = cls(vocabulary, style, end_ids, date)
-        used = {mark: vocabulary.control[mark] for mark in style.marks}
+        used = {mark: vocabulary.control.get(mark, 0) for mark in style.marks}
         token, last = max([vocabulary.last_plain, *used.items()], key=lambda pair: pair[1])
-        rows = config.get("padded_vocab_size" if is_chatglm else "vocab_size", last + 1)
+        rows = config.get("padded_vocab_size", config.get("vocab_size", last + 1))
         if last >= rows:
-            told = f"{folder}: the tokenizer has {token!r} as id {last}, and vocab_size is {rows}"
-            raise UserError(f"{told}: the embeddings have no row for it")
-        return tokenizer
+            raise UserError(f"{folder}: token {token!r} has id {last}, but vocab_size is {rows}")
+        return cls(vocabulary, style, end_ids, date)
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of plain text, never control tokens; `continued` follows other text."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -38,7 +37,7 @@ class TokenizersVocabulary:
             raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
         self._control_ids = frozenset(self.control.values())
         own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
-        self.last_plain = max(own, key=itemgetter(1), default=("", 0))
+        self.last_plain = max(own, key=lambda pair: pair[1], default=("", 0))
         # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
         # first of a whole conversation, which here is BOS
         self._spaces = "".join(self._plain.encode("a").tokens).startswith(SPACE)
@@ -68,6 +67,8 @@ class TokenizersVocabulary:
 class SentencePieceVocabulary:
     """ChatGLM3's vocabulary: a sentencepiece model and, numbered after it, the control tokens."""
 
+    byte_level, last_plain = False, ("", 0)  # the control tokens' ids are higher
+
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
@@ -77,8 +78,6 @@ class SentencePieceVocabulary:
             raise UserError(f"{path}: not a sentencepiece model: {error}") from error
         self._size = self._pieces.vocab_size()
         self.control = {token: self._size + i for i, token in enumerate(CHATGLM3_CONTROL)}
-        self.byte_level = False
-        self.last_plain = (self._pieces.id_to_piece(self._size - 1), self._size - 1)
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of `text`; the control tokens are unknown to the sentencepiece model.
