@@ -268,7 +268,7 @@ def test_a_part_without_the_others_is_refused(parts, tmp_path):
     for path in paths[:3]:
         shutil.copy(path, tmp_path)
     for path in paths[:3]:
-        with pytest.raises(UserError, match="is by its name one of 0*4 parts: .*m-00004-of-00004"):
+        with pytest.raises(UserError, match="is by its name one of 4 parts: .*m-00004-of-00004"):
             converted(tmp_path / path.name)
     for path in paths:
         with pytest.raises(

@@ -1,5 +1,6 @@
 """The package installs with pip, whole, and its programs start on a system like Windows."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -41,5 +42,6 @@ def test_pip_installs_every_file_of_the_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["train.py", "infer.py"])
 def test_the_programs_start_without_fcntl_and_resource(program: str) -> None:
     command = [sys.executable, "-c", LIKE_WINDOWS, str(ROOT / program), "--help-all"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage")

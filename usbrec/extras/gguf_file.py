@@ -63,7 +63,7 @@ def parts_of(path: Path) -> list[Path]:
     parts = [path.with_name(f"{head}{number:05}{tail}") for number in range(1, int(count) + 1)]
     for part in parts:
         if not part.is_file():
-            raise UserError(f"{path} is by its name one of {count} parts: {part} is missing")
+            raise UserError(f"{path} is by its name one of {len(parts)} parts: {part} is missing")
     return parts or [path]
 
 

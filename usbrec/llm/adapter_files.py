@@ -96,10 +96,10 @@ def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
 def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
     """Return an adapter's settings and, by the checkpoint's module name, its A (r, in), B (out, r).
 
-    The model gives the layers' names and shapes; its weights are not read and may be on the meta
-    device. Raises UserError for a setting that is not honoured, for a key that is missing,
-    unexpected or of another shape, as in an adapter of another base, and for a model into which an
-    adapter of the same base is merged.
+    The model gives the layers' names and shapes, and the base's weights for comparison with any in
+    the file; on the meta device it has none. Raises UserError for a setting that is not honoured,
+    for a key that is missing, unexpected or of another shape, as in an adapter of another base, and
+    for a model into which an adapter of the same base is merged.
     """
     if not folder.is_dir():
         raise UserError(f"no such adapter folder: {folder}")
