@@ -4,6 +4,7 @@ For ChatGLM3, which transformers does not have, peft works on a small module wit
 """
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(llama, tmp_path, monkeypatch
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
@@ -217,6 +218,52 @@ def test_an_adapter_of_another_base_is_refused_with_key_and_shapes(llama, tmp_pa
     message = r"layers.0.self_attn.q_proj.lora_A.weight has shape \[8, 48\], expected \[8, 60\]"
     with pytest.raises(UserError, match=message):
         load_adapter(load_model(tmp_path / "other"), tmp_path / "adapter", "sft")
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-tied", "qwen2.5"])
+@pytest.mark.parametrize(
+    "saved, wanted",
+    [
+        ({"target_modules": ["q_proj", "c_attn", "query_key_value"]}, "q_proj"),
+        ({"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}, "v_proj"),
+        ({"target_modules": ["v_proj"], "modules_to_save": ["norm"]}, "v_proj"),
+    ],
+)
+def test_spare_targets_and_weights_kept_as_they_were_load_as_in_peft(name, saved, wanted, tmp_path):
+    import peft
+
+    oracle_of(name).save_pretrained(tmp_path)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **saved)
+    oracle = peft.get_peft_model(oracle_of(name), config).eval()
+    randomise(p for key, p in oracle.named_parameters() if "lora_" in key)
+    oracle.save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path)
+    load_adapter(model, tmp_path / "adapter", "theirs")
+    assert {path.split(".")[-3] for path in adapter_parameters(model, "theirs")} == {wanted}
+    ids = random_ids(20)
+    expected = oracle_logits(oracle, ids)
+    torch.testing.assert_close(adapted_logits(model, ids, "theirs"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["other values", "more rows", "head adapted", "a bf16 base"])
+def test_a_weight_beside_loras_loads_if_it_is_the_bases_alone(change, llama, tmp_path):
+    our_adapter(llama, tmp_path, target_modules=("q_proj",))
+    model = load_model(llama, torch.bfloat16 if change == "a bf16 base" else torch.float32)
+    key = "base_model.model.model.embed_tokens.weight"
+    whole, named = load_file(llama / "model.safetensors")["model.embed_tokens.weight"], key
+    if change == "other values":
+        whole[3, 3] += 1
+    elif change == "more rows":
+        whole = torch.cat([whole, whole[:1]])
+    elif change == "a bf16 base":
+        named = ""
+    elif change == "head adapted":
+        named = "base_model.model.lm_head.lora_A.weight, neither LoRA of a linear"
+        key, whole = "base_model.model.lm_head.lora_A.weight", torch.ones(2, 48)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), key: whole}, file)
+    with pytest.raises(UserError, match=named) if named else nullcontext():
+        load_adapter(model, tmp_path, "again")
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "nan", "pickle", "no folder", "truncated"])

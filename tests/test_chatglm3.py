@@ -256,7 +256,11 @@ def chat(tmp_path_factory):
         character_coverage=0.98,
         minloglevel=2,
     )
-    (folder / "config.json").write_text(json.dumps(SETTINGS))
+    config = folder / "config.json"
+    config.write_text(json.dumps({**SETTINGS, "padded_vocab_size": 508}))
+    with pytest.raises(UserError, match=r"<\|observation\|>' has id 508, but vocab_size is 508"):
+        ChatTokenizer.from_folder(folder)
+    config.write_text(json.dumps({**SETTINGS, "padded_vocab_size": 509}))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     return ChatTokenizer.from_folder(folder), pieces
 

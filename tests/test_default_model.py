@@ -423,7 +423,8 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="neither a model's folder nor a GGUF file"):
         find_model(str(tmp_path / "file"))
-    with pytest.raises(UserError, match="no such GGUF file: x.gguf"):
-        find_model("x.gguf")
+    for name in ("x.gguf", "org/X.GGUF"):  # no name of the hub
+        with pytest.raises(UserError, match=f"--model {name}: no such folder or GGUF file"):
+            find_model(name)
     with pytest.raises(UserError, match="--model ./missing/model: no such folder"):
         find_model("./missing/model")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import gguf
 import numpy as np
@@ -23,6 +24,7 @@ from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+SPLIT = {"split_max_tensors", "small_first_shard"}
 KINDS = {"smollm2": "smollm", "llama3.1": "llama-bpe", "qwen2.5": "qwen2"}
 
 
@@ -46,7 +48,8 @@ def write_gguf(path, model, tokenizer=None, quantisation="F32", doubled_factor=N
     """Write transformers' `model` (and a tokenizer's folder) as llama.cpp's converter would."""
     config = model.config
     arch = config.model_type
-    writer = gguf.GGUFWriter(path, overrides.pop("architecture", arch))
+    split = {key: overrides.pop(key) for key in SPLIT & overrides.keys()}
+    writer = gguf.GGUFWriter(path, overrides.pop("architecture", arch), **split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -55,7 +58,7 @@ def write_gguf(path, model, tokenizer=None, quantisation="F32", doubled_factor=N
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(overrides.pop("eos", 2))
     for key, value in overrides.items():
         if isinstance(value, str):
             writer.add_string(key.replace("__", "."), value)
@@ -230,8 +233,68 @@ def test_damaged_files_are_one_clear_error(tmp_path):
         path.write_bytes(content[:cut])
         with pytest.raises(UserError, match="model.gguf"):
             converted(path)
-    with pytest.raises(UserError, match="no such GGUF file"):
+    with pytest.raises(UserError, match="no such folder or GGUF file"):
         converted(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("name", ["sha256-0a1b", "MODEL.GGUF", "Llama-3.2", "model.bin"])
+def test_a_gguf_file_is_told_by_its_first_bytes(tmp_path, name):
+    path = write_gguf(tmp_path / "model.gguf", oracle("llama-tied")).rename(tmp_path / name)
+    load_model(converted(path))
+    path.write_bytes(b"GGU " + path.read_bytes()[4:])
+    with pytest.raises(UserError, match=f"{name}: neither a model's folder nor a GGUF file"):
+        converted(path)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(the tied model, its GGUF file in parts: the first has no tensors, the others up to 12)."""
+    folder, model = tmp_path_factory.mktemp("parts"), oracle("llama-tied")
+    write_gguf(folder / "m.gguf", model, split_max_tensors=12, small_first_shard=True)
+    return model, sorted(folder.glob("m-0000?-of-0000?.gguf"))
+
+
+def test_all_parts_are_read_from_any_of_them(parts):
+    model, paths = parts
+    assert [path.name for path in paths] == [f"m-0000{n}-of-00004.gguf" for n in (1, 2, 3, 4)]
+    [folder] = {converted(path) for path in paths}  # converted once
+    weights = load_model(folder).state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight.bfloat16().float(), atol=0, rtol=0)
+
+
+def test_a_part_without_the_others_is_refused(parts, tmp_path):
+    _, paths = parts
+    for path in paths[:3]:
+        shutil.copy(path, tmp_path)
+    for path in paths[:3]:
+        with pytest.raises(UserError, match="is by its name one of 4 parts: .*m-00004-of-00004"):
+            converted(tmp_path / path.name)
+    for path in paths:
+        with pytest.raises(
+            UserError, match="renamed is one of several parts: name them X-00001-of"
+        ):
+            converted(shutil.copy(path, tmp_path / "renamed"))
+
+
+def test_a_file_of_a_vocabulary_alone_is_refused(tmp_path):
+    model = oracle("llama-tied")
+    model.state_dict = dict
+    with pytest.raises(UserError, match="v.gguf has no tensor token_embd.weight: is it a vocab"):
+        converted(write_gguf(tmp_path / "v.gguf", model))
+
+
+def test_a_file_that_names_one_end_id_ends_at_the_other_end_tokens_too(tmp_path):
+    """Qwen2.5's file names <|im_end|>, its own generation_config.json <|endoftext|> as well."""
+    folder = family_folder("qwen2.5", tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = oracle("qwen2.5", vocab_size=tokenizer.get_vocab_size())
+    end, other = map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>"))
+    path = write_gguf(tmp_path / "q.gguf", model, (tokenizer, "qwen2"), eos=end)
+    assert (
+        json.loads((converted(path) / "generation_config.json").read_text())["eos_token_id"] == end
+    )
+    assert ChatTokenizer.from_folder(converted(path)).stop_ids == {end, other}
 
 
 def test_a_file_is_converted_once_and_anew_when_it_has_changed(tmp_path, monkeypatch):

@@ -289,7 +289,7 @@ def test_without_a_way_to_lock_a_run_goes_on_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("usbrec.runs.fcntl", None)
-    with locked(tmp_path / "run"), locked(tmp_path / "run"):
+    with pytest.warns(UserWarning, match="run is not locked here"), locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 
 

@@ -9,6 +9,7 @@ one, trained on the spot, with the family's pre-tokenizer and control tokens.
 import json
 import random
 import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -253,8 +254,95 @@ def test_end_ids_come_from_both_settings_files_and_the_format(tmp_path):
         assert ours.stop_ids == {ours.vocabulary.control[token] for token in expected}
 
 
-def test_smollm2_ends_at_im_end(default_model_folder):
-    assert ChatTokenizer.from_folder(default_model_folder).stop_ids == {2}
+def test_smollm2_ends_at_im_end_and_at_endoftext(default_model_folder):
+    ours = ChatTokenizer.from_folder(default_model_folder)
+    assert (ours.decode([2]), ours.vocabulary.control["<|endoftext|>"]) == ("", 0)
+    assert ours.stop_ids == {0, 2}
+
+
+def byte_level_folder(folder, control, **settings):
+    """Write a folder whose tokenizer has the 256 bytes and, numbered after them, `control`."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(control))
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "control, name, ends",
+    [
+        (CONTROL["qwen2.5"], "qwen2.5", {"<|im_end|>", "<|endoftext|>"}),
+        (["<|im_start|>", "<|im_end|>", "<|end|>"], "chatml", {"<|im_end|>", "<|end|>"}),
+        (CONTROL["llama3.1"], "llama3.1", {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}),
+        (["<s>", "</s>", "[INST]", "[/INST]", "[EOT]"], "mistral-v3", {"</s>", "[EOT]"}),
+    ],
+)  # fmt: skip
+def test_the_known_end_tokens_end_a_reply_without_being_named(tmp_path, control, name, ends):
+    ours = ChatTokenizer.from_folder(byte_level_folder(tmp_path, control), name)
+    assert ours.stop_ids == {256 + control.index(token) for token in ends}
+
+
+@pytest.mark.parametrize(
+    "control, rows, named",
+    [
+        (["<|im_start|>", "<|im_end|>"], 256, r"'<\|im_end\|>' has id 257, but vocab_size is 256"),
+        (["<|im_start|>", "<|im_end|>"], 257, "id 257, but vocab_size is 257"),
+        (["<|im_start|>", "<|im_end|>"], 258, ""),
+        (["<|im_start|>", "<|im_end|>", "[PAD]"], 258, ""),  # no layout needs it
+    ],
+)
+def test_a_token_beyond_the_embeddings_is_refused_if_a_prompt_may_hold_it(
+    tmp_path, control, rows, named
+):
+    folder = byte_level_folder(tmp_path, control, vocab_size=rows)
+    with pytest.raises(UserError, match=named) if named else nullcontext():
+        ours = ChatTokenizer.from_folder(folder)
+        said = ours.decode(ours.prompt([Message("user", "Hello")]))
+        assert said == "user\nHello\nassistant\n"
+
+
+def test_plain_tokens_beyond_the_embeddings_are_refused_too(tmp_path):
+    """The control tokens lie low here, and the vocabulary is another model's, longer one."""
+    byte_level_folder(tmp_path, ["<|im_start|>", "<|im_end|>"], vocab_size=200)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for place, token in enumerate(content["added_tokens"]):
+        token["id"] = place
+    names = [token["content"] for token in content["added_tokens"]]
+    letters = [letter for letter in content["model"]["vocab"] if letter not in names]
+    vocab = {token: i for i, token in enumerate([*names, *letters])}
+    content["model"]["vocab"] = vocab
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"has id {len(vocab) - 1}, but vocab_size is 200"):
+        ChatTokenizer.from_folder(tmp_path)
+
+
+def test_llama3s_tokens_with_another_beginning_fit_no_format(tmp_path):
+    """DeepSeek's distilled Llama: the headers are there, `<|begin_of_text|>` has another name."""
+    control = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", *CONTROL["llama3.1"][1:]]
+    byte_level_folder(tmp_path, control)
+    with pytest.raises(UserError, match="fit no known chat format"):
+        ChatTokenizer.from_folder(tmp_path)
+    with pytest.raises(UserError, match=r"llama3 needs the control token <\|begin_of_text\|>"):
+        ChatTokenizer.from_folder(tmp_path, "llama3")
+
+
+def test_a_byte_level_mistral_is_laid_out_without_spaces(tmp_path):
+    byte_level_folder(tmp_path, ["<s>", "</s>", "[INST]", "[/INST]"])
+    ours = ChatTokenizer.from_folder(tmp_path, "mistral-v3")
+    s, end, inst, close = range(256, 260)
+    a, b, c, d = (ours.encode(letter) for letter in "abcd")
+    chat = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    begun = [s, inst, *a, close, *b, end, inst, *c, close]
+    assert ours.prompt(chat) == begun
+    assert ours.prompt(chat) + ours.reply("d") == [*begun, *d, end]
+    system = ours.prompt([Message("system", "b"), *chat[:1]])
+    assert system == [s, inst, *b, *ours.encode("\n\n"), *a, close]
 
 
 def test_smollm2_splits_digits_one_by_one(default_model_folder):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +289,19 @@ def test_speed_and_memory_go_to_their_own_file(model, tmp_path):
     timings = [json.loads(x) for x in (tmp_path / "timings.jsonl").read_text().splitlines()]
     assert [row["step"] for row in timings] == [row["step"] for row in rows(tmp_path)]
     assert min(row["peak_memory_bytes"] for row in timings) > 1e6
+
+
+def test_the_peak_memory_is_bytes_on_every_system_that_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """getrusage counts KiB on Linux, and bytes on macOS; Windows has no such module."""
+    told = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=5000))
+    monkeypatch.setitem(sys.modules, "resource", told)
+    for system, size in (("linux", 5_120_000), ("darwin", 5000)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert training_state.peak_memory(torch.device("cpu")) == size
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert training_state.peak_memory(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("stop", ["before_save", "after_metrics", "in_pass"])

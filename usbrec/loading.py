@@ -97,7 +97,8 @@ def default_kv_bytes(model: Decoder) -> int:
         own = weights // parallel.world() if model.sharded else weights
         size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 2
     else:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 24
+        sysconf = getattr(os, "sysconf", lambda name: 0)  # Windows has none: the least is taken
+        size = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 24
     most = MAX_ROWS * model.config.max_position_embeddings * token_bytes(model.config, model.dtype)
     return min(max(size, 1 << 28), most)
 

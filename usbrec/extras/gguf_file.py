@@ -2,7 +2,8 @@
 
 Two architectures: `llama` (whose q and k rows llama.cpp stores permuted: undone here) and `qwen2`.
 Quantised tensors are unpacked by the `gguf` package, one at a time, and become bf16. A file of
-another architecture, or one with a sentencepiece tokenizer, is refused by name.
+another architecture, or one with a sentencepiece tokenizer, is refused by name. From one part of a
+split file, X-00001-of-00003.gguf and so on, all parts are read.
 """
 
 import re
@@ -52,6 +53,20 @@ SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leav
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
 
 
+def parts_of(path: Path) -> list[Path]:
+    """Return the paths of a split file's parts in order, `path` alone for another name.
+
+    Raises UserError naming the first part that is missing.
+    """
+    match = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5}).*)", path.name)
+    head, tail, count = match.groups() if match else ("", "", "0")
+    parts = [path.with_name(f"{head}{number:05}{tail}") for number in range(1, int(count) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"{path} is by its name one of {len(parts)} parts: {part} is missing")
+    return parts or [path]
+
+
 class GgufFile:
     """An opened GGUF file; raises UserError for an unsupported architecture or setting.
 
@@ -61,10 +76,11 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         from gguf import GGUFReader
 
-        self.path = path
-        reader = GGUFReader(path)
+        self.path, readers = path, [GGUFReader(part) for part in parts_of(path)]
         # kept as plain values: the package's own views of a vocabulary take 150 MB
-        self.values = {key: field.contents() for key, field in reader.fields.items()}
+        self.values = {key: field.contents() for key, field in readers[0].fields.items()}
+        if self.values.get("split.count", 1) > len(readers):
+            raise UserError(f"{path} is one of several parts: name them X-00001-of-00003.gguf, ...")
         self.architecture = self.value("general.architecture")
         if self.architecture not in ("llama", "qwen2"):
             told = f"{path}: GGUF architecture {self.architecture!r} is not supported"
@@ -72,10 +88,12 @@ class GgufFile:
         for key, honoured in HONOURED_GGUF.items():
             if self.value(key, honoured) != honoured:
                 raise UserError(f"{path}: the GGUF setting {key[1:]} is not supported")
-        self.tensors = {self.hf_name(tensor.name): tensor for tensor in reader.tensors}
+        self.tensors = {self.hf_name(each.name): each for part in readers for each in part.tensors}
         self.rope_factors = self.tensors.pop(ROPE_FACTORS, None)
         # GGUF lists dimensions innermost first
         self.shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in self.tensors.items()}
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise UserError(f"{path} has no tensor token_embd.weight: is it a vocabulary alone?")
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return a metadata value; a key that begins with a dot gets the architecture in front."""

@@ -2,11 +2,12 @@
 
 They are written under peft's key names, so that peft, transformers and vLLM read them unchanged.
 Reading is strict: a setting of adapter_config.json that would change the adapter's result and is
-not honoured here is refused by name.
+not honoured here is refused by name. So is a tensor beside LoRA's, except a weight of the base as
+it is, which peft saves for `modules_to_save` and beside embeddings of another size.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ PEFT_SETTINGS = {  # of every adapter that is written here
 # Settings that are honoured, and those that never change a trained adapter's result, or only if
 # another one is set.
 TAKEN = (
-    "init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora",
-    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "inference_mode",
-    "layers_pattern", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "task_type",
+    "init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "modules_to_save",
+    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
+    "inference_mode", "layers_pattern", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "task_type",
 )  # fmt: skip
 
 
@@ -95,10 +96,10 @@ def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
 def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
     """Return an adapter's settings and, by the checkpoint's module name, its A (r, in), B (out, r).
 
-    The model gives the layers' names and shapes; its weights are not read and may be on the meta
-    device. Raises UserError for a setting that is not honoured, for a key that is missing,
-    unexpected or of another shape, as in an adapter of another base, and for a model into which an
-    adapter of the same base is merged.
+    The model gives the layers' names and shapes, and the base's weights for comparison with any in
+    the file; on the meta device it has none. Raises UserError for a setting that is not honoured,
+    for a key that is missing, unexpected or of another shape, as in an adapter of another base, and
+    for a model into which an adapter of the same base is merged.
     """
     if not folder.is_dir():
         raise UserError(f"no such adapter folder: {folder}")
@@ -113,17 +114,32 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
     keys = {path: (KEY.format(path, "lora_A"), KEY.format(path, "lora_B")) for path in layers}
     shapes = {A: (config.r, layers[path].in_features) for path, (A, _) in keys.items()}
     shapes |= {B: (layers[path].out_features, config.r) for path, (_, B) in keys.items()}
-    compare_shapes(shapes, weights)
+    compare_shapes(shapes, weights, spare=weights.headers)
+    refuse_changed(model, weights, shapes.keys())
     load = partial(weights.load, dtype=torch.float32)
     return config, {path: (load(A), load(B)) for path, (A, B) in keys.items()}
+
+
+def refuse_changed(model: Decoder, weights: SafetensorsWeights, lora: Collection[str]) -> None:
+    """Raise UserError for a tensor of the file beside `lora`, unless it is a weight of the base.
+
+    It must be known to equal the base's, in the base's dtype; a decoder on the meta device, or a
+    sharded one, knows no values.
+    """
+    weight_of = {stored_name(model.config, path): x for path, x in model.state_dict().items()}
+    for name in sorted(weights.headers.keys() - lora):
+        own = weight_of.get(name.removeprefix("base_model.model."), torch.empty(0))
+        unknown = own.is_meta or hasattr(own, "device_mesh")
+        if unknown or not torch.equal(weights.mapped(name).to(own), own):
+            told = "neither LoRA of a linear layer of attention or MLP, nor a weight as in the base"
+            raise UserError(f"{weights.path} holds the tensor {name}, {told}")
 
 
 def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     """Return peft's settings as a LoraConfig; raises UserError naming one not honoured."""
     settings = CheckedSettings(values, source)
     settings.refuse_others({"peft_type": ("LORA",), "init_lora_weights": INITIALISATIONS})
-    others = [name for name in values if name not in TAKEN]
-    settings.refuse_others(dict.fromkeys(others, (*OFF, "none", "", [], {})))
+    settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in TAKEN})
     r, alpha, targets = settings.size("r"), values.get("lora_alpha"), values.get("target_modules")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
         raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r}")
@@ -143,10 +159,10 @@ def targeted(
     for target in [targets] if isinstance(targets, str) else targets:
         pattern = target if target == targets else rf"(.*\.)?{re.escape(target)}"
         try:
-            found = {path for path in layers if re.fullmatch(pattern, path)}
+            wanted |= {path for path in layers if re.fullmatch(pattern, path)}
         except re.error as error:
             raise UserError(f"{source}: target_modules is no valid pattern: {error}") from error
-        if not found:
-            raise UserError(f"{source}: target_modules names {target!r}, no linear layer here")
-        wanted |= found
+    if not wanted:
+        told = "names no linear layer of attention or MLP, which alone have adapters here"
+        raise UserError(f"{source}: target_modules {targets!r} {told}")
     return {path: layer for path, layer in layers.items() if path in wanted}

@@ -5,7 +5,8 @@ content is always encoded as plain text. The layouts are those of the models' pu
 (`smollm2`, `qwen2.5`, `llama3.1`, ...), token for token, with one exception: an assistant's content
 is never merged with the newline of its header, since a reply's tokens come after that newline one
 by one. Control tokens identify a model's format. The user names `zephyr` (TinyLlama), `llama2`,
-`mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few control tokens.
+`mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few control tokens. With a byte-level
+vocabulary (Tekken: Mistral Nemo, Ministral) `mistral-v3` is laid out without spaces.
 
     tokenizer = ChatTokenizer.from_folder(Path("models/smollm2-135m-instruct"))
     ids = tokenizer.prompt([Message("user", "Hello")])
@@ -33,6 +34,12 @@ from usbrec.options import UserError
 Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
 LLAMA31_DATE = "26 Jul 2024"
 REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
+# Each of these control tokens ends a reply: a GGUF file names one end id, its readers the others.
+END_TOKENS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>",
+    "<eos>", "[EOS]", "<EOT>", "[EOT]", "<end_of_turn>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|user|>", "<|observation|>",  # ChatGLM3's next turn: its replies have no end of their own
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,6 @@ class ChatFormat:
     turn: str  # {role}, {content}, and the end of turn if the format has one
     gap: str = ""
     begin: str = ""
-    stops: tuple[str, ...] = ()  # marks that end a reply besides the end of turn
     default_system: str | None = None  # put first where the chat has no system prompt
     system_prefix: str = ""  # put before the first system prompt's content; {date} is pinned
     trim: bool = False  # the template strips white space around the content
@@ -72,7 +78,7 @@ CHATML = ChatFormat("chatml", CHATML_MARKS, "<|im_start|>{role}\n{content}<|im_e
 LLAMA3 = ChatFormat(
     "llama3", ("<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
     turn="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-    begin="<|begin_of_text|>", stops=("<|end_of_text|>",), trim=True,
+    begin="<|begin_of_text|>", trim=True,
 )  # fmt: skip
 LLAMA2 = ChatFormat(
     "llama2", ("<s>", "</s>"), turn="{content} </s>", user_turn="<s>[INST] {content} [/INST]",
@@ -88,16 +94,14 @@ FORMATS = (  # the first whose marks the tokenizer has is taken
     variant(CHATML, "qwen2", "<|endoftext|>", default_system="You are a helpful assistant."),
     CHATML,
     variant(
-        LLAMA3, "llama3.1", "<|eom_id|>", stops=("<|end_of_text|>", "<|eom_id|>"),
-        default_system="",
+        LLAMA3, "llama3.1", "<|eom_id|>", default_system="",
         system_prefix="Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n",
     ),
     LLAMA3,
     ChatFormat(
         "chatglm3",
         ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-        turn="<|{role}|>\n{content}", begin="[gMASK]sop",
-        stops=("<|user|>", "<|observation|>"), separate=True,
+        turn="<|{role}|>\n{content}", begin="[gMASK]sop", separate=True,
     ),
     ChatFormat("zephyr", ("</s>",), "<|{role}|>\n{content}</s>", gap="\n", by_name=True),
     LLAMA2,
@@ -130,7 +134,7 @@ class ChatTokenizer:
                 raise UserError(f"{told}, which this tokenizer lacks")
         self._marks = re.compile(f"({'|'.join(map(re.escape, chat_format.marks))})")
         _, end = self._frame("assistant")
-        stops = {vocabulary.control[x] for x in chat_format.stops if x in vocabulary.control}
+        stops = {vocabulary.control[x] for x in END_TOKENS if x in vocabulary.control}
         self.stop_ids = end_ids | stops | {piece for piece in end if isinstance(piece, int)}
 
     @classmethod
@@ -140,8 +144,8 @@ class ChatTokenizer:
         """Return the tokenizer of a model's folder.
 
         `chat_format` names one of FORMATS if the control tokens do not identify it. `date` is
-        today's date in Llama 3.1's system prompt. Raises UserError for a missing or malformed file
-        and for an unknown format.
+        today's date in Llama 3.1's system prompt. Raises UserError for a missing or malformed file,
+        for an unknown format, and for a token without a row in the model's embeddings.
         """
         config = read_json(file_in(folder, "config.json"))
         end_ids = end_ids_of(config, folder)
@@ -151,7 +155,15 @@ class ChatTokenizer:
             vocabulary: Vocabulary = SentencePieceVocabulary(file_in(folder, "tokenizer.model"))
         else:
             vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
-        return cls(vocabulary, pick_format(vocabulary.control, chat_format), end_ids, date)
+        style = pick_format(vocabulary.control, chat_format)
+        if style.name == "mistral-v3" and vocabulary.byte_level:  # Tekken's layout has no spaces
+            style = replace(style, user_turn="[INST]{content}[/INST]", reply_prefix="")
+        used = {mark: vocabulary.control.get(mark, 0) for mark in style.marks}
+        token, last = max([vocabulary.last_plain, *used.items()], key=lambda pair: pair[1])
+        rows = config.get("padded_vocab_size", config.get("vocab_size", last + 1))
+        if last >= rows:
+            raise UserError(f"{folder}: token {token!r} has id {last}, but vocab_size is {rows}")
+        return cls(vocabulary, style, end_ids, date)
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of plain text, never control tokens; `continued` follows other text."""

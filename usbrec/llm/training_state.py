@@ -12,6 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class State:
                 tensor.copy_(tensors[name])
             self.step, length = told["step"], told["metrics_bytes"]
             self.best_step, self.best_loss = told["best_step"], told["best_loss"]
-            if self.best_step:
-                self.best = {name: tensors[f"best.{name}"] for name in self.parameters}
+            if self.best_step:  # copies: Windows replaces no file that a tensor still maps
+                self.best = {name: tensors[f"best.{name}"].clone() for name in self.parameters}
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
         if len(content) < length:
             size = f"{self.metrics} holds {len(content)} bytes, the state beside it counts {length}"
@@ -163,8 +164,9 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
+    with suppress(ImportError):
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0

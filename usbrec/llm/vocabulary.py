@@ -1,7 +1,8 @@
 """Vocabularies: text <-> token ids by tokenizer.json or sentencepiece, never control tokens.
 
 `<|im_end|>` typed by a person is a handful of ordinary tokens; the control token of that name is
-available by its id alone (`control`). Both classes offer `control`, `encode` and `decode`.
+available by its id alone (`control`). Both classes offer `control`, `encode`, `decode`,
+`byte_level` (tokens are made of bytes), and `last_plain` (the plain token of the highest id).
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ class TokenizersVocabulary:
         except Exception as error:  # the package raises bare Exceptions for a malformed file
             raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
         self._control_ids = frozenset(self.control.values())
+        own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
+        self.last_plain = max(own, key=lambda pair: pair[1], default=("", 0))
         # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
         # first of a whole conversation, which here is BOS
-        self._spaces = self._plain.encode("a").tokens[0].startswith(SPACE)
+        self._spaces = "".join(self._plain.encode("a").tokens).startswith(SPACE)
+        self.byte_level = not "".join(self._plain.encode(" a").tokens).startswith(SPACE)
         split = content.get("pre_tokenizer") or {}
         self._spaces_first_only = split.get("prepend_scheme") == "first"
 
@@ -62,6 +66,8 @@ class TokenizersVocabulary:
 
 class SentencePieceVocabulary:
     """ChatGLM3's vocabulary: a sentencepiece model and, numbered after it, the control tokens."""
+
+    byte_level, last_plain = False, ("", 0)  # the control tokens' ids are higher
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
