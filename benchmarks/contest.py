@@ -75,7 +75,7 @@ def options_for(steps: int, batch: int, recomputing: bool = False) -> TrainingOp
 def in_our_order(items: Sequence[Any], steps: int, batch: int) -> list[Any]:
     """Return the items one after the other as our steps take them."""
     options = options_for(steps, batch)
-    return [items[i] for step in range(steps) for i in step_items(options, len(items), step)]
+    return [items[i] for step in step_items(options, len(items)) for i in step]
 
 
 def run_ours(

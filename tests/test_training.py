@@ -455,20 +455,21 @@ def test_no_items_are_a_user_s_fault(model, tmp_path):
 
 def test_each_epoch_takes_every_item_once_in_an_order_of_its_own():
     options = TrainingOptions(epochs=2, batch_size=4, seed=3)
-    steps = [step_items(options, 10, step) for step in range(training.step_count(options, 10))]
+    steps = step_items(options, 10)
     taken = [item for step in steps for item in step]
     assert [len(step) for step in steps] == [4] * 5
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
     assert taken[:10] != taken[10:]
-    assert steps[1] == step_items(options, 10, 1)
+    assert step_items(options, 10) == steps
 
 
 def test_a_count_of_steps_goes_beyond_the_epochs_or_stops_before():
-    options = TrainingOptions(steps=7, batch_size=4)
-    assert training.step_count(options, 10) == 7
-    assert len(step_items(options, 10, 6)) == 4
-    half = TrainingOptions(epochs=0.5, batch_size=4)
-    assert [len(step_items(half, 10, s)) for s in range(training.step_count(half, 10))] == [4, 1]
+    for options, sizes in (
+        (TrainingOptions(steps=7, batch_size=4), [4] * 7),
+        (TrainingOptions(steps=1, batch_size=4), [4]),
+        (TrainingOptions(epochs=0.5, batch_size=4), [4, 1]),
+    ):
+        assert [len(step) for step in step_items(options, 10)] == sizes
 
 
 def test_the_rate_warms_up_and_falls_as_half_a_cosine():

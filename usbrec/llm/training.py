@@ -80,8 +80,8 @@ def train(
     """
     if not trees:
         raise UserError(f"{job.label}: there is nothing to train on")
-    options, steps = job.options, step_count(job.options, len(trees))
-    tenth = max(steps // 10, 1)
+    options, batches = job.options, step_items(job.options, len(trees))
+    steps, tenth = len(batches), max(len(batches) // 10, 1)
     model.checkpointing = options.checkpointing
     with learning(model, adapter) as parameters:
         facts = {"adapter": adapter, "objective": repr(objective), **asdict(options)}
@@ -94,7 +94,7 @@ def train(
         bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
         for step in bar:
             began = time.perf_counter()
-            batch = [trees[i] for i in step_items(options, len(trees), step)]
+            batch = [trees[i] for i in batches[step]]
             found = measure(model, adapter, objective, batch, options.tokens_per_pass)
             for parameter in parameters.values():
                 assert parameter.grad is not None, "every pass reaches every layer"
@@ -168,24 +168,17 @@ def own_rows(rows: Sequence[list[Tree]]) -> list[tuple[list[Tree], float]]:
     return own if len(own) * parallel.world() >= len(rows) else [*own, (rows[-1], 0.0)]
 
 
-def step_count(options: TrainingOptions, items: int) -> int:
-    """Return the number of steps of a run over this number of items."""
-    return options.steps or math.ceil(options.epochs * items / options.batch_size)
-
-
-def step_items(options: TrainingOptions, items: int, step: int) -> list[int]:
-    """Return the places of the items of step `step`; each epoch has its own order."""
-    start = step * options.batch_size
-    stop = start + options.batch_size
-    if not options.steps:
-        stop = min(stop, math.ceil(options.epochs * items))
-    first = start // items
+def step_items(options: TrainingOptions, items: int) -> list[list[int]]:
+    """Return the places of the items of each step; each epoch has its own order."""
+    size = options.batch_size
+    count = options.steps * size or math.ceil(options.epochs * items)
     order: list[int] = []
-    for epoch in range(first, (stop - 1) // items + 1):
+    for epoch in range(math.ceil(count / items)):
         generator = torch.Generator().manual_seed(seed_for("order", options.seed, epoch))
         drawn = torch.randperm(items, generator=generator).tolist()
-        order += drawn if options.shuffle else list(range(items))
-    return order[start - first * items : stop - first * items]
+        order += drawn if options.shuffle else range(items)
+    order = order[:count]
+    return [order[i : i + size] for i in range(0, count, size)]
 
 
 def learning_rate(options: TrainingOptions, step: int, steps: int) -> float:
