@@ -116,8 +116,7 @@ def make_pairs(work: Work) -> None:
     settings, roles = work.settings, work.roles("sft")
 
     def try_chunk(chunk: Examples) -> list[Row]:
-        outcomes = build_pairs(roles, chunk, settings.data.seed, settings.pairs)
-        return [outcome.record() for outcome in outcomes]
+        return build_pairs(roles, chunk, settings.data.seed, settings.pairs)
 
     rows = work.rows("pairs")
     records = run_chunks(work.results("samples.jsonl", "pairs"), rows, try_chunk)

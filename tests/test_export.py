@@ -6,19 +6,27 @@ import pytest
 import torch
 
 from usbrec.chat import Message
-from usbrec.crs.dialogue import PreferencePair
 from usbrec.extras.export import DATASET_INFO, export_llama_factory, main
 from usbrec.llm.tokenizer import ChatTokenizer
 
-SYSTEM = Message("system", "Recommend a film.")
+SYSTEM = ("system", "Recommend a film.")
+
+
+def pair_of(prompt, chosen, rejected):
+    """A line of pairs.jsonl, without the scores and origins of the sides."""
+    told = {"chosen": [("assistant", chosen)], "rejected": [("assistant", rejected)]}
+    sides = {"prompt": prompt, **told}
+    return {x: [{"role": who, "content": text} for who, text in sides[x]] for x in sides}
+
+
 PAIRS = [
-    PreferencePair(
-        (SYSTEM, Message("user", "Hello"), Message("assistant", "Hi."), Message("user", "Sci-fi?")),
-        *("Try Alien.", "What do you like?", 2.0, 0.0, "samples[1]", "samples[0]"),
+    pair_of(
+        [SYSTEM, ("user", "Hello"), ("assistant", "Hi."), ("user", "Sci-fi?")],
+        *("Try Alien.", "What do you like?"),
     ),
-    PreferencePair(
-        (SYSTEM, Message("assistant", "Welcome"), Message("user", "Hm"), Message("user", "Noir?")),
-        *("Try Laura.", "Try Heat.", None, 0.0, "gold", "samples[2]"),
+    pair_of(
+        [SYSTEM, ("assistant", "Welcome"), ("user", "Hm"), ("user", "Noir?")],
+        *("Try Laura.", "Try Heat."),
     ),
 ]
 
@@ -26,7 +34,7 @@ PAIRS = [
 @pytest.fixture
 def pairs_file(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(pair.record()) + "\n" for pair in PAIRS))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     return path
 
 
@@ -66,10 +74,10 @@ def test_trls_trainer_takes_the_file_as_it_is(pairs_file, tmp_path, default_mode
     rows = list(trainer.train_dataset)
     assert len(rows) == len(PAIRS)
     for row, pair in zip(rows, PAIRS, strict=True):
-        prompt = ours.prompt(pair.prompt)
+        prompt = ours.prompt([Message(**message) for message in pair["prompt"]])
         for side in ("chosen", "rejected"):
             ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
-            reply = ours.encode(getattr(pair, side))
+            reply = ours.encode(pair[side][0]["content"])
             assert ids[: len(prompt) + len(reply)] == prompt + reply
             assert labels[: len(prompt)] == [-100] * len(prompt)
             assert labels[len(prompt) :][: len(reply)] == reply
@@ -101,9 +109,9 @@ def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys
 
 
 def test_a_chat_without_a_system_prompt_has_an_empty_one(tmp_path):
-    pair = PreferencePair((Message("user", "Hi\u2028"),), "a", "b", 2.0, 0.0, "gold", "gold")
+    pair = pair_of([("user", "Hi\u2028")], "a", "b")
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(pair.record(), ensure_ascii=False))
+    path.write_text(json.dumps(pair, ensure_ascii=False))
     assert export_llama_factory(path, tmp_path) == 1
     assert json.loads((tmp_path / "pairs.json").read_text())[0]["system"] == ""
 

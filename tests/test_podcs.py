@@ -20,6 +20,7 @@ from usbrec.crs.podcs import (
     count_reasons,
     count_wins,
 )
+from usbrec.options import seed_for
 
 FILMS = Catalogue(
     [Item("Dark Well (1999)", "Dark Well", 1999), Item("Red Loft (2001)", "Red Loft")]
@@ -38,6 +39,13 @@ def cast(llm: Scripted, simulator: Scripted | None = None) -> Roles:
 def sample(text: str, label: int | None, score: float | None = None) -> Rollout:
     value = float(label) if score is None and label is not None else score
     return Rollout(EXAMPLES[0], text, 0, (), score=JudgeScore(value, label, 1.0))
+
+
+def sides(pair: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return the texts of both sides of a pair."""
+    if pair is None:
+        return None, None
+    return pair["chosen"][0]["content"], pair["rejected"][0]["content"]
 
 
 G = "Try Dark Well (1999)!"
@@ -68,24 +76,25 @@ def test_the_rules_decide_both_sides(
     samples = [sample(text, label) for text, label in zip("abc", labels, strict=True)]
     pair, reason = choose_pair(EXAMPLES[0], samples, worst)
     assert reason
-    assert (pair and pair.chosen, pair and pair.rejected) == (chosen, rejected)
+    assert sides(pair) == (chosen, rejected)
 
 
 def test_sides_carry_their_scores_and_origins_and_gold_is_unscored() -> None:
     pair, reason = choose_pair(EXAMPLES[0], [sample("a", 1), sample("b", 0, 0.4)], "zero")
     assert pair is not None and reason == "gold over samples"
-    assert (pair.chosen_from, pair.chosen_score) == ("gold", None)
-    assert (pair.rejected_from, pair.rejected_score) == ("samples[1]", 0.0)
-    assert pair.prompt == recommender_prompt(EXAMPLES[0].history)
+    assert (pair["chosen_from"], pair["chosen_score"]) == ("gold", None)
+    assert (pair["rejected_from"], pair["rejected_score"]) == ("samples[1]", 0.0)
+    said = [(m.role, m.content) for m in recommender_prompt(EXAMPLES[0].history)]
+    assert [(m["role"], m["content"]) for m in pair["prompt"]] == said
 
 
 def test_within_a_class_the_expectation_decides_then_the_order() -> None:
     both = [sample("a", 2, 1.6), sample("b", 2, 1.9), sample("c", 0, 0.3), sample("d", 0, 0.1)]
     pair, _ = choose_pair(EXAMPLES[0], both, "zero")
-    assert pair is not None and (pair.chosen, pair.rejected) == ("b", "d")
+    assert sides(pair) == ("b", "d")
     tied = [sample(text, label) for text, label in (("a", 2), ("b", 2), ("c", 0), ("d", 0))]
     pair, _ = choose_pair(EXAMPLES[0], tied, "zero")
-    assert pair is not None and (pair.chosen, pair.rejected) == ("a", "c")
+    assert sides(pair) == ("a", "c")
 
 
 def test_equal_texts_and_empty_ones_make_no_pair_and_say_why() -> None:
@@ -96,7 +105,7 @@ def test_equal_texts_and_empty_ones_make_no_pair_and_say_why() -> None:
     empty = [sample("", None), sample("", None)]
     assert choose_pair(EXAMPLES[0], empty, "zero") == (None, "all samples empty")
     pair, _ = choose_pair(EXAMPLES[0], [sample("", 0), sample("a", 2)], "zero")
-    assert pair is not None and pair.rejected == G
+    assert sides(pair) == ("a", G)
     unread = choose_pair(EXAMPLES[0], [sample("a", None)], "zero")
     assert unread == (None, "no sample's score could be read")
     silent = Example("d", 1, talk("Hi"), " ", ("X",))
@@ -144,20 +153,20 @@ def test_two_models_build_the_pairs_that_one_does_and_each_gets_its_own_requests
 
 def test_all_samples_are_used_at_the_stated_temperature() -> None:
     llm = Scripted(distinct, first_draft)
-    outcomes = build_pairs(cast(llm), EXAMPLES, 0, PairOptions(samples=4, temperature=0.9))
+    rows = build_pairs(cast(llm), EXAMPLES, 0, PairOptions(samples=4, temperature=0.9))
     assert {request.sampling.temperature for request in llm.generated[0]} == {0.9}
     assert {request.sampling.temperature for request in llm.generated[1]} == {0.1}
     assert len({request.seed for request in llm.generated[0]}) == 8
-    for outcome in outcomes:
-        assert len({s.reply for s in outcome.samples}) == 4
-        assert all(s.score.label is not None for s in outcome.samples)
+    for row in rows:
+        assert len({s["reply"] for s in row["samples"]}) == 4
+        assert all(s["label"] is not None for s in row["samples"])
 
 
 def test_equal_samples_are_rolled_out_once() -> None:
     llm = Scripted(role_of)
-    (outcome,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions(turns=2))
+    (row,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions(turns=2))
     assert [len(requests) for requests in llm.generated] == [3, 1, 1, 1]
-    assert len(outcome.samples) == 3 and outcome.samples[0] == outcome.samples[2]
+    assert len(row["samples"]) == 3 and row["samples"][0] == row["samples"][2]
 
 
 def test_the_recommender_sees_neither_the_gold_response_nor_a_target_from_the_seeker() -> None:
@@ -172,35 +181,39 @@ def test_the_recommender_sees_neither_the_gold_response_nor_a_target_from_the_se
 
 def test_an_unread_score_is_no_zero() -> None:
     llm = Scripted(distinct, lambda request: [-math.inf] * 3)
-    (outcome,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions())
-    assert outcome.pair is None and outcome.reason == "no sample's score could be read"
-    assert {s.score.label for s in outcome.samples} == {None}
+    (row,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions())
+    assert row["pair"] is None and row["reason"] == "no sample's score could be read"
+    assert {s["label"] for s in row["samples"]} == {None}
 
 
-def test_an_outcome_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
     both = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES, 5, PairOptions())
     alone = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES[1:], 5, PairOptions())
     assert both[1] == alone[0]
 
 
 def test_records_are_json_and_a_pair_is_a_conversational_preference_row() -> None:
-    outcomes = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES, 0, PairOptions())
-    records = [json.loads(json.dumps(outcome.record())) for outcome in outcomes]
-    assert sum(count_reasons(records).values()) == 2
-    assert all(len(record["samples"]) == 3 for record in records)
-    first, kept = outcomes[0].samples[0], records[0]["samples"][0]
+    llm = Scripted(distinct, first_draft)
+    rows = build_pairs(cast(llm), EXAMPLES, 0, PairOptions())
+    assert rows == json.loads(json.dumps(rows))
+    assert sum(count_reasons(rows).values()) == 2
+    assert all(len(row["samples"]) == 3 for row in rows)
+    seed = seed_for(seed_for(0, "pairs", "d1", 2), "sample", 0)
+    first = f"recommender {seed % 1_000_003}"
+    label = int(first.split()[-1]) % 3
+    kept = rows[0]["samples"][0]
+    speakers = [speaker for speaker, _ in kept.pop("lines")]
+    assert speakers == ["recommender", "seeker", "recommender"]
     assert kept == {
-        "reply": first.reply,
-        "score": first.score.score,
-        "label": first.score.label,
+        "reply": first,
+        "score": pytest.approx(label, abs=0.2),
+        "label": label,
         "digit_probability": pytest.approx(1.0),
         "parse_rate": None,
         "explanation": "explainer says Dark Well (1999)",
-        "lines": [[line.speaker, line.text] for line in first.dialogue[1:]],
     }
     pair, _ = choose_pair(EXAMPLES[0], [sample("a", 0)], "zero")
-    assert pair is not None
-    assert pair.record() == {
+    assert pair == {
         "prompt": [
             {"role": "system", "content": recommender_prompt(())[0].content},
             {"role": "user", "content": "Something dark?"},

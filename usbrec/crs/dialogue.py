@@ -1,8 +1,8 @@
-"""Dialogues, examples and preference pairs: the types that the modules of crs share."""
+"""Dialogues and examples: the types that the modules of crs share."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from usbrec.chat import Message
 
@@ -45,28 +45,6 @@ class Example:
 
 
 Examples = Sequence[Example]
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """Two first responses to one prompt, their scores (None: unscored gold) and their origins."""
-
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    chosen_score: float | None
-    rejected_score: float | None
-    chosen_from: str
-    rejected_from: str
-
-    def record(self) -> dict[str, Any]:
-        """Return the pair as one row of pairs.jsonl: trl's conversational preference format."""
-        return {
-            **asdict(self),
-            "prompt": [{"role": m.role, "content": m.content} for m in self.prompt],
-            "chosen": [{"role": "assistant", "content": self.chosen}],
-            "rejected": [{"role": "assistant", "content": self.rejected}],
-        }
 
 
 def add_turn(dialogue: Dialogue, speaker: Speaker, text: str) -> Dialogue:

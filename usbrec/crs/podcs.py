@@ -23,7 +23,7 @@ from typing import Any, Literal
 from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes, recommender_prompt
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.dialogue import Dialogue, Example, Examples, PreferencePair, add_turn
+from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn
 from usbrec.options import Options, option, seed_for
 
 
@@ -68,32 +68,12 @@ class Rollout:
         return {"reply": self.reply, **asdict(self.score), **told}
 
 
-@dataclass(frozen=True)
-class PairOutcome:
-    """One example's roll-outs in order of draw, and its pair or the reason why there is none."""
-
-    example: Example
-    samples: tuple[Rollout, ...]
-    pair: PreferencePair | None
-    reason: str
-
-    def record(self) -> dict[str, Any]:
-        """Return the outcome in JSON's own types, its pair as in pairs.jsonl or None."""
-        return {
-            "dialog_id": self.example.dialog_id,
-            "turn_id": self.example.turn_id,
-            "reason": self.reason,
-            "pair": None if self.pair is None else self.pair.record(),
-            "samples": [sample.record() for sample in self.samples],
-        }
-
-
 def build_pairs(
     roles: Roles, examples: Examples, seed: int, options: PairOptions
-) -> list[PairOutcome]:
-    """Return one outcome per example.
+) -> list[dict[str, Any]]:
+    """Return one row of samples.jsonl per example: its pair or None, the reason, all roll-outs.
 
-    An outcome depends on its example and the run's seed alone.
+    A row depends on its example and the run's seed alone. `samples` are in order of draw.
     """
     keys = [seed_for(seed, "pairs", example.dialog_id, example.turn_id) for example in examples]
     k, first = options.samples, Sampling(options.max_new_tokens, options.temperature)
@@ -106,12 +86,14 @@ def build_pairs(
         for x, key, drawn in zip(examples, keys, replies, strict=True)
     ]
     roll_out(roles, [x for own in rollouts for x in own.values() if x.reply], options)
-    outcomes = []
+    rows = []
     for example, texts, own in zip(examples, replies, rollouts, strict=True):
-        samples = tuple(own[text] for text in texts)
+        samples = [own[text] for text in texts]
         pair, reason = choose_pair(example, samples, options.worst)
-        outcomes.append(PairOutcome(example, samples, pair, reason))
-    return outcomes
+        ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
+        tried = [x.record() for x in samples]
+        rows.append({**ids, "reason": reason, "pair": pair, "samples": tried})
+    return rows
 
 
 def roll_out(roles: Roles, rollouts: Sequence[Rollout], options: PairOptions) -> None:
@@ -134,9 +116,10 @@ def roll_out(roles: Roles, rollouts: Sequence[Rollout], options: PairOptions) ->
 
 def choose_pair(
     example: Example, samples: Sequence[Rollout], worst: str
-) -> tuple[PreferencePair | None, str]:
-    """Return the pair and the origins of its sides, or None and the reason.
+) -> tuple[dict[str, Any] | None, str]:
+    """Return the row of pairs.jsonl and the origins of its sides, or None and the reason.
 
+    The row is trl's conversational preference format, with scores (None: gold) and origins.
     Classes of the samples -> (chosen, rejected), under `worst` zero; G is the gold response:
     2 2 2 -> 2 G;  2 1 0 -> 2 0;  2 1 1 -> 2 G;  1 1 0 -> G 0;  0 0 0 -> G 0;  1 1 1 -> none.
     """
@@ -157,7 +140,15 @@ def choose_pair(
     if text == other:
         return None, "chosen and rejected are equal"
     prompt = recommender_prompt(example.history)
-    pair = PreferencePair(prompt, text, other, score, other_score, origin, other_origin)
+    pair = {
+        "prompt": [{"role": x.role, "content": x.content} for x in prompt],
+        "chosen": [{"role": "assistant", "content": text}],
+        "rejected": [{"role": "assistant", "content": other}],
+        "chosen_score": score,
+        "rejected_score": other_score,
+        "chosen_from": origin,
+        "rejected_from": other_origin,
+    }
     return pair, " over ".join(name.split("[")[0] for name in (origin, other_origin))
 
 
