@@ -89,9 +89,7 @@ def test_two_models_talk_as_one_does_and_each_gets_its_own_requests() -> None:
     assert rows == evaluate_method(cast(speaker(*words)), EXAMPLES, 0, options, searching)
 
 
-def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_up_to_the_judged_turn() -> (
-    None
-):
+def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_of_any_reply() -> None:
     llm = speaker("Red Loft (2001) or Dark Well (1999)?", "Night Ferry (1950)")
     first, second = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2))
     assert first.labels == [{"title": WELL.title, "repeated": False, "found": False}]
@@ -101,15 +99,6 @@ def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_up_to_the_j
     late = speaker("Who knows?", "Dark Well (1999)")
     row = evaluate_method(cast(late), EXAMPLES[:1], 0, EvaluationOptions(turns=2))[0]
     assert row.hit and row.grade == 2 and not row.labels[0]["found"]
-
-
-def test_the_judged_turn_may_come_before_the_last() -> None:
-    llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Bye")
-    options = EvaluationOptions(turns=3, judged_turn=1)
-    (row,) = evaluate_method(cast(llm), EXAMPLES[:1], 0, options)
-    assert len(row.replies) == 3 and not row.hit and row.grade == 0
-    assert [m.content for m in llm.scored[0][0].messages][2] == "Red Loft (2001)"
-    assert len(llm.scored[0][0].messages) == 6
 
 
 def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
@@ -256,7 +245,7 @@ def test_two_listeners_hear_every_wish_of_the_gold_profile() -> None:
     assert set(mixed) == {"copy-last", "most-popular", "nearest"}
 
 
-@pytest.mark.parametrize("wrong", [{"turns": 0}, {"judged_turn": 3}, {"votes": -1}])
+@pytest.mark.parametrize("wrong", [{"turns": 0}, {"ranked_titles": 1}, {"votes": -1}])
 def test_wrong_options_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
         EvaluationOptions(**wrong)

@@ -2,8 +2,8 @@
 
 All methods get the same dialogues, options and draws: a row's seed does not depend on its method,
 so that differences are paired. Three figures besides the judge's score come from rules alone:
-Recall@1 (the first catalogue title of the first reply), hit (any gold title up to the judged turn),
-and the grade of the judged reply's first title. Baselines and upper marks need no model. Left out:
+Recall@1 (the first catalogue title of the first reply), hit (any gold title in any reply),
+and the grade of the last reply's first title. Baselines and upper marks need no model. Left out:
 the tables (extras/report.py), and intervals (extras/intervals.py).
 """
 
@@ -34,10 +34,9 @@ Labels = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class EvaluationOptions(Options):
-    """The turns of a talk, the judged turn, the temperatures, and the measures beside the talks."""
+    """The turns of a talk, the temperatures, and the measures beside the talks."""
 
-    turns: int = option(1, "recommender turns of an evaluated talk (N)", low=1)
-    judged_turn: int = option(0, "the turn after which iEval judges (T); 0 is the last", low=0)
+    turns: int = option(1, "recommender turns of a talk, judged after the last", low=1)
     temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
     seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
     votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
@@ -47,18 +46,13 @@ class EvaluationOptions(Options):
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
     seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.judged_turn > self.turns:
-            raise ValueError(f"judged_turn must lie in 0 to {self.turns}, got {self.judged_turn}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow(JudgeScore):
     """One dialogue's score and evaluation in JSON's own types.
 
     `EvalRow(**json.loads(line))` restores a row. `items` are the catalogue titles of each reply.
-    `grade` is the rules' 0, 1 or 2 for the judged reply's first title (0 if it names none).
+    `grade` is the rules' 0, 1 or 2 for the last reply's first title (0 if it names none).
     `searches` are the records of the searched turns, each as `checked` returns it.
     """
 
@@ -76,15 +70,15 @@ class EvalRow(JudgeScore):
 
 @dataclass
 class Talk:
-    """The talk about an example: per recommender turn, the reply and the dialogue that it ends."""
+    """The talk about an example: the dialogue so far, the recommender's replies and searches."""
 
     example: Example
+    dialogue: Dialogue
     replies: list[str] = field(default_factory=list)
-    dialogues: list[Dialogue] = field(default_factory=list)
     searches: list[dict[str, Any]] = field(default_factory=list)
 
-    def row(self, catalogue: Catalogue, last: int, explanation: str, score: JudgeScore) -> EvalRow:
-        """Return the talk's row; `explanation` and `score` are those of turn `last`."""
+    def row(self, catalogue: Catalogue, explanation: str, score: JudgeScore) -> EvalRow:
+        """Return the talk's row; `explanation` and `score` are those of the last reply."""
         gold, replies = self.example.items, self.replies
         return EvalRow(
             dialog_id=self.example.dialog_id,
@@ -92,10 +86,10 @@ class Talk:
             replies=replies,
             items=[titles_in(catalogue, reply) for reply in replies],
             labels=gold_labels(catalogue, self.example, [catalogue.first(replies[0])]),
-            hit=any(catalogue.mentions(reply, gold) for reply in replies[:last]),
-            grade=catalogue.grade_of(replies[last - 1], gold),
+            hit=any(catalogue.mentions(reply, gold) for reply in replies),
+            grade=catalogue.grade_of(replies[-1], gold),
             explanation=explanation,
-            transcript=[[line.speaker, line.text] for line in self.dialogues[-1]],
+            transcript=[[line.speaker, line.text] for line in self.dialogue],
             searches=self.searches,
             **asdict(score),
         )
@@ -114,7 +108,7 @@ def evaluate_method(
     plain = Sampling(options.max_new_tokens, options.temperature)
     warm = Sampling(options.max_new_tokens, options.seeker_temperature)
     dialogues: list[Dialogue] = [example.history for example in examples]
-    talks = [Talk(example) for example in examples]
+    talks = [Talk(example, example.history) for example in examples]
     for turn in range(1, options.turns + 1):
         if turn > 1:
             seeds = [seed_for(key, "seeker", turn) for key in keys]
@@ -131,12 +125,10 @@ def evaluate_method(
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
         for talk, reply, dialogue in zip(talks, replies, dialogues, strict=True):
             talk.replies.append(reply)
-            talk.dialogues.append(dialogue)
-    last = options.judged_turn or options.turns
+            talk.dialogue = dialogue
     votes = Votes(options.votes, options.vote_temperature)
-    judged = [talk.dialogues[last - 1] for talk in talks]
-    scored = roles.explain_and_judge(judged, targets, keys, plain, votes)
-    return [talk.row(roles.catalogue, last, *x) for talk, x in zip(talks, scored, strict=True)]
+    scored = roles.explain_and_judge(dialogues, targets, keys, plain, votes)
+    return [talk.row(roles.catalogue, *x) for talk, x in zip(talks, scored, strict=True)]
 
 
 def checked(catalogue: Catalogue, example: Example, record: dict[str, Any]) -> dict[str, Any]:
