@@ -45,7 +45,7 @@ from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training_state import digest, peak_memory
-from usbrec.llm.usable import usable_dialogues, usable_pairs
+from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.loading import pick_rows, usage_of
 from usbrec.options import Parser, UserError, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Row, need, read_rows, run_chunks
@@ -99,7 +99,7 @@ def teach(
 
     def lay_out(kinds: Mapping[str, Examples], label: str) -> list[Tree]:
         trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(kinds)]
-        kept, dropped = usable_dialogues(trees, engine.max_length)
+        kept, dropped = usable(trees, engine.max_length, dialogue_fault)
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
 
@@ -174,7 +174,7 @@ def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
         chosen, rejected = (tokenizer.reply(row[x][0]["content"]) for x in ("chosen", "rejected"))
         trees.append(pair_tree(prompt, chosen, rejected))
         shortened += was_shortened
-    kept, dropped = usable_pairs(trees, limit)
+    kept, dropped = usable(trees, limit, pair_fault)
     counts = {"shortened": shortened, **dropped}
     print_counts(f"{label}: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
     return kept

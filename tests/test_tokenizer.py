@@ -36,7 +36,7 @@ from usbrec.llm.tokenizer import (
     prompt_room,
     shorten,
 )
-from usbrec.llm.usable import usable_dialogues, usable_pairs
+from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import UserError
 
 CONTROL = {
@@ -492,7 +492,7 @@ def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_cou
     fits = TrainingDialogue((Message("user", "why"), Message("assistant", "so", 1.0)))
     others = [TrainingDialogue((question, reply)), TrainingDialogue((fits.prefix[0], reply))]
     trees = [dialogue_tree(smollm2, dialogue) for dialogue in (fits, *others)]
-    kept, dropped = usable_dialogues(trees, 50)
+    kept, dropped = usable(trees, 50, dialogue_fault)
     assert kept == [dialogue_tree(smollm2, fits)]
     assert dropped["dropped as too long"] == len(trees) - 1 >= 1
     long, short = smollm2.reply("so " * 30), smollm2.reply("so")
@@ -503,6 +503,6 @@ def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_cou
         pair_tree(smollm2.prompt(fits.prefix[:1]), short, smollm2.reply("")),
         pair_tree(smollm2.prompt(fits.prefix[:1]), short, short),
     ]
-    kept, dropped = usable_pairs(pairs, 50)
+    kept, dropped = usable(pairs, 50, pair_fault)
     assert not kept
     assert list(dropped.values()) == [2, 1, 1]

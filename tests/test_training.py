@@ -27,7 +27,7 @@ from usbrec.llm.loss import (
 from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.training import TrainingJob, TrainingOptions, learning, measure, step_items, train
-from usbrec.llm.usable import usable_dialogues, usable_pairs
+from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import UserError
 
 QUICK = TrainingOptions(
@@ -496,7 +496,7 @@ def test_lessons_that_teach_nothing_or_are_too_long_are_counted_out():
     mute = Tree([Branch([5, 6], [0, 0])])
     only_first = Tree([Branch([5, 6], [1, 0])])
     long_path = Tree([Branch([5] * 6, [1] * 6), Branch([6] * 6, [1] * 6, 0)])
-    kept, dropped = usable_dialogues([good, mute, only_first, long_path], 11)
+    kept, dropped = usable([good, mute, only_first, long_path], 11, dialogue_fault)
     assert kept == [good]
     assert dropped == {"dropped as too long": 1, "dropped with nothing to learn": 2}
 
@@ -512,7 +512,7 @@ def test_pairs_that_are_empty_equal_or_too_long_are_counted_out():
         pair_tree([3] * 9, [4, 5, 2], [5, 2]),
         pair_tree([], [4, 5, 2], [5, 2]),
     ]
-    kept, dropped = usable_pairs(trees, 11)
+    kept, dropped = usable(trees, 11, pair_fault)
     assert kept == [good]
     assert list(dropped.values()) == [1, 3, 1]  # too long, empty, equal
 

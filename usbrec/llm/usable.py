@@ -1,47 +1,40 @@
 """Filters of training trees: unusable dialogues and pairs are dropped and counted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from usbrec.llm.loss import Sft
 from usbrec.llm.packing import Tree, tree_paths
 
-Reason = Callable[[Tree], bool]
+
+def dialogue_fault(tree: Tree) -> str:
+    """Return why a dialogue cannot be learned from, or ""."""
+    return "" if Sft().size(tree) > 0 else "dropped with nothing to learn"
 
 
-def usable_dialogues(trees: Sequence[Tree], max_length: int) -> tuple[list[Tree], dict[str, int]]:
-    """Return the usable dialogues, and the number dropped per reason."""
-    reasons = {"dropped with nothing to learn": lambda tree: Sft().size(tree) <= 0}
-    return drop(trees, max_length, reasons)
-
-
-def usable_pairs(trees: Sequence[Tree], max_length: int) -> tuple[list[Tree], dict[str, int]]:
-    """Return the usable pairs, and the number dropped per reason.
+def pair_fault(tree: Tree) -> str:
+    """Return why a pair cannot be learned from, or "".
 
     A response of fewer than two tokens is empty: it has nothing before its end-of-turn token.
     """
-    reasons: dict[str, Reason] = {
-        "dropped for an empty response": lambda tree: (
-            not tree.branches[0].ids or any(len(branch.ids) < 2 for branch in tree.branches[1:])
-        ),
-        "dropped for equal responses": lambda tree: tree.branches[1] == tree.branches[2],
-    }
-    return drop(trees, max_length, reasons)
+    prompt, chosen, rejected = tree.branches
+    if not prompt.ids or len(chosen.ids) < 2 or len(rejected.ids) < 2:
+        return "dropped for an empty response"
+    return "dropped for equal responses" if chosen == rejected else ""
 
 
-def drop(
-    trees: Sequence[Tree], max_length: int, reasons: Mapping[str, Reason]
+def usable(
+    trees: Sequence[Tree], max_length: int, fault: Callable[[Tree], str]
 ) -> tuple[list[Tree], dict[str, int]]:
-    """Return the trees to which no reason applies, and the number dropped per reason.
+    """Return the trees without a fault, and the number dropped per reason.
 
-    The first reason is a conversation of more than `max_length` tokens.
+    A conversation of more than `max_length` tokens is dropped before `fault` is asked.
     """
-    kept, dropped = [], dict.fromkeys(("dropped as too long", *reasons), 0)
+    kept, dropped = [], Counter[str]()
     for tree in trees:
-        found = [name for name, holds in reasons.items() if holds(tree)]
-        if any(len(path) > max_length for path in tree_paths(tree)):
-            dropped["dropped as too long"] += 1
-        elif found:
-            dropped[found[0]] += 1
+        too_long = any(len(path) > max_length for path in tree_paths(tree))
+        if reason := "dropped as too long" if too_long else fault(tree):
+            dropped[reason] += 1
         else:
             kept.append(tree)
-    return kept, dropped
+    return kept, dict(sorted(dropped.items()))
