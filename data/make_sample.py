@@ -25,7 +25,7 @@ from phrases import Wish, Words, facts_of, parted, phrases, sentence_case  # noq
 
 from usbrec.crs.catalogue import Catalogue, Item  # noqa: E402
 from usbrec.crs.rewrite import genre_word, with_article  # noqa: E402
-from usbrec.crs.wishes import write_attribute, write_profile  # noqa: E402
+from usbrec.crs.wishes import FACT_KINDS, write_attribute, write_profile  # noqa: E402
 from usbrec.options import seed_for  # noqa: E402
 
 FOLDER = Path(__file__).resolve().with_name("sample")
@@ -60,7 +60,7 @@ def draw_wishes(rng: random.Random, target: Item, catalogue: Catalogue) -> tuple
 class Scene:
     """A dialogue in progress: its lines so far, and the seeker's wishes and films in them."""
 
-    rng: random.Random
+    words: Words
     catalogue: Catalogue
     weights: dict[str, float]
     target: Item
@@ -71,12 +71,9 @@ class Scene:
     refused: list[Item] = field(default_factory=list)
     seen: list[Item] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.words = Words(self.rng)
-
     def draw_film(self, films: Sequence[Item]) -> Item:
         """Return one of the films, drawn by popularity."""
-        return self.rng.choices(films, [self.weights[film.title] for film in films])[0]
+        return self.words.rng.choices(films, [self.weights[film.title] for film in films])[0]
 
     def others(self) -> list[Item]:
         """Return the films that may occur besides the target: not named so far, another name."""
@@ -102,7 +99,7 @@ class Scene:
 
     def converse(self, wishes: Sequence[Wish], max_lines: int) -> None:
         """Write the dialogue up to the seeker's last word before the target is recommended."""
-        rng = self.rng
+        rng = self.words.rng
         exchanges = rng.choices([0, 1, 2, 3], [0.24, 0.38, 0.3, 0.08])[0]
         exchanges = min(exchanges, (max_lines - 3) // 2, len(wishes))
         vague = exchanges == len(wishes) or (exchanges > 0 and rng.random() < 0.15)
@@ -128,7 +125,7 @@ class Scene:
 
     def open(self, wishes: Sequence[Wish]) -> None:
         """Write the first lines, up to the seeker's first request, which reveals these wishes."""
-        rng, words = self.rng, self.words
+        rng, words = self.words.rng, self.words
         greeted = rng.random() < 0.6
         if greeted:
             self.lines += ["", words.phrase("recommender greets")]
@@ -162,7 +159,7 @@ class Scene:
             return None
         facts = {fact for film in self.catalogue for fact in facts_of(film)}
         wrong = [x for x in facts if x.kind == wish.kind and not x.fits(self.target)]
-        return self.rng.choice(sorted(wrong, key=lambda fact: fact.value))
+        return self.words.rng.choice(sorted(wrong, key=lambda fact: fact.value))
 
     def change_mind(self, wrong: Wish, wishes: Sequence[Wish]) -> None:
         """Add the recommender's question and the seeker's correction of a wish."""
@@ -181,7 +178,7 @@ class Scene:
         fitting = [film for film in self.others() if all(w.fits(film) for w in self.said)]
         amiss = [film for film in fitting if not all(wish.fits(film) for wish in wishes)]
         film = self.draw_film(amiss or fitting or self.others())
-        is_seen = not amiss or self.rng.random() < 0.15
+        is_seen = not amiss or self.words.rng.random() < 0.15
         self.speak("recommender suggests", film=film.title)
         self.reveal(wishes, "seeker has seen it" if is_seen else "seeker refuses")
         self.films.append(film)
@@ -190,7 +187,7 @@ class Scene:
     def return_to_target(self) -> None:
         """Name the target before its recommendation: the seeker asks about it or returns to it."""
         title = self.target.title
-        if len(self.lines) + 4 <= MAX_LINES and self.rng.random() < 0.5:
+        if len(self.lines) + 4 <= MAX_LINES and self.words.rng.random() < 0.5:
             other = self.draw_film(self.others())
             self.speak("recommender suggests", film=title)
             self.speak("seeker hesitates")
@@ -200,7 +197,7 @@ class Scene:
             self.refused.append(other)
         elif len(self.lines) + 2 <= MAX_LINES:
             self.speak("recommender asks")
-            wishes = self.rng.sample(parted(self.said)[0], 1)
+            wishes = self.words.rng.sample(parted(self.said)[0], 1)
             self.add_short(lambda: self.words.phrase("seeker asks about film", wishes, film=title))
             self.films.append(self.target)
 
@@ -234,9 +231,8 @@ def row_of(scene: Scene, dialog_id: str) -> dict[str, Any]:
 
 def profile(scene: Scene) -> str:
     """Return the seeker's wishes and films so far, in the fixed form of a summary."""
-    order = ("genre", "mood", "decade", "director", "lead")
     wanted, disliked = parted(scene.said)
-    wanted.sort(key=lambda wish: order.index(wish.kind))
+    wanted.sort(key=lambda wish: FACT_KINDS.index(wish.kind))
     likes = [write_attribute(wish.kind, wish.value) for wish in wanted]
     likes += [film.title for film in scene.liked]
     dislikes = [wish.value for wish in disliked] + [film.title for film in scene.refused]
@@ -246,7 +242,7 @@ def profile(scene: Scene) -> str:
 def facts_to_tell(scene: Scene) -> list[Wish]:
     """Return one or two facts of the target that meet the wishes said so far."""
     met = [wish for wish in parted(scene.said)[0] if wish.fits(scene.target)]
-    return scene.rng.sample(met, min(len(met), scene.rng.choice([1, 2, 2])))
+    return scene.words.rng.sample(met, min(len(met), scene.words.rng.choice([1, 2, 2])))
 
 
 def respond(scene: Scene) -> str:
@@ -271,10 +267,10 @@ def react(scene: Scene) -> dict[str, str]:
     """Return the seeker's answer to the target, and to another film (with a hint)."""
     words = scene.words
     accept = words.phrase("accepts")
-    if scene.rng.random() < 0.4:
+    if scene.words.rng.random() < 0.4:
         accept = words.phrase("accepts with fact", facts_to_tell(scene))
     facts = facts_of(scene.target)
-    hints = scene.rng.sample([fact for fact in facts if fact not in scene.said] or facts, 1)
+    hints = scene.words.rng.sample([fact for fact in facts if fact not in scene.said] or facts, 1)
     refuse = f"{words.phrase('seeker refuses')} {words.phrase('refuses with hint', hints)}"
     return {"accept": sentence_case(accept), "refuse": sentence_case(refuse)}
 
@@ -291,9 +287,8 @@ class SampleMaker:
         self.used: dict[tuple[str, frozenset[Wish]], str] = {}
         self.heard: dict[tuple[str, ...], str] = {}  # a row's context -> its split
         famous = [item for title in phrases()["famous films"] if (item := catalogue.get(title))]
-        rest = [item for item in catalogue if item not in famous]
-        rest.sort(key=lambda item: seed_for("popularity", seed, item.title))
-        self.ranked = famous + rest
+        order = sorted(catalogue, key=lambda item: seed_for("popularity", seed, item.title))
+        self.ranked = list(dict.fromkeys(famous + order))
         self.weights = {item.title: 1 / (rank + 2) for rank, item in enumerate(self.ranked)}
 
     def make_split(self, split: str, dialogues: int) -> list[dict[str, Any]]:
@@ -318,9 +313,9 @@ class SampleMaker:
             rng = random.Random(seed_for("sample", self.seed, split, number))
             covered = self.ranked[number // 2 % len(self.ranked)]
             target, wishes = self._claim(rng, split, self.ranked if number % 2 else [covered])
-            scene = Scene(rng, self.catalogue, self.weights, target)
-            scene.ask(wishes)
-            while self.heard.get(tuple(scene.lines), split) != split:  # a context of another split
+            scene = Scene(Words(rng), self.catalogue, self.weights, target)
+            # again if the line is a context of another split
+            while not scene.lines or self.heard.get(tuple(scene.lines), split) != split:
                 scene.lines.clear()
                 scene.ask(wishes)
             scene.said += wishes
@@ -345,7 +340,7 @@ class SampleMaker:
         """Return the dialogue's row, and a second one if the seeker then asks for another film."""
         target, wishes = self._claim(rng, split, targets)
         repeats, again = rng.random() < 0.13, rng.random() < 0.3
-        scene = Scene(rng, self.catalogue, self.weights, target)
+        scene = Scene(Words(rng), self.catalogue, self.weights, target)
         scene.converse(wishes, MAX_LINES - 2 * repeats)
         if repeats:
             scene.return_to_target()
