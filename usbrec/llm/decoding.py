@@ -19,7 +19,7 @@ from torch import Tensor
 
 from usbrec.llm.cache import PrefixCache, SlotPath
 from usbrec.llm.lora import AdapterSpan
-from usbrec.llm.model import Decoder, Ops
+from usbrec.llm.model import Decoder
 
 TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
 COPIED_TOKENS = 2000  # of a batch's prompts; up to here a copy costs less than a second product
@@ -47,31 +47,6 @@ class Piece:
     ids: list[int]
     start: int
     slots: Tensor  # (start + n,) of the row up to the piece's end
-
-
-class PrefillAttention:
-    """Attention of a prefill, in which each token sees its row up to itself.
-
-    A call first writes the keys and values of the pass into the arena.
-    """
-
-    def __init__(self, cache: PrefixCache, pieces: Sequence[Piece], ops: Ops) -> None:
-        self.cache, self.ops = cache, ops
-        device = cache.k.device
-        self.counts = [len(piece.ids) for piece in pieces]
-        self.written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(device)
-        self.slots = [piece.slots.to(device) for piece in pieces]
-        self.masks = []  # of `Ops.mask`
-        for piece in pieces:
-            ones = torch.ones(len(piece.ids), len(piece.slots), dtype=torch.bool, device=device)
-            self.masks.append(ops.mask(ones.tril(piece.start)))
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
-        keys, values = self.cache.k[layer], self.cache.v[layer]  # (H_kv, slots, d)
-        keys[:, self.written], values[:, self.written] = k.transpose(0, 1), v.transpose(0, 1)
-        pieces = zip(q.split(self.counts), self.slots, self.masks, strict=True)
-        return torch.cat([self.ops.attend(x, keys[:, s], values[:, s], m) for x, s, m in pieces])
 
 
 @torch.inference_mode()
@@ -110,11 +85,25 @@ def prefill(
 
 def run_pieces(model: Decoder, cache: PrefixCache, pieces: Sequence[Piece]) -> Tensor:
     """Return the hidden states (T, D) of the pieces' tokens, computed in one pass."""
+    device = cache.k.device
+    counts = [len(piece.ids) for piece in pieces]
+    written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(device)
+    slots = [piece.slots.to(device) for piece in pieces]
+    masks = []  # of `Ops.mask`: each token sees its row up to itself
+    for piece in pieces:
+        ones = torch.ones(len(piece.ids), len(piece.slots), dtype=torch.bool, device=device)
+        masks.append(model.ops.mask(ones.tril(piece.start)))
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = cache.k[layer], cache.v[layer]  # (H_kv, slots, d)
+        keys[:, written], values[:, written] = k.transpose(0, 1), v.transpose(0, 1)
+        parts = zip(q.split(counts), slots, masks, strict=True)
+        return torch.cat([model.ops.attend(x, keys[:, s], values[:, s], m) for x, s, m in parts])
+
     ids = torch.tensor([token for piece in pieces for token in piece.ids])
     positions = torch.cat([torch.arange(piece.start, len(piece.slots)) for piece in pieces])
-    attention = PrefillAttention(cache, pieces, model.ops)
-    spans = adapter_spans([piece.adapter for piece in pieces], attention.counts)
-    return model(ids.to(model.device), positions.to(model.device), attention, spans)
+    spans = adapter_spans([piece.adapter for piece in pieces], counts)
+    return model(ids.to(device), positions.to(device), attention, spans)
 
 
 class DecodeAttention:

@@ -16,13 +16,12 @@ rows, one for each path, to rounding.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from usbrec.chat import TrainingDialogue
-from usbrec.llm.model import Decoder, Ops
+from usbrec.llm.model import Attention, Decoder
 from usbrec.llm.tokenizer import ChatTokenizer
 
 
@@ -102,22 +101,6 @@ def pack_rows(trees: Sequence[Tree], tokens_per_pass: int) -> list[list[Tree]]:
 
 
 @dataclass(frozen=True)
-class TreeAttention:
-    """The attention of a packed row: tree by tree, each tree with its own mask."""
-
-    ops: Ops
-    sizes: list[int]  # of the trees, in tokens
-    masks: Sequence[Any]  # made by `ops.mask`
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d); the layer's number does not matter."""
-        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (H_kv, T, d)
-        own_q, own_k, own_v = q.split(self.sizes), k.split(self.sizes, 1), v.split(self.sizes, 1)
-        trees = zip(own_q, own_k, own_v, self.masks, strict=True)
-        return torch.cat([self.ops.attend(*tree) for tree in trees])
-
-
-@dataclass(frozen=True)
 class Packed:
     """A flat row of T tokens, M of them predicted: hidden[label_positions] predict targets."""
 
@@ -128,7 +111,20 @@ class Packed:
     weights: Tensor  # (M,) fp32
     segment_ids: Tensor  # (M,) the branch of the target, counted over the whole row
     num_segments: int
-    attention: TreeAttention
+    attention: Attention
+
+
+def attention_of(trees: Sequence[Tree], model: Decoder) -> Attention:
+    """Return the attention of a packed row: tree by tree, each tree with its own mask."""
+    sizes = [len(tree) for tree in trees]
+    masks = [model.ops.mask(visibility(tree).to(model.device)) for tree in trees]
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (H_kv, T, d)
+        parts = zip(q.split(sizes), k.split(sizes, 1), v.split(sizes, 1), masks, strict=True)
+        return torch.cat([model.ops.attend(*part) for part in parts])
+
+    return attention
 
 
 def pack(trees: Sequence[Tree], model: Decoder) -> Packed:
@@ -148,10 +144,8 @@ def pack(trees: Sequence[Tree], model: Decoder) -> Packed:
                     labels.append((first + path[i - 1], token, weight, segment))
             segment += 1
     places, targets, weights, segments = zip(*labels, strict=True) if labels else [()] * 4
-    filled = [tree for tree in trees if len(tree)]
-    masks = [model.ops.mask(visibility(tree).to(model.device)) for tree in filled]
-    attend = TreeAttention(model.ops, list(map(len, filled)), masks)
     weigh = torch.tensor(weights, dtype=torch.float32, device=model.device)
+    attend = attention_of([tree for tree in trees if len(tree)], model)
     row = partial(torch.tensor, dtype=torch.long, device=model.device)
     return Packed(
         row(ids), row(positions), row(places), row(targets), weigh, row(segments), segment, attend
