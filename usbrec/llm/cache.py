@@ -57,11 +57,6 @@ class PrefixCache:
         self.free = torch.arange(self.capacity - 1, -1, -1)  # a stack: the next slot is its last
         self.clock = 0
 
-    @property
-    def used(self) -> int:
-        """The number of cached tokens."""
-        return self.capacity - len(self.free)
-
     def tick(self) -> None:
         """Begin a new call: all tokens used from now on stay until the next tick."""
         self.clock += 1
