@@ -11,9 +11,12 @@ Without flags the newest run of train.py answers a test dialogue of its dataset.
     python infer.py --validate-simulator           the judges against the truth
 """
 
-import hashlib
-import json
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +31,7 @@ from usbrec.crs import agents
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, add_turn, format_dialogue
-from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.extras import report
@@ -40,6 +43,7 @@ from usbrec.llm.training_state import digest
 from usbrec.loading import ModelOptions, load_engine, pick_rows
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Results, Row, read_rows, run_chunks
+from usbrec.settings import DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
 VALIDATED = 100  # held-out dialogues on which the judges are checked
@@ -89,10 +93,10 @@ def set_up(flags: Namespace) -> Setup:
     adapter, simulator, facts = read_run(run) if run else ("none", "none", {})
     model = from_flags(ModelOptions, flags, defaults=facts.get("model", {}))
     adapter, simulator = flags.adapter or adapter, flags.simulator or simulator
-    data, data_dir = facts.get("data", "sample"), facts.get("data-dir")
-    if flags.data is not None:
-        data, data_dir = flags.data, None
-    return Setup(model, adapter, simulator, data, flags.data_dir or data_dir, run)
+    known = DataOptions(facts.get("data", "sample"), facts.get("data-dir"))
+    named = DataOptions(flags.data or known.data, flags.data_dir)
+    data_dir = named.data_dir or (known.data_dir if named.data == known.data else None)
+    return Setup(model, adapter, simulator, named.data, data_dir, run)
 
 
 def find_run(flags: Namespace) -> Path | None:
@@ -126,6 +130,7 @@ def read_run(folder: Path) -> tuple[str, str, dict[str, Any]]:
             simulator = facts.get("other-simulator", {"path": simulator})["path"]
         facts = notes[done[-1]]
         ModelOptions(**facts["model"])
+        DataOptions(facts["data"], facts.get("data-dir"), simulator=simulator)
     except (KeyError, TypeError, ValueError) as error:
         note = folder / "options" / f"{done[-1]}.json"
         raise UserError(f"{note} is not as train.py writes it") from error
@@ -147,11 +152,16 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
     simulator, other = loading.load_simulator(setup.simulator, engine, setup.model, find_model)
     for side, name in (("recommender", setup.adapter), ("simulator", setup.simulator)):
         tell(f"{side}: {'the base weights as they are' if name == 'none' else name}")
+    if options.ses:
+        tell(f"search: up to {sum(searching.levels)} replies per dialogue are drawn and tried")
     roles = Roles(recommender, simulator, catalogue)
     engines = [engine, other] if other is not engine else [engine]
     titles = [agents.announce(item.title) for item in catalogue]
     ranking = Ranking(engine, titles) if options.rank else None
-    return Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
+    made = Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
+    for told in made.unread(vars(flags), flags.validate_simulator):
+        tell(f"note: {told}")
+    return made
 
 
 def tell(text: str) -> None:
@@ -162,15 +172,10 @@ def tell(text: str) -> None:
 # --- replies ----------------------------------------------------------------------------------
 
 
-def alone(dialogue: Dialogue) -> Example:
-    """Return a dialogue outside a dataset as an example without items."""
-    return Example("", 0, dialogue, "", ())
-
-
 def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
     """Return the dialogues of --dialogue, or --limit rows of the dataset in their order."""
     if flags.dialogue is not None:
-        return [alone(dialogue) for dialogue in read_dialogues(flags.dialogue)]
+        return [Example("", 0, dialogue, "", ()) for dialogue in read_dialogues(flags.dialogue)]
     limit = 1 if flags.limit is None else flags.limit
     rows = setup.rows(flags.split or "test")
     taken = {id(x) for x in pick_rows(rows, limit, seed_for(seed, "infer"))}
@@ -191,10 +196,15 @@ def reply_all(
     rows = reply_into(out, recommender, asked, facts) if out else by_chunks(recommender, asked)
     for x, row in zip(asked, rows, strict=True):
         show(x.history, row, flags.json)
-    if isinstance(rows, list) and options.rank and from_data:
-        ranked = [[best["title"] for best in row["ranked"]] for row in rows]
-        popularity, catalogue = popularity_of(setup.rows("train")), recommender.roles.catalogue
-        found = report.ranked_recall(catalogue, asked, ranked, popularity, options.seed)
+    if isinstance(rows, list) and from_data:
+        catalogue, groups = recommender.roles.catalogue, [x.dialog_id for x in asked]
+        named = [catalogue.first(row["reply"]) for row in rows]
+        labels = [gold_labels(catalogue, x, [y]) for x, y in zip(asked, named, strict=True)]
+        found = {"first title of the reply": {1: report.recall(labels, groups, options.seed)}}
+        if options.rank:
+            ranked = [[best["title"] for best in row["ranked"]] for row in rows]
+            popularity = popularity_of(setup.rows("train"))
+            found |= report.ranked_recall(catalogue, asked, ranked, popularity, options.seed)
         tell(report.format_recall(found))
 
 
@@ -238,9 +248,8 @@ def reply_into(
 
 def results_file(setup: Setup, kind: str, facts: Mapping[str, Any]) -> Path:
     """Return the path of the results of these facts, in the run folder if there is one."""
-    text = json.dumps(facts, sort_keys=True)
-    name = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    return (setup.run or RUNS) / "infer" / f"{Path(setup.data).name}-{kind}-{name}.jsonl"
+    name = f"{Path(setup.data).name}-{kind}-{digest(facts.items())[:8]}.jsonl"
+    return (setup.run or RUNS) / "infer" / name
 
 
 def talk(recommender: Recommender, as_json: bool) -> None:
@@ -256,7 +265,7 @@ def talk(recommender: Recommender, as_json: bool) -> None:
         while line := input(prompt).strip():
             dialogue = add_turn(dialogue, "seeker", line)
             recommender.engines[0].listener = printer() if streamed else None
-            [row] = recommender.answer([alone(dialogue)])
+            [row] = recommender.answer([Example("", 0, dialogue, "", ())])
             if streamed:
                 show_facts(row)
             else:
@@ -372,8 +381,6 @@ def refuse_unread(flags: Namespace) -> None:
                 raise UserError(f"--{name} chooses rows of a dataset: not with --chat, --dialogue")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
-    if flags.out is not None and flags.out.is_dir():
-        raise UserError(f"--out must name a file, got the folder {flags.out}")
     if flags.chat and flags.out is not None:
         raise UserError("--out keeps the replies to dialogues that are given: not with --chat")
 
@@ -400,4 +407,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -16,8 +16,13 @@ A training flag with a stage's name in front holds for that stage alone:
 --simpo-learning-rate 1e-4
 """
 
-import os
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import shlex
 import time
 import warnings
 from argparse import Namespace
@@ -301,14 +306,14 @@ def work_through(arguments: Sequence[str] | None) -> None:
     settings = read_settings(flags)
     if flags.shard and parallel.world() == 1:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
-    folder = flags.run_dir or RUNS / Path(os.path.abspath(settings.data.data)).name
+    folder = flags.run_dir or RUNS / Path(settings.data.data).name
     stages = [stage for stage in STAGES if stage in flags.stages]
     if settings.data.simulator is not None and "simulator" in stages:
         stages.remove("simulator")
         print(f"simulator: {settings.data.simulator} plays the user, there is nothing to train")
     with runs.locked(folder):
         run_stages(stages, folder, settings, flags)
-    print(f"{folder} is ready: python infer.py --ses")
+    print(f"{folder} is ready: python infer.py --ses --run-dir {shlex.quote(str(folder))}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -318,4 +323,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

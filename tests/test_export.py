@@ -146,3 +146,14 @@ def test_an_empty_file_is_one_clear_error(tmp_path, capsys):
 def test_a_missing_file_is_one_clear_error(tmp_path, capsys):
     assert main(["--pairs", str(tmp_path / "x"), "--llama-factory", str(tmp_path / "d")]) == 2
     assert "is missing" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(pairs_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "pairs.json").mkdir(parents=True)
+    for place in ("file", "file/below", "folder", "x" * 300):
+        assert main(["--pairs", str(pairs_file), "--llama-factory", str(tmp_path / place)]) == 2
+        told = capsys.readouterr().err
+        assert place in told and told.count("\n") == 1 and "Traceback" not in told
+    assert main(["--pairs", str(pairs_file), "--llama-factory", ""]) == 2
+    assert "must not be empty" in capsys.readouterr().err

@@ -321,13 +321,13 @@ def test_a_large_file_is_converted_a_shard_at_a_time(tmp_path, monkeypatch):
     """Shards of 20 kB; the embeddings alone are 12 kB, each matrix of an MLP 12 kB."""
     path = write_gguf(tmp_path / "model.gguf", oracle("qwen2.5"))
     written = []
-    save_file = shards.save_file
+    save = shards.save
 
     def recorded(tensors, *args, **kwargs):
         written.append(sum(tensor.nbytes for tensor in tensors.values()))
-        save_file(tensors, *args, **kwargs)
+        return save(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(shards, "save_file", recorded)
+    monkeypatch.setattr(shards, "save", recorded)
     default_model.unpack(path, tmp_path / "sharded", shard_bytes=20_000)
     assert len(written) > 5 and max(written) <= 20_000
     default_model.unpack(path, tmp_path / "single")
@@ -342,7 +342,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", interrupted)
+        patch.setattr(shards, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             converted(path)
     assert list((tmp_path / "models").iterdir()) == []

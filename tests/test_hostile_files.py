@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import struct
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config, oracle_of
 
+from usbrec.extras.plot import main as plot
+from usbrec.extras.shards import write_shards
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_model, read_header
 from usbrec.llm.lora import LoraConfig, add_adapter
@@ -370,3 +373,37 @@ def test_a_plain_name_in_the_folder_is_found(tmp_path):
     assert file_in(tmp_path, "a.json") == tmp_path / "a.json"
     with pytest.raises(UserError, match="no such file"):
         file_in(tmp_path, "b.json")
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000])
+def test_a_full_disk_leaves_no_part_of_a_model_and_is_one_sentence(tmp_path, room):
+    """A limit of a file's size stands for the disk: the system's error is of the same kind."""
+    weights = {"a": torch.ones(5000), "b": torch.ones(3)}
+    sizes = {name: weight.nbytes for name, weight in weights.items()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(UserError, match="model.safetensors cannot be written: File too large"):
+            write_shards(tmp_path, sizes, weights.__getitem__)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    write_shards(tmp_path, sizes, weights.__getitem__)
+    assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
+    write_json(tmp_path / "any.json", {})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "others may read the settings, but not the weights"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{}", b'{"methods": 5}', b'{"methods": {"a": 1}}']
+    + [b'{"methods": {"a": {"ieval": {}}}}', b"[" * 100_000, b'{"methods": {"a": {"ieval": 3}}}'],
+)
+def test_a_report_made_by_hand_has_no_plot(tmp_path, capsys, content):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "report.json").write_bytes(content)
+    assert plot([str(tmp_path / "report.json")]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told and told.count("\n") == 1
+    assert not (tmp_path / "report.png").exists()

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ import train
 from usbrec.answering import Recommender
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.datasets import ROOT
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.extras.report import format_search
 from usbrec.llm.engine import Engine
-from usbrec.runs import read_rows
+from usbrec.runs import read_note, read_rows, write_json
 
 SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",
@@ -348,6 +351,7 @@ def test_rows_of_a_split_go_to_a_results_file_of_their_options(
     [path] = (run / "infer").glob("data-test-replies-*[0-9a-f].jsonl")
     kept = read_rows(path)
     assert [row.pop("place") for row in kept] == [0, 1, 2]
+    assert all(len(row.pop("check")) == 8 for row in kept)
     assert [{**row, "seconds": None} for row in rows] == [{**row, "seconds": None} for row in kept]
     assert "seconds" not in kept[0]
     costs = read_rows(path.with_name(path.name + ".timings.jsonl"))
@@ -373,6 +377,87 @@ def test_a_ranked_split_ends_with_its_recall_beside_the_baselines(
     assert again["proven"] == 2 and len(again["ranked"]) == 2
     assert infer.main([*SHORT, "--limit", "1", "--rank", "2"]) == 0
     assert f"    1. {again['ranked'][0]['title']}" in capsys.readouterr().out
+
+
+def test_a_split_ends_with_the_recall_of_its_replies(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of three rows is answered with its gold title, the others with an unknown one."""
+    gold = answers(["--limit", "3"], capsys)[0]["gold"][0]
+    replies = iter([gold, "The Bored Ones", "The Bored Ones"])
+    llm = Scripted(lambda request: next(replies))
+    monkeypatch.setattr(Engine, "generate", lambda self, requests: llm.generate(requests))
+    assert infer.main([*SHORT, "--json", "--limit", "3", "--max-new-tokens", "7"]) == 0
+    said = capsys.readouterr()
+    head, line = said.err.strip().splitlines()[-2:]
+    assert head.startswith("Recall") and "all, n 3" in head
+    assert line.startswith("first title of the reply @1 0.333 [")
+    assert infer.main([*SHORT, "--json"]) == 0
+    assert "Recall" not in capsys.readouterr().err  # of one dialogue
+
+
+def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> set[str]:
+        assert infer.main(["--json", *words]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        return {x.removeprefix("note: --") for x in lines if " has no effect without " in x}
+
+    short, quick = ["--max-new-tokens", "6"], ["--ses", *SHORT[2:]]
+    assert told(*short, "--temperature", "1", "--top-p", "0.9", "--seed", "2") == set()
+    assert told(*short, "--top-p", "0.9") == {"top-p has no effect without --temperature above 0"}
+    assert told(*short, "--ses-samples", "2") == {"ses-samples has no effect without --ses"}
+    assert told(*short, "--rank-tokens", "9") == {"rank-tokens has no effect without --rank"}
+    assert told(*quick) == told(*quick, "--ses-votes", "1", "--ses-vote-temperature", "1") == set()
+    named = ["--temperature", "1", "--ses-draws", "2", "--ses-vote-temperature", "1"]
+    assert told(*quick, *named, "--no-ses-veto") == {
+        "temperature has no effect without --ses-start-turn above 1",
+        "ses-draws has no effect without --ses-candidates distinct",
+        "ses-vote-temperature has no effect without --ses-votes",
+        "ses-veto has no effect without --ses-cards",
+    }
+    shallow = ["--ses-turns", "1", "--ses-mode", "tree"]
+    assert told(*quick, *shallow) == {"ses-mode has no effect without --ses-turns above 1"}
+    [judged] = told("--validate-simulator", "--limit", "2", "--rank", "3")
+    assert judged.startswith("rank has no effect without a reply")
+
+
+def test_a_search_tells_its_size_beforehand(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tree of 2 samples and 3 turns: 2 + 4 + 8 replies; a chain: 2 at each turn."""
+    for mode, replies in (("tree", 14), ("chain", 6)):
+        assert infer.main(["--ses", *SHORT, "--ses-turns", "3", "--ses-mode", mode]) == 0
+        assert f"search: up to {replies} replies per dialogue" in capsys.readouterr().err
+    assert infer.main(SHORT) == 0
+    assert "search: " not in capsys.readouterr().err
+
+
+def test_naming_the_runs_dataset_keeps_its_folder_from_anywhere(
+    run: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def data_of(*words: str) -> tuple[str, str | None]:
+        setup = infer.set_up(infer.build_parser().parse_args(["--run-dir", str(run), *words]))
+        return setup.data, setup.data_dir
+
+    for path in (run / "options").glob("*.json"):
+        facts = {**read_note(path), "data": "redial", "data-dir": str(place / "data")}
+        write_json(path, facts)
+    monkeypatch.chdir(place)
+    assert data_of() == data_of("--data", "redial") == ("redial", str(place / "data"))
+    assert data_of("--data", "opendialkg") == ("opendialkg", None)
+    assert data_of("--data", "./data/") == data_of("--data", "data") == (str(place / "data"), None)
+    assert data_of("--data-dir", "data") == ("redial", str(place / "data"))
+
+
+def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
+    """The scripts are started, and stopped before torch can be there."""
+    for script in ("infer.py", "train.py"):
+        command = [sys.executable, "-X", "importtime", str(ROOT.parent / script), "--help"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+            assert started.stderr is not None
+            next(line for line in started.stderr if "torch" in line)  # torch's first modules
+            started.send_signal(signal.SIGINT)
+            rest = started.stderr.read()
+        assert started.returncode == -signal.SIGINT
+        assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
 def test_interrupted_results_go_on_to_the_same_bytes(
@@ -527,7 +612,18 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--split", "exam"], "exam"),
         (["--limit", "-1"], "--limit"),
         (["--limit", "3", "--seed", "-1"], "seed must be at least 0, got -1"),
-        (["--limit", "3", "--out", ""], "--out must name a file"),
+        (["--limit", "3", "--out", ""], "argument --out: must not be empty"),
+        (["--limit", "3", "--out", "/"], "/ cannot be written: Is a directory"),
+        (["--data", " "], "argument --data: must not be empty"),
+        (["--device", "meta"], "--device meta: no such device"),
+        (["--device", "privateuseone"], "--device privateuseone: no such device"),
+        (["--temperature", "1", "--top-p", "1e-320"], "top_p must be 0, or of a size from"),
+        (["--kv-memory", "1e300"], "kv_memory must be 0, or of a size from"),
+        (["--rank", "1" + "0" * 23], "rank must be 0, or of a size from"),
+        (["--ses", "--ses-samples", "1000000000"], "samples must be at least 1 and at most 10000"),
+        (["--ses", "--ses-turns", "1000000000"], "turns must be at least 1 and at most 100"),
+        (["--ses", "--ses-mode", "tree", "--ses-samples", "9", "--ses-turns", "9"], "replies and"),
+        (["--ses", "--ses-samples", "101", "--ses-votes", "100"], "1.01e+04 votes per dialogue"),
         (["--dialogue", "x" * 300], "File name too long"),
         (["--limit", "two"], "two"),
         (["--chat", "--validate-simulator"], "--chat"),
@@ -582,6 +678,13 @@ def test_a_faulty_dialogue_file_is_one_sentence(
         ("options/simpo.json", b"{broken", "simpo.json"),
         ("options/simpo.json", b"{}", "simpo.json"),
         ("options/simpo.json", b'{"model": {"colour": 1}}', "simpo.json"),
+        ("options/simpo.json", b'{"model": {}}', "simpo.json"),
+        ("options/simpo.json", b'{"model": {}, "data": 5}', "simpo.json"),
+        ("options/simpo.json", b'{"model": {}, "data": "x", "data-dir": []}', "simpo.json"),
+        ("options/simpo.json", b'{"model": {"model": 5}, "data": "sample"}', "simpo.json"),
+        ("options/simpo.json", b'{"model": {"max_length": "x"}, "data": "sample"}', "simpo.json"),
+        ("options/sft.json", b'{"other-simulator": {"path": null}}', "simpo.json"),
+        ("options/simpo.json", b"[" * 100_000, "simpo.json"),
         ("options/simpo.json", b'{"model": {}, "other-simulator": 1}', "simpo.json"),
         ("rl/adapter_model.safetensors", b"\x10", "adapter_model.safetensors"),
         ("rl/adapter_config.json", b"[]", "adapter_config.json"),

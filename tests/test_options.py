@@ -1,7 +1,8 @@
 """Options as flags: what is not given falls back step by step, and help shows what matters."""
 
+import shlex
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -68,25 +69,41 @@ def test_help_tells_of_the_chosen_flags_and_help_all_of_every_one_that_is_not_hi
         ("--mode fly", "invalid choice: 'fly'"),
         ("--pace 3", "unrecognized arguments: --pace 3 (see thing --help-all)"),
         ("--rate 0", "rate must be above 0 and at most 9, got 0.0"),
-        ("--rate nan", "rate must be above 0 and at most 9, got nan"),
+        ("--rate nan", "rate must be 0, or of a size from 1e-15 to 9.22337e+18, got nan"),
+        ("--rate 1e-320", "rate must be 0, or of a size from 1e-15"),
+        ("--steps 99999999999999999999999", "steps must be 0, or of a size from 1e-15"),
+        ("--name= --loud", "argument --name: must not be empty, got ''"),
+        ("--sizes 1 ' '", "argument --sizes: must not be empty"),
         ("--hare-steps 0", "--hare-...: steps must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_value_is_one_sentence(words: str, told: str) -> None:
     with pytest.raises(UserError) as raised:
-        flags = parser().parse_args(words.split())
+        flags = parser().parse_args(shlex.split(words))
         from_flags(Speed, flags)
         from_flags(Speed, flags, "hare")
     assert told in str(raised.value)
 
 
-def test_a_number_without_bounds_is_finite() -> None:
+def test_a_number_without_bounds_is_of_a_size_that_can_be_computed_with() -> None:
     @dataclass
     class Free(Options):
         x: float = option(0.0, "")
 
-    for wrong in (float("inf"), float("-inf"), float("nan")):
-        with pytest.raises(ValueError, match="x must be a finite number"):
+    for wrong in (float("inf"), float("-inf"), float("nan"), 1e19, -1e300, 1e-16, 5e-324):
+        with pytest.raises(ValueError, match="x must be 0, or of a size"):
             Free(wrong)
+    assert [Free(x).x for x in (0, -0.0, 1e-15, -1e15, 3)] == [0, 0, 1e-15, -1e15, 3]
     with pytest.raises(ValueError, match="mode must be one of run, walk, got 'fly'"):
         Speed(mode="fly")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rate", "2"), ("rate", None), ("steps", 1.5), ("steps", []), ("mode", 3), ("loud", None)]
+    + [("name", 5), ("name", ["x"]), ("sizes", 3), ("sizes", None)],
+)
+def test_a_value_of_another_type_of_a_file_made_by_hand_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be "):
+        Speed(**{name: value})
+    assert Speed(name=None, rate=1) == Speed(name=None, rate=1.0)

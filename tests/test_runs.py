@@ -135,6 +135,10 @@ def moved(lines: list[bytes]) -> list[bytes]:
     return [lines[1], lines[0], *lines[2:]]
 
 
+def edited(line: bytes) -> bytes:
+    return json.dumps({**json.loads(line), "more": 1}).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -143,6 +147,7 @@ def moved(lines: list[bytes]) -> list[bytes]:
         (moved, "line 1: expected the row of item 0 of 7, got that of 1"),
         (lambda lines: [*lines, b'{"place": 7}\n'], "line 8: expected the row of item 7 of 7"),
         (lambda lines: [*lines[:2], b"{}\n"], "line 3: .* got that of None"),
+        (lambda lines: [edited(lines[0]), *lines[1:]], "line 1: .* got that of 0, or edited"),
     ],
 )
 def test_a_line_that_is_missing_doubled_or_moved_is_an_error_and_nothing_is_cut(

@@ -496,9 +496,14 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--no-such-flag"], "--no-such-flag"),
         (["--dtype", "int3"], "int3"),
         (["--lora-r", "0"], "r must be at least 1, got 0"),
-        (["--sft-learning-rate", "nan"], "learning_rate must be above 0, got nan"),
+        (["--sft-learning-rate", "nan"], "learning_rate must be 0, or of a size from"),
         (["--sft-warmup", "2"], "warmup must be at least 0 and at most 1, got 2.0"),
-        (["--lora-lora-alpha", "inf"], "lora_alpha must be a finite number"),
+        (["--lora-alpha", "inf"], "lora_alpha must be 0, or of a size from"),
+        (["--simulator-epochs", "1e308"], "epochs must be 0, or of a size from"),
+        (["--batch-size", "1" + "0" * 30], "batch_size must be 0, or of a size from"),
+        (["--ses-samples", "1000000000"], "samples must be at least 1 and at most 10000"),
+        (["--device", "meta"], "--device meta: no such device"),
+        (["--run-dir", ""], "argument --run-dir: must not be empty"),
         (["--eval-turns", "0"], "turns"),
         (["--pairs-temperature", "-1"], "temperature"),
         (["--eval-max-new-tokens", "0"], "max_new_tokens"),
@@ -576,6 +581,22 @@ def test_two_runs_never_share_a_folder(
 
 def settings(*words: str) -> Any:
     return train.read_settings(train.build_parser().parse_args(words))
+
+
+def test_a_dataset_is_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for typed in (
+        "mine",
+        "./mine",
+        "mine/",
+        "../" + tmp_path.name + "/mine",
+        str(tmp_path / "mine"),
+    ):
+        assert settings("--data", typed).data.data == str(tmp_path / "mine")
+        assert settings("--data-dir", typed).data.data_dir == str(tmp_path / "mine")
+    assert settings("--data", "redial").data.data == "redial"
 
 
 def test_the_larger_preset_changes_defaults_and_no_flag() -> None:

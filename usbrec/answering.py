@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,25 @@ class Recommender:
                 row["search"] = found[i].record() if i in found else None
             rows.append(row)
         return rows
+
+    def unread(self, given: Collection[str], judging: bool) -> list[str]:
+        """Return a sentence per option of `given` that has no effect beside the others."""
+        o, searching, shapes = self.options, self.searching, set(Sampling.__dataclass_fields__)
+        search = {x for x in given if x.startswith("ses_")}
+        every = {"ses", "rank", "rank_tokens"} | shapes | search
+        cases = (  # options, what they need, and whether that is missing
+            (every, "a reply, which --validate-simulator does not ask for", judging),
+            (search, "--ses", not o.ses),
+            (shapes, "--ses-start-turn above 1", o.ses and searching.start_turn == 1),
+            ({"top_k", "top_p", "min_p"}, "--temperature above 0", self.sampling.temperature == 0),
+            ({"rank_tokens"}, "--rank", o.rank == 0),
+            ({"ses_draws"}, "--ses-candidates distinct", searching.candidates != "distinct"),
+            ({"ses_veto"}, "--ses-cards", not searching.cards),
+            ({"ses_vote_temperature"}, "--ses-votes", searching.votes == 0),
+            ({"ses_mode", "ses_rollout_temperature"}, "--ses-turns above 1", searching.turns == 1),
+        )
+        needs = {x: y for names, y, idle in reversed(cases) if idle for x in names & set(given)}
+        return [f"--{x.replace('_', '-')} has no effect without {needs[x]}" for x in sorted(needs)]
 
     def rank(self, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
         """Return one dict per dialogue, empty without --rank.

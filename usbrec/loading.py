@@ -57,8 +57,10 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"more processes than GPUs ({count}): start fewer, or add --device cpu")
         return torch.device("cuda" if count else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
+        found = torch.zeros(1, device=name)
+        found.item()  # the device "meta" holds no numbers
+        return found.device
+    except (RuntimeError, AssertionError, ImportError) as error:  # or not built into this torch
         raise UserError(f"--device {name}: no such device here") from error
 
 

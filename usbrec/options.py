@@ -17,9 +17,11 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
 from math import inf
+from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 _Made = TypeVar("_Made")
+LEAST, MOST = 1e-15, 2.0**63  # sizes of numbers that float32 and int64 hold
 
 
 class UserError(ValueError):
@@ -39,22 +41,31 @@ class Options:
     """Base class of options, which checks values when they are set."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError naming the first field that is no choice, or a number out of bounds.
+        """Raise ValueError naming the first field of a wrong type, choice or size.
 
-        Numbers must be finite.
+        Numbers must be 0, or of a size from LEAST to MOST.
         """
         hints = get_type_hints(type(self))
         for item in fields(self):  # type: ignore[arg-type]
-            value, choices = getattr(self, item.name), get_args(hints[item.name])
-            if get_origin(hints[item.name]) is Literal and value not in choices:
-                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+            value, hint = getattr(self, item.name), hints[item.name]
+            kind, choices = get_origin(hint) or hint, get_args(hint)
+            kinds = choices if kind is UnionType else (kind,)
+            kinds += (int,) * (float in kinds)
             low, above, high = item.metadata["bounds"].values()
-            if isinstance(value, int | float) and not (
-                low <= value <= high and above < value < inf
-            ):
+            if kind is Literal and value not in choices:
+                wanted = f"one of {', '.join(choices)}"
+            elif kind is not Literal and not isinstance(value, kinds):
+                wanted = str(hint)
+            elif not isinstance(value, int | float):
+                continue
+            elif value and not LEAST <= abs(value) <= MOST:
+                wanted = f"0, or of a size from {LEAST} to {MOST:g}"
+            elif not (low <= value <= high and above < value):
                 bounds = [f"{x} {y}" for x, y in item.metadata["bounds"].items() if abs(y) < inf]
-                wanted = " and ".join(bounds) or "a finite number"
-                raise ValueError(f"{item.name} must be {wanted}, got {value}")
+                wanted = " and ".join(bounds)
+            else:
+                continue
+            raise ValueError(f"{item.name} must be {wanted}, got {value!r}")
 
 
 class _HelpAll(argparse._HelpAction):
@@ -86,6 +97,11 @@ class Parser(argparse.ArgumentParser):
                 if not self.shown.intersection(action.option_strings):
                     action.help = SUPPRESS
         return super().format_help()
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if not arg_string.strip():  # as a path it would be the current folder
+            raise argparse.ArgumentError(action, f"must not be empty, got {arg_string!r}")
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the fault and the flag for help."""
@@ -151,7 +167,8 @@ def from_flags(
 
 
 def _flag(prefix: str, name: str) -> str:
-    return "--" + f"{prefix}-{name}".strip("-").replace("_", "-")
+    own = name.removeprefix(f"{prefix}_")  # --lora-alpha
+    return "--" + f"{prefix}-{own}".strip("-").replace("_", "-")
 
 
 def seed_for(*parts: str | int) -> int:

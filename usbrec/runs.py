@@ -15,8 +15,8 @@ chunks, cuts off a torn one and computes it again, so the final bytes are those 
 run. N processes (parallel.py) compute N chunks at a time and the first process appends them in
 order, so the bytes do not depend on N. FILE.options.json beside FILE holds the facts that decided
 its rows. Results of other facts are refused, never mixed or overwritten. Each line bears its item's
-place, so that a line that is missing, doubled or moved is noticed. The file is locked while rows
-are made.
+place and a checksum, so that a line that is missing, doubled, moved or edited is noticed. The file
+is locked while rows are made.
 """
 
 import json
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
 from tqdm import tqdm
 
@@ -219,7 +220,8 @@ def run_chunks(
                     assert len(made) == len(chunk), told
                 for part in parallel.gather(made)[:width]:
                     if first:
-                        lines = [{"place": n, **row} for n, row in enumerate(part, len(rows))]
+                        marked = enumerate(part, len(rows))
+                        lines = [{"place": n, "check": _check(row), **row} for n, row in marked]
                         append_rows(results.path, lines)
                     rows += part
                     bar.update(len(part))
@@ -238,14 +240,20 @@ def _whole_chunks(results: Results, items: int) -> list[Row]:
     claim(note, facts, made, "use the same options, another place, or move it away")
     rows = read_rows(path)
     for number, row in enumerate(rows):
-        if (place := row.pop("place", None)) != number or number >= items:
-            told = f"expected the row of item {number} of {items}, got that of {place}"
+        place, check = row.pop("place", None), row.pop("check", None)
+        if place != number or check != _check(row) or number >= items:
+            told = f"expected the row of item {number} of {items}, got that of {place}, or edited"
             raise UserError(f"{path}, line {number + 1}: {told}; restore it, or move it away")
     if len(rows) < items:
         rows = rows[: len(rows) // size * size]
     lines = path.read_bytes().split(b"\n")[: len(rows)]
     os.truncate(path, sum(len(line) + 1 for line in lines))
     return rows
+
+
+def _check(row: Row) -> str:
+    """Return a checksum of a row, by which an edited one is noticed."""
+    return f"{crc32(_lines([row])):08x}"
 
 
 # --- run folders ------------------------------------------------------------------------------

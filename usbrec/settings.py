@@ -1,5 +1,6 @@
 """The options of train.py: flags, defaults, and the options that decide each stage's result."""
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
+from usbrec.crs.datasets import placed
 from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.llm.lora import LoraConfig
@@ -65,6 +67,9 @@ class DataOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "data", placed(self.data))  # the same from any folder
+        if self.data_dir is not None:
+            object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
         if unknown := set(self.methods) - set(METHOD_NAMES):
             expected = ", ".join(METHOD_NAMES)
             raise ValueError(f"methods must be of {expected}, got {', '.join(sorted(unknown))}")

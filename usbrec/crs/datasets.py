@@ -22,6 +22,7 @@ from usbrec.options import UserError
 ROOT = Path(__file__).resolve().parents[2] / "data"
 DATASETS = ("sample", "redial", "opendialkg")
 SPLITS = ("train", "valid", "test")
+ITEMS = ("items.json", "id2info.json")
 SPEAKER_NAMES = ("user", "seeker", "assistant", "recommender")
 VALID_SHARE = 10  # without ReDial's train.jsonl, one in so many valid dialogues stays valid
 KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an object"}
@@ -33,6 +34,11 @@ class Split(NamedTuple):
 
     examples: list[Example]
     notes: list[str]
+
+
+def placed(name: str) -> str:
+    """Return a dataset's name, or the full path of a folder of one's own rows."""
+    return name if name in DATASETS else os.path.abspath(name)
 
 
 def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Split:
@@ -51,7 +57,7 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
         return _divide_valid(_read_split(folder, "valid"), split)
     examples = _read_split(folder, split)
     if name != "opendialkg" or split != "train":
-        return Split(examples, [])
+        return Split(examples, [] if name in DATASETS else own_notes(folder, split, examples))
     kept = drop_overlap(examples, _read_split(folder, "test"))
     dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped"
     return Split(kept, [f"{dropped}: their dialogue, or a test response, occurs in test"])
@@ -63,7 +69,7 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
     Raises:
         UserError: the folder or its items.json (or id2info.json) is missing or malformed.
     """
-    return Catalogue.load(_find(_folder(name, data_dir), ("items.json", "id2info.json")))
+    return Catalogue.load(_find(_folder(name, data_dir), ITEMS))
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:
@@ -79,6 +85,8 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     if name in ("redial", "opendialkg"):
         source = f"data/{name}_eval and data/{name}/id2info.json of GitHub RUCAIBox/iEvaLM-CRS"
         raise UserError(f"no folder {folder}: take {source} and name it with --data-dir FOLDER")
+    if data_dir or name in DATASETS:
+        raise UserError(f"no folder {folder} for {name}: name it with --data-dir FOLDER")
     raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)} or an existing folder")
 
 
@@ -115,6 +123,23 @@ def _divide_valid(examples: Sequence[Example], split: str) -> Split:
     count = f"{len({x.dialog_id for x in kept})} dialogues ({len(kept)} rows)"
     source = f"ReDial's valid split ({10 if split == 'valid' else 90}% by a hash of their ids)"
     return Split(kept, [f"no ReDial train.jsonl: {split} is {count} of {source}"])
+
+
+def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> list[str]:
+    """Return the notes on a split of one's own rows: unknown gold titles, rows shared with test."""
+    known, notes = Catalogue.load(_find(folder, ITEMS)), []
+    titles = [title for x in examples for title in x.items]
+    if unknown := [title for title in titles if not known.named(title)]:
+        told = f"{len(unknown)} of {len(titles)} gold titles of {split} are not in the items"
+        rows = sum(not any(map(known.named, x.items)) for x in examples)
+        told += f", such as {unknown[0]!r}: no reply to {rows} of {len(examples)} rows can be right"
+        notes.append(f"{told}, and they teach the simulator little")
+    if split == "train" and _existing(folder, _files_of("test")):
+        tests = {(x.history, x.response) for x in _read_split(folder, "test")}
+        shared = sum((x.history, x.response) in tests for x in examples)
+        told = f"{shared} of {len(examples)} training rows are test rows too"
+        notes += [f"{told}: results on them say nothing of new dialogues"] if shared else []
+    return notes
 
 
 def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:

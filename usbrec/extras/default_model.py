@@ -27,7 +27,7 @@ from pathlib import Path
 from usbrec.extras.gguf_file import GgufFile, parts_of
 from usbrec.extras.shards import SHARD_BYTES, write_shards
 from usbrec.options import UserError
-from usbrec.runs import write_json
+from usbrec.runs import write_json, write_whole
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 NAME = "smollm2-135m-instruct"
@@ -137,9 +137,6 @@ def converted(gguf: Path, folder: Path) -> Path:
             raise UserError(f"{gguf} needs the package gguf: pip install gguf ({error})") from error
         except Exception as error:  # the package raises many classes for a damaged file
             raise UserError(f"{gguf} is damaged or cannot be converted: {error!r}") from error
-        for path in made.iterdir():
-            with path.open("rb+") as file:  # Windows syncs no file that is open for reading alone
-                os.fsync(file.fileno())
         if not is_whole(folder):  # another process may have been first
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
@@ -156,7 +153,7 @@ def unpack(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     tokenizer, tokenizer_config = gguf.tokenizer(), gguf.tokenizer_config()
     folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    write_whole(folder / "tokenizer.json", tokenizer.to_str().encode())
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ends)
     write_json(folder / "tokenizer_config.json", tokenizer_config)

@@ -18,6 +18,7 @@ from typing import Any
 from usbrec.crs.datasets import read_pairs
 from usbrec.options import Parser, UserError
 from usbrec.parallel import run_together
+from usbrec.runs import write_whole
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 COLUMNS = {"messages": "conversations", **{x: x for x in ("system", "chosen", "rejected")}}
@@ -51,10 +52,9 @@ def export_llama_factory(pairs: Path, folder: Path) -> int:
     rows = [llama_factory_row(pair, place) for place, pair in read_pairs(pairs)]
     if not rows:
         raise UserError(f"{pairs} holds no pair")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("pairs.json", rows), ("dataset_info.json", DATASET_INFO)):
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        (folder / name).write_text(text, "utf-8")
+        write_whole(folder / name, text.encode(errors="backslashreplace"))
     return len(rows)
 
 

@@ -18,22 +18,23 @@ from usbrec.parallel import run_together
 def save_plot(report: Mapping[str, Any], path: Path) -> None:
     """Save iEval and Recall@1 of each method with their intervals as a picture.
 
-    Raises UserError where matplotlib is not installed, and for a report without methods.
+    Raises UserError where matplotlib is not installed, and for a report without methods or figures.
     """
-    if "methods" not in report:
-        raise UserError(f"no plot in {path}: the report names no methods")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 2), ("ieval", "recall@1"), strict=True):
-        found = {name: x[key] for name, x in report["methods"].items() if x[key]["n"]}
-        means = [x["mean"] for x in found.values()]
-        below = [x["mean"] - x["low"] for x in found.values()]
-        above = [x["high"] - x["mean"] for x in found.values()]
-        axis.bar(list(found), means, yerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
-        axis.set_title(f"{key}, 95% interval")
+    try:
+        for axis, key in zip(figure.subplots(1, 2), ("ieval", "recall@1"), strict=True):
+            found = {name: x[key] for name, x in report["methods"].items() if x[key]["n"]}
+            means = [x["mean"] for x in found.values()]
+            sides = [[abs(x[y] - x["mean"]) for x in found.values()] for y in ("low", "high")]
+            axis.bar(list(found), means, yerr=sides, capsize=4, color="tab:blue", alpha=0.7)
+            axis.set_title(f"{key}, 95% interval")
+    except (AttributeError, KeyError, TypeError) as error:
+        told = "the report does not give every method's iEval and Recall@1 as train.py writes them"
+        raise UserError(f"no plot in {path}: {told}") from error
     figure.savefig(path, dpi=120)
 
 

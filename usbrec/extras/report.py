@@ -271,10 +271,10 @@ def _judge_lines(report: Facts) -> list[str]:
 
 
 def interval(found: Facts, mean: str = "mean", form: str = ".3f") -> str:
-    """Return "0.520 [0.410, 0.630] n 60", or "none" if there were no rows."""
+    """Return "0.520 [0.410, 0.630] n 60", or "none" if there were no rows; no zero has a minus."""
     if found[mean] is None:
         return "none"
-    middle, low, high = (format(found[key], form) for key in (mean, "low", "high"))
+    middle, low, high = (format(round(found[x], 3) + 0.0, form) for x in (mean, "low", "high"))
     return f"{middle} [{low}, {high}] n {found['n']}"
 
 

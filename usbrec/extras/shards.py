@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from usbrec.llm.checkpoint import INDEX_FILE
-from usbrec.runs import write_json
+from usbrec.runs import write_json, write_whole
 
 SHARD_BYTES = 1 << 30
 
@@ -18,7 +18,7 @@ def write_shards(
     """Write model.safetensors, or shards and their index, of the tensors that `make` returns.
 
     `sizes` holds their names and bytes. A shard holds at most `limit` bytes, or one tensor. At most
-    one shard is in memory.
+    one shard is in memory, as tensors and as bytes. Raises UserError for a full disk.
     """
     shards: list[dict[str, int]] = [{}]
     for name, size in sizes.items():
@@ -29,7 +29,8 @@ def write_shards(
     for number, names in enumerate(shards, start=1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        save_file({name: make(name) for name in names}, folder / file, {"format": "pt"})
+        content = save({name: make(name) for name in names}, {"format": "pt"})
+        write_whole(folder / file, content)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = {"total_size": sum(sizes.values())}
