@@ -38,7 +38,7 @@ def test_every_row_is_there_and_a_failing_measurement_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "MEASURES", {"broken": broken, **gpu.MEASURES})
-    assert gpu.main(["--tiny", "--json", str(tmp_path / "rows.jsonl")]) == 1
+    assert gpu.main(["--tiny", "--minutes", "60", "--json", str(tmp_path / "rows.jsonl")]) == 1
     machine, *rows, end = map(json.loads, (tmp_path / "rows.jsonl").open(encoding="utf-8"))
     assert machine["torch"] == torch.__version__ and machine["copy_TB_per_s"] > 0
     kept, failure, *found = rows
