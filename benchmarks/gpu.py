@@ -131,7 +131,7 @@ def decode(bench: Bench, adapter: str | None = None) -> Rows:
         return batch * tokens / bench.seconds(lambda: theirs(peer, [ids] * batch, tokens))
 
     for batch in (1, 8, 32):
-        taken = bench.seconds(lambda batch=batch: ours(engine, [request] * batch, tokens))
+        taken = bench.seconds(partial(ours, engine, [request] * batch, tokens))
         peer = beside(partial(their_rate, batch))
         yield against(f"batch{batch}{end}", "tokens/s", batch * tokens / taken, peer)
         if batch == 1:

@@ -211,8 +211,10 @@ class Bench:
         model.load_state_dict(weights, assign=True)
         with self.device:  # the angles are computed, and no weights
             model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        kind = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        return get_peft_model(model, PeftConfig(**kind)) if adapted else model.eval()
+        if not adapted:
+            return model.eval()
+        kind = PeftConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+        return get_peft_model(model, kind)
 
     def seconds(self, run: Callable[[], Any]) -> float:
         """Return the median of some rounds after one to warm up."""
