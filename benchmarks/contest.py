@@ -1,4 +1,7 @@
-"""What simpo.py and sft.py share: the same start for both contestants, each in its own process."""
+"""What simpo.py, sft.py and gpu.py share: pairs, a timed training, the machine's own speed.
+
+In simpo.py and sft.py both contestants have the same start, each in a process of its own.
+"""
 
 import json
 import subprocess
@@ -6,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from usbrec.llm.checkpoint import load_model  # noqa: E402
 from usbrec.llm.fast import accelerate  # noqa: E402
 from usbrec.llm.lora import LoraConfig, add_adapter  # noqa: E402
 from usbrec.llm.loss import Objective  # noqa: E402
-from usbrec.llm.model import ModelConfig  # noqa: E402
+from usbrec.llm.model import Decoder, ModelConfig  # noqa: E402
 from usbrec.llm.packing import Tree, visibility  # noqa: E402
 from usbrec.llm.training import TrainingJob, TrainingOptions, step_items, train  # noqa: E402
 from usbrec.llm.training_state import peak_memory  # noqa: E402
@@ -31,15 +35,30 @@ def random_ids(generator: torch.Generator, length: int) -> list[int]:
     return torch.randint(20, 49000, (length,), generator=generator).tolist()
 
 
-def product_peak() -> float:
-    """Return the FLOP/s of a large bf16 matrix product on this machine, now."""
-    a = torch.randn(2048, 2048).bfloat16()
+def wait() -> None:
+    """Wait until a GPU, if there is one, has done all that it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quickest(run: Callable[[], Any]) -> float:
+    """Return the least seconds of ten runs."""
     best = float("inf")
     for _ in range(10):
+        wait()
         start = time.perf_counter()
-        a @ a
+        run()
+        wait()
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return best
+
+
+@cache
+def product_peak(device: torch.device | str = "cpu") -> float:
+    """Return the FLOP/s of a large bf16 matrix product on this device, measured once a run."""
+    size = 8192 if torch.device(device).type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).bfloat16()
+    return 2 * size**3 / quickest(lambda: a @ a)
 
 
 def model_flops(config: ModelConfig, trees: Sequence[Tree]) -> float:
@@ -87,29 +106,37 @@ def run_ours(
     rank: int = 8,
     recomputing: bool = False,
 ) -> dict[str, Any]:
-    """Train from the adapter's start; return seconds and losses by step, and the peak memory.
-
-    `share` is the FLOP/s of the timed steps over those of a large product in the same process.
-    """
+    """Train a new adapter "a", which is written to `adapter` first; return what `learn` does."""
     base = find_model(None)
     model = load_model(base, torch.bfloat16)
     accelerate(model)
     add_adapter(model, "a", LoraConfig(r=rank), seed=0)
     save_adapter(model, "a", adapter, str(base))
+    return learn(model, trees, objective, options_for(steps, batch, recomputing))
+
+
+def learn(
+    model: Decoder, trees: Sequence[Tree], objective: Objective, options: TrainingOptions
+) -> dict[str, Any]:
+    """Train the adapter "a"; return seconds, tokens and losses by step, and the peak memory.
+
+    `share` is the FLOP/s of the timed steps, the first left out if there are more, over those of a
+    large product in the same process.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        job = TrainingJob(options_for(steps, batch, recomputing), Path(folder), "ours")
-        train(model, "a", trees, objective, job)
+        train(model, "a", trees, objective, TrainingJob(options, Path(folder), "ours"))
         losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
         timings = [json.loads(line) for line in (Path(folder) / "timings.jsonl").open()]
     memory, seconds = peak_memory(model.device), [row["seconds"] for row in timings]
-    learned = in_our_order(trees, steps, batch)
-    timed = slice(1 if steps > 1 else 0, steps)
-    flops = model_flops(model.config, learned[timed.start * batch :])
+    learned = in_our_order(trees, options.steps, options.batch_size)
+    warm = 1 if options.steps > 1 else 0
+    flops = model_flops(model.config, learned[warm * options.batch_size :])
     return {
         "losses": losses,
         "seconds": seconds,
+        "tokens": [row["tokens"] for row in timings],
         "memory": memory,
-        "share": flops / sum(seconds[timed]) / product_peak(),
+        "share": flops / sum(seconds[warm:]) / product_peak(model.device),
     }
 
 

@@ -1,4 +1,4 @@
-"""What decode.py, prefix.py and ses.py share: both engines in one process, run by turns."""
+"""What decode.py, prefix.py, ses.py and gpu.py share: both engines in one process, by turns."""
 
 import json
 import random
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contest import wait
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from usbrec.chat import Message, Request, Sampling  # noqa: E402
@@ -66,7 +67,7 @@ def request_of(engine: Engine, tokens: int, seed: int = 0) -> Request:
 
 def ours(engine: Engine, requests: Sequence[Request], new_tokens: int) -> None:
     """Draw `new_tokens` tokens for each request, from an empty memory."""
-    engine.clear_cache()
+    engine.cache.clear()  # the adapters' layouts stay, as they do between the calls of a search
     how = Sampling(new_tokens, 1.0)
     asked = enumerate(requests)
     engine.generate([replace(request, sampling=how, seed=seed) for seed, request in asked])
@@ -74,9 +75,10 @@ def ours(engine: Engine, requests: Sequence[Request], new_tokens: int) -> None:
 
 def theirs(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, samples: int = 1) -> None:
     """The same by transformers' `generate`."""
+    ids = torch.tensor(prompts, device=model.device)
     model.generate(
-        torch.tensor(prompts),
-        attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+        ids,
+        attention_mask=torch.ones_like(ids),
         do_sample=True,
         num_return_sequences=samples,
         max_new_tokens=new_tokens,
@@ -92,6 +94,7 @@ def medians(runs: Mapping[str, Callable[[], None]], times: int) -> dict[str, flo
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            wait()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in seconds.items()}

@@ -13,6 +13,7 @@ tokens against one).
 """
 
 import argparse
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,12 +69,32 @@ class OneByOne:
         raise NotImplementedError
 
 
-def dialogue() -> Dialogue:
-    """Five lines of 16 words."""
+def dialogue(number: int = 0) -> Dialogue:
+    """Five lines of 16 words, others for each number."""
+    words = random.Random(number).sample(WORDS, len(WORDS)) if number else WORDS
     return tuple(
-        Utterance("recommender" if i % 2 else "seeker", " ".join(WORDS[i:] + WORDS[:i])[:80])
+        Utterance("recommender" if i % 2 else "seeker", " ".join(words[i:] + words[:i])[:80])
         for i in range(5)
     )
+
+
+def turn(roles: Roles, roots: Sequence[Dialogue], mode: Any, votes: int, tokens: int) -> None:
+    """Search the next turn of dialogues with texts of so many tokens; both sides share a model."""
+    options = SearchOptions(
+        mode=mode,
+        votes=votes,
+        temperature=1.0,
+        rollout_temperature=1.0,
+        max_new_tokens=tokens,
+        summary_tokens=tokens,
+    )
+    llm: Any = roles.recommender.llm
+    before, (texts, leaves) = llm.usage.decoded_tokens, SHAPES[mode]
+    search(roles, roots, range(len(roots)), options)
+    drawn = llm.usage.decoded_tokens - before
+    whole = len(roots) * (texts * tokens + leaves * votes * VOTE_TOKENS)
+    # short texts may be equal by chance, and are then searched once
+    assert drawn == whole or tokens < TOKENS, f"equal texts: {drawn} tokens of {whole}"
 
 
 def main() -> None:
@@ -87,23 +108,9 @@ def main() -> None:
     serial = OneByOne(their_model(), engine)
     root = dialogue()
 
-    def turn(llm: Any, mode: Any, votes: int) -> None:
+    def searched(llm: Any, mode: str, votes: int) -> None:
         engine.clear_cache()
-        options = SearchOptions(
-            mode=mode,
-            votes=votes,
-            temperature=1.0,
-            rollout_temperature=1.0,
-            max_new_tokens=tokens,
-            summary_tokens=tokens,
-        )
-        before, (texts, leaves) = llm.usage.decoded_tokens, SHAPES[mode]
-        search(Roles(Side(llm), Side(llm), Catalogue([])), [root], [0], options)
-        drawn, whole = (
-            llm.usage.decoded_tokens - before,
-            texts * tokens + leaves * votes * VOTE_TOKENS,
-        )
-        assert drawn == whole or quick, f"equal texts: {drawn} tokens of {whole}"
+        turn(Roles(Side(llm), Side(llm), Catalogue([])), [root], mode, votes, tokens)
 
     def plain() -> None:
         engine.clear_cache()
@@ -113,8 +120,8 @@ def main() -> None:
     for mode in ("chain", "tree"):
         seconds = medians(
             {
-                "transformers": lambda mode=mode: turn(serial, mode, VOTES),
-                "ours": lambda mode=mode: turn(engine, mode, VOTES),
+                "transformers": lambda mode=mode: searched(serial, mode, VOTES),
+                "ours": lambda mode=mode: searched(engine, mode, VOTES),
             },
             rounds,
         )
@@ -123,7 +130,7 @@ def main() -> None:
         times = (f"{s:.1f}" for s in seconds.values())
         rows.append([mode, replies, *times, f"{ratios[mode]:.1f}"])
     show(rows, ["search", "replies", "transformers, s", "ours, s", "ratio"])
-    seconds = medians({"plain": plain, "search": lambda: turn(engine, "chain", 0)}, 2 * rounds)
+    seconds = medians({"plain": plain, "search": lambda: searched(engine, "chain", 0)}, 2 * rounds)
     ratios["over_plain"] = seconds["search"] / seconds["plain"]
     print(f"a plain reply {seconds['plain']:.2f} s, a searched one {seconds['search']:.2f} s")
     finish("ses", ratios, REACH)
