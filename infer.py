@@ -130,7 +130,7 @@ def read_run(folder: Path) -> tuple[str, str, dict[str, Any]]:
             simulator = facts.get("other-simulator", {"path": simulator})["path"]
         facts = notes[done[-1]]
         ModelOptions(**facts["model"])
-        DataOptions(facts["data"], facts.get("data-dir"), simulator=simulator)
+        DataOptions(facts["data"], facts.get("data-dir"), simulator=str(Path(simulator)))
     except (KeyError, TypeError, ValueError) as error:
         note = folder / "options" / f"{done[-1]}.json"
         raise UserError(f"{note} is not as train.py writes it") from error
@@ -152,16 +152,11 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
     simulator, other = loading.load_simulator(setup.simulator, engine, setup.model, find_model)
     for side, name in (("recommender", setup.adapter), ("simulator", setup.simulator)):
         tell(f"{side}: {'the base weights as they are' if name == 'none' else name}")
-    if options.ses:
-        tell(f"search: up to {sum(searching.levels)} replies per dialogue are drawn and tried")
     roles = Roles(recommender, simulator, catalogue)
     engines = [engine, other] if other is not engine else [engine]
     titles = [agents.announce(item.title) for item in catalogue]
     ranking = Ranking(engine, titles) if options.rank else None
-    made = Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
-    for told in made.unread(vars(flags), flags.validate_simulator):
-        tell(f"note: {told}")
-    return made
+    return Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
 
 
 def tell(text: str) -> None:
@@ -381,6 +376,8 @@ def refuse_unread(flags: Namespace) -> None:
                 raise UserError(f"--{name} chooses rows of a dataset: not with --chat, --dialogue")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
+    if flags.out is not None and flags.out.is_dir():
+        raise UserError(f"--out must name a file, got the folder {flags.out}")
     if flags.chat and flags.out is not None:
         raise UserError("--out keeps the replies to dialogues that are given: not with --chat")
 
@@ -391,6 +388,10 @@ def answer(flags: Namespace) -> None:
     options, setup = from_flags(ReplyOptions, flags), set_up(flags)
     asked = [] if flags.chat or flags.validate_simulator else read_asked(flags, setup, options.seed)
     recommender = assemble(setup, flags)
+    if options.ses:
+        tell(f"search: up to {sum(recommender.searching.levels)} replies per dialogue are tried")
+    for told in recommender.unread(vars(flags), flags.validate_simulator):
+        tell(f"note: {told}")
     if flags.chat:
         talk(recommender, flags.json)
     elif flags.validate_simulator:

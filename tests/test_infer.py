@@ -385,7 +385,7 @@ def test_a_split_ends_with_the_recall_of_its_replies(
     """The first of three rows is answered with its gold title, the others with an unknown one."""
     gold = answers(["--limit", "3"], capsys)[0]["gold"][0]
     replies = iter([gold, "The Bored Ones", "The Bored Ones"])
-    llm = Scripted(lambda request: next(replies))
+    llm = Scripted(lambda request: next(replies, "Nothing."))
     monkeypatch.setattr(Engine, "generate", lambda self, requests: llm.generate(requests))
     assert infer.main([*SHORT, "--json", "--limit", "3", "--max-new-tokens", "7"]) == 0
     said = capsys.readouterr()
@@ -613,7 +613,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--limit", "-1"], "--limit"),
         (["--limit", "3", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["--limit", "3", "--out", ""], "argument --out: must not be empty"),
-        (["--limit", "3", "--out", "/"], "/ cannot be written: Is a directory"),
+        (["--limit", "3", "--out", "/"], "--out must name a file"),
         (["--data", " "], "argument --data: must not be empty"),
         (["--device", "meta"], "--device meta: no such device"),
         (["--device", "privateuseone"], "--device privateuseone: no such device"),

@@ -39,27 +39,27 @@ from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn
 from usbrec.crs.wishes import card, read_profile
 from usbrec.options import Options, option, seed_for
 
-MOST = 10_000  # replies, and votes, of one dialogue's search
+BOUND = 10_000  # replies, and votes, of one dialogue's search
 
 
 @dataclass(frozen=True)
 class SearchOptions(Options):
     """Width, depth and temperatures of the search, and the reading of its votes."""
 
-    samples: int = option(3, "first responses that are tried (N)", low=1, high=MOST)
+    samples: int = option(3, "first responses that are tried (N)", low=1, high=BOUND)
     turns: int = option(2, "recommender turns looked ahead, the first included", low=1, high=100)
     mode: Literal["chain", "tree"] = option("chain", "one continuation, or N at every later turn")
     start_turn: int = option(1, "first recommender turn, counted from 1, that is searched", low=1)
     temperature: float = option(0.5, "temperature of the first responses", low=0)
     rollout_temperature: float = option(0.1, "temperature of the seeker and later replies", low=0)
-    votes: int = option(0, "sampled votes at a leaf; 0: read in closed form", low=0, high=MOST)
+    votes: int = option(0, "sampled votes at a leaf; 0: read in closed form", low=0, high=BOUND)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
     scored: Literal["leaf", "path"] = option("leaf", "the last reply, or all of the path's replies")
     candidates: Literal["sampled", "distinct", "ranked"] = option(
         "sampled", "draws, draws of N different titles, or the likeliest titles' announcements"
     )
-    draws: int = option(24, "most draws in search of N different titles", low=1, high=MOST)
+    draws: int = option(24, "most draws in search of N different titles", low=1, high=BOUND)
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
     veto: bool = option(True, "with cards: no title, or a refused or seen one, is worth 0")
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
@@ -68,9 +68,9 @@ class SearchOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         replies, votes = sum(self.levels), self.levels[-1] * self.votes
-        if max(replies, votes) > MOST:
+        if max(replies, votes) > BOUND:
             told = f"{replies:.3g} replies and {votes:.3g} votes per dialogue"
-            raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {MOST} each")
+            raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {BOUND} each")
 
     @property
     def levels(self) -> list[int]:
