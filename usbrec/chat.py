@@ -94,13 +94,23 @@ class LanguageModel(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """Return one reply per request."""
-        ...
 
     def choice_logprobs(
         self, requests: Sequence[Request], choices: Sequence[str]
     ) -> list[list[float]]:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
-        ...
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The best texts, best first: (place among the texts, log-probability), equals in their order.
+
+    The first `proven` are certainly the best, in this order. After them, a search that was cut
+    short may have missed better texts.
+    """
+
+    texts: list[tuple[int, float]]
+    proven: int
 
 
 @runtime_checkable
@@ -108,10 +118,9 @@ class Ranks(Protocol):
     """A third call, which a language model may have: the ranking of thousands of given replies."""
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int
-    ) -> list[list[tuple[int, float]]]:
-        """Return per request the k most probable texts as its reply's beginning, best first.
+        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+    ) -> list[Ranked]:
+        """Return per request the k most probable texts as its reply's beginning.
 
-        Each is (place among the texts, log-probability).
+        `tokens` limits a request's search, 0: until its result is exact; None: enough for k texts.
         """
-        ...

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usbrec.chat import Reply, Request
+from usbrec.chat import Ranked, Reply, Request
 from usbrec.llm.cache import PrefixCache, SlotPath
 from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
 from usbrec.llm.model import Decoder
@@ -221,18 +221,18 @@ class Engine:
         return self.agreed(finite(torch.stack(scores))).tolist() if scores else []
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int
-    ) -> list[list[tuple[int, float]]]:
-        """Return per request the k most probable texts as its reply's beginning, best first.
+        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+    ) -> list[Ranked]:
+        """Return per request the k most probable texts as its reply's beginning.
 
-        Each is (place among the texts, log-probability). TOKENS_PER_TEXT tokens per text, at least
-        LEAST_TOKENS, are spent on a request, so later places may miss better texts.
+        `tokens` are spent on a request, 0: until its result is exact. Without them TOKENS_PER_TEXT
+        per text are, at least LEAST_TOKENS, so later places may miss better texts.
         """
         self.usage.calls += 1
         if self.ranking is None or self.ranking.texts != list(texts):
             self.ranking = Ranking(self, texts)
-        tokens = max(TOKENS_PER_TEXT * k, LEAST_TOKENS)
-        return [ranked.texts for ranked in self.ranking.best(requests, k, tokens)]
+        usual = max(TOKENS_PER_TEXT * k, LEAST_TOKENS)
+        return self.ranking.best(requests, k, usual if tokens is None else tokens)
 
     def variants(self, choice: str) -> list[Ids]:
         """Return the distinct token sequences that render a choice at the start of a reply."""
