@@ -293,10 +293,7 @@ def _read_messages(value: Any) -> Dialogue:
 
 def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
-    lines = read_text(path).rstrip().split("\n")  # U+2028 splits no line
-    for number, line in enumerate(lines if lines != [""] else [], start=1):
-        place = f"{path}, line {number}"
-        pair = _at(f"{place}: malformed", parse_json, line)
+    for place, pair in _read_jsonl(path):
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
             if not (isinstance(messages, list) and messages and all(map(is_message, messages))):

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usbrec.llm.model import Decoder
-from usbrec.llm.model_config import ModelConfig, file_in, load_config, read_json, without_duplicates
+from usbrec.llm.model_config import ModelConfig, file_in, load_config
 from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
+from usbrec.runs import read_json, without_duplicates
 
 INDEX_FILE = "model.safetensors.index.json"
 Device = torch.device | str
