@@ -22,7 +22,7 @@ from usbrec.crs.datasets import ROOT
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.extras.report import format_search
 from usbrec.llm.engine import Engine
-from usbrec.runs import read_note, read_rows, write_json
+from usbrec.runs import read_json, read_rows, write_json
 
 SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",
@@ -384,7 +384,7 @@ def test_a_split_ends_with_the_recall_of_its_replies(
 ) -> None:
     """The first of three rows is answered with its gold title, the others with an unknown one."""
     gold = answers(["--limit", "3"], capsys)[0]["gold"][0]
-    replies = iter([gold, "The Bored Ones", "The Bored Ones"])
+    replies = iter([gold, *["The Bored Ones"] * 3])
     llm = Scripted(lambda request: next(replies))
     monkeypatch.setattr(Engine, "generate", lambda self, requests: llm.generate(requests))
     assert infer.main([*SHORT, "--json", "--limit", "3", "--max-new-tokens", "7"]) == 0
@@ -438,7 +438,7 @@ def test_naming_the_runs_dataset_keeps_its_folder_from_anywhere(
         return setup.data, setup.data_dir
 
     for path in (run / "options").glob("*.json"):
-        facts = {**read_note(path), "data": "redial", "data-dir": str(place / "data")}
+        facts = {**read_json(path), "data": "redial", "data-dir": str(place / "data")}
         write_json(path, facts)
     monkeypatch.chdir(place)
     assert data_of() == data_of("--data", "redial") == ("redial", str(place / "data"))
