@@ -29,7 +29,7 @@ from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
-from usbrec.crs.dialogue import Dialogue, Example, add_turn, format_dialogue
+from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
@@ -174,9 +174,7 @@ def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
     return [x for x in rows if id(x) in taken]
 
 
-def reply_all(
-    recommender: Recommender, asked: Sequence[Example], flags: Namespace, setup: Setup
-) -> None:
+def reply_all(recommender: Recommender, asked: Examples, flags: Namespace, setup: Setup) -> None:
     """Answer and print every dialogue; several rows of a dataset go through a results file."""
     options, from_data = recommender.options, flags.dialogue is None
     facts = {**setup.facts(), "reply": asdict(options) | asdict(recommender.sampling)}
@@ -200,7 +198,7 @@ def reply_all(
         tell(report.format_recall(found))
 
 
-def by_chunks(recommender: Recommender, asked: Sequence[Example]) -> Iterator[Row]:
+def by_chunks(recommender: Recommender, asked: Examples) -> Iterator[Row]:
     """Yield one row per dialogue; a chunk is answered when its first row is needed."""
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
@@ -209,9 +207,7 @@ def by_chunks(recommender: Recommender, asked: Sequence[Example]) -> Iterator[Ro
         yield from rows
 
 
-def reply_into(
-    path: Path, recommender: Recommender, asked: Sequence[Example], facts: Mapping[str, Any]
-) -> list[Row]:
+def reply_into(path: Path, recommender: Recommender, asked: Examples, facts: Row) -> list[Row]:
     """Return one row per dialogue: those in a results file, then new ones, appended by chunks.
 
     Their seconds and equal shares of a chunk's tokens go to FILE.timings.jsonl, so that the results
@@ -316,7 +312,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     facts["contents"] = digest([rows, popularity, *recommender.roles.catalogue])
     out = flags.out or results_file(setup, f"{split}-judges", facts)
 
-    def judge_chunk(chunk: Sequence[Example]) -> list[Row]:
+    def judge_chunk(chunk: Examples) -> list[Row]:
         judged = judge_agreement(recommender.roles, chunk, popularity, seed, options)
         recommender.spent()
         return judged

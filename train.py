@@ -76,8 +76,8 @@ def train_simulator(work: Work) -> None:
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
     def make(kinds: Mapping[str, Examples]) -> list[TrainingDialogue]:
-        played = kinds["simulator"], films, lessons.popularity_of(work.train), seed
-        first, then = lessons.simulator_lessons(*played, options)
+        draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
+        first, then = lessons.simulator_lessons(kinds["simulator"], draws, seed, options)
         summaries = lessons.summary_lessons(kinds["summaries"], films, options)
         cards = lessons.card_lessons(kinds["cards"], films, seed, options)
         return first + lessons.woven(then, summaries, cards)

@@ -709,5 +709,5 @@ def test_ctrl_c_ends_with_its_own_code(run: Path, monkeypatch: pytest.MonkeyPatc
     def stopped(*call: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer, "load_engine", stopped)
+    monkeypatch.setattr(infer.loading, "load_engine", stopped)
     assert infer.main(SHORT) == 130

@@ -5,11 +5,10 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from usbrec.chat import Sampling
+from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import Roles
-from usbrec.crs.dialogue import Dialogue, Example, format_dialogue
+from usbrec.crs.dialogue import Dialogue, Examples, format_dialogue
 from usbrec.crs.evaluation import titles_in
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine, Usage
@@ -49,7 +48,7 @@ class Recommender:
             print(costs(spent), file=sys.stderr)
         return spent
 
-    def answer(self, asked: Sequence[Example]) -> list[dict[str, Any]]:
+    def answer(self, asked: Examples) -> list[Row]:
         """Return one row per example: `reply`, `items` (the titles in the reply) and `seconds`.
 
         The row of a dataset's example also has `dialog_id`, `turn_id` and `gold` (its titles). An
@@ -77,7 +76,7 @@ class Recommender:
         rows = []
         for i, x in enumerate(asked):
             named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}
-            row: dict[str, Any] = named if x.items else {}
+            row: Row = named if x.items else {}
             row["reply"] = reply = found[i].reply if i in found else said[i]
             row["items"] = titles_in(roles.catalogue, reply)
             if o.rank:

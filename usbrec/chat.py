@@ -5,11 +5,12 @@ Both packages import this module and never each other. Nothing here knows of ten
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from usbrec.options import Options, option
 
 ROLES = ("system", "user", "assistant")
+Row = dict[str, Any]  # of a file of rows, in JSON's own types
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Request:
     begin: str = ""
 
 
+Requests = Sequence[Request]
+
+
 @dataclass(frozen=True)
 class Reply:
     """A drawn reply: its text, its token ids without the end token, and whether it is `finished`.
@@ -92,12 +96,10 @@ class Reply:
 class LanguageModel(Protocol):
     """The two calls that crs makes to a language model or a server."""
 
-    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+    def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request."""
 
-    def choice_logprobs(
-        self, requests: Sequence[Request], choices: Sequence[str]
-    ) -> list[list[float]]:
+    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
 
 
@@ -118,7 +120,7 @@ class Ranks(Protocol):
     """A third call, which a language model may have: the ranking of thousands of given replies."""
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+        self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
     ) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 

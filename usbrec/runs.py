@@ -32,6 +32,7 @@ from zlib import crc32
 from tqdm import tqdm
 
 from usbrec import parallel
+from usbrec.chat import Row
 from usbrec.options import UserError
 
 try:
@@ -40,7 +41,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _Item = TypeVar("_Item")
-Row = dict[str, Any]
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
 MADE: dict[str, tuple[str, ...]] = {  # stage -> its files, first the one that it ends with

@@ -12,7 +12,7 @@ from functools import cache
 from statistics import NormalDist, fmean
 from typing import Any
 
-from usbrec.chat import Ranks, Sampling
+from usbrec.chat import Ranks, Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Messages, Roles, Votes
 from usbrec.crs.dialogue import Examples, add_turn
@@ -112,9 +112,7 @@ def hit_rate(area: float, hits: int, misses: int) -> float:
 # --- the judge within a dialogue --------------------------------------------------------------
 
 
-def judge_ranked(
-    roles: Roles, examples: Examples, options: EvaluationOptions
-) -> list[dict[str, Any]]:
+def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -> list[Row]:
     """Return per example its summary and the films that the recommender ranks highest.
 
     {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
@@ -131,7 +129,7 @@ def judge_ranked(
     prompts = [agents.summary_prompt(x.history) for x in examples]
     short = Sampling(SUMMARY_TOKENS, temperature=0.0)
     summaries = roles.complete(roles.simulator.requests(prompts, short, [0] * len(prompts)))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     cases: list[tuple[Scores, Messages, Messages]] = []
     for x, profile, best in zip(examples, summaries, ranked, strict=True):
         told, films = {RULE: x.profile, "rule on the summary": profile}, []

@@ -166,8 +166,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 continue
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is of type {entry['dtype']}, expected F32, F16 or BF16")
-            dtype = DTYPES[entry["dtype"]]
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+            tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
         return tensors
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, truncated or no safetensors file: {error}") from error

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.chat import Ranked, Request
+from usbrec.chat import Ranked, Requests
 from usbrec.llm.cache import PrefixCache, SlotPath, shared_length
 from usbrec.llm.decoding import adapter_spans
 from usbrec.llm.model import Ops
@@ -131,7 +131,7 @@ class Ranking:
         self.trie = TokenRun([-1, *trie.ids], trie.texts, trie.children)
 
     @torch.inference_mode()
-    def best(self, requests: Sequence[Request], k: int, tokens: int = TOKENS) -> list[Ranked]:
+    def best(self, requests: Requests, k: int, tokens: int = TOKENS) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
         A search ends after `tokens` tokens, once it has a text, or as soon as its result is exact
