@@ -27,10 +27,9 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs import agents
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
-from usbrec.crs.dialogue import Dialogue, Example, add_turn, format_dialogue
+from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
@@ -38,9 +37,7 @@ from usbrec.extras import report
 from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import load_adapter
-from usbrec.llm.ranking import Ranking
 from usbrec.llm.training_state import digest
-from usbrec.loading import ModelOptions, load_engine, pick_rows
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Results, Row, read_rows, run_chunks
 from usbrec.settings import DataOptions
@@ -63,7 +60,7 @@ class Setup:
     `adapter` and `simulator` may be "none": the base weights as they are.
     """
 
-    model: ModelOptions
+    model: loading.ModelOptions
     adapter: str
     simulator: str
     data: str
@@ -91,7 +88,7 @@ def set_up(flags: Namespace) -> Setup:
     """Return the run's model, adapters and dataset, or those that the flags name instead."""
     run = find_run(flags)
     adapter, simulator, facts = read_run(run) if run else ("none", "none", {})
-    model = from_flags(ModelOptions, flags, defaults=facts.get("model", {}))
+    model = from_flags(loading.ModelOptions, flags, defaults=facts.get("model", {}))
     adapter, simulator = flags.adapter or adapter, flags.simulator or simulator
     known = DataOptions(facts.get("data", "sample"), facts.get("data-dir"))
     named = DataOptions(flags.data or known.data, flags.data_dir)
@@ -124,12 +121,12 @@ def read_run(folder: Path) -> tuple[str, str, dict[str, Any]]:
     adapter = "none" if done[-1] == "simulator" else str(places[done[-1]])
     simulator = str(places["simulator"]) if "simulator" in done else "none"
     paths = sorted((folder / "options").glob("*.json"))
-    notes = {path.stem: runs.read_note(path) for path in paths}
+    notes = {path.stem: runs.read_json(path) for path in paths}
     try:
         for facts in notes.values():
             simulator = facts.get("other-simulator", {"path": simulator})["path"]
         facts = notes[done[-1]]
-        ModelOptions(**facts["model"])
+        loading.ModelOptions(**facts["model"])
         DataOptions(facts["data"], facts.get("data-dir"), simulator=str(Path(simulator)))
     except (KeyError, TypeError, ValueError) as error:
         note = folder / "options" / f"{done[-1]}.json"
@@ -144,7 +141,7 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
     searching = from_flags(SearchOptions, flags, "ses", defaults=defaults)
     sampling = from_flags(Sampling, flags, defaults=PLAIN)
     catalogue = load_catalogue(setup.data, setup.data_dir)
-    engine = load_engine(setup.model, find_model)
+    engine = loading.load_engine(setup.model, find_model)
     recommender = Side(engine)
     if setup.adapter != "none":
         load_adapter(engine.model, Path(setup.adapter), "recommender")
@@ -154,9 +151,7 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
         tell(f"{side}: {'the base weights as they are' if name == 'none' else name}")
     roles = Roles(recommender, simulator, catalogue)
     engines = [engine, other] if other is not engine else [engine]
-    titles = [agents.announce(item.title) for item in catalogue]
-    ranking = Ranking(engine, titles) if options.rank else None
-    return Recommender(roles, engines, options, sampling, searching, ranking, flags.verbose)
+    return Recommender(roles, engines, options, sampling, searching, flags.verbose)
 
 
 def tell(text: str) -> None:
@@ -173,13 +168,11 @@ def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
         return [Example("", 0, dialogue, "", ()) for dialogue in read_dialogues(flags.dialogue)]
     limit = 1 if flags.limit is None else flags.limit
     rows = setup.rows(flags.split or "test")
-    taken = {id(x) for x in pick_rows(rows, limit, seed_for(seed, "infer"))}
+    taken = {id(x) for x in loading.pick_rows(rows, limit, seed_for(seed, "infer"))}
     return [x for x in rows if id(x) in taken]
 
 
-def reply_all(
-    recommender: Recommender, asked: Sequence[Example], flags: Namespace, setup: Setup
-) -> None:
+def reply_all(recommender: Recommender, asked: Examples, flags: Namespace, setup: Setup) -> None:
     """Answer and print every dialogue; several rows of a dataset go through a results file."""
     options, from_data = recommender.options, flags.dialogue is None
     facts = {**setup.facts(), "reply": asdict(options) | asdict(recommender.sampling)}
@@ -203,7 +196,7 @@ def reply_all(
         tell(report.format_recall(found))
 
 
-def by_chunks(recommender: Recommender, asked: Sequence[Example]) -> Iterator[Row]:
+def by_chunks(recommender: Recommender, asked: Examples) -> Iterator[Row]:
     """Yield one row per dialogue; a chunk is answered when its first row is needed."""
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
@@ -212,9 +205,7 @@ def by_chunks(recommender: Recommender, asked: Sequence[Example]) -> Iterator[Ro
         yield from rows
 
 
-def reply_into(
-    path: Path, recommender: Recommender, asked: Sequence[Example], facts: Mapping[str, Any]
-) -> list[Row]:
+def reply_into(path: Path, recommender: Recommender, asked: Examples, facts: Row) -> list[Row]:
     """Return one row per dialogue: those in a results file, then new ones, appended by chunks.
 
     Their seconds and equal shares of a chunk's tokens go to FILE.timings.jsonl, so that the results
@@ -313,13 +304,13 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     """Print either judge's AUC for held-out gold replies against ones for another film."""
     seed, options = recommender.options.seed, EvaluationOptions()
     split, limit = flags.split or "valid", VALIDATED if flags.limit is None else flags.limit
-    rows = pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
+    rows = loading.pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
     popularity = popularity_of(setup.rows("train"))
     facts = {**setup.facts(), "split": split, "limit": limit, "seed": seed, "eval": asdict(options)}
     facts["contents"] = digest([rows, popularity, *recommender.roles.catalogue])
     out = flags.out or results_file(setup, f"{split}-judges", facts)
 
-    def judge_chunk(chunk: Sequence[Example]) -> list[Row]:
+    def judge_chunk(chunk: Examples) -> list[Row]:
         judged = judge_agreement(recommender.roles, chunk, popularity, seed, options)
         recommender.spent()
         return judged
@@ -359,7 +350,7 @@ def build_parser() -> Parser:
     who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
     who.add_argument("--adapter", help="the recommender's adapter folder, or none")
     who.add_argument("--simulator", help="the adapter or model that plays the user, or none")
-    add_flags(parser, ModelOptions)
+    add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions)
     add_flags(parser, Sampling, defaults=PLAIN, skip=("stop", "stop_ids"))
     add_flags(parser, SearchOptions, "ses")

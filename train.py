@@ -37,9 +37,8 @@ from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
-from usbrec.crs.dialogue import Example, Examples
+from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
-from usbrec.crs.lessons import popularity_of
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
 from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
@@ -51,7 +50,6 @@ from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training_state import digest, peak_memory
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
-from usbrec.loading import pick_rows, usage_of
 from usbrec.options import Parser, UserError, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Row, need, read_rows, run_chunks
 from usbrec.settings import STAGES, Settings, add_settings, read_settings
@@ -78,8 +76,8 @@ def train_simulator(work: Work) -> None:
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
     def make(kinds: Mapping[str, Examples]) -> list[TrainingDialogue]:
-        played = kinds["simulator"], films, popularity_of(work.train), seed
-        first, then = lessons.simulator_lessons(*played, options)
+        draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
+        first, then = lessons.simulator_lessons(kinds["simulator"], draws, seed, options)
         summaries = lessons.summary_lessons(kinds["summaries"], films, options)
         cards = lessons.card_lessons(kinds["cards"], films, seed, options)
         return first + lessons.woven(then, summaries, cards)
@@ -190,30 +188,25 @@ def evaluate(work: Work) -> None:
     settings, o = work.settings, work.settings.data
     counts = o.rows("eval"), o.rows("agreement")
     count = max(counts) if all(counts) else 0  # 0: all
-    tests = pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
+    tests = loading.pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
     print(f"report: {len(tests)} dialogues, one row of each, from {len(work.test)} test rows")
     talked, judged = (tests[: count or None] for count in counts)
-    ranked, popularity = talked[: settings.eval.ranked_dialogues], popularity_of(work.train)
+    ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
     methods = [name for name in COMPARED if name in o.methods]
     roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
-        rows: dict[Example, Row] = {x: {} for x in chunk}
-        own = [x for x in chunk if x in judged]
-        found = judge_agreement(roles["sft"], own, popularity, o.seed, settings.eval)
-        for x, row in zip(own, found, strict=True):
-            rows[x]["agreement"] = row
-        own = [x for x in chunk if x in ranked]
-        for x, row in zip(own, judge_ranked(roles["rl"], own, settings.eval), strict=True):
-            rows[x]["ranked"] = row
-        own = [x for x in chunk if x in talked]
+        checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
+        agreed = judge_agreement(roles["sft"], checked, popularity, o.seed, settings.eval)
+        found = {"agreement": dict(zip(checked, agreed, strict=True))}
+        films = judge_ranked(roles["rl"], tried, settings.eval)
+        found["ranked"] = dict(zip(tried, films, strict=True))
         for name in methods:
             adapter, group = COMPARED[name]
             searching = getattr(settings, group) if group else None
-            talks = evaluate_method(roles[adapter], own, o.seed, settings.eval, searching)
-            for x, talk in zip(own, talks, strict=True):
-                rows[x][name] = asdict(talk)
-        return list(rows.values())
+            talks = evaluate_method(roles[adapter], heard, o.seed, settings.eval, searching)
+            found[name] = dict(zip(heard, map(asdict, talks), strict=True))
+        return [{name: rows[x] for name, rows in found.items() if x in rows} for x in chunk]
 
     met = max(talked, judged, key=len)
     rows = run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
@@ -223,7 +216,7 @@ def evaluate(work: Work) -> None:
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json and report.txt, and print the text."""
-    options, seed = runs.read_note(work.folder / "options/report.json"), work.settings.data.seed
+    options, seed = runs.read_json(work.folder / "options/report.json"), work.settings.data.seed
     counts = {"test": len(baselines["copy-last"]), "train": len(work.train), "notes": work.notes}
     report = report_of(rows, baselines, options, counts, seed)
     text = format_report(report)
@@ -276,9 +269,9 @@ def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: N
         return
     work.prepare(todo, flags.shard)
     for stage in todo:
-        start, before = time.perf_counter(), usage_of(work.engines)
+        start, before = time.perf_counter(), loading.usage_of(work.engines)
         DOES[stage](work)
-        spent = usage_of(work.engines).since(before)
+        spent = loading.usage_of(work.engines).since(before)
         if parallel.rank() == 0:
             note_stage(work, stage, round(time.perf_counter() - start, 1), spent)
             if flags.verbose:

@@ -30,7 +30,7 @@ Talks = Mapping[str, Sequence[EvalRow]]
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
     """Return a run's options without the seeds, and the talks of each method that it evaluated."""
-    options = runs.read_note(runs.need(folder / "options" / "report.json", "report"))
+    options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     names = [name for name in METHOD_NAMES if any(name in row for row in rows)]
     talks = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in names}

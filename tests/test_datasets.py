@@ -167,7 +167,7 @@ def test_line_numbers_are_the_files_own_whatever_the_text_contains(tmp_path: Pat
 def test_the_sample_set_is_found_without_a_folder() -> None:
     assert len(load_examples("sample", "test")) >= 320
     assert load_split("sample", "train").notes == []
-    assert len(load_catalogue("sample")) >= 240
+    assert len(load_catalogue("sample").items) >= 240
     assert load_examples("sample", "valid")[0].accept
 
 
@@ -225,7 +225,7 @@ def test_ievalms_own_layout_is_read_from_either_of_its_folders(tmp_path: Path, n
     write_rows(rows / "test_data_processed.jsonl", ROW)
     (items / "id2info.json").write_text('{"1": {"name": "Heat (1995)"}}')
     assert len(load_examples("redial", "test", tmp_path / named)) == 1
-    assert len(load_catalogue("redial", tmp_path / named)) == 1
+    assert len(load_catalogue("redial", tmp_path / named).items) == 1
 
 
 def test_redial_without_train_divides_valid_by_dialogue(tmp_path: Path) -> None:

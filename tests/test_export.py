@@ -119,7 +119,7 @@ def test_a_chat_without_a_system_prompt_has_an_empty_one(tmp_path):
 @pytest.mark.parametrize(
     "line, named",
     [
-        ('{"prompt": ', "line 2: malformed"),
+        ('{"prompt": ', "line 2: not JSON"),
         ("[]", "line 2: prompt"),
         ('{"prompt": [{"role": "user"}]}', "line 2: prompt"),
         ('{"prompt": [{"role": "user", "content": "a"}], "chosen": []}', "line 2: chosen"),

@@ -22,7 +22,7 @@ from usbrec.crs.datasets import ROOT
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.extras.report import format_search
 from usbrec.llm.engine import Engine
-from usbrec.runs import read_note, read_rows, write_json
+from usbrec.runs import read_json, read_rows, write_json
 
 SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",
@@ -438,7 +438,7 @@ def test_naming_the_runs_dataset_keeps_its_folder_from_anywhere(
         return setup.data, setup.data_dir
 
     for path in (run / "options").glob("*.json"):
-        facts = {**read_note(path), "data": "redial", "data-dir": str(place / "data")}
+        facts = {**read_json(path), "data": "redial", "data-dir": str(place / "data")}
         write_json(path, facts)
     monkeypatch.chdir(place)
     assert data_of() == data_of("--data", "redial") == ("redial", str(place / "data"))
@@ -709,5 +709,5 @@ def test_ctrl_c_ends_with_its_own_code(run: Path, monkeypatch: pytest.MonkeyPatc
     def stopped(*call: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer, "load_engine", stopped)
+    monkeypatch.setattr(infer.loading, "load_engine", stopped)
     assert infer.main(SHORT) == 130

@@ -30,7 +30,7 @@ from usbrec.crs.wishes import card, fit, read_profile
 
 CATALOGUE = load_catalogue("sample")
 TRAIN = load_split("sample", "train").examples[:60]
-POPULARITY = popularity_of(TRAIN)
+DRAWS = Suggestions(CATALOGUE, popularity_of(TRAIN))
 OPTIONS = LessonOptions(score_weight=10.0, line_weight=0.5)
 
 
@@ -63,7 +63,7 @@ def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
 
 
 def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> None:
-    draws = Suggestions(CATALOGUE, POPULARITY)
+    draws = DRAWS
     for example in TRAIN:
         gold, *others, filmless = draws.draw(example, 7)
         assert (gold.reply, gold.score) == (example.response, 2)
@@ -75,7 +75,7 @@ def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> No
 
 
 def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
-    draws = Suggestions(CATALOGUE, POPULARITY)
+    draws = DRAWS
     found = 0
     for example in TRAIN:
         profile = profile_of(example, CATALOGUE)
@@ -88,7 +88,7 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
 def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
     """Prefix and branch are the very messages of a judge's prompt, then comes the score."""
     example = TRAIN[0]
-    (external,), (internal,) = simulator_lessons([example], CATALOGUE, POPULARITY, 0, OPTIONS)
+    (external,), (internal,) = simulator_lessons([example], DRAWS, 0, OPTIONS)
     plain = [Message(m.role, m.content) for m in external.prefix + scored(external)[0]]
     reply = (*example.history, Utterance("recommender", example.response))
     asked = external_judge_prompt(reply, str(example.explanation), example.items)
@@ -161,16 +161,16 @@ def test_woven_lists_keep_their_order_and_are_spread_evenly() -> None:
 
 
 def test_the_external_judge_is_learned_first() -> None:
-    first, then = simulator_lessons(TRAIN, CATALOGUE, POPULARITY, 0, OPTIONS)
+    first, then = simulator_lessons(TRAIN, DRAWS, 0, OPTIONS)
     kinds = [["targets" in x.prefix[0].content for x in part] for part in (first, then)]
     assert all(kinds[0]) and len(first) == len(TRAIN) - len(TRAIN) // 6 and not all(kinds[1])
 
 
 def test_the_same_seed_makes_the_same_lessons_whatever_the_neighbours() -> None:
-    once = simulator_lessons(TRAIN[:1], CATALOGUE, POPULARITY, 5, OPTIONS)
-    more = simulator_lessons(TRAIN[:4], CATALOGUE, POPULARITY, 5, OPTIONS)
+    once = simulator_lessons(TRAIN[:1], DRAWS, 5, OPTIONS)
+    more = simulator_lessons(TRAIN[:4], DRAWS, 5, OPTIONS)
     assert once[0][0] == more[0][0]
-    assert once != simulator_lessons(TRAIN[:1], CATALOGUE, POPULARITY, 6, OPTIONS)
+    assert once != simulator_lessons(TRAIN[:1], DRAWS, 6, OPTIONS)
 
 
 def test_a_dataset_without_profiles_gets_one_from_what_the_seeker_named() -> None:

@@ -11,7 +11,7 @@ from scripted import SURE, Scripted, role_of, roles_of, talk
 from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from test_report import label, row
 
-from usbrec.chat import Request
+from usbrec.chat import Ranked, Request
 from usbrec.crs.agents import Roles, Side, announce, card_prompt
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, checked
@@ -198,11 +198,11 @@ class Ranker(Scripted):
         self.ranked: list[tuple[list[Request], list[str], int]] = []
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int
-    ) -> list[list[tuple[int, float]]]:
+        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+    ) -> list[Ranked]:
         self.ranked.append((list(requests), list(texts), k))
         best = [(place, -1.0 * place) for place in reversed(range(len(texts)))]
-        return [best[:k] for _ in requests]
+        return [Ranked(best[:k], k) for _ in requests]
 
 
 def by_film(request: Request) -> list[float]:
@@ -211,11 +211,11 @@ def by_film(request: Request) -> list[float]:
     return SURE[2 if WELL.title in said else 1 if NEW.title in said else 0]
 
 
-def judged(*examples: Example, k: int = 4, **judges: Any) -> tuple[Ranker, list[dict[str, Any]]]:
+def judged(*examples: Example, k: int = 4) -> tuple[Ranker, list[dict[str, Any]]]:
     llm = Ranker(lambda request: "Likes: horror, crime. Dislikes: nothing said.", by_film)
     roles = Roles(Side(llm, "rl"), Side(llm, "simulator"), FILMS)
     options = EvaluationOptions(ranked_titles=k)
-    return llm, judge_ranked(roles, examples, options, **judges)
+    return llm, judge_ranked(roles, examples, options)
 
 
 def test_the_best_films_are_recommended_in_the_same_words_and_scored() -> None:

@@ -70,7 +70,7 @@ def test_the_engine_ranks_and_keeps_the_trie_of_the_last_texts() -> None:
         kept = e.ranking
         found, expected = e.best_texts(CHATS, texts, 3), Ranking(engine(), texts).best(CHATS, 3)
         for one, other in zip(found, expected, strict=True):
-            assert_equal(one, other.texts)
+            assert_equal(one.texts, other.texts)
         assert (e.ranking is kept) == (kept is not None and kept.texts == texts)
 
 

@@ -17,7 +17,7 @@ from usbrec.runs import (
     claim,
     locked,
     newest_run,
-    read_note,
+    read_json,
     run_chunks,
     write_json,
     write_rows,
@@ -240,12 +240,12 @@ def test_facts_are_noted_until_something_is_made_and_compared_from_then_on(tmp_p
     note, made = tmp_path / "options" / "sft.json", [tmp_path / "log", tmp_path / "sft"]
     claim(note, {"seed": 1, "ends": (1, 2)}, made, "add --fresh")
     claim(note, {"seed": 2, "ends": (1, 2)}, made, "add --fresh")
-    assert read_note(note) == {"seed": 2, "ends": [1, 2]}
+    assert read_json(note) == {"seed": 2, "ends": [1, 2]}
     made[1].mkdir()
     claim(note, {"ends": (1, 2), "seed": 2}, made, "add --fresh")
     with pytest.raises(UserError, match=r"sft was made with seed 2, got 1; add --fresh$"):
         claim(note, {"seed": 1, "ends": (1, 2)}, made, "add --fresh")
-    assert read_note(note) == {"seed": 2, "ends": [1, 2]}
+    assert read_json(note) == {"seed": 2, "ends": [1, 2]}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Message, Request
+from usbrec.chat import Message, Ranked, Request
 from usbrec.crs.agents import JudgeScore, Roles, Side, card_prompt, closed_form
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import add_turn
@@ -235,9 +235,10 @@ class Ranking(Scripted):
     """A scripted model that ranks the texts from the last to the first."""
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int
-    ) -> list[list[tuple[int, float]]]:
-        return [[(i, -1.0) for i in reversed(range(len(texts)))][:k] for _ in requests]
+        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+    ) -> list[Ranked]:
+        best = [(i, -1.0) for i in reversed(range(len(texts)))]
+        return [Ranked(best[:k], k) for _ in requests]
 
 
 def of_films(llm: Scripted) -> Roles:

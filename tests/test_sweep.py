@@ -67,7 +67,7 @@ def met(
     options, sampling = ReplyOptions(chunk_size=size, seed=facts.pop("seed", 0)), Sampling(6, 0.0)
     roles = Roles(Side(llm, "rl"), Side(llm, "simulator"), FILMS)
     engines: Any = [llm]
-    answering = Recommender(roles, engines, options, sampling, SearchOptions(), None, False)
+    answering = Recommender(roles, engines, options, sampling, SearchOptions(), False)
     asked = facts.pop("asked", ASKED)
     found = sweep.run_sweep(answering, grid(words), asked, {"model": "scripted", **facts}, folder)
     return found, [read_rows(folder / cell["rows"]) for cell in found["cells"]]

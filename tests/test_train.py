@@ -23,7 +23,7 @@ from usbrec import loading, work
 from usbrec.chat import Message
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
-from usbrec.runs import locked, read_note, read_rows
+from usbrec.runs import locked, read_json, read_rows
 from usbrec.settings import DEFAULTS, STAGES
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
@@ -479,7 +479,7 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
 
 
 def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished: Path) -> None:
-    data = Path(read_note(finished / "options" / "pairs.json")["data"])
+    data = Path(read_json(finished / "options" / "pairs.json")["data"])
     gold = {row["resp"] for row in read_rows(data / "train.jsonl")}
     records = read_rows(finished / "samples.jsonl")
     assert len(records) == 4

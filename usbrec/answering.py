@@ -5,15 +5,14 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from usbrec.chat import Sampling
-from usbrec.crs.agents import Roles, recommender_prompt
-from usbrec.crs.dialogue import Dialogue, Example, format_dialogue
+from usbrec.chat import Row, Sampling
+from usbrec.crs.agents import Roles
+from usbrec.crs.dialogue import Dialogue, Examples, format_dialogue
 from usbrec.crs.evaluation import titles_in
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Engine, Usage
-from usbrec.llm.ranking import TOKENS, Ranking
+from usbrec.llm.ranking import TOKENS
 from usbrec.loading import costs, usage_of
 from usbrec.options import Options, option, seed_for
 
@@ -38,7 +37,6 @@ class Recommender:
     options: ReplyOptions
     sampling: Sampling  # of plain replies
     searching: SearchOptions
-    ranking: Ranking | None  # of the catalogue, with --rank
     verbose: bool
     told: Usage = field(default_factory=Usage)  # the usage at the last `spent`
 
@@ -50,13 +48,14 @@ class Recommender:
             print(costs(spent), file=sys.stderr)
         return spent
 
-    def answer(self, asked: Sequence[Example]) -> list[dict[str, Any]]:
+    def answer(self, asked: Examples) -> list[Row]:
         """Return one row per example: `reply`, `items` (the titles in the reply) and `seconds`.
 
         The row of a dataset's example also has `dialog_id`, `turn_id` and `gold` (its titles). An
         example without items is a dialogue outside a dataset. --ses adds `search`, None before the
-        search's `start_turn`; --rank adds `ranked` and `proven`. `seconds` is an equal share of the
-        call's time.
+        search's `start_turn`; --rank adds `ranked`, titles with the log-probability of their
+        announcement, and `proven`, the number of leading titles that are certainly the best.
+        `seconds` is an equal share of the call's time.
         """
         start, o, roles = time.perf_counter(), self.options, self.roles
         dialogues = [x.history for x in asked]
@@ -72,14 +71,19 @@ class Recommender:
         found = dict(zip(searched, search(roles, *calls(searched), self.searching), strict=True))
         awaited, drawn = calls(plain)
         said = dict(zip(plain, roles.recommend(awaited, self.sampling, drawn), strict=True))
-        ranked = self.rank(dialogues)
+        ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
         seconds = round((time.perf_counter() - start) / len(asked), 3)
         rows = []
         for i, x in enumerate(asked):
             named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}
-            row: dict[str, Any] = named if x.items else {}
+            row: Row = named if x.items else {}
             row["reply"] = reply = found[i].reply if i in found else said[i]
-            row |= {"items": titles_in(roles.catalogue, reply), **ranked[i], "seconds": seconds}
+            row["items"] = titles_in(roles.catalogue, reply)
+            if o.rank:
+                best = [(roles.catalogue.items[j].title, logprob) for j, logprob in ranked[i].texts]
+                row["ranked"] = [{"title": title, "logprob": logprob} for title, logprob in best]
+                row["proven"] = ranked[i].proven
+            row["seconds"] = seconds
             if o.ses:
                 row["search"] = found[i].record() if i in found else None
             rows.append(row)
@@ -103,19 +107,3 @@ class Recommender:
         )
         needs = {x: y for names, y, idle in reversed(cases) if idle for x in names & set(given)}
         return [f"--{x.replace('_', '-')} has no effect without {needs[x]}" for x in sorted(needs)]
-
-    def rank(self, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
-        """Return one dict per dialogue, empty without --rank.
-
-        `ranked` lists titles with the log-probability of their announcement. `proven` is the number
-        of leading titles that are certainly the best.
-        """
-        if self.ranking is None:
-            return [{} for _ in dialogues]
-        requests = [self.roles.recommender.request(recommender_prompt(d)) for d in dialogues]
-        titles = [item.title for item in self.roles.catalogue]
-        rows = []
-        for best in self.ranking.best(requests, self.options.rank, self.options.rank_tokens):
-            ranked = [{"title": titles[i], "logprob": logprob} for i, logprob in best.texts]
-            rows.append({"ranked": ranked, "proven": best.proven})
-        return rows

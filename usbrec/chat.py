@@ -5,11 +5,12 @@ Both packages import this module and never each other. Nothing here knows of ten
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from usbrec.options import Options, option
 
 ROLES = ("system", "user", "assistant")
+Row = dict[str, Any]  # of a file of rows, in JSON's own types
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Request:
     begin: str = ""
 
 
+Requests = Sequence[Request]
+
+
 @dataclass(frozen=True)
 class Reply:
     """A drawn reply: its text, its token ids without the end token, and whether it is `finished`.
@@ -92,15 +96,23 @@ class Reply:
 class LanguageModel(Protocol):
     """The two calls that crs makes to a language model or a server."""
 
-    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+    def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request."""
-        ...
 
-    def choice_logprobs(
-        self, requests: Sequence[Request], choices: Sequence[str]
-    ) -> list[list[float]]:
+    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
-        ...
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The best texts, best first: (place among the texts, log-probability), equals in their order.
+
+    The first `proven` are certainly the best, in this order. After them, a search that was cut
+    short may have missed better texts.
+    """
+
+    texts: list[tuple[int, float]]
+    proven: int
 
 
 @runtime_checkable
@@ -108,10 +120,9 @@ class Ranks(Protocol):
     """A third call, which a language model may have: the ranking of thousands of given replies."""
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int
-    ) -> list[list[tuple[int, float]]]:
-        """Return per request the k most probable texts as its reply's beginning, best first.
+        self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
+    ) -> list[Ranked]:
+        """Return per request the k most probable texts as its reply's beginning.
 
-        Each is (place among the texts, log-probability).
+        `tokens` limits a request's search, 0: until its result is exact; None: enough for k texts.
         """
-        ...

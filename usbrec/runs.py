@@ -32,6 +32,7 @@ from zlib import crc32
 from tqdm import tqdm
 
 from usbrec import parallel
+from usbrec.chat import Row
 from usbrec.options import UserError
 
 try:
@@ -40,7 +41,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _Item = TypeVar("_Item")
-Row = dict[str, Any]
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
 MADE: dict[str, tuple[str, ...]] = {  # stage -> its files, first the one that it ends with
@@ -123,18 +123,37 @@ def read_rows(path: Path) -> list[Row]:
     Raises UserError with the line's number for any other line that is not a JSON object.
     """
     *lines, _torn = path.read_bytes().split(b"\n")
-    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(rows[-1], dict):
+            told = f"expected a JSON object, got {rows[-1]!r:.60}"
+            raise UserError(f"{path}, line {number}: {told}")
+    return rows
 
 
-def _parse(text: bytes, place: str) -> Row:
-    """Return the JSON object in `text`; raises UserError naming `place` if there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises UserError naming the file."""
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected a JSON object, got {row!r:.60}")
-    return row
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's pairs as a dict; raises ValueError if a key comes twice."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"duplicate key {name!r}")
+        content[name] = value
+    return content
 
 
 # --- notes of facts ---------------------------------------------------------------------------
@@ -154,7 +173,7 @@ def claim(note: Path, facts: Mapping[str, Any], made: Sequence[Path], remedy: st
         return
     if not note.exists():
         raise UserError(f"{there[0]} was made, but {note}, which tells how, is missing; {remedy}")
-    old: Any = read_note(note)
+    old: Any = read_json(note)
     if old == new:
         return
     name = ""
@@ -163,14 +182,6 @@ def claim(note: Path, facts: Mapping[str, Any], made: Sequence[Path], remedy: st
         name, old, new = f"{name}-{key}", old.get(key), new.get(key)
     name = name.strip("-").replace("_", "-")
     raise UserError(f"{there[0]} was made with {name} {old!r}, got {new!r}; {remedy}")
-
-
-def read_note(note: Path) -> Row:
-    """Return the facts that `claim` wrote; raises UserError where the file holds no object."""
-    try:
-        return _parse(note.read_bytes(), str(note))
-    except OSError as error:
-        raise UserError(f"{note} cannot be read: {error.strerror}") from error
 
 
 # --- results files ----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
 from usbrec.crs.datasets import placed
-from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
@@ -26,7 +25,7 @@ STAGES = {  # stage -> the option groups and row limits that decide its result
     "simpo": ("simpo", "simpo_loss"),
     "report": ("eval", "agreement", "ses", "ses_cards"),
 }
-METHODS = tuple(name for name in METHOD_NAMES if name not in ("SES", "SFT+SES"))
+METHODS = tuple(name for name in evaluation.METHOD_NAMES if name not in ("SES", "SFT+SES"))
 DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation dialogues
     "lora": {"r": 32, "lora_alpha": 32.0},
     "simulator": {"learning_rate": 1e-3, "batch_size": 1, "warmup": 0.03, "save_every": 50}
@@ -37,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation 
 
 FULL: dict[str, dict[str, Any]] = {  # what --full has in place of the defaults
     "data": {"max_simulator": 300, "max_summaries": 2400, "max_cards": 0, "max_sft": 0}
-    | {"max_pairs": 400, "max_eval": 0, "max_agreement": 0, "methods": METHOD_NAMES},
+    | {"max_pairs": 400, "max_eval": 0, "max_agreement": 0, "methods": evaluation.METHOD_NAMES},
     "lesson": {"cards": 288},
     "eval": {"ranked_dialogues": 340},
     "sft": {"epochs": 4.0},
@@ -70,8 +69,8 @@ class DataOptions(Options):
         object.__setattr__(self, "data", placed(self.data))  # the same from any folder
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
-        if unknown := set(self.methods) - set(METHOD_NAMES):
-            expected = ", ".join(METHOD_NAMES)
+        if unknown := set(self.methods) - set(evaluation.METHOD_NAMES):
+            expected = ", ".join(evaluation.METHOD_NAMES)
             raise ValueError(f"methods must be of {expected}, got {', '.join(sorted(unknown))}")
 
     def rows(self, stage: str) -> int:

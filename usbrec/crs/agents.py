@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from usbrec.chat import LanguageModel, Message, Ranks, Request, Sampling
+from usbrec.chat import LanguageModel, Message, Ranked, Ranks, Request, Sampling
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
 from usbrec.crs.parsing import parse_score
@@ -94,10 +94,11 @@ class Roles:
                 texts[i] = reply.text.strip()
         return texts
 
-    def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
-        """Return the items of the catalogue that the recommender is likeliest to name, best first.
+    def rank(self, dialogues: Dialogues, count: int, tokens: int | None = None) -> list[Ranked]:
+        """Return the items' announcements that the recommender is likeliest to make, per dialogue.
 
-        Raises UserError for a language model that cannot rank texts, and for an empty catalogue.
+        `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
+        texts, and for an empty catalogue.
         """
         llm = self.recommender.llm
         if not isinstance(llm, Ranks):
@@ -106,8 +107,12 @@ class Roles:
         requests = [self.recommender.request(recommender_prompt(x)) for x in dialogues]
         if not texts:
             raise UserError("the catalogue has no titles to rank: sample the candidates instead")
-        ranked = llm.best_texts(requests, texts, count)
-        return [[self.catalogue.items[i] for i, _ in row] for row in ranked]
+        return llm.best_texts(requests, texts, count, tokens)
+
+    def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
+        """Return the items that the recommender is likeliest to name, best first, by `rank`."""
+        ranked = self.rank(dialogues, count)
+        return [[self.catalogue.items[i] for i, _ in row.texts] for row in ranked]
 
     def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:
         """Return the recommender's next line per dialogue."""

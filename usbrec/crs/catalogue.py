@@ -122,9 +122,6 @@ class Catalogue:
                 self._by_name.setdefault(key, Named(plain(name)[0], [])).items.append(item)
         self._beginnings = {x[: m.end()] for x in self._by_name for m in re.finditer(r"\S+", x)}
 
-    def __len__(self) -> int:
-        return len(self.items)
-
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
 

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from usbrec.chat import ROLES
+from usbrec.chat import ROLES, Row
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.options import UserError
@@ -209,7 +209,7 @@ def read_row(row: Any) -> Example:
     return Example(dialog_id, turn_id, history, response, items, **extra)
 
 
-def _take(row: dict[str, Any], key: str, kind: type) -> Any:
+def _take(row: Row, key: str, kind: type) -> Any:
     """Return a row's field of a `kind`: a string, a list of strings or an object."""
     if key not in row:
         raise UserError(f"the row has no {key!r}")
@@ -291,12 +291,9 @@ def _read_messages(value: Any) -> Dialogue:
 # --- preference pairs -------------------------------------------------------------------------
 
 
-def read_pairs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_pairs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
-    lines = read_text(path).rstrip().split("\n")  # U+2028 splits no line
-    for number, line in enumerate(lines if lines != [""] else [], start=1):
-        place = f"{path}, line {number}"
-        pair = _at(f"{place}: malformed", parse_json, line)
+    for place, pair in _read_jsonl(path):
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
             if not (isinstance(messages, list) and messages and all(map(is_message, messages))):

@@ -11,11 +11,10 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
-from usbrec.chat import Sampling
+from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
@@ -29,7 +28,7 @@ METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 # best first; a guess has several items if its title leaves the year open
 Guesses = Sequence[tuple[Item, ...]]
 # one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess
-Labels = list[dict[str, Any]]
+Labels = list[Row]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class EvalRow(JudgeScore):
     grade: int
     explanation: str
     transcript: list[list[str]]
-    searches: list[dict[str, Any]]
+    searches: list[Row]
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Talk:
     example: Example
     dialogue: Dialogue
     replies: list[str] = field(default_factory=list)
-    searches: list[dict[str, Any]] = field(default_factory=list)
+    searches: list[Row] = field(default_factory=list)
 
     def row(self, catalogue: Catalogue, explanation: str, score: JudgeScore) -> EvalRow:
         """Return the talk's row; `explanation` and `score` are those of the last reply."""
@@ -131,7 +130,7 @@ def evaluate_method(
     return [talk.row(roles.catalogue, *x) for talk, x in zip(talks, scored, strict=True)]
 
 
-def checked(catalogue: Catalogue, example: Example, record: dict[str, Any]) -> dict[str, Any]:
+def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:
     """Return a search's record, checked against the targets and the gold profile.
 
     Each candidate gets the first title of its reply (`title`, None without one), whether that is a

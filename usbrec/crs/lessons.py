@@ -28,12 +28,13 @@ import numpy as np
 from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
-from usbrec.crs.dialogue import Dialogue, Example, Utterance
+from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
 from usbrec.crs.rewrite import describe, genre_word, rewrite
 from usbrec.crs.wishes import Fact, attributes, fit
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
+Lessons = list[TrainingDialogue]
 
 # replies that recommend nothing, as an untrained model gives them
 FILMLESS = Path(__file__).with_name("filmless_replies.txt").read_text("utf-8").splitlines()
@@ -60,8 +61,8 @@ class LessonOptions(Options):
 
 
 def recommender_lessons(
-    examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
-) -> list[TrainingDialogue]:
+    examples: Examples, catalogue: Catalogue, options: LessonOptions
+) -> Lessons:
     """Return training dialogues whose gold turns have weight 1.
 
     `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
@@ -79,13 +80,13 @@ def recommender_lessons(
     return share_prompt(chats, options.dialogues_per_lesson)
 
 
-def share_prompt(chats: Sequence[agents.Messages], size: int) -> list[TrainingDialogue]:
+def share_prompt(chats: Sequence[agents.Messages], size: int) -> Lessons:
     """Return training dialogues of `size` chats each, branches after their equal system prompt."""
     parts = [chats[i : i + size] for i in range(0, len(chats), size)]
     return [TrainingDialogue(part[0][:1], tuple(chat[1:] for chat in part)) for part in parts]
 
 
-def same_dialogue(examples: Sequence[Example]) -> list[list[Example]]:
+def same_dialogue(examples: Examples) -> list[list[Example]]:
     """Return the examples in groups, shortest first: those that are prefixes of one dialogue."""
     groups: list[list[Example]] = []
     for row in sorted(examples, key=lambda x: (x.dialog_id, len(x.history))):
@@ -193,12 +194,8 @@ def telling_words(text: str) -> set[str]:
 
 
 def simulator_lessons(
-    examples: Sequence[Example],
-    catalogue: Catalogue,
-    popularity: Mapping[str, int],
-    seed: int,
-    options: LessonOptions,
-) -> tuple[list[TrainingDialogue], list[TrainingDialogue]]:
+    examples: Examples, draws: Suggestions, seed: int, options: LessonOptions
+) -> tuple[Lessons, Lessons]:
     """Return two lists of the simulator's training dialogues: what it learns first, and then.
 
     The external judge of five examples in six comes first: finding the target's title in a reply is
@@ -206,7 +203,6 @@ def simulator_lessons(
     profile, which fails from the start. The internal seeker of every example follows, with the
     external seeker of the sixth in between. Replies without a film are rarer still.
     """
-    draws = Suggestions(catalogue, popularity)
     first, then = [], []
     for number, example in enumerate(examples):
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
@@ -215,7 +211,7 @@ def simulator_lessons(
             continue
         *named, filmless = made
         at_times = [filmless] if number % 4 == 0 else []
-        profile = profile_of(example, catalogue)
+        profile = profile_of(example, draws.catalogue)
         kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
         then.append(seeker_lesson(example, judged, profile, options))
@@ -254,15 +250,13 @@ def seeker_lesson(
     return TrainingDialogue(tuple(prefix), tuple(branches))
 
 
-def woven(*lists: Sequence[TrainingDialogue]) -> list[TrainingDialogue]:
+def woven(*lists: Sequence[TrainingDialogue]) -> Lessons:
     """Return the lists as one, each spread evenly over it and in its own order."""
     placed = [((i + 0.5) / len(x), n, i) for n, x in enumerate(lists) for i in range(len(x))]
     return [lists[n][i] for _, n, i in sorted(placed)]
 
 
-def summary_lessons(
-    examples: Sequence[Example], catalogue: Catalogue, options: LessonOptions
-) -> list[TrainingDialogue]:
+def summary_lessons(examples: Examples, catalogue: Catalogue, options: LessonOptions) -> Lessons:
     """Return training dialogues of summaries, `dialogues_per_lesson` chats in each."""
     profiles = [Message("assistant", profile_of(x, catalogue), 1.0) for x in examples]
     prompts = [agents.summary_prompt(x.history) for x in examples]
@@ -271,8 +265,8 @@ def summary_lessons(
 
 
 def card_lessons(
-    examples: Sequence[Example], catalogue: Catalogue, seed: int, options: LessonOptions
-) -> list[TrainingDialogue]:
+    examples: Examples, catalogue: Catalogue, seed: int, options: LessonOptions
+) -> Lessons:
     """Return training dialogues of the judge with cards: a reply, its card, and profiles to score.
 
     The first have profiles of a single wish, where the score tells whether the card holds it: a
@@ -351,6 +345,6 @@ def claim_of(response: str, golds: Sequence[Item], film: Item) -> tuple[str, boo
     return stolen, stolen != rewrite_all(response, golds, film)
 
 
-def popularity_of(examples: Sequence[Example]) -> dict[str, int]:
+def popularity_of(examples: Examples) -> dict[str, int]:
     """Return {gold title: its count among the training labels}, in order of title."""
     return dict(sorted(Counter(title for x in examples for title in x.items).items()))

@@ -18,9 +18,9 @@ Only the first response enters a pair; the roll-out with the external seeker sco
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from usbrec.chat import Sampling
+from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes, recommender_prompt
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn
@@ -61,16 +61,14 @@ class Rollout:
         assert self.score.label is not None and self.score.score is not None, "an unread score"
         return self.score.label, self.score.score
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Row:
         """Return the roll-out in JSON's own types, with the lines after the example's history."""
         lines = [[x.speaker, x.text] for x in self.dialogue[len(self.example.history) :]]
         told = {"explanation": self.explanation, "lines": lines}
         return {"reply": self.reply, **asdict(self.score), **told}
 
 
-def build_pairs(
-    roles: Roles, examples: Examples, seed: int, options: PairOptions
-) -> list[dict[str, Any]]:
+def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOptions) -> list[Row]:
     """Return one row of samples.jsonl per example: its pair or None, the reason, all roll-outs.
 
     A row depends on its example and the run's seed alone. `samples` are in order of draw.
@@ -114,9 +112,7 @@ def roll_out(roles: Roles, rollouts: Sequence[Rollout], options: PairOptions) ->
         x.dialogue, x.explanation, x.score = dialogue, explanation, score
 
 
-def choose_pair(
-    example: Example, samples: Sequence[Rollout], worst: str
-) -> tuple[dict[str, Any] | None, str]:
+def choose_pair(example: Example, samples: Sequence[Rollout], worst: str) -> tuple[Row | None, str]:
     """Return the row of pairs.jsonl and the origins of its sides, or None and the reason.
 
     The row is trl's conversational preference format, with scores (None: gold) and origins.
@@ -156,14 +152,12 @@ def _side(samples: Sequence[Rollout], own: Rollout) -> tuple[str, float | None, 
     return own.reply, float(own.rank[0]), f"samples[{samples.index(own)}]"
 
 
-def count_reasons(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+def count_reasons(records: Sequence[Row]) -> dict[str, int]:
     """Return {reason: number of outcomes}: the kinds of pairs, and the causes of drops."""
     return dict(sorted(Counter(record["reason"] for record in records).items()))
 
 
-def count_wins(
-    catalogue: Catalogue, examples: Examples, records: Sequence[dict[str, Any]]
-) -> dict[str, int]:
+def count_wins(catalogue: Catalogue, examples: Examples, records: Sequence[Row]) -> dict[str, int]:
     """Return the number of pairs whose chosen side is better, equal or worse by rule alone.
 
     A side's grade is that of its first title against the gold titles (`Catalogue.grade`). The judge

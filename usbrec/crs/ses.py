@@ -158,9 +158,10 @@ class SearchResult:
         return {"profile": self.profile, "best": self.best, "candidates": candidates}
 
 
-def search(
-    roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions
-) -> list[SearchResult]:
+Searches = list[SearchResult]
+
+
+def search(roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions) -> Searches:
     """Return one search per dialogue.
 
     A search depends on its dialogue and seed alone.
@@ -183,7 +184,7 @@ def search(
 
 def open_searches(
     roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions
-) -> list[SearchResult]:
+) -> Searches:
     """Return one search per dialogue: its profile and its candidates.
 
     Summaries and sampled candidates share one `complete`.
@@ -220,9 +221,7 @@ def first_responses(
     return roles.recommender.requests(prompts, sampling, keys)
 
 
-def write_out(
-    roles: Roles, results: Sequence[SearchResult], seeds: Seeds, options: SearchOptions
-) -> None:
+def write_out(roles: Roles, results: Searches, seeds: Seeds, options: SearchOptions) -> None:
     """Replace the chosen announcements by whole replies that begin with them."""
     asked = []
     for result, seed in zip(results, seeds, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from usbrec.chat import Sampling
+from usbrec.chat import Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import EXPLAIN, JudgeScore, Messages, Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
@@ -24,6 +24,7 @@ from usbrec.extras.intervals import auc_interval
 from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
+SCORE_FIELDS = ("score", "digit_probability", "parse_rate")  # of a JudgeScore, kept in a row
 
 
 @dataclass
@@ -50,24 +51,18 @@ class Contrast:
         external = map(agents.external_judge_prompt, both, self.explanations, titles)
         return [*external, *(agents.internal_judge_prompt(x, self.profile) for x in both)]
 
-    def record(self, scores: Sequence[JudgeScore]) -> dict[str, Any]:
+    def record(self, scores: Sequence[JudgeScore]) -> Row:
         """Return texts and scores, ordered as `judge_prompts`, in JSON's own types."""
-        return {
-            "skipped": None,
-            "gold": self.replies[0],
-            "other": self.replies[1],
-            "titles": list(self.titles),
-            "profile": self.profile,
-            "external": [x.score for x in scores[:2]],
-            "internal": [x.score for x in scores[2:]],
-            "digit_probability": [x.digit_probability for x in scores],
-            "parse_rate": [x.parse_rate for x in scores],
-        }
+        texts = {"gold": self.replies[0], "other": self.replies[1], "titles": list(self.titles)}
+        found = {name: [getattr(x, name) for x in scores] for name in SCORE_FIELDS}
+        marks = found.pop("score")
+        judged = {"external": marks[:2], "internal": marks[2:]}
+        return {"skipped": None, **texts, "profile": self.profile, **judged, **found}
 
 
 def judge_agreement(
     roles: Roles, examples: Examples, popularity: Popularity, seed: int, options: EvaluationOptions
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return one row per example: {"external": [gold, other], "internal": [gold, other], ...}.
 
     A score that could not be read is None. A skipped row has only its ids and the reason,

@@ -212,6 +212,5 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     Pairs (0, 1), (2, 3).. become (0, d/2), (1, d/2 + 1).. `weight` is (heads * d, in) or a bias
     (heads * d,).
     """
-    rows = weight.shape[0]
-    paired = weight.view(heads, rows // heads // 2, 2, *weight.shape[1:])
+    paired = weight.view(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
     return paired.transpose(1, 2).reshape(weight.shape)

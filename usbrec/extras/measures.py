@@ -7,30 +7,21 @@ films, which `judge_ranked` tries on the recommender's best films; it alone asks
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist, fmean
 from typing import Any
 
-from usbrec.chat import Ranks, Sampling
+from usbrec.chat import Ranks, Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Messages, Roles, Votes
-from usbrec.crs.catalogue import Item
-from usbrec.crs.dialogue import Dialogue, Examples, add_turn
+from usbrec.crs.dialogue import Examples, add_turn
 from usbrec.crs.evaluation import EvalRow, EvaluationOptions, is_target
 from usbrec.crs.wishes import card, fit, read_profile
 from usbrec.extras.agreement import SUMMARY_TOKENS
 from usbrec.extras.intervals import auc, mean_interval, paired_difference
 
-# film, dialogue, summary -> the question for a score of the dialogue's last reply, of that film
-Question = Callable[[Item, Dialogue, str], Messages]
-Judges = Mapping[str, Question]
-JUDGES: Judges = {
-    "internal judge": lambda _, dialogue, told: agents.internal_judge_prompt(dialogue, told),
-    "judge with cards": lambda item, dialogue, told: agents.card_prompt(
-        dialogue[-1].text, card(item), told
-    ),
-}
+JUDGES = ("internal judge", "judge with cards")
 Scores = dict[str, float | None]  # scorer -> 0 to 2, None where it has no opinion
 RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
@@ -121,9 +112,7 @@ def hit_rate(area: float, hits: int, misses: int) -> float:
 # --- the judge within a dialogue --------------------------------------------------------------
 
 
-def judge_ranked(
-    roles: Roles, examples: Examples, options: EvaluationOptions, judges: Judges = JUDGES
-) -> list[dict[str, Any]]:
+def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -> list[Row]:
     """Return per example its summary and the films that the recommender ranks highest.
 
     {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
@@ -140,8 +129,8 @@ def judge_ranked(
     prompts = [agents.summary_prompt(x.history) for x in examples]
     short = Sampling(SUMMARY_TOKENS, temperature=0.0)
     summaries = roles.complete(roles.simulator.requests(prompts, short, [0] * len(prompts)))
-    rows: list[dict[str, Any]] = []
-    cases: list[tuple[Item, Dialogue, str, Scores]] = []
+    rows: list[Row] = []
+    cases: list[tuple[Scores, Messages, Messages]] = []
     for x, profile, best in zip(examples, summaries, ranked, strict=True):
         told, films = {RULE: x.profile, "rule on the summary": profile}, []
         wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
@@ -150,13 +139,14 @@ def judge_ranked(
             scores: Scores = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
             films.append({"title": item.title, "found": hit, "scores": scores})
             tried = add_turn(x.history, "recommender", agents.announce(item.title))
-            cases.append((item, tried, profile, scores))
+            by_card = agents.card_prompt(tried[-1].text, card(item), profile)
+            cases.append((scores, agents.internal_judge_prompt(tried, profile), by_card))
         ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
         rows.append({**ids, "profile": profile, "films": films})
-    for name, question in judges.items():
-        prompts = [question(*case[:3]) for case in cases]
+    for number, name in enumerate(JUDGES):
+        prompts = [asked[number] for _, *asked in cases]
         marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
-        for (*_, scores), mark in zip(cases, marks, strict=True):
+        for (scores, *_), mark in zip(cases, marks, strict=True):
             scores[name] = mark.score
     return rows
 

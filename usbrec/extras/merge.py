@@ -18,10 +18,10 @@ from usbrec.extras.default_model import RECEIPT, find_model
 from usbrec.extras.shards import SHARD_BYTES, write_shards
 from usbrec.llm.adapter_files import CONFIG_FILE, read_adapter
 from usbrec.llm.checkpoint import INDEX_FILE, SafetensorsWeights, empty_decoder, parameter_names
-from usbrec.llm.model_config import MERGED_BASE, file_in, load_config, read_json
+from usbrec.llm.model_config import MERGED_BASE, file_in, load_config
 from usbrec.options import Parser, UserError
 from usbrec.parallel import run_together
-from usbrec.runs import write_json
+from usbrec.runs import read_json, write_json
 
 MERGED = "merged_adapter"  # the key in config.json that marks a merged model
 # A model's other files, which a merge does not change (ChatGLM3's own code among them).

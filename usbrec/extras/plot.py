@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from usbrec.llm.model_config import read_json
 from usbrec.options import Parser, UserError
 from usbrec.parallel import run_together
+from usbrec.runs import read_json
 
 
 def save_plot(report: Mapping[str, Any], path: Path) -> None:

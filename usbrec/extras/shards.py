@@ -29,8 +29,7 @@ def write_shards(
     for number, names in enumerate(shards, start=1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        content = save({name: make(name) for name in names}, {"format": "pt"})
-        write_whole(folder / file, content)
+        write_whole(folder / file, save({name: make(name) for name in names}, {"format": "pt"}))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = {"total_size": sum(sizes.values())}

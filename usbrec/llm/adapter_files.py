@@ -19,9 +19,9 @@ from torch import Tensor
 from usbrec.llm.checkpoint import SafetensorsWeights, compare_shapes, stored_name, weights_file
 from usbrec.llm.lora import LoraConfig, LoraLinear, lora_layers, remove_adapter
 from usbrec.llm.model import Decoder
-from usbrec.llm.model_config import OFF, CheckedSettings, file_in, read_json
+from usbrec.llm.model_config import OFF, CheckedSettings, file_in
 from usbrec.options import UserError
-from usbrec.runs import write_json, write_whole
+from usbrec.runs import read_json, write_json, write_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.{}.{}.weight"  # of a layer's "lora_A" or "lora_B"

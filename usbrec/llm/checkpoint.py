@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usbrec.llm.model import Decoder
-from usbrec.llm.model_config import ModelConfig, file_in, load_config, read_json, without_duplicates
+from usbrec.llm.model_config import ModelConfig, file_in, load_config
 from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
+from usbrec.runs import read_json, without_duplicates
 
 INDEX_FILE = "model.safetensors.index.json"
 Device = torch.device | str
@@ -165,8 +166,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 continue
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is of type {entry['dtype']}, expected F32, F16 or BF16")
-            dtype = DTYPES[entry["dtype"]]
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+            tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
         return tensors
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, truncated or no safetensors file: {error}") from error

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usbrec.chat import Reply, Request
+from usbrec.chat import Ranked, Reply, Request, Requests
 from usbrec.llm.cache import PrefixCache, SlotPath
 from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
 from usbrec.llm.model import Decoder
@@ -78,10 +78,8 @@ class Batch:
     ignored.
     """
 
-    def __init__(
-        self, rows: Sequence[BatchRow], prompts: Sequence[SlotPath], cache: PrefixCache
-    ) -> None:
-        self.rows, self.cache = list(rows), cache
+    def __init__(self, rows: list[BatchRow], prompts: list[SlotPath], cache: PrefixCache) -> None:
+        self.rows, self.cache = rows, cache
         self.attention = DecodeAttention(cache, prompts)
         self.lay_out()
 
@@ -156,7 +154,7 @@ class Engine:
         self.cache.clear()
         self.model.ops.clear()
 
-    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+    def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request, which depends on its own request alone.
 
         In bf16 and fp16 the rounding of a row depends on the batch: where two tokens are almost
@@ -179,7 +177,7 @@ class Engine:
         return [Reply(x.text.text, tuple(x.text.ids), x.text.ended) for x in rows]
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[BatchRow]) -> None:
+    def decode(self, rows: list[BatchRow]) -> None:
         """Draw the replies of rows that fit the cache together."""
         prompts = [(row.request.adapter, row.prompt) for row in rows]
         paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
@@ -195,9 +193,7 @@ class Engine:
         batch.append(self.agreed(batch.sampler.draw(self.model.logits(hidden))))
 
     @torch.inference_mode()
-    def choice_logprobs(
-        self, requests: Sequence[Request], choices: Sequence[str]
-    ) -> list[list[float]]:
+    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
         """Return per request the unnormalised log-probability of each choice as its reply.
 
         A choice is scored as the token sequences that can render it, with and without a leading
@@ -221,18 +217,18 @@ class Engine:
         return self.agreed(finite(torch.stack(scores))).tolist() if scores else []
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int
-    ) -> list[list[tuple[int, float]]]:
-        """Return per request the k most probable texts as its reply's beginning, best first.
+        self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
+    ) -> list[Ranked]:
+        """Return per request the k most probable texts as its reply's beginning.
 
-        Each is (place among the texts, log-probability). TOKENS_PER_TEXT tokens per text, at least
-        LEAST_TOKENS, are spent on a request, so later places may miss better texts.
+        `tokens` are spent on a request, 0: until its result is exact. Without them TOKENS_PER_TEXT
+        per text are, at least LEAST_TOKENS, so later places may miss better texts.
         """
         self.usage.calls += 1
         if self.ranking is None or self.ranking.texts != list(texts):
             self.ranking = Ranking(self, texts)
-        tokens = max(TOKENS_PER_TEXT * k, LEAST_TOKENS)
-        return [ranked.texts for ranked in self.ranking.best(requests, k, tokens)]
+        usual = max(TOKENS_PER_TEXT * k, LEAST_TOKENS)
+        return self.ranking.best(requests, k, usual if tokens is None else tokens)
 
     def variants(self, choice: str) -> list[Ids]:
         """Return the distinct token sequences that render a choice at the start of a reply."""

@@ -5,13 +5,13 @@ Qwen2 and Qwen2.5 (`qwen2`), ChatGLM3 (`chatglm`), told apart by `model_type` al
 within a model's folder alone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from usbrec.options import UserError
+from usbrec.runs import read_json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
 MERGED_BASE = "merged_adapter_base"  # the key in config.json of ModelConfig.merged_base
@@ -86,27 +86,6 @@ def file_in(folder: Path, name: str) -> Path:
     if real.parent != home and not in_hub_cache:
         raise UserError(f"{path} is a link that leads out of the folder, to {real}")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises UserError naming the file."""
-    try:
-        content = json.loads(path.read_text("utf-8"), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object's pairs as a dict; raises ValueError if a key comes twice."""
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"duplicate key {name!r}")
-        content[name] = value
-    return content
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -24,13 +24,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.chat import Request
+from usbrec.chat import Ranked, Requests
 from usbrec.llm.cache import PrefixCache, SlotPath, shared_length
 from usbrec.llm.decoding import adapter_spans
 from usbrec.llm.model import Ops
@@ -89,18 +90,6 @@ class Open:
     above: Slots = field(compare=False)  # the tokens between prompt and run
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """The best texts, best first: (place among the texts, log-probability), equals in their order.
-
-    The first `proven` are certainly the best, in this order. After them, a search that was cut
-    short may have missed better texts.
-    """
-
-    texts: list[tuple[int, float]]
-    proven: int
-
-
 class TrieAttention:
     """The attention of a search: a token sees the prompt and its own path through the trie.
 
@@ -130,18 +119,6 @@ class TrieAttention:
         return self.ops.attend(q, keys, values, self.mask)
 
 
-class JointAttention:
-    """The attentions of several searches in one pass, each over its own stretch of the tokens."""
-
-    def __init__(self, attentions: Sequence[TrieAttention], counts: list[int]) -> None:
-        self.attentions, self.counts = attentions, counts
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
-        own = zip(self.attentions, *(x.split(self.counts) for x in (q, k, v)), strict=True)
-        return torch.cat([attention(layer, *x) for attention, *x in own])
-
-
 class Ranking:
     """The trie of a set of texts, which `best` ranks per request."""
 
@@ -154,7 +131,7 @@ class Ranking:
         self.trie = TokenRun([-1, *trie.ids], trie.texts, trie.children)
 
     @torch.inference_mode()
-    def best(self, requests: Sequence[Request], k: int, tokens: int = TOKENS) -> list[Ranked]:
+    def best(self, requests: Requests, k: int, tokens: int = TOKENS) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
         A search ends after `tokens` tokens, once it has a text, or as soon as its result is exact
@@ -177,6 +154,14 @@ class Ranking:
         return ranked
 
 
+def attend_jointly(
+    attentions: Sequence[TrieAttention], counts: list[int], layer: int, *qkv: Tensor
+) -> Tensor:
+    """Return the attention of several searches in one pass, each over its own `counts` tokens."""
+    own = zip(attentions, *(x.split(counts) for x in qkv), strict=True)
+    return torch.cat([attention(layer, *x) for attention, *x in own])
+
+
 def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
     """Run the searches to their ends; each pass computes the next tokens of all of them."""
     model, usage = engine.model, engine.usage
@@ -184,7 +169,7 @@ def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
         laid_out = [search.lay_out(chosen) for search, chosen in going]
         ids, places = ([x for own in laid_out for x in own[i]] for i in (0, 1))
         counts = [len(own[0]) for own in laid_out]
-        attention = JointAttention([search.attention for search, _ in going], counts)
+        attention = partial(attend_jointly, [search.attention for search, _ in going], counts)
         rows = (torch.tensor(x, device=model.device) for x in (ids, places))
         spans = adapter_spans([search.adapter for search, _ in going], counts)
         states = model(*rows, attention, spans).split(counts)

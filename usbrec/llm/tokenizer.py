@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.chat import Message, Sampling
-from usbrec.llm.model_config import file_in, read_json
+from usbrec.llm.model_config import file_in
 from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
 from usbrec.options import UserError
+from usbrec.runs import read_json
 
 Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
 LLAMA31_DATE = "26 Jul 2024"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from usbrec.llm.model_config import read_json
 from usbrec.options import UserError
+from usbrec.runs import read_json
 
 SPACE = "\u2581"  # a space in sentencepiece's pieces
 CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(
