@@ -291,10 +291,6 @@ def test_an_unread_score_is_left_out() -> None:
     assert within_dialogues(rows, 0)["internal judge"]["all"]["mean"] is None
 
 
-def test_a_language_model_that_cannot_rank_has_no_films_and_is_not_asked() -> None:
-    llm = Scripted(lambda request: "x")
-    roles = Roles(Side(llm), Side(llm), FILMS)
-    rows = judge_ranked(roles, [EXAMPLE], EvaluationOptions())
-    assert rows[0]["films"] == [] and llm.generated == [] == llm.scored
-    assert within_dialogues(rows, 0) == {} == within_dialogues([], 0)
+def test_without_dialogues_there_are_no_films_and_nobody_is_asked() -> None:
+    assert within_dialogues([{"dialog_id": "d", "films": []}], 0) == {} == within_dialogues([], 0)
     assert judged()[1] == [] and judged()[0].ranked == []

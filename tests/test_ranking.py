@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_engine import CHATS, LetterTokenizer, engine, plain_logits
 
-from usbrec.chat import Ranks, Request
+from usbrec.chat import Request
 from usbrec.llm import ranking
 from usbrec.llm.engine import Engine
 from usbrec.llm.ranking import Ranking
@@ -65,7 +65,6 @@ def test_a_search_cut_short_has_exact_scores_and_proves_what_it_claims(
 
 def test_the_engine_ranks_and_keeps_the_trie_of_the_last_texts() -> None:
     e, few = engine(), LED[:4]
-    assert isinstance(e, Ranks)
     for texts in (LED, few, few, LED):
         kept = e.ranking
         found, expected = e.best_texts(CHATS, texts, 3), Ranking(engine(), texts).best(CHATS, 3)

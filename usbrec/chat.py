@@ -5,7 +5,7 @@ Both packages import this module and never each other. Nothing here knows of ten
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from usbrec.options import Options, option
 
@@ -93,16 +93,6 @@ class Reply:
     finished: bool
 
 
-class LanguageModel(Protocol):
-    """The two calls that crs makes to a language model or a server."""
-
-    def generate(self, requests: Requests) -> list[Reply]:
-        """Return one reply per request."""
-
-    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
-        """Return the unnormalised log-probability of each choice as the reply, per request."""
-
-
 @dataclass(frozen=True)
 class Ranked:
     """The best texts, best first: (place among the texts, log-probability), equals in their order.
@@ -115,14 +105,19 @@ class Ranked:
     proven: int
 
 
-@runtime_checkable
-class Ranks(Protocol):
-    """A third call, which a language model may have: the ranking of thousands of given replies."""
+class LanguageModel(Protocol):
+    """The three calls that crs makes to a language model or a server."""
+
+    def generate(self, requests: Requests) -> list[Reply]:
+        """Return one reply per request."""
+
+    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
+        """Return the unnormalised log-probability of each choice as the reply, per request."""
 
     def best_texts(
         self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
     ) -> list[Ranked]:
-        """Return per request the k most probable texts as its reply's beginning.
+        """Return per request the k most probable of thousands of texts as its reply's beginning.
 
         `tokens` limits a request's search, 0: until its result is exact; None: enough for k texts.
         """

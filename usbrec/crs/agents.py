@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from usbrec.chat import LanguageModel, Message, Ranked, Ranks, Request, Sampling
+from usbrec.chat import LanguageModel, Message, Ranked, Request, Sampling
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
 from usbrec.crs.parsing import parse_score
@@ -97,17 +97,13 @@ class Roles:
     def rank(self, dialogues: Dialogues, count: int, tokens: int | None = None) -> list[Ranked]:
         """Return the items' announcements that the recommender is likeliest to make, per dialogue.
 
-        `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
-        texts, and for an empty catalogue.
+        `tokens` is that of `best_texts`. Raises UserError for an empty catalogue.
         """
-        llm = self.recommender.llm
-        if not isinstance(llm, Ranks):
-            raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [self.recommender.request(recommender_prompt(x)) for x in dialogues]
         if not texts:
             raise UserError("the catalogue has no titles to rank: sample the candidates instead")
-        return llm.best_texts(requests, texts, count, tokens)
+        return self.recommender.llm.best_texts(requests, texts, count, tokens)
 
     def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
         """Return the items that the recommender is likeliest to name, best first, by `rank`."""

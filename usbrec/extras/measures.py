@@ -12,7 +12,7 @@ from functools import cache
 from statistics import NormalDist, fmean
 from typing import Any
 
-from usbrec.chat import Ranks, Row, Sampling
+from usbrec.chat import Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Messages, Roles, Votes
 from usbrec.crs.dialogue import Examples, add_turn
@@ -119,12 +119,11 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
 
     After the dialogue each film is recommended in the same words (`announce`). Of the scorers, each
     judge knows the summary alone and is read in closed form; "rule" is the film's `fit` with the
-    true wishes (None without a gold profile), "rule on the summary" with those of the summary. A
-    language model that cannot rank gives no films.
+    true wishes (None without a gold profile), "rule on the summary" with those of the summary.
     """
     catalogue = roles.catalogue
-    if not examples or not isinstance(roles.recommender.llm, Ranks):
-        return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
+    if not examples:
+        return []
     ranked = roles.likeliest([x.history for x in examples], options.ranked_titles)
     prompts = [agents.summary_prompt(x.history) for x in examples]
     short = Sampling(SUMMARY_TOKENS, temperature=0.0)

@@ -128,7 +128,7 @@ class Batch:
 
 
 class Engine:
-    """`usbrec.chat.LanguageModel` and `Ranks` over a decoder in this process."""
+    """`usbrec.chat.LanguageModel` over a decoder in this process."""
 
     def __init__(
         self, model: Decoder, tokenizer: ChatTokenizer, kv_bytes: int = 1 << 28, max_length: int = 0
