@@ -44,13 +44,10 @@ from usbrec.settings import DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
 VALIDATED = 100  # held-out dialogues on which the judges are checked
-_SHOWN = (  # the flags in --help; --help-all lists every flag
-    "--dialogue", "--chat", "--validate-simulator", "--data", "--data-dir", "--split", "--limit",
-    "--out", "--json", "--verbose", "--run-dir", "--adapter", "--simulator", "--model", "--dtype",
-    "--device", "--max-length", "--kv-memory", "--ses", "--temperature", "--top-p",
-    "--max-new-tokens", "--seed", "--chunk-size", "--rank", "--ses-samples", "--ses-turns",
-    "--ses-mode",
-)  # fmt: skip
+# the flags in --help; --help-all lists every flag
+_SHOWN = """dialogue chat validate-simulator data data-dir split limit out json verbose run-dir
+    adapter simulator model dtype device max-length kv-memory ses temperature top-p max-new-tokens
+    seed chunk-size rank ses-samples ses-turns ses-mode"""
 
 
 @dataclass(frozen=True)
@@ -252,10 +249,7 @@ def talk(recommender: Recommender, as_json: bool) -> None:
             dialogue = add_turn(dialogue, "seeker", line)
             recommender.engines[0].listener = printer() if streamed else None
             [row] = recommender.answer([Example("", 0, dialogue, "", ())])
-            if streamed:
-                show_facts(row)
-            else:
-                show((), row, as_json)
+            show((), row, as_json, streamed)
             recommender.spent()
             dialogue = add_turn(dialogue, "recommender", row["reply"])
 
@@ -263,8 +257,11 @@ def talk(recommender: Recommender, as_json: bool) -> None:
 # --- the printed reply ------------------------------------------------------------------------
 
 
-def show(dialogue: Dialogue, row: Row, as_json: bool) -> None:
-    """Print a row as JSON, or the dialogue, the search as a tree, the reply and its titles."""
+def show(dialogue: Dialogue, row: Row, as_json: bool, printed: bool = False) -> None:
+    """Print a row as JSON, or the dialogue, the search as a tree, the reply and its titles.
+
+    A reply that is `printed` already is not printed again.
+    """
     if as_json:
         print(runs.dump(row), flush=True)
         return
@@ -272,8 +269,10 @@ def show(dialogue: Dialogue, row: Row, as_json: bool) -> None:
         print(report.format_search(dialogue, row["search"]).strip() + "\n")
     elif dialogue:
         print(format_dialogue(dialogue) + "\n")
-    printer()(row["reply"])
-    show_facts(row)
+    if not printed:
+        printer()(row["reply"])
+    print("" if row["reply"].split() else "(nothing)")
+    print(report.format_facts(row), flush=True)
 
 
 def printer() -> Callable[[str], None]:
@@ -289,12 +288,6 @@ def printer() -> Callable[[str], None]:
         shown = len(line)
 
     return hear
-
-
-def show_facts(row: Row) -> None:
-    """Print the facts below a reply."""
-    print("" if row["reply"].split() else "(nothing)")
-    print(report.format_facts(row), flush=True)
 
 
 # --- the judges -------------------------------------------------------------------------------
@@ -361,10 +354,9 @@ def refuse_unread(flags: Namespace) -> None:
     """Raise UserError for flags that would have no effect."""
     if flags.limit is not None and flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
-    if flags.chat or flags.dialogue is not None:
-        for name in ("split", "limit"):
-            if getattr(flags, name) is not None:
-                raise UserError(f"--{name} chooses rows of a dataset: not with --chat, --dialogue")
+    choosing = [name for name in ("split", "limit") if getattr(flags, name) is not None]
+    if choosing and (flags.chat or flags.dialogue is not None):
+        raise UserError(f"--{choosing[0]} chooses rows of a dataset: not with --chat, --dialogue")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and flags.out.is_dir():

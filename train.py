@@ -59,13 +59,10 @@ COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, optio
     "B/L": (None, ""), "SFT": ("sft", ""), "RL": ("rl", ""), "SES": (None, "ses"),
     "SFT+SES": ("sft", "ses"), "RL+SES": ("rl", "ses"), "RL+SES+cards": ("rl", "ses_cards"),
 }  # fmt: skip
-_SHOWN = (  # the flags in --help; --help-all lists every flag
-    "--stages", "--run-dir", "--fresh", "--verbose", "--shard", "--data", "--data-dir", "--seed",
-    "--simulator", "--max-simulator", "--max-sft", "--max-pairs", "--max-eval",
-    "--full", "--model", "--dtype", "--device", "--max-length", "--kv-memory", "--learning-rate",
-    "--epochs", "--batch-size", "--tokens-per-pass", "--checkpointing", "--lora-r",
-    "--pairs-samples", "--pairs-turns", "--ses-samples", "--ses-turns",
-)  # fmt: skip
+# the flags in --help; --help-all lists every flag
+_SHOWN = """stages run-dir fresh verbose shard data data-dir seed simulator max-simulator max-sft
+    max-pairs max-eval full model dtype device max-length kv-memory learning-rate epochs batch-size
+    tokens-per-pass checkpointing lora-r pairs-samples pairs-turns ses-samples ses-turns"""
 
 
 # --- the stages -------------------------------------------------------------------------------

@@ -282,8 +282,7 @@ class SampleMaker:
     """A maker of dialogues that notes which (target, wishes) each split has used."""
 
     def __init__(self, catalogue: Catalogue, seed: int = SEED) -> None:
-        self.catalogue = catalogue
-        self.seed = seed
+        self.catalogue, self.seed = catalogue, seed
         self.used: dict[tuple[str, frozenset[Wish]], str] = {}
         self.heard: dict[tuple[str, ...], str] = {}  # a row's context -> its split
         famous = [item for title in phrases()["famous films"] if (item := catalogue.get(title))]
@@ -359,8 +358,8 @@ class SampleMaker:
 def make_sample(folder: Path = FOLDER, seed: int = SEED) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each split, made from the facts in the folder's items.json."""
     maker = SampleMaker(Catalogue.load(folder / "items.json"), seed)
-    splits = reversed(DIALOGUES)  # test first: its targets and wishes are drawn freely
-    made = {split: maker.make_split(split, DIALOGUES[split]) for split in splits}
+    # test first: its targets and wishes are drawn freely
+    made = {split: maker.make_split(split, DIALOGUES[split]) for split in reversed(DIALOGUES)}
     made["train"] += maker.make_short("train", DIALOGUES["train"], SHORT)
     return {split: made[split] for split in DIALOGUES}
 

@@ -22,7 +22,7 @@ class Speed(Options):
 
 
 def parser() -> Parser:
-    made = Parser(shown=["--rate", "--loud"], prog="thing", description="A thing.")
+    made = Parser(shown="rate loud", prog="thing", description="A thing.")
     add_flags(made, Speed)
     add_flags(made, Speed, "hare", hidden=True)
     return made

@@ -664,8 +664,8 @@ def test_help_is_short_and_help_all_tells_of_every_flag(
     assert len(short) <= 80 and max(map(len, short)) <= 80
     parser = script.build_parser()
     known = {flag for action in parser._actions for flag in action.option_strings}
-    assert set(script._SHOWN) <= known
-    assert all(f"  {flag}" in "\n".join(short) for flag in script._SHOWN)
+    assert {f"--{name}" for name in script._SHOWN.split()} <= known
+    assert all(f"  --{flag}" in "\n".join(short) for flag in script._SHOWN.split())
     listed = {flag for x in parser._actions if x.help != SUPPRESS for flag in x.option_strings}
     assert all(flag in whole for flag in listed)
     assert "--sft-epochs" in known - listed or script is infer

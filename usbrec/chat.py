@@ -93,16 +93,6 @@ class Reply:
     finished: bool
 
 
-class LanguageModel(Protocol):
-    """The two calls that crs makes to a language model or a server."""
-
-    def generate(self, requests: Requests) -> list[Reply]:
-        """Return one reply per request."""
-
-    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
-        """Return the unnormalised log-probability of each choice as the reply, per request."""
-
-
 @dataclass(frozen=True)
 class Ranked:
     """The best texts, best first: (place among the texts, log-probability), equals in their order.
@@ -113,6 +103,16 @@ class Ranked:
 
     texts: list[tuple[int, float]]
     proven: int
+
+
+class LanguageModel(Protocol):
+    """The two calls that crs makes to a language model or a server."""
+
+    def generate(self, requests: Requests) -> list[Reply]:
+        """Return one reply per request."""
+
+    def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
+        """Return the unnormalised log-probability of each choice as the reply, per request."""
 
 
 @runtime_checkable

@@ -79,13 +79,13 @@ class _HelpAll(argparse._HelpAction):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError for a wrong flag and hides rare flags.
 
-    `shown` names the flags in --help; --help-all lists every flag. Without `shown`, --help lists
-    all.
+    `shown` names the flags in --help, without their dashes; --help-all lists every flag. Without
+    `shown`, --help lists all.
     """
 
-    def __init__(self, shown: Collection[str] = (), **settings: Any) -> None:
+    def __init__(self, shown: str = "", **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self.shown = {*shown, "--help", "--help-all"} if shown else set()
+        self.shown = {f"--{name}" for name in f"help help-all {shown}".split()} if shown else set()
         if shown:
             self.add_argument("--help-all", action=_HelpAll, help="show every flag")
 

@@ -53,8 +53,7 @@ def run_together(program: str, job: Callable[[], None]) -> int:
         print(end="", flush=True)  # an output that is full fails here, not at the exit
         meet()
     except (OSError, UserError) as error:
-        closed = isinstance(error, BrokenPipeError)
-        code = _end(store, f"{program}: {error}", 141 if closed else 2)
+        code = _end(store, f"{program}: {error}", 141 if isinstance(error, BrokenPipeError) else 2)
     except KeyboardInterrupt:
         code = _end(store, f"\n{program}: stopped; the same command goes on from here", 130)
     except RuntimeError:

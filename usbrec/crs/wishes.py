@@ -19,9 +19,8 @@ SECTIONS = {"Likes": "like", "Dislikes": "dislike", "Seen": "seen"}
 ATTITUDES = tuple(SECTIONS.values())
 FACT_KINDS = ("genre", "mood", "decade", "director", "lead", "title")  # in the order of a profile
 NOTHING = "nothing said"
-_SECTION = re.compile(
-    r"\b(Likes|Dislikes|Seen): *(.*?)(?:\.(?= *(?:Likes|Dislikes|Seen):)|\.?\s*$)"
-)
+_HEADS = "|".join(SECTIONS)
+_SECTION = re.compile(rf"\b({_HEADS}): *(.*?)(?:\.(?= *(?:{_HEADS}):)|\.?\s*$)")
 
 
 class Fact(NamedTuple):

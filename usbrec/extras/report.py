@@ -262,11 +262,10 @@ def _judge_lines(report: Facts) -> list[str]:
     ]
     for name, found in report["methods"].items():
         rules = found["judge_and_rules"]
-        lines.append(
-            f"judge against rules, {name}: AUC {_number(rules['auc'])}, n {rules['n']}; digits' "
-            f"probability {_number(found['digit_probability'])}, "
-            f"empty replies {found['empty_replies']}"
-        )
+        area = f"AUC {_number(rules['auc'])}, n {rules['n']}"
+        digits = f"digits' probability {_number(found['digit_probability'])}"
+        empty = f"empty replies {found['empty_replies']}"
+        lines.append(f"judge against rules, {name}: {area}; {digits}, {empty}")
     return lines
 
 

@@ -51,17 +51,13 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     layers = {path: layer for path, layer in every.items() if name in layer.lora_A}
     assert layers, f"the model has no adapter {name!r} to save"
     config = next(iter(layers.values())).configs[name]
-    alpha = config.lora_alpha
     last_names = {path.rpartition(".")[2] for path in layers}
     named_so = {path for path in every if path.rpartition(".")[2] in last_names}
-    settings = {
-        **PEFT_SETTINGS,
-        "base_model_name_or_path": base_name,
-        "r": config.r,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "use_rslora": config.use_rslora,
-        "target_modules": sorted(last_names if named_so == layers.keys() else layers),
-    }
+    alpha = config.lora_alpha
+    scale = {"r": config.r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+    settings = {**PEFT_SETTINGS, "base_model_name_or_path": base_name, **scale}
+    settings["use_rslora"] = config.use_rslora
+    settings["target_modules"] = sorted(last_names if named_so == layers.keys() else layers)
     tensors = {
         KEY.format(path, half): getattr(layer, half)[name].detach().cpu().contiguous()
         for path, layer in layers.items()

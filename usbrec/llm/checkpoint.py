@@ -30,13 +30,11 @@ COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.inv_freq")
 CHATGLM_NAMES = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
     "model.norm": "transformer.encoder.final_layernorm",
-    "model.layers": "transformer.encoder.layers",
-    "lm_head": "transformer.output_layer",
+    "model.layers": "transformer.encoder.layers", "lm_head": "transformer.output_layer",
     "self_attn.qkv_proj": "self_attention.query_key_value",
     "self_attn.o_proj": "self_attention.dense",
-    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
-}
+    "mlp.gate_up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h",
+}  # fmt: skip
 
 
 def stored_name(config: ModelConfig, name: str) -> str:

@@ -167,8 +167,7 @@ class Engine:
         rows, sizes = [], []
         for request in requests:
             begun = self.tokenizer.encode(request.begin) if request.begin else []
-            room = request.sampling.max_new_tokens + len(begun)
-            prompt = self.prompt(request, room) + begun
+            prompt = self.prompt(request, request.sampling.max_new_tokens + len(begun)) + begun
             text = ReplyText(self.tokenizer, request.sampling, listener, begun)
             rows.append(BatchRow(request, prompt, text))
             sizes.append(len(prompt) + request.sampling.max_new_tokens)

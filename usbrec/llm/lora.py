@@ -45,11 +45,7 @@ class LoraConfig(Options):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer without gradients of its own."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self.requires_grad_(False)
+    """A linear layer without adapters; the decoder freezes its weight."""
 
     def forward(self, x: Tensor, spans: Sequence[AdapterSpan] = ()) -> Tensor:
         """Return W x: (T, in) -> (T, out)."""
@@ -61,6 +57,7 @@ class LoraLinear(FrozenLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
+        self.requires_grad_(False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.configs: dict[str, LoraConfig] = {}

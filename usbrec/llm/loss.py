@@ -124,8 +124,7 @@ class SimpoOptions(Options):
         """Gamma, by which the chosen response's reward shall exceed the rejected one's."""
         if self.gamma is not None:
             return self.gamma
-        ratio = USUAL_RATIO if self.gamma_beta_ratio is None else self.gamma_beta_ratio
-        return ratio * self.beta
+        return self.beta * (USUAL_RATIO if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
 class SimpoLosses(NamedTuple):

@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         self.sharded = False  # each process holds a part of every layer: they compute together
         self.inv_freq: Tensor | None = None  # on the device of the positions, from the first pass
         self.model = Transformer(config)
-        self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size)
+        self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, bias=False)
         self.head = (self.lm_head,)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -129,6 +129,7 @@ class ChatTokenizer:
         self, vocabulary: Vocabulary, chat_format: ChatFormat, end_ids: frozenset[int], date: str
     ) -> None:
         self.vocabulary, self.chat_format, self.date = vocabulary, chat_format, date
+        self.encode, self.decode = vocabulary.encode, vocabulary.decode  # of plain text
         for mark in chat_format.marks:
             if mark not in vocabulary.control:
                 told = f"the chat format {chat_format.name} needs the control token {mark}"
@@ -166,14 +167,6 @@ class ChatTokenizer:
             raise UserError(f"{folder}: token {token!r} has id {last}, but vocab_size is {rows}")
         return cls(vocabulary, style, end_ids, date)
 
-    def encode(self, text: str, continued: bool = False) -> list[int]:
-        """Return the ids of plain text, never control tokens; `continued` follows other text."""
-        return self.vocabulary.encode(text, continued)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
-        return self.vocabulary.decode(ids)
-
     def render(
         self, messages: Sequence[Message], first: bool = True, closed: bool = True
     ) -> tuple[list[int], list[float]]:
@@ -209,8 +202,8 @@ class ChatTokenizer:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a prompt, up to the beginning of the assistant's reply."""
         header, _ = self._frame("assistant")
-        behind_text = bool(self.chat_format.gap and messages)
-        return self.render(messages)[0] + self._ids(header, behind_text)
+        continued = bool(self.chat_format.gap and messages)
+        return self.render(messages)[0] + self._ids(header, continued)
 
     def reply(self, text: str) -> list[int]:
         """Return the ids of a reply and of its end-of-turn token, as they follow `prompt`."""
