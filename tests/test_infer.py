@@ -407,12 +407,11 @@ def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixt
     assert told(*short, "--top-p", "0.9") == {"top-p has no effect without --temperature above 0"}
     assert told(*short, "--ses-samples", "2") == {"ses-samples has no effect without --ses"}
     assert told(*short, "--rank-tokens", "9") == {"rank-tokens has no effect without --rank"}
-    assert told(*quick) == told(*quick, "--ses-votes", "1", "--ses-vote-temperature", "1") == set()
-    named = ["--temperature", "1", "--ses-draws", "2", "--ses-vote-temperature", "1"]
+    assert told(*quick) == told(*quick, "--ses-vote-temperature", "1") == set()
+    named = ["--temperature", "1", "--ses-draws", "2"]
     assert told(*quick, *named, "--no-ses-veto") == {
         "temperature has no effect without --ses-start-turn above 1",
         "ses-draws has no effect without --ses-candidates distinct",
-        "ses-vote-temperature has no effect without --ses-votes",
         "ses-veto has no effect without --ses-cards",
     }
     shallow = ["--ses-turns", "1", "--ses-mode", "tree"]

@@ -72,6 +72,7 @@ class Recommender:
         awaited, drawn = calls(plain)
         said = dict(zip(plain, roles.recommend(awaited, self.sampling, drawn), strict=True))
         ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
+        titles = [item.title for item in roles.catalogue]
         seconds = round((time.perf_counter() - start) / len(asked), 3)
         rows = []
         for i, x in enumerate(asked):
@@ -80,9 +81,8 @@ class Recommender:
             row["reply"] = reply = found[i].reply if i in found else said[i]
             row["items"] = titles_in(roles.catalogue, reply)
             if o.rank:
-                best = [(roles.catalogue.items[j].title, logprob) for j, logprob in ranked[i].texts]
-                row["ranked"] = [{"title": title, "logprob": logprob} for title, logprob in best]
-                row["proven"] = ranked[i].proven
+                best, row["proven"] = ranked[i].texts, ranked[i].proven
+                row["ranked"] = [{"title": titles[j], "logprob": x} for j, x in best]
             row["seconds"] = seconds
             if o.ses:
                 row["search"] = found[i].record() if i in found else None
@@ -102,7 +102,6 @@ class Recommender:
             ({"rank_tokens"}, "--rank", o.rank == 0),
             ({"ses_draws"}, "--ses-candidates distinct", searching.candidates != "distinct"),
             ({"ses_veto"}, "--ses-cards", not searching.cards),
-            ({"ses_vote_temperature"}, "--ses-votes", searching.votes == 0),
             ({"ses_mode", "ses_rollout_temperature"}, "--ses-turns above 1", searching.turns == 1),
         )
         needs = {x: y for names, y, idle in reversed(cases) if idle for x in names & set(given)}

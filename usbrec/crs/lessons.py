@@ -38,11 +38,8 @@ Lessons = list[TrainingDialogue]
 
 # replies that recommend nothing, as an untrained model gives them
 FILMLESS = Path(__file__).with_name("filmless_replies.txt").read_text("utf-8").splitlines()
-EMPTY_WORDS = frozenset([
-    "likes", "dislikes", "seen", "nothing", "said", "mood", "a", "an", "the", "i", "it", "you",
-    "this", "that", "is", "by", "with", "from", "made", "of", "for", "to", "in", "and", "movie",
-    "film", "starring", "directed",
-])  # fmt: skip
+# words of replies and profiles that describe no film
+EMPTY_WORDS = Path(__file__).with_name("empty_words.txt").read_text("utf-8").split()
 TRIES = 40  # films drawn in search of one per grade
 UNLIKE = 4  # replies without a word of the profile; with 2 the internal judge may fail to learn
 
@@ -190,7 +187,7 @@ def rewrite_all(text: str, olds: Sequence[Item], new: Item) -> str:
 
 def telling_words(text: str) -> set[str]:
     """Return the words of a reply or a profile that describe a film."""
-    return set(re.findall(r"[a-z0-9']+", text.lower())) - EMPTY_WORDS
+    return set(re.findall(r"[a-z0-9']+", text.lower())).difference(EMPTY_WORDS)
 
 
 def simulator_lessons(
