@@ -286,7 +286,8 @@ def format_search(root: Dialogue, search: Facts) -> str:
     lines = [format_dialogue(root), "", f"Profile: {' '.join(search['profile'].split())}", ""]
     for number, candidate in enumerate(search["candidates"]):
         mark = "*" if number == search["best"] else " "
-        value, leaves = _number(candidate["value"]), candidate["leaves"]
+        value = _number(candidate["value"])
+        leaves = [x for x in candidate["leaves"] if len(x["lines"]) > 1]  # not judged at once
         lines.append(f"{mark} {value}  {' '.join(candidate['reply'].split()) or '(empty)'}")
         for leaf in leaves:
             last = leaf is leaves[-1]
@@ -298,7 +299,7 @@ def _leaf_lines(leaf: Facts, branch: str, stem: str) -> list[str]:
     drawn = f" x{leaf['weight']}" if leaf["weight"] > 1 else ""
     head = f"    {branch} {_number(leaf['value'])}{drawn}  "
     ahead = tuple(Utterance(*line) for line in leaf["lines"][1:])  # the first is the candidate
-    first, *rest = format_dialogue(ahead).splitlines() or ["(judged at once)"]
+    first, *rest = format_dialogue(ahead).splitlines()
     return [head + first, *(f"    {stem} ".ljust(len(head)) + line for line in rest)]
 
 
