@@ -341,6 +341,8 @@ def test_other_words_make_no_longer_title(trains: Catalogue, text: str, titles: 
         ("Night Train Friday, Night Train: Amazing", "that film Friday, that film: Amazing"),
         ("I saw Night Train 2 times, or in 1990", "I saw that film 2 times, or in 1990"),
         ("night train 1987", "that film 1987"),
+        ("Night Train (1986) Alien (1979)", "that film Alien (1979)"),
+        ("night train (1986) Or Up (2009)", "that film Or Up (2009)"),
     ],
 )
 def test_hiding_spares_longer_titles_and_leaks_nothing(

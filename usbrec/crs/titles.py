@@ -80,6 +80,7 @@ _ALONE_BEFORE = re.compile(rf"(?:[^{SPACELESS}]|[看過过了荐薦欢歡叫]|^)
 _ALONE_AFTER = re.compile(rf"(?:{'|'.join(spelling.WORD_LISTS['particles'])})*(?![{SPACELESS}])")
 
 
+@lru_cache(maxsize=4096)
 def is_ordinary(name: str) -> bool:
     """Return whether a plain name could be a word of a sentence, such as "It", "2012" or "火".
 
@@ -94,6 +95,11 @@ def is_ordinary(name: str) -> bool:
 
 def _uncommon_words(name: str) -> list[str]:
     return [key for key in key_of(name).split() if len(key) > 3 and key not in ORDINARY_WORDS]
+
+
+@lru_cache(maxsize=4096)
+def _is_long(name: str) -> bool:
+    return key_of(name).count(" ") >= 2 and bool(_uncommon_words(name))
 
 
 def _has_capitals(surface: str, name: str) -> bool:
@@ -117,15 +123,14 @@ def looks_like_title(text: str, words: list[Word], first: int, last: int, name: 
     """Return whether the words first..last, without a year, mean the film of that plain name."""
     start, end = words[first].start, words[last].end
     surface = text[start:end]
-    if _is_longer(text, start, end):
-        return False
     if is_ordinary(name):
         cue = words[first - 1] if first else Word("", 0, 0)
         is_cued = cue.key in CUES and not text[cue.end : start].strip(" " + QUOTES)
         is_cued = is_cued and words[first].key not in GENRE_WORDS and not surface.isdigit()
-        return (is_cued or _is_quoted(text, start, end)) and _has_capitals(surface, name)
-    is_long = key_of(name).count(" ") >= 2 and _uncommon_words(name)
-    return bool(is_long) or _has_capitals(surface, name)
+        counts = (is_cued or _is_quoted(text, start, end)) and _has_capitals(surface, name)
+    else:
+        counts = _is_long(name) or _has_capitals(surface, name)
+    return counts and not _is_longer(text, start, end)
 
 
 def _is_longer(text: str, start: int, end: int) -> bool:
@@ -183,7 +188,12 @@ def leaks(text: str, title: str) -> list[tuple[int, int]]:
     # without its Chinese letters a text has edges around "Heat" in "我看了Heat"
     views = (lower, _SPACELESS.sub(" ", lower))
     found = {x.span(): x for view in views for x in pattern.finditer(view)}
-    meant = [x for _, x in sorted(found.items()) if x["year"] or _is_meant(shown, *x.span("name"))]
+    dated = re.compile(YEAR).search  # a title that is written as in the catalogue is all `name`
+    meant = [
+        match
+        for _, match in sorted(found.items())
+        if match["year"] or dated(match["name"]) or _is_meant(shown, *match.span("name"))
+    ]
     return [(places[match.start()], places[match.end()]) for match in meant]
 
 
