@@ -261,7 +261,10 @@ def measure_speed(lines: Sequence[Line], catalogue: Catalogue) -> Figures:
                 tried.find(line.text)
             seconds.append(time.process_time() - start)
         speed = sum(len(line.text) for line in lines) / statistics.median(seconds)
-        figures[f"{len(tried):,} items"] = {"chars_per_second": speed, "seconds_to_build": built}
+        figures[f"{len(tried.items):,} items"] = {
+            "chars_per_second": speed,
+            "seconds_to_build": built,
+        }
     return figures
 
 

@@ -89,8 +89,7 @@ class Roles:
         texts = [""] * len(asked)
         for llm in {id(side.llm): side.llm for side, _ in asked}.values():
             own = [i for i, (side, _) in enumerate(asked) if side.llm is llm]
-            replies = llm.generate([asked[i][1] for i in own])
-            for i, reply in zip(own, replies, strict=True):
+            for i, reply in zip(own, llm.generate([asked[i][1] for i in own]), strict=True):
                 texts[i] = reply.text.strip()
         return texts
 

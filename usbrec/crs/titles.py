@@ -97,11 +97,6 @@ def _uncommon_words(name: str) -> list[str]:
     return [key for key in key_of(name).split() if len(key) > 3 and key not in ORDINARY_WORDS]
 
 
-@lru_cache(maxsize=4096)
-def _is_long(name: str) -> bool:
-    return key_of(name).count(" ") >= 2 and bool(_uncommon_words(name))
-
-
 def _has_capitals(surface: str, name: str) -> bool:
     """Return whether each word with a capital (or digit) in the name has one in the text too."""
     initials = [name[word.start] for word in words_of(name)]
@@ -129,7 +124,8 @@ def looks_like_title(text: str, words: list[Word], first: int, last: int, name: 
         is_cued = is_cued and words[first].key not in GENRE_WORDS and not surface.isdigit()
         counts = (is_cued or _is_quoted(text, start, end)) and _has_capitals(surface, name)
     else:
-        counts = _is_long(name) or _has_capitals(surface, name)
+        is_long = key_of(name).count(" ") >= 2 and _uncommon_words(name)
+        counts = bool(is_long) or _has_capitals(surface, name)
     return counts and not _is_longer(text, start, end)
 
 
@@ -188,12 +184,10 @@ def leaks(text: str, title: str) -> list[tuple[int, int]]:
     # without its Chinese letters a text has edges around "Heat" in "我看了Heat"
     views = (lower, _SPACELESS.sub(" ", lower))
     found = {x.span(): x for view in views for x in pattern.finditer(view)}
-    dated = re.compile(YEAR).search  # a title that is written as in the catalogue is all `name`
-    meant = [
-        match
-        for _, match in sorted(found.items())
-        if match["year"] or dated(match["name"]) or _is_meant(shown, *match.span("name"))
-    ]
+    # a title that is written as in the catalogue is all `name`, its year included
+    year, ordered = re.compile(YEAR), [x for _, x in sorted(found.items())]
+    named = [x for x in ordered if not x["year"] and not year.search(x["name"])]
+    meant = [x for x in ordered if x not in named or _is_meant(shown, *x.span("name"))]
     return [(places[match.start()], places[match.end()]) for match in meant]
 
 

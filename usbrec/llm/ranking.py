@@ -109,8 +109,7 @@ class TrieAttention:
         own = torch.zeros(len(paths), self.used, dtype=torch.bool)
         for row, path in zip(own, paths, strict=True):
             row[list(path)] = True
-        visible = F.pad(own, (self.prompt_length, 0), value=True).to(self.k.device)
-        self.mask = self.ops.mask(visible)
+        self.mask = self.ops.mask(F.pad(own, (self.prompt_length, 0), value=True).to(self.k.device))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""

@@ -202,8 +202,7 @@ class ChatTokenizer:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a prompt, up to the beginning of the assistant's reply."""
         header, _ = self._frame("assistant")
-        continued = bool(self.chat_format.gap and messages)
-        return self.render(messages)[0] + self._ids(header, continued)
+        return self.render(messages)[0] + self._ids(header, bool(self.chat_format.gap and messages))
 
     def reply(self, text: str) -> list[int]:
         """Return the ids of a reply and of its end-of-turn token, as they follow `prompt`."""

@@ -137,8 +137,7 @@ def window_mask(visible: Tensor) -> list[Window]:
     """
     n, windows = len(visible), []
     parts = math.ceil(n / WINDOW)
-    edges = [n * i // parts for i in range(parts + 1)]
-    for start, stop in itertools.pairwise(edges):
+    for start, stop in itertools.pairwise([n * i // parts for i in range(parts + 1)]):
         keys = visible[start:stop].any(0).nonzero()[:, 0]
         S = -(-len(keys) // KEY_ALIGNMENT) * KEY_ALIGNMENT
         hidden = torch.full((stop - start, S), -torch.inf)
