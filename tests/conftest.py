@@ -27,9 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=int, default=50, help="random calls of the engine's soak")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tests share the machine with one another; their results must not depend on thread counts."""
+    """Tests share the machine with one another; their results must not depend on thread counts.
+
+    It holds for the fixtures of whole modules too, which come before those of a test.
+    """
     torch.set_num_threads(1)
 
 

@@ -281,7 +281,7 @@ def test_a_run_killed_in_the_midst_of_a_write_goes_on_to_the_same_bytes(
 
 
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
-    "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 10,
+    "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 40,
     "--sft-schedule": "constant", "--lesson-dialogues-per-lesson": 1,
 }  # fmt: skip
 
