@@ -72,7 +72,7 @@ class Recommender:
         awaited, drawn = calls(plain)
         said = dict(zip(plain, roles.recommend(awaited, self.sampling, drawn), strict=True))
         ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
-        titles = [item.title for item in roles.catalogue]
+        items = roles.catalogue.items
         seconds = round((time.perf_counter() - start) / len(asked), 3)
         rows = []
         for i, x in enumerate(asked):
@@ -82,7 +82,7 @@ class Recommender:
             row["items"] = titles_in(roles.catalogue, reply)
             if o.rank:
                 best, row["proven"] = ranked[i].texts, ranked[i].proven
-                row["ranked"] = [{"title": titles[j], "logprob": x} for j, x in best]
+                row["ranked"] = [{"title": items[j].title, "logprob": x} for j, x in best]
             row["seconds"] = seconds
             if o.ses:
                 row["search"] = found[i].record() if i in found else None
