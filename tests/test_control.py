@@ -1,0 +1,60 @@
+"""benchmarks/control.py: sft continued on gold and on chosen replies, beside SFT and RL."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import STAGE_FLAGS, flags, write_small_data, write_small_model
+
+import train
+from usbrec.chat import Message
+from usbrec.runs import read_rows
+
+sys.path.append(str(Path(train.__file__).parent / "benchmarks"))
+import control  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of a small run that has its report."""
+    place = tmp_path_factory.mktemp("control")
+    model, data = write_small_model(place / "model"), write_small_data(place / "data")
+    inputs = {"--model": model, "--data": data, "--dtype": "float32", **STAGE_FLAGS}
+    found = ["--run-dir", str(place / "run"), *flags(inputs), "--methods", "SFT", "RL"]
+    assert train.main(found) == 0
+    return found
+
+
+def test_a_control_sees_as_many_tokens_as_simpo(finished: list[str], capsys: Any) -> None:
+    run = Path(finished[1])
+    assert control.main(finished) == 0
+    table = capsys.readouterr().out
+    for name in ("SFT", "RL", "SFT + gold", "SFT + chosen", "RL - SFT", "SFT + chosen - SFT + gold"):
+        assert f"| {name} | " in table
+    seen = {}
+    for name, folder in (("simpo", "rl/training"), ("gold", "control/gold")):
+        seen[name] = sum(row["tokens"] for row in read_rows(run / folder / "timings.jsonl"))
+    step = max(row["tokens"] for row in read_rows(run / "control/gold/timings.jsonl"))
+    assert abs(seen["simpo"] - seen["gold"]) < step
+    found = json.loads((run / "control/control.json").read_text("utf-8"))
+    assert found["methods"]["SFT + gold"]["ieval"]["n"] == 3
+    assert control.main(finished) == 0  # all is read from its files
+    assert capsys.readouterr().out.endswith(table[table.index("| method") :])
+
+
+def test_controls_learn_gold_and_chosen_replies() -> None:
+    pair = {
+        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "chosen": [{"role": "assistant", "content": "better"}],
+    }
+    made = control.dialogue_of(pair, "better")
+    assert made.prefix[-1] == Message("assistant", "better", 1.0)
+    assert [x.weight for x in made.prefix[:-1]] == [0.0, 0.0]
+
+
+def test_a_run_of_other_options_is_refused(finished: list[str], capsys: Any) -> None:
+    assert control.main([*finished, "--eval-temperature", "1"]) == 2
+    [told] = capsys.readouterr().err.splitlines()
+    assert "options/report.json" in told and "the flags of that run" in told
