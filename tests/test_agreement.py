@@ -13,7 +13,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvaluationOptions
-from usbrec.extras.agreement import Contrast, agreement, contrast, draw_others, judge_agreement
+from usbrec.extras.agreement import Contrast, agreement, contrast, judge_agreement
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))
@@ -57,7 +57,8 @@ def test_the_other_reply_names_a_film_that_is_no_target_with_its_own_attributes(
 
 
 def test_others_are_drawn_by_their_training_counts_and_are_never_targets() -> None:
-    drawn = Counter(draw_others(FILMS, EXAMPLE, COUNTS, 1, seed)[0].title for seed in range(400))
+    made = [contrast(FILMS, EXAMPLE, COUNTS, seed) for seed in range(400)]
+    drawn = Counter(x.titles[0] for x in made if isinstance(x, Contrast))
     assert set(drawn) == {LOFT.title, PINE.title}
     assert drawn[LOFT.title] / 400 == pytest.approx(0.75, abs=0.06)
 

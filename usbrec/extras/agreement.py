@@ -16,9 +16,10 @@ import numpy as np
 from usbrec.chat import Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import EXPLAIN, JudgeScore, Messages, Roles, Votes
-from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.lessons import gold_items
 from usbrec.crs.rewrite import rewrite
 from usbrec.extras.intervals import auc_interval
 from usbrec.options import seed_for
@@ -85,37 +86,30 @@ def judge_agreement(
 def contrast(
     catalogue: Catalogue, example: Example, popularity: Popularity, seed: int
 ) -> Contrast | str:
-    """Return the contrast of an example, or the reason why it has none."""
+    """Return the contrast of an example, or the reason why it has none.
+
+    The other films, as many as gold titles and none of them, are drawn by training count.
+    """
     seed = seed_for(seed, "agreement", example.dialog_id, example.turn_id)
-    golds = [item for title in example.items if (item := catalogue.get(title))]
+    golds = gold_items(example, catalogue)
     if len(golds) < len(example.items):
         return "a gold title is not in the catalogue"
-    drawn = draw_others(catalogue, example, popularity, len(golds), seed)
-    if len(drawn) < len(golds):
+    known = [(catalogue.get(title), count) for title, count in sorted(popularity.items())]
+    pool = [(item, count) for item, count in known if item and item not in golds]
+    if len(pool) < len(golds):
         return "too few other titles to draw from"
+    share = np.array([count for _, count in pool], float)
+    generator = np.random.default_rng(seed_for(seed, "others"))
+    places = generator.choice(len(pool), len(golds), replace=False, p=share / share.sum())
+    others = [pool[place][0] for place in places]
     gold, told = example.response, example.explanation
     other, why = gold, told or ""
-    for old, new in zip(golds, drawn, strict=True):
+    for old, new in zip(golds, others, strict=True):
         other, why = rewrite(other, old, new), rewrite(why, old, new)
     if other == gold or catalogue.mentions(other, example.items):
         return "a gold title in the reply could not be replaced"
-    titles = tuple(item.title for item in drawn)
+    titles = tuple(item.title for item in others)
     return Contrast(example, seed, (gold, other), titles, () if told is None else (told, why))
-
-
-def draw_others(
-    catalogue: Catalogue, example: Example, popularity: Popularity, count: int, seed: int
-) -> list[Item]:
-    """Return `count` distinct items that are no targets, drawn by training count; [] if too few."""
-    golds = {item for title in example.items for item in catalogue.named(title)}
-    items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
-    pool = [(item, number) for item, number in items if item and item not in golds]
-    if len(pool) < count:
-        return []
-    share = np.array([number for _, number in pool], float)
-    generator = np.random.default_rng(seed_for(seed, "others"))
-    places = generator.choice(len(pool), size=count, replace=False, p=share / share.sum())
-    return [pool[place][0] for place in places]
 
 
 def prepare_all(roles: Roles, contrasts: Sequence[Contrast], options: EvaluationOptions) -> None:
