@@ -208,9 +208,8 @@ class Catalogue:
         wanted = {item for items in meant.values() for item in items}
         if any(set(mention.items) <= wanted for mention in self.find(text)):
             return True
-        unknown = [title for title, items in meant.items() if not items]
-        strangers = Catalogue(Item(title, *split_title(title)) for title in unknown)
-        return bool(unknown and strangers.find(text))
+        strangers = Catalogue(Item(x, *split_title(x)) for x, items in meant.items() if not items)
+        return bool(strangers.items and strangers.find(text))
 
     def grade(self, item: Item | None, titles: Iterable[str]) -> int:
         """Return the grade of a recommendation against all items that the titles may mean, 0 to 2.

@@ -81,9 +81,8 @@ def write_attribute(kind: str, value: str) -> str:
 def attributes(item: Item) -> list[tuple[str, str]]:
     """Return every (kind, value) of a film that a seeker can wish for."""
     decades = (item.decade,) if item.decade else ()
-    values = (item.genres, item.moods, decades, item.directors, item.stars)
-    kinds = ("genre", "mood", "decade", "director", "lead")
-    return [(kind, value) for kind, own in zip(kinds, values, strict=True) for value in own]
+    values = (item.genres, item.moods, decades, item.directors, item.stars, ())
+    return [(kind, value) for kind, own in zip(FACT_KINDS, values, strict=True) for value in own]
 
 
 def card(item: Item) -> str:
