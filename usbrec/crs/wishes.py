@@ -16,7 +16,6 @@ from usbrec.crs.catalogue import Catalogue, Item
 
 FORMS = {"mood": "{} mood", "director": "by {}", "lead": "with {}"}  # other kinds: the value alone
 SECTIONS = {"Likes": "like", "Dislikes": "dislike", "Seen": "seen"}
-ATTITUDES = tuple(SECTIONS.values())
 FACT_KINDS = ("genre", "mood", "decade", "director", "lead", "title")  # in the order of a profile
 NOTHING = "nothing said"
 _HEADS = "|".join(SECTIONS)

@@ -108,20 +108,19 @@ def recall(labels: Sequence[Labels], groups: Sequence[str], seed: int) -> dict[s
 
 def compare(later: Sequence[Facts], earlier: Sequence[Facts], seed: int) -> dict[str, Any]:
     """Return the paired differences of two methods over the same dialogues, per figure."""
-    groups, found = [row["dialog_id"] for row in later], {}
     figures, others = _figures(later), _figures(earlier)
-    for name in HEADINGS:
-        (values, weights), most = figures[name], GREATEST.get(name, 1.0)
-        gaps = differences(values, others[name][0])
-        found[name] = mean_interval(gaps, seed, weights, groups, (-most, most))
+    gaps: Figures = {x: (differences(figures[x][0], others[x][0]), figures[x][1]) for x in HEADINGS}
+    return _means(gaps, [row["dialog_id"] for row in later], seed, signed=True)
+
+
+def _means(figures: Figures, groups: Sequence[str], seed: int, signed: bool = False) -> Row:
+    """Return the mean of each figure with its interval; `signed` figures are differences."""
+    found = {}
+    for name, (values, weights) in figures.items():
+        most = GREATEST.get(name, 1.0)
+        limits = (-most if signed else 0.0, most)
+        found[name] = mean_interval(values, seed, weights, groups, limits)
     return found
-
-
-def _means(figures: Figures, groups: Sequence[str], seed: int) -> dict[str, Any]:
-    return {
-        name: mean_interval(x, seed, weights, groups, (0.0, GREATEST.get(name, 1.0)))
-        for name, (x, weights) in figures.items()
-    }
 
 
 def _figures(rows: Sequence[Facts]) -> Figures:
