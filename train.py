@@ -27,7 +27,6 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +201,7 @@ def evaluate(work: Work) -> None:
             adapter, group = COMPARED[name]
             searching = getattr(settings, group) if group else None
             talks = evaluate_method(roles[adapter], heard, o.seed, settings.eval, searching)
-            found[name] = dict(zip(heard, map(asdict, talks), strict=True))
+            found[name] = dict(zip(heard, talks, strict=True))
         return [{name: rows[x] for name, rows in found.items() if x in rows} for x in chunk]
 
     met = max(talked, judged, key=len)

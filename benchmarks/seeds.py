@@ -20,12 +20,12 @@ from typing import Any
 from contest import show
 
 from usbrec import runs
-from usbrec.crs.evaluation import METHOD_NAMES, EvalRow
+from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
 from usbrec.options import UserError, seed_for
 from usbrec.parallel import run_together
 
-Talks = Mapping[str, Sequence[EvalRow]]
+Talks = Mapping[str, Sequence[runs.Row]]
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
@@ -33,7 +33,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
     options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     names = [name for name in METHOD_NAMES if any(name in row for row in rows)]
-    talks = {name: [EvalRow(**row[name]) for row in rows if name in row] for name in names}
+    talks = {name: [row[name] for row in rows if name in row] for name in names}
     return without_seeds(options), talks
 
 
@@ -58,7 +58,7 @@ def pool(tried: Mapping[str, Talks]) -> dict[str, Any]:
             f"{later} - {earlier}": compare(joined[later], joined[earlier], seed)
             for earlier, later in combinations(methods, 2)
         },
-        "dialogues": len({row.dialog_id for row in joined[methods[0]]}),
+        "dialogues": len({row["dialog_id"] for row in joined[methods[0]]}),
     }
 
 

@@ -40,7 +40,7 @@ from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Examples
-from usbrec.crs.evaluation import EvalRow, EvaluationOptions, evaluate_method
+from usbrec.crs.evaluation import EvaluationOptions, evaluate_method
 from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.intervals import mean_interval
@@ -52,7 +52,7 @@ from usbrec.runs import Results, Row, run_chunks
 
 Searching = SearchOptions | None  # None is the plain reply
 Cells = list[tuple[dict[str, Any], Searching]]  # the values of the swept options, and the search
-Met = tuple[list[EvalRow], list[Row]]  # the talks of a cell, and the costs of each
+Met = tuple[list[Row], list[Row]]  # the talks of a cell, and the costs of each
 FIGURES = {"ieval": "iEval, 0 to 2", "recall@1": "Recall@1"}
 TOKENS = {"prompt_tokens": "prompt tokens", "decoded_tokens": "decoded tokens"}
 COSTS = ("seconds", *TOKENS)
@@ -193,7 +193,7 @@ def meet_chunk(
 
     roles = TimedRoles(**vars(recommender.roles), replied=replied)
     talks = evaluate_method(roles, chunk, recommender.options.seed, options, searching)
-    return [{**asdict(talk), "costs": costs} for talk in talks]
+    return [{**talk, "costs": costs} for talk in talks]
 
 
 def run_sweep(
@@ -219,7 +219,7 @@ def run_sweep(
         results = Results(path, o.chunk_size, label, own, recommender.engines)
         rows = run_chunks(results, asked, partial(meet_chunk, recommender, options, search))
         costs = [row.pop("costs") for row in rows]
-        met.append(([EvalRow(**row) for row in rows], costs))
+        met.append((rows, costs))
         cell = {"values": values, "search": own["search"], "rows": path.name}
         ruled = {"rule": rule_recall(met[-1][0], films, seed_for(o.seed, "sweep"))}
         found.append(cell | figures(met[-1], met[0], seed_for(o.seed, "sweep")) | ruled)
@@ -246,14 +246,14 @@ def figures(own: Met, plain: Met, seed: int) -> dict[str, Any]:
     return {name: means[name] for name in FIGURES} | told
 
 
-def rule_recall(talks: Sequence[EvalRow], films: Catalogue, seed: int) -> dict[str, Any]:
+def rule_recall(talks: Sequence[Row], films: Catalogue, seed: int) -> dict[str, Any]:
     """Return Recall@1, with its interval, of the candidate whose card fits the summary best.
 
     The rule is `wishes.fit`, ties go to the first, and a reply without a title fits worst. Of each
     talk the first search counts.
     """
     found = []
-    for search in (talk.searches[0] for talk in talks if talk.searches):
+    for search in (talk["searches"][0] for talk in talks if talk["searches"]):
         told = read_profile(search["profile"], films)
         items = [films.get(x["title"] or "") for x in search["candidates"]]
         fits = [-1 if item is None else fit(item, told) for item in items]

@@ -75,7 +75,7 @@ MUTATIONS = (
              '"assistant" if x.speaker == speaker else "user"',
              '"user" if x.speaker == speaker else "assistant"', "test_agents"),
     Mutation("equal samples: the last is the best", "usbrec/crs/podcs.py",
-             "best = max(read, key", "best = max(read[::-1], key", "test_podcs"),
+             "max(read, key=rank)", "max(read[::-1], key=rank)", "test_podcs"),
     Mutation("the paper's rule and the release's are exchanged", "usbrec/crs/podcs.py",
              'bound = 0 if worst == "zero" else 1', 'bound = 1 if worst == "zero" else 0',
              "test_podcs"),

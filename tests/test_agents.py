@@ -6,7 +6,7 @@ import random
 import pytest
 from scripted import SURE, Scripted, roles_of, talk
 
-from usbrec.chat import Message, Sampling
+from usbrec.chat import Message, Request, Sampling
 from usbrec.crs.agents import (
     EXPLAIN,
     JudgeScore,
@@ -136,7 +136,7 @@ def test_each_model_gets_its_own_requests_and_the_replies_keep_their_order() -> 
     plain = Scripted(lambda request: f"plain {request.seed} ")
     both = cast(tuned, plain)
     sides = [both.simulator, both.recommender, both.recommender, both.simulator]
-    asked = [(side, side.request(DIALOGUE_PROMPT, seed=i)) for i, side in enumerate(sides)]
+    asked = [(x, Request(DIALOGUE_PROMPT, seed=i, adapter=x.adapter)) for i, x in enumerate(sides)]
     assert both.complete(asked) == ["plain 0", "tuned 1", "tuned 2", "plain 3"]
     assert tuned.generated == [[asked[1][1], asked[2][1]]]
     assert plain.generated == [[asked[0][1], asked[3][1]]]
@@ -148,7 +148,7 @@ def test_a_model_that_both_sides_share_gets_all_requests_in_one_call() -> None:
     llm = Scripted(lambda request: f"{request.adapter} {request.seed}")
     both = cast(llm)
     sides = [both.simulator, both.recommender, both.simulator]
-    asked = [(side, side.request(DIALOGUE_PROMPT, seed=i)) for i, side in enumerate(sides)]
+    asked = [(x, Request(DIALOGUE_PROMPT, seed=i, adapter=x.adapter)) for i, x in enumerate(sides)]
     assert both.complete(asked) == ["simulator 0", "rl 1", "simulator 2"]
     assert llm.generated == [[request for _, request in asked]]
 

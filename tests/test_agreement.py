@@ -13,7 +13,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvaluationOptions
-from usbrec.extras.agreement import Contrast, agreement, contrast, draw_others, judge_agreement
+from usbrec.extras.agreement import agreement, contrast, judge_agreement
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))
@@ -46,18 +46,19 @@ def run(llm: Scripted, *examples: Example) -> list[dict[str, object]]:
 
 def test_the_other_reply_names_a_film_that_is_no_target_with_its_own_attributes() -> None:
     made = contrast(FILMS, EXAMPLE, COUNTS, 1)
-    assert isinstance(made, Contrast) and len(made.explanations) == 2
-    assert (made.replies[0], made.explanations[0]) == (EXAMPLE.response, EXAMPLE.explanation)
-    (title,) = made.titles
+    assert made["skipped"] is None and len(made["explanations"]) == 2
+    assert (made["gold"], made["explanations"][0]) == (EXAMPLE.response, EXAMPLE.explanation)
+    (title,) = made["titles"]
     other = FILMS.get(title)
     assert other in (LOFT, PINE)
-    assert title in made.replies[1] and other.genres[0] in made.replies[1]
-    for text in (made.replies[1], made.explanations[1]):
+    assert title in made["other"] and other.genres[0] in made["other"]
+    for text in (made["other"], made["explanations"][1]):
         assert "Dark Well" not in text and "horror" not in text and "Ann Ray" not in text
 
 
 def test_others_are_drawn_by_their_training_counts_and_are_never_targets() -> None:
-    drawn = Counter(draw_others(FILMS, EXAMPLE, COUNTS, 1, seed)[0].title for seed in range(400))
+    made = [contrast(FILMS, EXAMPLE, COUNTS, seed) for seed in range(400)]
+    drawn = Counter(x["titles"][0] for x in made)
     assert set(drawn) == {LOFT.title, PINE.title}
     assert drawn[LOFT.title] / 400 == pytest.approx(0.75, abs=0.06)
 
@@ -65,19 +66,20 @@ def test_others_are_drawn_by_their_training_counts_and_are_never_targets() -> No
 def test_several_gold_titles_are_replaced_by_as_many_different_films() -> None:
     both = replace(EXAMPLE, items=(WELL.title, LOFT.title), response="Dark Well and Red Loft.")
     counts = {**COUNTS, "Pine Road (1985)": 1}
-    assert contrast(FILMS, both, counts, 0) == "too few other titles to draw from"
+    assert contrast(FILMS, both, counts, 0)["skipped"] == "too few other titles to draw from"
     more = Catalogue([*FILMS, Item("Blue Barn (1970)", "Blue Barn", 1970)])
     for seed in range(8):
         made = contrast(more, both, {**counts, "Blue Barn (1970)": 1}, seed)
-        assert isinstance(made, Contrast) and len(set(made.titles)) == 2
+        assert made["skipped"] is None and len(set(made["titles"])) == 2
 
 
 def test_what_cannot_be_contrasted_is_skipped_and_says_why() -> None:
     absent = replace(EXAMPLE, items=("Not Ours (1900)",))
-    assert contrast(FILMS, absent, COUNTS, 0) == "a gold title is not in the catalogue"
+    reason = "a gold title is not in the catalogue"
+    assert contrast(FILMS, absent, COUNTS, 0)["skipped"] == reason
     unnamed = replace(EXAMPLE, response="Try that one.")
     reason = "a gold title in the reply could not be replaced"
-    assert contrast(FILMS, unnamed, COUNTS, 0) == reason
+    assert contrast(FILMS, unnamed, COUNTS, 0)["skipped"] == reason
     llm = Scripted(line, by_title)
     rows = run(llm, absent, EXAMPLE)
     assert rows[0]["skipped"] and rows[1]["skipped"] is None

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
@@ -12,7 +12,6 @@ from usbrec.crs.agents import EXPLAIN, Roles, Side
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import (
-    EvalRow,
     EvaluationOptions,
     baseline_labels,
     copied,
@@ -57,15 +56,15 @@ def test_a_talk_is_turns_then_an_explanation_then_one_score() -> None:
     roles = roles_of(llm.generated)
     assert roles == [["recommender"] * 2, ["seeker"] * 2, ["recommender"] * 2, ["explainer"] * 2]
     assert roles_of(llm.scored) == [["judge"] * 2]
-    assert rows[0].transcript == [
+    assert rows[0]["transcript"] == [
         ["seeker", "Dark, please."],
         ["recommender", "Red Loft (2001)?"],
         ["seeker", "No, a that film one."],
         ["recommender", "Dark Well (1999)!"],
     ]
-    assert rows[0].explanation == "explainer line" and rows[0].label == 2
+    assert rows[0]["explanation"] == "explainer line" and rows[0]["label"] == 2
     judged = [message.content for message in llm.scored[0][0].messages]
-    assert judged[1:-1] == [text for _, text in rows[0].transcript] + [EXPLAIN, "explainer line"]
+    assert judged[1:-1] == [text for _, text in rows[0]["transcript"]] + [EXPLAIN, "explainer line"]
 
 
 def test_each_side_speaks_with_its_adapter_and_temperature() -> None:
@@ -92,21 +91,21 @@ def test_two_models_talk_as_one_does_and_each_gets_its_own_requests() -> None:
 def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_of_any_reply() -> None:
     llm = speaker("Red Loft (2001) or Dark Well (1999)?", "Night Ferry (1950)")
     first, second = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2))
-    assert first.labels == [{"title": WELL.title, "repeated": False, "found": False}]
-    assert second.labels == [{"title": LOFT.title, "repeated": True, "found": True}]
-    assert (first.hit, second.hit) == (True, True)
-    assert first.items == [[LOFT.title, WELL.title], [OLD.title]]
+    assert first["labels"] == [{"title": WELL.title, "repeated": False, "found": False}]
+    assert second["labels"] == [{"title": LOFT.title, "repeated": True, "found": True}]
+    assert (first["hit"], second["hit"]) == (True, True)
+    assert first["items"] == [[LOFT.title, WELL.title], [OLD.title]]
     late = speaker("Who knows?", "Dark Well (1999)")
     row = evaluate_method(cast(late), EXAMPLES[:1], 0, EvaluationOptions(turns=2))[0]
-    assert row.hit and row.grade == 2 and not row.labels[0]["found"]
+    assert row["hit"] and row["grade"] == 2 and not row["labels"][0]["found"]
 
 
 def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
     example = Example("d", 1, talk("Hi"), "x", (OLD.title,))
     llm = speaker("Night Ferry!", "x")
     (row,) = evaluate_method(cast(llm), [example], 0, EvaluationOptions(turns=1))
-    assert not row.labels[0]["found"] and not row.hit and row.grade == 1
-    assert row.items == [[OLD.title, NEW.title]]
+    assert not row["labels"][0]["found"] and not row["hit"] and row["grade"] == 1
+    assert row["items"] == [[OLD.title, NEW.title]]
 
 
 def test_search_takes_over_from_its_start_turn() -> None:
@@ -116,9 +115,10 @@ def test_search_takes_over_from_its_start_turn() -> None:
     assert [len(requests) for requests in llm.generated] == [2, 2, 2 * 3, 2]
     assert [len(requests) for requests in llm.scored] == [2, 2]
     for row in rows:
-        (found,) = row.searches
+        (found,) = row["searches"]
         assert found["turn"] == 2 and found["profile"] == "summariser line"
-        assert found["candidates"][found["best"]]["reply"] == row.replies[1] == "Dark Well (1999)"
+        chosen = found["candidates"][found["best"]]["reply"]
+        assert chosen == row["replies"][1] == "Dark Well (1999)"
 
 
 def test_gold_words_and_targets_reach_no_prompt_of_the_recommender_or_the_inner_agents() -> None:
@@ -135,14 +135,14 @@ def test_a_score_that_cannot_be_read_is_none() -> None:
     llm = speaker("a", "b")
     llm.logprobs = lambda request: [-math.inf] * 3
     rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2))
-    assert [row.score for row in rows] == [None, None]
+    assert [row["score"] for row in rows] == [None, None]
 
 
 def test_an_empty_reply_is_kept_empty_and_spoken_as_silence() -> None:
     llm = speaker("", "")
     (row,) = evaluate_method(cast(llm), EXAMPLES[:1], 0, EvaluationOptions(turns=1))
-    assert row.replies == [""] and row.items == [[]] and row.grade == 0 and not row.hit
-    assert row.transcript[-1] == ["recommender", "..."]
+    assert row["replies"] == [""] and row["items"] == [[]] and row["grade"] == 0 and not row["hit"]
+    assert row["transcript"][-1] == ["recommender", "..."]
 
 
 def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> None:
@@ -168,7 +168,7 @@ def test_rows_survive_json() -> None:
     llm = speaker("Red Loft (2001)", "b", "c")
     rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions())
     for row in rows:
-        assert EvalRow(**json.loads(json.dumps(asdict(row)))) == row
+        assert json.loads(json.dumps(row)) == row
 
 
 def test_copy_last_takes_the_last_title_of_the_newest_line_that_has_one() -> None:
@@ -263,9 +263,9 @@ def test_nothing_that_a_row_knows_of_its_target_reaches_reply_profile_or_value()
     def played(examples: list[Example], options: SearchOptions) -> list[object]:
         llm = Scripted(reply, lambda request: SURE[draw(request) % 3])
         rows = evaluate_method(cast(llm), examples, 0, EvaluationOptions(), options)
-        candidates = [x for row in rows for x in row.searches[0]["candidates"]]
+        candidates = [x for row in rows for x in row["searches"][0]["candidates"]]
         tried = [(x["reply"], x["value"], x["leaves"]) for x in candidates]
-        return [[(row.replies, row.searches[0]["profile"]) for row in rows], tried]
+        return [[(row["replies"], row["searches"][0]["profile"]) for row in rows], tried]
 
     gold = ("response", "items", "profile", "explanation", "accept", "refuse")
     first, second = (

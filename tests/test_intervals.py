@@ -9,9 +9,9 @@ from usbrec.extras.intervals import (
     DRAWS,
     auc,
     auc_interval,
+    differences,
     draws,
     mean_interval,
-    paired_difference,
 )
 
 
@@ -42,10 +42,10 @@ def test_rows_that_agree_leave_room_for_what_was_not_drawn() -> None:
     assert bounds(mean_interval(none, 0)) == [0, 0, 0.0284]
     assert bounds(mean_interval(all_, 0)) == [0.9716, 1, 1]
     assert bounds(mean_interval(none, 0, limits=(0, 2))) == [0, 0, 0.0568]
-    assert bounds(paired_difference(all_, all_, 0)) == [-0.0284, 0, 0.0284]
     nearly = [1 + 1e-8] * 128  # a score whose sum was rounded otherwise
-    assert bounds(paired_difference(all_, nearly, 0)) == [-0.0284, 0, 0.0284]
-    assert bounds(paired_difference(all_, all_, 0, span=2)) == [-0.0568, 0, 0.0568]
+    for gaps in (differences(all_, all_), differences(all_, nearly)):
+        assert bounds(mean_interval(gaps, 0, limits=(-1, 1))) == [-0.0284, 0, 0.0284]
+        assert bounds(mean_interval(gaps, 0, limits=(-2, 2))) == [-0.0568, 0, 0.0568]
 
 
 def test_the_room_counts_dialogues_not_rows() -> None:
@@ -82,12 +82,13 @@ def test_rows_of_one_dialogue_are_drawn_together() -> None:
 def test_a_paired_difference_is_narrower_than_its_sides() -> None:
     first = np.random.default_rng(0).normal(0, 1, 200).tolist()
     second = [value - 0.1 for value in first]
-    found = paired_difference(first, second, 0)
+    found = mean_interval(differences(first, second), 0, limits=(-1, 1))
     assert found["mean"] == pytest.approx(0.1) and found["low"] == pytest.approx(0.1)
 
 
 def test_a_difference_leaves_out_rows_that_one_side_lacks() -> None:
-    found = paired_difference([1.0, None, 3.0], [0.0, 5.0, None], 0, [1, 1, 1], ["a", "b", "c"])
+    gaps = differences([1.0, None, 3.0], [0.0, 5.0, None])
+    found = mean_interval(gaps, 0, [1, 1, 1], ["a", "b", "c"], (-1, 1))
     assert (found["mean"], found["high"], found["n"]) == (1.0, 1.0, 1)
     assert found["low"] == pytest.approx(1 - 0.975 * 2)  # one dialogue excludes next to nothing
 

@@ -11,7 +11,7 @@ from conftest import TINY, random_decoder
 from small_run import write_small_model
 from test_merge import whole_model
 
-from usbrec.chat import Message
+from usbrec.chat import Message, Request
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.cache import token_bytes
@@ -77,8 +77,8 @@ def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
     own, other = load_simulator(str(copy), engine, options, find_model)
     assert own.llm is other is not engine and own.adapter is None
     assert other.max_length == engine.max_length
-    other.generate([own.request(HELLO)])
-    engine.generate([base.request(HELLO), beside.request(HELLO)])
+    other.generate([Request(HELLO)])
+    engine.generate([Request(HELLO), Request(HELLO, adapter=beside.adapter)])
     both = usage_of([engine, other])
     assert both.calls == 2
     assert both.decoded_tokens == engine.usage.decoded_tokens + other.usage.decoded_tokens

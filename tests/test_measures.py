@@ -11,10 +11,10 @@ from scripted import SURE, Scripted, role_of, roles_of, talk
 from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from test_report import label, row
 
-from usbrec.chat import Ranked, Request
+from usbrec.chat import Ranked, Request, Row
 from usbrec.crs.agents import Roles, Side, announce, card_prompt
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import EvalRow, EvaluationOptions, checked
+from usbrec.crs.evaluation import EvaluationOptions, checked
 from usbrec.crs.wishes import card
 from usbrec.extras.measures import (
     hit_rate,
@@ -34,10 +34,10 @@ def record(profile: str, *replies: str, best: int = 0) -> dict[str, Any]:
     return {"turn": 1, "profile": profile, "best": best, "candidates": candidates}
 
 
-def searched(example: Example, *told: Any, number: int = 0, best: int = 0) -> EvalRow:
+def searched(example: Example, *told: Any, number: int = 0, best: int = 0) -> Row:
     """Return the row of a dialogue whose only search is checked against the example."""
     search = checked(FILMS, example, record(*told, best=best))
-    return replace(row(number, 1.0, label(False)), searches=[search])
+    return row(number, 1.0, label(False)) | {"searches": [search]}
 
 
 def means(found: dict[str, Any]) -> dict[str, Any]:
@@ -104,13 +104,13 @@ def test_intervals_of_facts_draw_whole_dialogues() -> None:
     rows = [searched(EXAMPLE, GOLD, "x"), searched(EXAMPLE, "Likes: war.", "x", number=1)]
     found = summary_facts(rows, 0)["recall"]
     assert (found["mean"], found["low"], found["high"]) == (0.5, 0.0, 1.0)
-    same = summary_facts([replace(x, dialog_id="d0") for x in rows], 0)["recall"]
+    same = summary_facts([x | {"dialog_id": "d0"} for x in rows], 0)["recall"]
     assert (same["mean"], same["low"], same["high"]) == (0.5, 0.5, 0.5)
 
 
 def test_equal_summaries_are_reported_once_and_others_per_method() -> None:
     right, wrong = searched(EXAMPLE, GOLD, "x"), searched(EXAMPLE, "Likes: war.", "x")
-    plain = replace(right, searches=[])
+    plain = right | {"searches": []}
     same = summaries({"RL": [plain], "SES": [right], "RL+SES": [right]}, 0)
     assert list(same) == ["all"] and same["all"]["exact"]["mean"] == 1
     other = summaries({"SES": [right], "RL+SES": [wrong]}, 0)
@@ -134,7 +134,7 @@ def test_the_candidates_of_a_method_by_target_rule_choice_and_chance() -> None:
     rows = [
         searched(EXAMPLE, GOLD, loft, well, f"{well}!", best=2),
         searched(EXAMPLE, GOLD, ferry, "Hm.", loft, number=1, best=2),
-        replace(row(2, 1.0, label(True)), searches=[]),
+        row(2, 1.0, label(True)),
     ]
     found = means(search_figures(rows, 0.8, 0))
     assert found.pop("gain_predicted") == pytest.approx(1 / 15, abs=1e-3)

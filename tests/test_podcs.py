@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
 
-from usbrec.chat import Request
-from usbrec.crs.agents import JudgeScore, Roles, Side, recommender_prompt
+from usbrec.chat import Request, Row
+from usbrec.crs.agents import Roles, Side, recommender_prompt
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.podcs import (
     PairOptions,
-    Rollout,
     build_pairs,
     choose_pair,
     count_reasons,
@@ -36,9 +35,9 @@ def cast(llm: Scripted, simulator: Scripted | None = None) -> Roles:
     return Roles(Side(llm, "sft"), Side(simulator or llm, "simulator"), FILMS)
 
 
-def sample(text: str, label: int | None, score: float | None = None) -> Rollout:
+def sample(text: str, label: int | None, score: float | None = None) -> Row:
     value = float(label) if score is None and label is not None else score
-    return Rollout(EXAMPLES[0], text, 0, (), score=JudgeScore(value, label, 1.0))
+    return {"reply": text, "score": value, "label": label}
 
 
 def sides(pair: dict[str, Any] | None) -> tuple[str | None, str | None]:

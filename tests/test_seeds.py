@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ def write_run(folder: Path, seed: int, turns: int = 1) -> Path:
     options = {"seed": seed, "sft": {"seed": 7 * seed}, "eval": {"turns": turns}}
     (folder / "options" / "report.json").write_text(json.dumps(options), "utf-8")
     pairs = zip(PLAIN, TUNED, strict=True)
-    rows = [{"place": i, "SFT": asdict(a), "RL": asdict(b)} for i, (a, b) in enumerate(pairs)]
+    rows = [{"place": i, "SFT": a, "RL": b} for i, (a, b) in enumerate(pairs)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(text, "utf-8")
     return folder

@@ -300,10 +300,10 @@ def test_the_rule_chooses_the_candidate_whose_card_fits_the_summary() -> None:
     wish = write_profile([write_attribute(*x) for x in attributes(liked)], [])
     tried = [(None, False), (other.title, False), (liked.title, True), (liked.title, False)]
     candidates = [{"title": title, "found": found} for title, found in tried]
-    talks = [replace(PLAIN[0], searches=[{"profile": wish, "candidates": candidates}]), PLAIN[1]]
+    talks = [PLAIN[0] | {"searches": [{"profile": wish, "candidates": candidates}]}, PLAIN[1]]
     found = sweep.rule_recall(talks, FILMS, 0)
     assert (found["mean"], found["n"]) == (1.0, 1)
-    talks[0].searches[0]["profile"] = "Likes: unknown."  # all films fit alike: the first one
+    talks[0]["searches"][0]["profile"] = "Likes: unknown."  # all films fit alike: the first one
     assert sweep.rule_recall(talks, FILMS, 0)["mean"] == 0.0
 
 

@@ -18,7 +18,6 @@ from usbrec.crs.parsing import parse_score
 from usbrec.options import UserError, seed_for
 
 SCORES = ("0", "1", "2")
-UNDRAWN = Sampling()  # for a request whose reply is scored, not drawn
 VOTE_TOKENS = 16  # a sampled vote may be a short sentence around its number
 
 Messages = tuple[Message, ...]
@@ -33,16 +32,12 @@ class Side:
     llm: LanguageModel
     adapter: str | None = None
 
-    def request(self, messages: Messages, sampling: Sampling = UNDRAWN, seed: int = 0) -> Request:
-        """Return the request for this side's reply to the messages."""
-        return Request(messages, sampling, seed, self.adapter)
-
     def requests(
         self, prompts: Iterable[Messages], sampling: Sampling, seeds: Seeds
     ) -> "list[tuple[Side, Request]]":
         """Return one (side, request) pair per prompt, the input of `Roles.complete`."""
         rows = zip(prompts, seeds, strict=True)
-        return [(self, self.request(prompt, sampling, seed)) for prompt, seed in rows]
+        return [(self, Request(x, sampling, seed, self.adapter)) for x, seed in rows]
 
 
 @dataclass(frozen=True)
@@ -99,14 +94,14 @@ class Roles:
         `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
         texts, and for an empty catalogue.
         """
-        llm = self.recommender.llm
-        if not isinstance(llm, Ranks):
+        side = self.recommender
+        if not isinstance(side.llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
-        requests = [self.recommender.request(recommender_prompt(x)) for x in dialogues]
+        requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
         if not texts:
             raise UserError("the catalogue has no titles to rank: sample the candidates instead")
-        return llm.best_texts(requests, texts, count, tokens)
+        return side.llm.best_texts(requests, texts, count, tokens)
 
     def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
         """Return the items that the recommender is likeliest to name, best first, by `rank`."""
@@ -133,7 +128,8 @@ class Roles:
         if not prompts:
             return []
         if n == 0:
-            table = side.llm.choice_logprobs([side.request(x) for x in prompts], SCORES)
+            asked = [Request(prompt, adapter=side.adapter) for prompt in prompts]
+            table = side.llm.choice_logprobs(asked, SCORES)
             return [closed_form(logprobs, votes.temperature) for logprobs in table]
         ballots = [prompt for prompt in prompts for _ in range(n)]
         keys = [seed_for(seed, i) for seed in seeds for i in range(n)]

@@ -89,18 +89,27 @@ def parse_json(text: str) -> Any:
         raise UserError(f"not JSON: {told}") from error
 
 
-def read_item(entry: dict[str, Any]) -> Item:
-    """Return the item of an entry of ReDial's, OpenDialKG's or our items.json (other keys each)."""
-    title = entry["name"].strip()
-    name, year = split_title(title)
+def read_item(entry: Any, at: str = "the item") -> Item:
+    """Return the item of an entry of ReDial's, OpenDialKG's or our items.json (other keys each).
+
+    Raises UserError naming the place `at` for an entry without a name, or a field of another type.
+    """
+    title = entry.get("name") if isinstance(entry, dict) else None
+    if not isinstance(title, str) or not title.strip():
+        raise UserError(f"{at} has no name")
+    name, year = split_title(title.strip())
     if year is None and re.fullmatch(r"\d{1,4}", str(entry.get("year") or "")):
         year = int(entry["year"])
-    found = [entry.get(field) or () for field in LISTS]
-    texts = [[x] if isinstance(x, str) else x for x in found]
-    texts = [[x.strip() for x in values if x.strip()] for values in texts]
-    lists = [map(_read_genre, texts[0]), *texts[1:]]
-    genres, directors, stars, actors, moods = (tuple(dict.fromkeys(x)) for x in lists)
-    return Item(title, name, year, genres, directors, stars or actors, moods)
+    found = []
+    for field in LISTS:
+        values = entry.get(field) or []
+        values = [values] if isinstance(values, str) else values
+        if not (isinstance(values, list) and all(isinstance(x, str) for x in values)):
+            raise UserError(f"{at}: {field!r} must be a list of strings")
+        texts = [x.strip() for x in values if x.strip()]
+        found.append(tuple(dict.fromkeys(map(_read_genre, texts) if field == "genre" else texts)))
+    genres, directors, stars, actors, moods = found
+    return Item(title.strip(), name, year, genres, directors, stars or actors, moods)
 
 
 def _read_genre(text: str) -> str:
@@ -139,16 +148,8 @@ class Catalogue:
             raise UserError(f"the catalogue {path} is {error}") from error
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"the catalogue {path} must be an object of items, each with a name")
-        for key, entry in entries.items():
-            at = f"item {key!r} of the catalogue {path}"
-            name = entry.get("name") if isinstance(entry, dict) else None
-            if not isinstance(name, str) or not name.strip():
-                raise UserError(f"{at} has no name")
-            for field in LISTS:
-                values = entry.get(field) or []
-                if not (isinstance(values, str | list) and all(isinstance(x, str) for x in values)):
-                    raise UserError(f"{at}: {field!r} must be a list of strings")
-        return cls(map(read_item, entries.values()))
+        places = (f"item {key!r} of the catalogue {path}" for key in entries)
+        return cls(map(read_item, entries.values(), places))
 
     def named(self, title: str) -> tuple[Item, ...]:
         """Return all items that a title may mean: those of the exact title, else those of the name.
@@ -208,9 +209,8 @@ class Catalogue:
         wanted = {item for items in meant.values() for item in items}
         if any(set(mention.items) <= wanted for mention in self.find(text)):
             return True
-        unknown = [title for title, items in meant.items() if not items]
-        strangers = Catalogue(Item(title, *split_title(title)) for title in unknown)
-        return bool(unknown and strangers.find(text))
+        strangers = Catalogue(Item(x, *split_title(x)) for x, items in meant.items() if not items)
+        return bool(strangers.items and strangers.find(text))
 
     def grade(self, item: Item | None, titles: Iterable[str]) -> int:
         """Return the grade of a recommendation against all items that the titles may mean, 0 to 2.

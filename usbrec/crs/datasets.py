@@ -205,8 +205,7 @@ def read_row(row: Any) -> Example:
     if "reactions" in row:
         reactions = _take(row, "reactions", dict)
         extra |= {key: _take(reactions, key, str) for key in ("accept", "refuse")}
-    dialog_id, turn_id = str(row["dialog_id"]), int(row["turn_id"])
-    return Example(dialog_id, turn_id, history, response, items, **extra)
+    return Example(str(row["dialog_id"]), int(row["turn_id"]), history, response, items, **extra)
 
 
 def _take(row: Row, key: str, kind: type) -> Any:

@@ -10,12 +10,12 @@ the tables (extras/report.py), and intervals (extras/intervals.py).
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from usbrec.chat import Row, Sampling
-from usbrec.crs.agents import JudgeScore, Roles, Votes
+from usbrec.crs.agents import Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.ses import SearchOptions, search
@@ -46,68 +46,28 @@ class EvaluationOptions(Options):
     seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalRow(JudgeScore):
-    """One dialogue's score and evaluation in JSON's own types.
-
-    `EvalRow(**json.loads(line))` restores a row. `items` are the catalogue titles of each reply.
-    `grade` is the rules' 0, 1 or 2 for the last reply's first title (0 if it names none).
-    `searches` are the records of the searched turns, each as `checked` returns it.
-    """
-
-    dialog_id: str
-    turn_id: int
-    replies: list[str]
-    items: list[list[str]]
-    labels: Labels
-    hit: bool
-    grade: int
-    explanation: str
-    transcript: list[list[str]]
-    searches: list[Row]
-
-
-@dataclass
-class Talk:
-    """The talk about an example: the dialogue so far, the recommender's replies and searches."""
-
-    example: Example
-    dialogue: Dialogue
-    replies: list[str] = field(default_factory=list)
-    searches: list[Row] = field(default_factory=list)
-
-    def row(self, catalogue: Catalogue, explanation: str, score: JudgeScore) -> EvalRow:
-        """Return the talk's row; `explanation` and `score` are those of the last reply."""
-        gold, replies = self.example.items, self.replies
-        return EvalRow(
-            dialog_id=self.example.dialog_id,
-            turn_id=self.example.turn_id,
-            replies=replies,
-            items=[titles_in(catalogue, reply) for reply in replies],
-            labels=gold_labels(catalogue, self.example, [catalogue.first(replies[0])]),
-            hit=any(catalogue.mentions(reply, gold) for reply in replies),
-            grade=catalogue.grade_of(replies[-1], gold),
-            explanation=explanation,
-            transcript=[[line.speaker, line.text] for line in self.dialogue],
-            searches=self.searches,
-            **asdict(score),
-        )
-
-
 def evaluate_method(
     roles: Roles,
     examples: Examples,
     seed: int,
     options: EvaluationOptions,
     searching: SearchOptions | None = None,
-) -> list[EvalRow]:
-    """Return one row per example; `searching` turns SES on from its `start_turn`."""
+) -> list[Row]:
+    """Return one row per example; `searching` turns SES on from its `start_turn`.
+
+    A row has the fields of its `JudgeScore`, its ids, and these. `replies` are the recommender's,
+    `items` the catalogue titles of each, `labels` those of the first. `hit` tells whether any reply
+    names a gold title. `grade` is the rules' 0, 1 or 2 for the last reply's first title (0 if it
+    names none). `explanation` is of the last reply, and so is the score. `transcript` holds all
+    lines. `searches` are the records of the searched turns, each as `checked` returns it.
+    """
     keys = [seed_for(seed, "ieval", example.dialog_id, example.turn_id) for example in examples]
-    targets = [example.items for example in examples]
+    catalogue, targets = roles.catalogue, [example.items for example in examples]
     plain = Sampling(options.max_new_tokens, options.temperature)
     warm = Sampling(options.max_new_tokens, options.seeker_temperature)
     dialogues: list[Dialogue] = [example.history for example in examples]
-    talks = [Talk(example, example.history) for example in examples]
+    replies: list[list[str]] = [[] for _ in examples]
+    searches: list[list[Row]] = [[] for _ in examples]
     for turn in range(1, options.turns + 1):
         if turn > 1:
             seeds = [seed_for(key, "seeker", turn) for key in keys]
@@ -115,19 +75,29 @@ def evaluate_method(
         seeds = [seed_for(key, "recommender", turn) for key in keys]
         if searching is not None and turn >= searching.start_turn:
             results = search(roles, dialogues, seeds, searching)
-            replies = [result.reply for result in results]
-            for talk, result in zip(talks, results, strict=True):
-                record = checked(roles.catalogue, talk.example, result.record())
-                talk.searches.append({"turn": turn, **record})
+            said = [result.reply for result in results]
+            for own, example, result in zip(searches, examples, results, strict=True):
+                own.append({"turn": turn, **checked(catalogue, example, result.record())})
         else:
-            replies = roles.recommend(dialogues, plain, seeds)
-        dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
-        for talk, reply, dialogue in zip(talks, replies, dialogues, strict=True):
-            talk.replies.append(reply)
-            talk.dialogue = dialogue
+            said = roles.recommend(dialogues, plain, seeds)
+        dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, said, strict=True)]
+        for heard, reply in zip(replies, said, strict=True):
+            heard.append(reply)
     votes = Votes(options.votes, options.vote_temperature)
-    scored = roles.explain_and_judge(dialogues, targets, keys, plain, votes)
-    return [talk.row(roles.catalogue, *x) for talk, x in zip(talks, scored, strict=True)]
+    judged = roles.explain_and_judge(dialogues, targets, keys, plain, votes)
+    rows = []
+    talks = zip(examples, dialogues, replies, searches, judged, strict=True)
+    for x, dialogue, heard, own, (explanation, score) in talks:
+        row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": heard}
+        row["items"] = [titles_in(catalogue, reply) for reply in heard]
+        row["labels"] = gold_labels(catalogue, x, [catalogue.first(heard[0])])
+        row["hit"] = any(catalogue.mentions(reply, x.items) for reply in heard)
+        row["grade"] = catalogue.grade_of(heard[-1], x.items)
+        row["explanation"] = explanation
+        row["transcript"] = [[line.speaker, line.text] for line in dialogue]
+        row["searches"] = own
+        rows.append(row)
+    return rows
 
 
 def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:

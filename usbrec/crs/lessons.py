@@ -330,7 +330,7 @@ def mixed(
 def told(facts: Profile) -> str:
     """Return the profile of these facts, in the order of the gold profiles."""
     order = sorted(facts, key=lambda x: (wishes.FACT_KINDS.index(x.kind), x.value))
-    parts = ([x for x in order if x.attitude == attitude] for attitude in wishes.ATTITUDES)
+    parts = ([x for x in order if x.attitude == attitude] for attitude in wishes.SECTIONS.values())
     return wishes.write_profile(*([wishes.write_attribute(*x[1:]) for x in own] for own in parts))
 
 

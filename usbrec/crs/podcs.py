@@ -18,13 +18,16 @@ Only the first response enters a pair; the roll-out with the external seeker sco
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Literal
 
 from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes, recommender_prompt
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn
+from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.options import Options, option, seed_for
+
+Cases = Sequence[tuple[Example, str, int]]  # an example, a first response to it, and a seed
 
 
 @dataclass(frozen=True)
@@ -41,96 +44,71 @@ class PairOptions(Options):
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
 
-@dataclass
-class Rollout:
-    """A first response to an example, the dialogue that continues it, and the score at its end.
-
-    An empty response is neither rolled out nor scored.
-    """
-
-    example: Example
-    reply: str
-    seed: int
-    dialogue: Dialogue
-    explanation: str = ""
-    score: JudgeScore = JudgeScore()
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        """The sort key of best and worst: the class of the score, then the score."""
-        assert self.score.label is not None and self.score.score is not None, "an unread score"
-        return self.score.label, self.score.score
-
-    def record(self) -> Row:
-        """Return the roll-out in JSON's own types, with the lines after the example's history."""
-        lines = [[x.speaker, x.text] for x in self.dialogue[len(self.example.history) :]]
-        told = {"explanation": self.explanation, "lines": lines}
-        return {"reply": self.reply, **asdict(self.score), **told}
-
-
 def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOptions) -> list[Row]:
     """Return one row of samples.jsonl per example: its pair or None, the reason, all roll-outs.
 
-    A row depends on its example and the run's seed alone. `samples` are in order of draw.
+    A row depends on its example and the run's seed alone. `samples` are in order of draw. An empty
+    one is neither rolled out nor scored.
     """
     keys = [seed_for(seed, "pairs", example.dialog_id, example.turn_id) for example in examples]
     k, first = options.samples, Sampling(options.max_new_tokens, options.temperature)
     histories = [example.history for example in examples for _ in range(k)]
     seeds = [seed_for(key, "sample", n) for key in keys for n in range(k)]
     texts = roles.recommend(histories, first, seeds)
-    replies = [texts[i : i + k] for i in range(0, len(texts), k)]
-    rollouts = [  # per example; equal texts are rolled out once
-        {text: Rollout(x, text, seed_for(key, "rollout", text), x.history) for text in drawn}
-        for x, key, drawn in zip(examples, keys, replies, strict=True)
-    ]
-    roll_out(roles, [x for own in rollouts for x in own.values() if x.reply], options)
+    # equal texts of an example are rolled out once
+    drawn = dict.fromkeys((i // k, text) for i, text in enumerate(texts) if text)
+    cases = [(examples[i], text, seed_for(keys[i], "rollout", text)) for i, text in drawn]
+    tried = dict(zip(drawn, roll_out(roles, cases, options), strict=True))
+    empty = {"reply": "", **asdict(JudgeScore()), "explanation": "", "lines": []}
     rows = []
-    for example, texts, own in zip(examples, replies, rollouts, strict=True):
-        samples = [own[text] for text in texts]
+    for i, example in enumerate(examples):
+        samples = [tried.get((i, text), empty) for text in texts[i * k : (i + 1) * k]]
         pair, reason = choose_pair(example, samples, options.worst)
         ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
-        tried = [x.record() for x in samples]
-        rows.append({**ids, "reason": reason, "pair": pair, "samples": tried})
+        rows.append({**ids, "reason": reason, "pair": pair, "samples": samples})
     return rows
 
 
-def roll_out(roles: Roles, rollouts: Sequence[Rollout], options: PairOptions) -> None:
-    """Set the later turns, the explanation and the score of each roll-out, in place."""
+def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
+    """Return one roll-out per case: the reply, the score, the explanation, the lines from it on."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
-    targets = [x.example.items for x in rollouts]
-    dialogues = [add_turn(x.dialogue, "recommender", x.reply) for x in rollouts]
+    targets, keys = [example.items for example, _, _ in cases], [key for _, _, key in cases]
+    dialogues = [add_turn(example.history, "recommender", reply) for example, reply, _ in cases]
     for turn in range(2, options.turns + 1):
-        seeds = [seed_for(x.seed, "seeker", turn) for x in rollouts]
+        seeds = [seed_for(key, "seeker", turn) for key in keys]
         dialogues = roles.seek(dialogues, targets, sampling, seeds)
-        seeds = [seed_for(x.seed, "recommender", turn) for x in rollouts]
+        seeds = [seed_for(key, "recommender", turn) for key in keys]
         replies = roles.recommend(dialogues, sampling, seeds)
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
     votes = Votes(options.votes, options.vote_temperature)
-    keys = [x.seed for x in rollouts]
     judged = roles.explain_and_judge(dialogues, targets, keys, sampling, votes)
-    for x, dialogue, (explanation, score) in zip(rollouts, dialogues, judged, strict=True):
-        x.dialogue, x.explanation, x.score = dialogue, explanation, score
+    rows = []
+    for (example, reply, _), said, (told, score) in zip(cases, dialogues, judged, strict=True):
+        lines = [[line.speaker, line.text] for line in said[len(example.history) :]]
+        rows.append({"reply": reply, **asdict(score), "explanation": told, "lines": lines})
+    return rows
 
 
-def choose_pair(example: Example, samples: Sequence[Rollout], worst: str) -> tuple[Row | None, str]:
+def choose_pair(example: Example, samples: Sequence[Row], worst: str) -> tuple[Row | None, str]:
     """Return the row of pairs.jsonl and the origins of its sides, or None and the reason.
 
-    The row is trl's conversational preference format, with scores (None: gold) and origins.
+    The row is trl's conversational preference format, with scores (None: gold) and origins. Samples
+    are ordered by the class of the score, then by the score.
     Classes of the samples -> (chosen, rejected), under `worst` zero; G is the gold response:
     2 2 2 -> 2 G;  2 1 0 -> 2 0;  2 1 1 -> 2 G;  1 1 0 -> G 0;  0 0 0 -> G 0;  1 1 1 -> none.
     """
-    read = [x for x in samples if x.reply and x.score.label is not None]
+    read = [x for x in samples if x["reply"] and x["label"] is not None]
     if not read:
-        empty = not any(x.reply for x in samples)
+        empty = not any(x["reply"] for x in samples)
         return None, "all samples empty" if empty else "no sample's score could be read"
-    if all(x.score.label == 1 for x in read):
+    if all(x["label"] == 1 for x in read):
         return None, "all samples scored 1"
-    best = max(read, key=lambda x: x.rank)  # the first of equals, as below
-    last = min(read, key=lambda x: x.rank)
+    rank = itemgetter("label", "score")
+    best, last = max(read, key=rank), min(read, key=rank)  # the first of equals
     gold = (example.response.strip(), None, "gold")
-    text, score, origin = _side(samples, best) if best.score.label == 2 else gold
+    text, score, origin = _side(samples, best) if best["label"] == 2 else gold
     bound = 0 if worst == "zero" else 1
-    other, other_score, other_origin = _side(samples, last) if last.rank[0] <= bound else gold
+    other, other_score, other_origin = _side(samples, last) if last["label"] <= bound else gold
     if "" in (text, other):
         return None, "gold response empty"
     if text == other:
@@ -148,8 +126,8 @@ def choose_pair(example: Example, samples: Sequence[Rollout], worst: str) -> tup
     return pair, " over ".join(name.split("[")[0] for name in (origin, other_origin))
 
 
-def _side(samples: Sequence[Rollout], own: Rollout) -> tuple[str, float | None, str]:
-    return own.reply, float(own.rank[0]), f"samples[{samples.index(own)}]"
+def _side(samples: Sequence[Row], own: Row) -> tuple[str, float | None, str]:
+    return own["reply"], float(own["label"]), f"samples[{samples.index(own)}]"
 
 
 def count_reasons(records: Sequence[Row]) -> dict[str, int]:

@@ -39,8 +39,7 @@ _CLUSTER = re.compile("(?s:.)[\u0300-\u036f\u1160-\u11ff\u3099\u309a\uff9e\uff9f
 _SWAPS = str.maketrans({**dict.fromkeys("‘’ʼ′`´", "'"), "ß": "ss", "™": ""})
 YEAR = r"[(\[（](\d{4})(?i:/[ivx]+|[-–]\d{0,4}|(?: tv)? (?:film|series|novel))?\s?[年년]?[)\]）]"
 _TITLE_YEAR = re.compile(rf"\s*{YEAR}(?=\s*[(\[（]|\s*$)")
-_LISTS = ("articles", "editions", "kinds")
-_ARTICLES, _EDITIONS, _KINDS = ("|".join(WORD_LISTS[name]) for name in _LISTS)
+_ARTICLES, _EDITIONS, _KINDS = ("|".join(WORD_LISTS[x]) for x in ("articles", "editions", "kinds"))
 _ARTICLE_LAST = re.compile(rf"^([^(\[]+?),\s*({_ARTICLES})(?=$|\s*[:(\[]|\s[-–]\s)", re.I)
 _BRACKET = re.compile(r"(?<=.)(?:\s+[(\[]|[（【])([^()\[\]（）【】]*)[)\]）】]")
 _AKA = re.compile(r"[\s;,/]*\b(?:a\.\s?k\.\s?a\.|aka|also known as):?\s+", re.I)

@@ -16,7 +16,6 @@ from usbrec.crs.catalogue import Catalogue, Item
 
 FORMS = {"mood": "{} mood", "director": "by {}", "lead": "with {}"}  # other kinds: the value alone
 SECTIONS = {"Likes": "like", "Dislikes": "dislike", "Seen": "seen"}
-ATTITUDES = tuple(SECTIONS.values())
 FACT_KINDS = ("genre", "mood", "decade", "director", "lead", "title")  # in the order of a profile
 NOTHING = "nothing said"
 _HEADS = "|".join(SECTIONS)
@@ -81,9 +80,8 @@ def write_attribute(kind: str, value: str) -> str:
 def attributes(item: Item) -> list[tuple[str, str]]:
     """Return every (kind, value) of a film that a seeker can wish for."""
     decades = (item.decade,) if item.decade else ()
-    values = (item.genres, item.moods, decades, item.directors, item.stars)
-    kinds = ("genre", "mood", "decade", "director", "lead")
-    return [(kind, value) for kind, own in zip(kinds, values, strict=True) for value in own]
+    values = (item.genres, item.moods, decades, item.directors, item.stars, ())
+    return [(kind, value) for kind, own in zip(FACT_KINDS, values, strict=True) for value in own]
 
 
 def card(item: Item) -> str:

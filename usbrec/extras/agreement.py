@@ -8,56 +8,23 @@ history alone. A reply whose gold title cannot be found or replaced is skipped w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from usbrec.chat import Row, Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import EXPLAIN, JudgeScore, Messages, Roles, Votes
-from usbrec.crs.catalogue import Catalogue, Item
+from usbrec.crs.agents import EXPLAIN, Roles, Votes
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.lessons import gold_items
 from usbrec.crs.rewrite import rewrite
 from usbrec.extras.intervals import auc_interval
 from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
-SCORE_FIELDS = ("score", "digit_probability", "parse_rate")  # of a JudgeScore, kept in a row
-
-
-@dataclass
-class Contrast:
-    """A gold reply and its rewriting for the films `titles`, with the explanations of both.
-
-    Where the dataset has no explanations, `explanations` is empty until `prepare_all` sets it.
-    """
-
-    example: Example
-    seed: int
-    replies: tuple[str, str]
-    titles: tuple[str, ...]
-    explanations: tuple[str, ...]
-    profile: str = ""
-
-    def dialogues(self) -> list[Dialogue]:
-        """Return the dialogue with the gold reply, and with the rewritten one."""
-        return [add_turn(self.example.history, "recommender", reply) for reply in self.replies]
-
-    def judge_prompts(self) -> list[Messages]:
-        """Return four prompts: external judge of gold and other, then the internal judge's."""
-        both, titles = self.dialogues(), [self.example.items] * 2
-        external = map(agents.external_judge_prompt, both, self.explanations, titles)
-        return [*external, *(agents.internal_judge_prompt(x, self.profile) for x in both)]
-
-    def record(self, scores: Sequence[JudgeScore]) -> Row:
-        """Return texts and scores, ordered as `judge_prompts`, in JSON's own types."""
-        texts = {"gold": self.replies[0], "other": self.replies[1], "titles": list(self.titles)}
-        found = {name: [getattr(x, name) for x in scores] for name in SCORE_FIELDS}
-        marks = found.pop("score")
-        judged = {"external": marks[:2], "internal": marks[2:]}
-        return {"skipped": None, **texts, "profile": self.profile, **judged, **found}
+SIDES = ("gold", "other")  # the two replies of a row
 
 
 def judge_agreement(
@@ -68,71 +35,70 @@ def judge_agreement(
     A score that could not be read is None. A skipped row has only its ids and the reason,
     "skipped".
     """
-    made = [contrast(roles.catalogue, example, popularity, seed) for example in examples]
-    contrasts = [x for x in made if isinstance(x, Contrast)]
-    prepare_all(roles, contrasts, options)
-    prompts = [prompt for x in contrasts for prompt in x.judge_prompts()]
-    seeds = [seed_for(x.seed, "judge", i) for x in contrasts for i in range(4)]
+    keys = [seed_for(seed, "agreement", x.dialog_id, x.turn_id) for x in examples]
+    pairs = zip(examples, keys, strict=True)
+    rows = [contrast(roles.catalogue, x, popularity, key) for x, key in pairs]
+    used = [x for x in zip(examples, keys, rows, strict=True) if x[2]["skipped"] is None]
+    prompts = [agents.summary_prompt(x.history) for x, _, _ in used]
+    seeds = [seed_for(key, "summary") for _, key, _ in used]
+    asked = roles.simulator.requests(prompts, Sampling(SUMMARY_TOKENS, temperature=0.0), seeds)
+    plain = Sampling(options.max_new_tokens, options.temperature)
+    for x, key, row in used:
+        if not row["explanations"]:
+            heard = [add_turn(said, "seeker", EXPLAIN) for said in dialogues_of(x, row)]
+            seeds = [seed_for(key, "explain", row[side]) for side in SIDES]
+            asked += roles.recommender.requests(map(agents.recommender_prompt, heard), plain, seeds)
+    texts = iter(roles.complete(asked))
+    for _, _, row in used:
+        row["profile"] = next(texts)
+    prompts, seeds = [], []
+    for x, key, row in used:
+        told, both = row.pop("explanations") or [next(texts), next(texts)], dialogues_of(x, row)
+        prompts += map(agents.external_judge_prompt, both, told, [x.items] * 2)
+        prompts += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
+        seeds += [seed_for(key, "judge", i) for i in range(4)]
     scores = iter(roles.judge(prompts, Votes(options.votes, options.vote_temperature), seeds))
-    rows = []
-    for example, x in zip(examples, made, strict=True):
-        ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
-        told = {"skipped": x} if isinstance(x, str) else x.record([next(scores) for _ in range(4)])
-        rows.append({**ids, **told})
+    for _, _, row in used:
+        judged = [next(scores) for _ in range(4)]
+        marks = [score.score for score in judged]
+        row |= {"external": marks[:2], "internal": marks[2:]}
+        row["digit_probability"] = [score.digit_probability for score in judged]
+        row["parse_rate"] = [score.parse_rate for score in judged]
     return rows
 
 
-def contrast(
-    catalogue: Catalogue, example: Example, popularity: Popularity, seed: int
-) -> Contrast | str:
-    """Return the contrast of an example, or the reason why it has none."""
-    seed = seed_for(seed, "agreement", example.dialog_id, example.turn_id)
-    golds = [item for title in example.items if (item := catalogue.get(title))]
+def dialogues_of(example: Example, row: Row) -> list[Dialogue]:
+    """Return the dialogue with the gold reply, and with the other one."""
+    return [add_turn(example.history, "recommender", row[side]) for side in SIDES]
+
+
+def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key: int) -> Row:
+    """Return {"gold", "other", "titles", "explanations"}: a row with the gold reply and another.
+
+    The other is the gold reply rewritten for the films `titles`. They are as many as gold titles
+    and none of them, drawn by training count. `explanations` are of both replies, or none where the
+    dataset has none. "skipped" is the reason why a row has no replies, or None.
+    """
+    row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "skipped": None}
+    golds = gold_items(example, catalogue)
     if len(golds) < len(example.items):
-        return "a gold title is not in the catalogue"
-    drawn = draw_others(catalogue, example, popularity, len(golds), seed)
-    if len(drawn) < len(golds):
-        return "too few other titles to draw from"
+        return {**row, "skipped": "a gold title is not in the catalogue"}
+    known = [(catalogue.get(title), count) for title, count in sorted(popularity.items())]
+    pool = [(item, count) for item, count in known if item and item not in golds]
+    if len(pool) < len(golds):
+        return {**row, "skipped": "too few other titles to draw from"}
+    share = np.array([count for _, count in pool], float)
+    generator = np.random.default_rng(seed_for(key, "others"))
+    places = generator.choice(len(pool), len(golds), replace=False, p=share / share.sum())
+    films = [pool[place][0] for place in places]
     gold, told = example.response, example.explanation
     other, why = gold, told or ""
-    for old, new in zip(golds, drawn, strict=True):
+    for old, new in zip(golds, films, strict=True):
         other, why = rewrite(other, old, new), rewrite(why, old, new)
     if other == gold or catalogue.mentions(other, example.items):
-        return "a gold title in the reply could not be replaced"
-    titles = tuple(item.title for item in drawn)
-    return Contrast(example, seed, (gold, other), titles, () if told is None else (told, why))
-
-
-def draw_others(
-    catalogue: Catalogue, example: Example, popularity: Popularity, count: int, seed: int
-) -> list[Item]:
-    """Return `count` distinct items that are no targets, drawn by training count; [] if too few."""
-    golds = {item for title in example.items for item in catalogue.named(title)}
-    items = [(catalogue.get(title), number) for title, number in sorted(popularity.items())]
-    pool = [(item, number) for item, number in items if item and item not in golds]
-    if len(pool) < count:
-        return []
-    share = np.array([number for _, number in pool], float)
-    generator = np.random.default_rng(seed_for(seed, "others"))
-    places = generator.choice(len(pool), size=count, replace=False, p=share / share.sum())
-    return [pool[place][0] for place in places]
-
-
-def prepare_all(roles: Roles, contrasts: Sequence[Contrast], options: EvaluationOptions) -> None:
-    """Set all profiles, and the explanations that the dataset lacks, in one `complete`."""
-    prompts = [agents.summary_prompt(x.example.history) for x in contrasts]
-    seeds = [seed_for(x.seed, "summary") for x in contrasts]
-    asked = roles.simulator.requests(prompts, Sampling(SUMMARY_TOKENS, temperature=0.0), seeds)
-    untold = [x for x in contrasts if not x.explanations]
-    both = [add_turn(dialogue, "seeker", EXPLAIN) for x in untold for dialogue in x.dialogues()]
-    prompts = [agents.recommender_prompt(dialogue) for dialogue in both]
-    seeds = [seed_for(x.seed, "explain", reply) for x in untold for reply in x.replies]
-    plain = Sampling(options.max_new_tokens, options.temperature)
-    texts = iter(roles.complete(asked + roles.recommender.requests(prompts, plain, seeds)))
-    for x in contrasts:
-        x.profile = next(texts)
-    for x in untold:
-        x.explanations = (next(texts), next(texts))
+        return {**row, "skipped": "a gold title in the reply could not be replaced"}
+    titles, explanations = [film.title for film in films], [] if told is None else [told, why]
+    return {**row, "gold": gold, "other": other, "titles": titles, "explanations": explanations}
 
 
 def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:

@@ -64,21 +64,10 @@ def _percentiles(blocks: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_difference(
-    first: Values,
-    second: Values,
-    seed: int,
-    weights: Weights = None,
-    groups: Groups = None,
-    span: float = 1.0,
-) -> dict[str, Any]:
-    """Return mean(first - second) over the rows that both have, with its paired interval.
-
-    `span` is the greatest difference that a row can have.
-    """
+def differences(first: Values, second: Values) -> list[float | None]:
+    """Return first - second per row, or None where either has no value."""
     pairs = zip(first, second, strict=True)
-    gaps = [None if a is None or b is None else float(a) - float(b) for a, b in pairs]
-    return mean_interval(gaps, seed, weights, groups, (-span, span))
+    return [None if a is None or b is None else float(a) - float(b) for a, b in pairs]
 
 
 def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from usbrec.chat import Ranks, Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Messages, Roles, Votes
 from usbrec.crs.dialogue import Examples, add_turn
-from usbrec.crs.evaluation import EvalRow, EvaluationOptions, is_target
+from usbrec.crs.evaluation import EvaluationOptions, is_target
 from usbrec.crs.wishes import card, fit, read_profile
 from usbrec.extras.agreement import SUMMARY_TOKENS
-from usbrec.extras.intervals import auc, mean_interval, paired_difference
+from usbrec.extras.intervals import UNIT, auc, mean_interval
 
 JUDGES = ("internal judge", "judge with cards")
 Scores = dict[str, float | None]  # scorer -> 0 to 2, None where it has no opinion
@@ -27,9 +27,9 @@ RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
 
 
-def summaries(methods: Mapping[str, Sequence[EvalRow]], seed: int) -> dict[str, Any]:
+def summaries(methods: Mapping[str, Sequence[Row]], seed: int) -> dict[str, Any]:
     """Return `summary_facts` per searched method, or once, as "all", if they had the same."""
-    firsts = {name: [row.searches[:1] for row in rows] for name, rows in methods.items()}
+    firsts = {name: [row["searches"][:1] for row in rows] for name, rows in methods.items()}
     known = {name: x for name, x in firsts.items() if any(y and y[0]["facts"] for y in x)}
     told = [[first[0]["profile"] if first else None for first in x] for x in known.values()]
     if told and all(profiles == told[0] for profiles in told):
@@ -37,15 +37,15 @@ def summaries(methods: Mapping[str, Sequence[EvalRow]], seed: int) -> dict[str, 
     return {name: summary_facts(methods[name], seed) for name in known}
 
 
-def summary_facts(rows: Sequence[EvalRow], seed: int) -> dict[str, Any]:
+def summary_facts(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """Return the precision and recall of the summaries' facts, and the share of exact summaries.
 
     A fact is right if the gold profile has it too: attitude, kind and value. Precision is over all
     facts that are told, recall over all that are true. An exact summary tells the true facts and no
     other.
     """
-    rows = [row for row in rows if row.searches and row.searches[0]["facts"]]
-    groups, counts = [row.dialog_id for row in rows], [row.searches[0]["facts"] for row in rows]
+    rows = [row for row in rows if row["searches"] and row["searches"][0]["facts"]]
+    groups, counts = [x["dialog_id"] for x in rows], [x["searches"][0]["facts"] for x in rows]
     found = {}
     for name, base in (("precision", "told"), ("recall", "true")):
         shares = [x["right"] / x[base] if x[base] else None for x in counts]
@@ -54,10 +54,24 @@ def summary_facts(rows: Sequence[EvalRow], seed: int) -> dict[str, Any]:
     return {**found, "exact": mean_interval(exact, seed, groups=groups)}
 
 
-def search_figures(rows: Sequence[EvalRow], area: float | None, seed: int) -> dict[str, Any]:
-    """Return a searched method's means over dialogues, each with its interval.
+def search_figures(rows: Sequence[Row], area: float | None, seed: int) -> dict[str, Any]:
+    """Return the means of a searched method's `choice_figures`, each with its interval."""
+    rows = [row for row in rows if row["searches"]]
+    groups, searches = [row["dialog_id"] for row in rows], [row["searches"][0] for row in rows]
+    figures = [choice_figures(search, area) for search in searches]
+    most = float(max(len(search["candidates"]) for search in searches))
+    limits = {"different_titles": (0.0, most), "gain": (-1.0, 1.0), "gain_predicted": (-1.0, 1.0)}
+    found = {}
+    for name in figures[0]:
+        values, bounds = [x[name] for x in figures], limits.get(name, UNIT)
+        found[name] = mean_interval(values, seed, groups=groups, limits=bounds)
+    return found
 
-    different_titles    titles among a dialogue's candidates, the first of each reply
+
+def choice_figures(search: Row, area: float | None) -> dict[str, float | None]:
+    """Return what a search's candidates held and what its choice made of them.
+
+    different_titles    titles among the candidates, the first of each reply
     pass@N              whether a target is among them: Recall@1 of the best by target
     best_by_rule        Recall@1 of the candidate that fits the true wishes best, ties to the first
     chosen              Recall@1 of the search's choice, which the internal judge decides
@@ -67,28 +81,19 @@ def search_figures(rows: Sequence[EvalRow], area: float | None, seed: int) -> di
 
     How much a search gains follows from pass@N and the judge's ROC curve: ROC-n-Reroll, ICLR 2026.
     """
-    rows = [row for row in rows if row.searches]
-    searches, groups = [row.searches[0] for row in rows], [row.dialog_id for row in rows]
-    tried = [search["candidates"] for search in searches]
-    found = [[float(x["found"]) for x in candidates] for candidates in tried]
-    fits = [[x["fit"] for x in candidates] for candidates in tried]
-    titles = [float(len({x["title"] for x in candidates} - {None})) for candidates in tried]
-    fitted = zip(found, fits, strict=True)
-    shares: dict[str, list[float | None]] = {
-        "pass@N": [max(x) for x in found],
-        "best_by_rule": [None if None in y else x[y.index(max(y))] for x, y in fitted],
-        "chosen": [x[search["best"]] for x, search in zip(found, searches, strict=True)],
-        "random": [sum(x) / len(x) for x in found],
-    }
-    hits = [len({x["title"] for x in candidates if x["found"]}) for candidates in tried]
-    misses = [len({x["title"] for x in candidates if not x["found"]}) for candidates in tried]
-    rates = [None if area is None else hit_rate(area, *x) for x in zip(hits, misses, strict=True)]
-    most = (0.0, float(max(map(len, tried), default=1)))
+    candidates = search["candidates"]
+    found, fits = [float(x["found"]) for x in candidates], [x["fit"] for x in candidates]
+    hits, misses = ({x["title"] for x in candidates if x["found"] is y} for y in (True, False))
+    chosen, random = found[search["best"]], sum(found) / len(found)
+    rate = None if area is None else hit_rate(area, len(hits), len(misses))
     return {
-        "different_titles": mean_interval(titles, seed, groups=groups, limits=most),
-        **{name: mean_interval(x, seed, groups=groups) for name, x in shares.items()},
-        "gain": paired_difference(shares["chosen"], shares["random"], seed, groups=groups),
-        "gain_predicted": paired_difference(rates, shares["random"], seed, groups=groups),
+        "different_titles": float(len((hits | misses) - {None})),
+        "pass@N": max(found),
+        "best_by_rule": None if None in fits else found[fits.index(max(fits))],
+        "chosen": chosen,
+        "random": random,
+        "gain": chosen - random,
+        "gain_predicted": None if rate is None else rate - random,
     }
 
 

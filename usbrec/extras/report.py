@@ -10,17 +10,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from usbrec.crs import evaluation
+from usbrec.chat import Row
 from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import METHOD_NAMES, EvalRow, Guesses, Labels
+from usbrec.crs.evaluation import METHOD_NAMES, Guesses, Labels, copied, gold_labels, popular
 from usbrec.extras.agreement import agreement
-from usbrec.extras.intervals import auc, mean_interval, paired_difference
+from usbrec.extras.intervals import auc, differences, mean_interval
 from usbrec.extras.measures import search_figures, summaries, within_dialogues
 from usbrec.options import seed_for
 
-CHECKS = ("agreement", "ranked")  # of the judges, beside the methods in rows.jsonl
 WIDTH = 120  # of the report's text
 CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
 CUTS = (1, 10, 50)  # K of a ranking's Recall@K
@@ -38,67 +37,64 @@ def report_of(
     rows: Sequence[Facts], baselines: Facts, options: Facts, counts: Facts, seed: int
 ) -> dict[str, Any]:
     """Return `build_report` of the rows of rows.jsonl, by the options and counts of their run."""
-    noted = {name: [row[name] for row in rows if name in row] for name in (*METHOD_NAMES, *CHECKS)}
-    methods = {name: [EvalRow(**x) for x in noted[name]] for name in METHOD_NAMES if noted[name]}
+    names = (*METHOD_NAMES, "agreement", "ranked")
+    noted = {name: [row[name] for row in rows if name in row] for name in names}
+    methods = {name: noted[name] for name in METHOD_NAMES if noted[name]}
     judge = agreement(noted["agreement"], seed)
     judge["within_dialogue"] = within_dialogues(noted["ranked"], seed)
-    facts = {"options": options, "counts": counts}
-    return build_report(methods, baselines, judge, facts, seed, options["eval"]["seen"])
+    report = build_report(methods, baselines, judge, seed, options["eval"]["seen"])
+    return {**report, "options": options, "counts": counts}
 
 
-def build_report(
-    methods: Facts, baselines: Facts, judge: Facts, facts: Facts, seed: int, seen: int = 0
-) -> dict[str, Any]:
-    """Return the content of report.json.
+def build_report(methods: Facts, baselines: Facts, judge: Facts, seed: int, seen: int = 0) -> Row:
+    """Return the content of report.json but for the options and counts of the run.
 
-    `methods` maps the paper's names to EvalRows over the same dialogues in the same order
+    `methods` maps names to the rows of `evaluate_method`, of the same dialogues in the same order
     (asserted). `baselines` holds the `baseline_labels` of those dialogues. `judge` holds the
-    `agreement` of both judges and, as "within_dialogue", `within_dialogues`. `facts` holds the
-    options and counts of the run. Where there are more than `seen` dialogues, the figures of the
-    methods stand a second time under "after", without the first `seen`.
+    `agreement` of both judges and, as "within_dialogue", `within_dialogues`. Where there are more
+    than `seen` dialogues, the figures of the methods stand a second time under "after", without the
+    first `seen`.
     """
     seed = seed_for(seed, "report")
-    ordered = {name: methods[name] for name in METHOD_NAMES if name in methods}
-    assert len(ordered) == len(methods), f"methods are named {METHOD_NAMES}, got {tuple(methods)}"
-    places = [[(row.dialog_id, row.turn_id) for row in rows] for rows in ordered.values()]
+    places = [[(x["dialog_id"], x["turn_id"]) for x in rows] for rows in methods.values()]
     assert all(place == places[0] for place in places), "methods saw other dialogues"
     areas = {name: x["all"]["mean"] for name, x in judge.get("within_dialogue", {}).items()}
-    found = compare_all(ordered, baselines, seed)
+    found = compare_all(methods, baselines, seed)
     if places and 0 < seen < len(places[0]):
-        rest, labels = ({k: x[seen:] for k, x in rows.items()} for rows in (ordered, baselines))
+        rest, labels = ({k: x[seen:] for k, x in rows.items()} for rows in (methods, baselines))
         found["after"] = {"seen": seen, **compare_all(rest, labels, seed)}
-    found["summary"], found["judge"] = summaries(ordered, seed), dict(judge)
+    found["summary"], found["judge"] = summaries(methods, seed), dict(judge)
     found["search"] = {
         name: search_figures(rows, areas.get(CHOOSERS.get(name, "internal judge")), seed)
-        for name, rows in ordered.items()
-        if any(row.searches for row in rows)
+        for name, rows in methods.items()
+        if any(row["searches"] for row in rows)
     }
-    return {**found, **facts}
+    return found
 
 
 def compare_all(methods: Facts, baselines: Facts, seed: int) -> dict[str, Any]:
     """Return the figures of all methods and baselines, and the differences of the methods."""
-    groups = [row.dialog_id for row in next(iter(methods.values()), ())]
+    groups = [row["dialog_id"] for row in next(iter(methods.values()), ())]
     pairs = combinations(methods, 2)
     return {
         "methods": {name: summarise(rows, seed) for name, rows in methods.items()},
         "differences": {f"{b} - {a}": compare(methods[b], methods[a], seed) for a, b in pairs},
         "baselines": {name: recall(rows, groups, seed) for name, rows in baselines.items()},
-        "unparsed": {name: _mean([x.score is None for x in y]) for name, y in methods.items()},
+        "unparsed": {name: _mean([x["score"] is None for x in y]) for name, y in methods.items()},
     }
 
 
-def summarise(rows: Sequence[EvalRow], seed: int) -> dict[str, Any]:
+def summarise(rows: Sequence[Facts], seed: int) -> dict[str, Any]:
     """Return a method's means with intervals, and the AUC of the judge's scores by rule grade."""
-    read = [(row.score, row.grade) for row in rows if row.score is not None]
+    read = [(row["score"], row["grade"]) for row in rows if row["score"] is not None]
     right = [score for score, grade in read if grade == 2]
     wrong = [score for score, grade in read if grade < 2]
-    digits = [row.digit_probability for row in rows if row.digit_probability is not None]
+    digits = [x["digit_probability"] for x in rows if x["digit_probability"] is not None]
     return {
-        **_means(_figures(rows), [row.dialog_id for row in rows], seed),
+        **_means(_figures(rows), [row["dialog_id"] for row in rows], seed),
         "judge_and_rules": {"auc": auc(right, wrong), "n": len(read)},
         "digit_probability": _mean(digits),
-        "empty_replies": sum(reply == "" for row in rows for reply in row.replies),
+        "empty_replies": sum(reply == "" for row in rows for reply in row["replies"]),
     }
 
 
@@ -110,29 +106,29 @@ def recall(labels: Sequence[Labels], groups: Sequence[str], seed: int) -> dict[s
     return _means(_recall_figures(labels), groups, seed)
 
 
-def compare(later: Sequence[EvalRow], earlier: Sequence[EvalRow], seed: int) -> dict[str, Any]:
+def compare(later: Sequence[Facts], earlier: Sequence[Facts], seed: int) -> dict[str, Any]:
     """Return the paired differences of two methods over the same dialogues, per figure."""
-    groups, others = [row.dialog_id for row in later], _figures(earlier)
+    figures, others = _figures(later), _figures(earlier)
+    gaps: Figures = {x: (differences(figures[x][0], others[x][0]), figures[x][1]) for x in HEADINGS}
+    return _means(gaps, [row["dialog_id"] for row in later], seed, signed=True)
+
+
+def _means(figures: Figures, groups: Sequence[str], seed: int, signed: bool = False) -> Row:
+    """Return the mean of each figure with its interval; `signed` figures are differences."""
+    found = {}
+    for name, (values, weights) in figures.items():
+        most = GREATEST.get(name, 1.0)
+        limits = (-most if signed else 0.0, most)
+        found[name] = mean_interval(values, seed, weights, groups, limits)
+    return found
+
+
+def _figures(rows: Sequence[Facts]) -> Figures:
     return {
-        name: paired_difference(x, others[name][0], seed, weights, groups, GREATEST.get(name, 1.0))
-        for name, (x, weights) in _figures(later).items()
-        if name in HEADINGS
-    }
-
-
-def _means(figures: Figures, groups: Sequence[str], seed: int) -> dict[str, Any]:
-    return {
-        name: mean_interval(x, seed, weights, groups, (0.0, GREATEST.get(name, 1.0)))
-        for name, (x, weights) in figures.items()
-    }
-
-
-def _figures(rows: Sequence[EvalRow]) -> Figures:
-    return {
-        "ieval": ([row.score for row in rows], None),
-        **_recall_figures([row.labels for row in rows]),
-        "hit": ([float(row.hit) for row in rows], None),
-        "rule_grade": ([float(row.grade) for row in rows], None),
+        "ieval": ([row["score"] for row in rows], None),
+        **_recall_figures([row["labels"] for row in rows]),
+        "hit": ([float(row["hit"]) for row in rows], None),
+        "rule_grade": ([float(row["grade"]) for row in rows], None),
     }
 
 
@@ -170,14 +166,14 @@ def ranked_recall(
     groups = [example.dialog_id for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
-        "copy-last": [evaluation.copied(catalogue, example) for example in examples],
-        "most-popular": [evaluation.popular(catalogue, popularity)] * len(examples),
+        "copy-last": [copied(catalogue, example) for example in examples],
+        "most-popular": [popular(catalogue, popularity)] * len(examples),
     }
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
     def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
         rows = zip(examples, guesses, strict=True)
-        labels = [evaluation.gold_labels(catalogue, x, row[:k]) for x, row in rows]
+        labels = [gold_labels(catalogue, x, row[:k]) for x, row in rows]
         return recall(labels, groups, seed)
 
     return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
