@@ -17,7 +17,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations
 
 from contest import show
@@ -28,7 +28,7 @@ from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
-from usbrec.crs.evaluation import EvalRow, evaluate_method
+from usbrec.crs.evaluation import evaluate_method
 from usbrec.extras.default_model import find_model
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
 from usbrec.llm.loss import Sft
@@ -90,17 +90,17 @@ def train_control(
     return Side(work.engine, name)
 
 
-def meet(work: Work, side: Side, asked: Examples, settings: Settings, name: str) -> list[EvalRow]:
+def meet(work: Work, side: Side, asked: Examples, settings: Settings, name: str) -> list[Row]:
     """Return a control's evaluated talks about the run's test dialogues."""
     roles = Roles(side, work.simulator, work.catalogue)
 
     def meet_chunk(chunk: Examples) -> list[Row]:
-        return list(map(asdict, evaluate_method(roles, chunk, settings.data.seed, settings.eval)))
+        return evaluate_method(roles, chunk, settings.data.seed, settings.eval)
 
     path, size = work.folder / "control" / f"{name}.jsonl", settings.data.chunk_size
     facts = {"report": runs.read_json(work.folder / "options" / "report.json")}
     results = Results(path, size, f"SFT + {name}", facts, work.engines)
-    return [EvalRow(**row) for row in run_chunks(results, asked, meet_chunk)]
+    return run_chunks(results, asked, meet_chunk)
 
 
 def check(work: Work, settings: Settings) -> None:
@@ -125,8 +125,8 @@ def compare_controls(flags: Namespace) -> None:
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     tests = loading.pick_rows(work.test, 0, seed_for(settings.data.seed, "test"), apart=True)
     asked = tests[: settings.data.rows("eval") or None]
-    talks = {x: [EvalRow(**row[x]) for row in rows if x in row] for x in ("SFT", "RL")}
-    if any([x.dialog_id for x in y] != [x.dialog_id for x in asked] for y in talks.values()):
+    talks = {x: [row[x] for row in rows if x in row] for x in ("SFT", "RL")}
+    if any([x["dialog_id"] for x in y] != [x.dialog_id for x in asked] for y in talks.values()):
         raise UserError(f"{folder / 'rows.jsonl'} lacks SFT or RL of the test dialogues")
     pairs = [pair for _, pair in read_pairs(folder / "pairs.jsonl")]
     learned = train.lay_out_pairs(work, train.hold_out(pairs, settings.data.max_valid)[0], "simpo")
