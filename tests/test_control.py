@@ -31,7 +31,8 @@ def test_a_control_sees_as_many_tokens_as_simpo(finished: list[str], capsys: Any
     run = Path(finished[1])
     assert control.main(finished) == 0
     table = capsys.readouterr().out
-    for name in ("SFT", "RL", "SFT + gold", "SFT + chosen", "RL - SFT", "SFT + chosen - SFT + gold"):
+    names = ("SFT", "RL", "SFT + gold", "SFT + chosen", "RL - SFT", "SFT + chosen - SFT + gold")
+    for name in names:
         assert f"| {name} | " in table
     seen = {}
     for name, folder in (("simpo", "rl/training"), ("gold", "control/gold")):
