@@ -294,12 +294,15 @@ def test_a_faulty_adapter_file_is_one_clear_error(llama, tmp_path, fault):
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
-def test_merged_weights_load_in_transformers_and_equal_the_adapter(base, tmp_path, shard_bytes):
+def test_merged_weights_load_in_transformers_and_equal_the_adapter(
+    base, tmp_path, shard_bytes, monkeypatch
+):
     import transformers as hf
 
+    monkeypatch.setattr("usbrec.extras.shards.SHARD_BYTES", shard_bytes)
     folder, _ = base
     model = our_adapter(folder, tmp_path / "adapter")
-    merge(folder, tmp_path / "adapter", tmp_path / "merged", shard_bytes)
+    merge(folder, tmp_path / "adapter", tmp_path / "merged")
     shards = list((tmp_path / "merged").glob("*.safetensors"))
     assert (len(shards) > 1) == (shard_bytes < 1 << 30)
     # in fp64 on both sides, for in fp32 transformers' own rounding alone exceeds 1e-4

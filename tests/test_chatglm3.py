@@ -304,9 +304,9 @@ def test_a_turns_prompt_and_reply_begin_the_next_turns_prompt(chat):
 
 def test_the_control_tokens_have_chatglm3s_numbers():
     """Its sentencepiece model has 64789 pieces; the control tokens are numbered after them."""
-    from usbrec.llm.vocabulary import CHATGLM3_CONTROL
+    from usbrec.llm.model_config import CHATGLM3
 
-    ids = {token: 64789 + i for i, token in enumerate(CHATGLM3_CONTROL)}
+    ids = {token: 64789 + i for i, token in enumerate(CHATGLM3["control_tokens"])}
     assert (ids["[gMASK]"], ids["sop"]) == (64790, 64792)
     assert (ids["<|user|>"], ids["<|observation|>"]) == (64795, 64797)
 
@@ -360,7 +360,7 @@ def test_a_stream_says_the_whole_text_with_its_spaces(chat):
     for seed in range(100):
         text = "a " + random_text(random.Random(seed)) + " film 👩‍🚀"
         said: list[str] = []
-        reply = ReplyText(ours, Sampling(), said.append)
+        reply = ReplyText(ours, Sampling(), said.append, [])
         for i in ours.encode(text):
             reply.push(i, last=False)
         assert not any("\ufffd" in part for part in said)

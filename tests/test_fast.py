@@ -61,8 +61,8 @@ def adapted(outputs: int, inputs: int, bias: bool = False, r: int = 3) -> LoraLi
     layer.weight.copy_(random(outputs, inputs, seed=1).detach())
     if bias:
         layer.bias.copy_(random(outputs, seed=2).detach())
-    layer.add("one", LoraConfig(r=r, lora_alpha=1.5 * r), torch.Generator().manual_seed(0))
-    layer.lora_B["one"].data.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    A, B = (0.5 * random(*shape, seed=3).detach() for shape in ((r, inputs), (outputs, r)))
+    layer.add("one", LoraConfig(r=r, lora_alpha=1.5 * r), A, B)
     return layer
 
 
@@ -188,8 +188,9 @@ def test_fused_layers_give_the_same_as_each_by_itself(
             parameter.data.normal_(0, 0.2, generator=generator)
     for name, r, own in (("one", 4, layers), ("two", 2, layers[1:])):
         for layer in own:
-            layer.add(name, LoraConfig(r=r), generator)
-            layer.lora_B[name].data.normal_(0, 0.3, generator=generator)
+            A = torch.randn(r, 32, generator=generator)
+            B = torch.randn(layer.out_features, r, generator=generator)
+            layer.add(name, LoraConfig(r=r), 0.1 * A, 0.3 * B)
     x = torch.randn(rows + 9, 32, generator=generator).to(dtype)
     spans = [AdapterSpan("one", 2, rows + 2), AdapterSpan("two", rows + 5, rows + 9)]
     with torch.no_grad():

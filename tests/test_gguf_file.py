@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from usbrec.extras import default_model, shards
 from usbrec.extras.default_model import find_model
-from usbrec.extras.gguf_file import TENSOR_NAMES
+from usbrec.extras.gguf_file import GGUF
 from usbrec.extras.merge import merge
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.checkpoint import load_model
@@ -36,7 +36,7 @@ def permuted(weight, heads):
 
 
 def gguf_name(name):
-    names = {theirs: ours for ours, theirs in TENSOR_NAMES.items()}
+    names = {theirs: ours for ours, theirs in GGUF["tensors"].items()}
     path, _, kind = name.rpartition(".")
     if path.startswith("model.layers."):
         number, _, rest = path.removeprefix("model.layers.").partition(".")
@@ -215,7 +215,7 @@ def test_what_is_not_honoured_is_refused_by_name(tmp_path, overrides, named):
 
 def test_an_unknown_pre_tokenizer_is_refused_by_name(with_tokenizer, tmp_path, monkeypatch):
     path, _ = with_tokenizer
-    monkeypatch.setattr("usbrec.extras.gguf_file.PRE_TOKENIZERS", {"other": []})
+    monkeypatch.setitem(GGUF, "tokenizers", {"other": {}})
     with pytest.raises(UserError, match="pre-tokenizer"):
         converted(path)
 
@@ -328,9 +328,11 @@ def test_a_large_file_is_converted_a_shard_at_a_time(tmp_path, monkeypatch):
         return save(tensors, *args, **kwargs)
 
     monkeypatch.setattr(shards, "save", recorded)
-    default_model.unpack(path, tmp_path / "sharded", shard_bytes=20_000)
-    assert len(written) > 5 and max(written) <= 20_000
     default_model.unpack(path, tmp_path / "single")
+    assert len(written) == 1
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    default_model.unpack(path, tmp_path / "sharded")
+    assert len(written) > 6 and max(written[1:]) <= 20_000
     one, many = (load_model(tmp_path / name).state_dict() for name in ("single", "sharded"))
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 

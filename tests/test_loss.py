@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from usbrec.llm import loss
 from usbrec.llm.loss import (
     ResponseLogps,
+    Sft,
     SimpoOptions,
+    TokenLogps,
     response_logps,
-    sft_loss,
     simpo_loss,
     token_logps,
 )
@@ -93,6 +94,13 @@ def test_logits_far_out_of_range_give_no_nan():
     assert torch.autograd.grad(ours.logps.sum(), hidden)[0].isfinite().all()
 
 
+def sft_loss(logps, weights):
+    """The loss of tokens of one response, none of them predicted."""
+    same = torch.zeros(len(logps))
+    row = SimpleNamespace(weights=weights, targets=same, segment_ids=same)
+    return Sft()(TokenLogps(logps, same - 1), row)[0]
+
+
 def test_sft_loss_is_the_mean_over_weights():
     """(1 * 2.0 + 0.5 * 4.0) / 1.5 = 8/3 when -logps are 2 and 4 and the weights 1 and 0.5."""
     got = sft_loss(torch.tensor([-2.0, -4.0]), torch.tensor([1.0, 0.5]))
@@ -128,16 +136,16 @@ def test_simpo_loss_equals_the_number_derived_by_hand():
     beta 2: rewards -2 and -6; gamma = 0.5 * 2 = 1; argument -2 + 6 - 1 = 3;
     loss = log(1 + e^-3) = 0.0485874.
     """
-    got = simpo(-2, -12, beta=2.0, gamma_beta_ratio=0.5)
-    assert got.chosen_rewards.item() == -2.0 and got.rejected_rewards.item() == -6.0
-    assert got.losses.item() == pytest.approx(0.0485874, abs=1e-6)
-    assert got.losses.item() == pytest.approx(math.log1p(math.exp(-3)))
+    losses, chosen_rewards, rejected_rewards = simpo(-2, -12, beta=2.0, gamma_beta_ratio=0.5)
+    assert chosen_rewards.item() == -2.0 and rejected_rewards.item() == -6.0
+    assert losses.item() == pytest.approx(0.0485874, abs=1e-6)
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-3)))
 
 
 def test_gamma_may_be_given_itself_and_equals_ratio_times_beta():
     by_ratio = simpo(-2, -12, beta=4.0, gamma_beta_ratio=0.25)
-    assert simpo(-2, -12, beta=4.0, gamma=1.0).losses == by_ratio.losses
-    assert simpo(-2, -12, beta=4.0, gamma=0.0).losses != by_ratio.losses
+    assert simpo(-2, -12, beta=4.0, gamma=1.0)[0] == by_ratio[0]
+    assert simpo(-2, -12, beta=4.0, gamma=0.0)[0] != by_ratio[0]
 
 
 def test_gamma_and_its_ratio_given_together_are_refused_and_one_of_them_is_the_margin():
@@ -154,14 +162,14 @@ def test_gamma_and_its_ratio_given_together_are_refused_and_one_of_them_is_the_m
 def test_nll_weight_zero_is_exactly_simpo_and_one_adds_the_chosen_mean():
     """The chosen response's mean negative log-probability is 1, so weight 0.5 adds 0.5."""
     plain = simpo(-2, -12)
-    assert simpo(-2, -12, nll_weight=0.0).losses == plain.losses
-    added = simpo(-2, -12, nll_weight=0.5).losses - plain.losses
+    assert simpo(-2, -12, nll_weight=0.0)[0] == plain[0]
+    added = simpo(-2, -12, nll_weight=0.5)[0] - plain[0]
     assert added.item() == pytest.approx(0.5)
 
 
 def test_only_the_average_counts_not_the_sum():
     """Ten times the tokens at the same average cost the same."""
-    assert simpo(-20, -120, (20, 40)).losses.item() == pytest.approx(simpo(-2, -12).losses.item())
+    assert simpo(-20, -120, (20, 40))[0].item() == pytest.approx(simpo(-2, -12)[0].item())
 
 
 @pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"nll_weight": -1.0}])
@@ -200,7 +208,7 @@ def test_simpo_equals_trl_on_the_same_ids_and_labels():
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     grads = [
         torch.autograd.grad(losses.mean(), model.model.layers[0].mlp.up_proj.weight)[0]
-        for losses in (ours.losses, theirs[0])
+        for losses in (ours[0], theirs[0])
     ]
     torch.testing.assert_close(*grads, rtol=0, atol=1e-6)
 

@@ -25,7 +25,6 @@ from tokenizers import (
 )
 
 from usbrec.chat import Message, Sampling, TrainingDialogue
-from usbrec.extras.gguf_file import LLAMA3_SPLIT
 from usbrec.llm.packing import dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import (
     FORMATS,
@@ -51,6 +50,10 @@ CONTROL = {
         "<|python_tag|>",
     ],
 }
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEMPLATES = {"qwen2.5": "qwen2_5.jinja", "llama3.1": "llama3_1.jinja"}
 LETTERS = [
     *"abcdefghijklmnopqrstuvwxyzABCXYZ0123456789.,!?'\"()<>|_-",
@@ -365,7 +368,7 @@ def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
     for seed in range(100):
         text = random_text(random.Random(seed)) + "👩‍🚀"
         said: list[str] = []
-        heard = ReplyText(ours, Sampling(), said.append)
+        heard = ReplyText(ours, Sampling(), said.append, [])
         ids = ours.encode(text)
         for i in ids:
             heard.push(i, last=False)
@@ -378,7 +381,7 @@ def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
 def test_a_reply_cut_within_a_character_says_so(default_model_folder):
     ours = ChatTokenizer.from_folder(default_model_folder)
     said: list[str] = []
-    reply = ReplyText(ours, Sampling(), said.append)
+    reply = ReplyText(ours, Sampling(), said.append, [])
     *ids, last = ours.encode("ok 👩‍🚀")[:-1]
     for i in ids:
         reply.push(i, last=False)

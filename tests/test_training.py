@@ -26,7 +26,7 @@ from usbrec.llm.loss import (
 )
 from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.training import TrainingJob, TrainingOptions, learning, measure, step_items, train
+from usbrec.llm.training import TrainingJob, TrainingOptions, measure, step_items, train, trainable
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import UserError
 
@@ -101,9 +101,9 @@ def learn(model, items, objective, options, folder, validation=()):
 def gradient_of(model, objective, items, tokens_per_pass, checkpointing=False):
     """Return loss and metrics of the items, and the gradient of all adapter tensors in a row."""
     model.checkpointing = checkpointing
-    with learning(model, "one") as parameters:
-        found = measure(model, "one", objective, items, tokens_per_pass)
-        return found, torch.cat([p.grad.flatten() for p in parameters.values()])
+    parameters = trainable(model, "one")
+    found = measure(model, "one", objective, items, tokens_per_pass)
+    return found, torch.cat([p.grad.flatten() for p in parameters.values()])
 
 
 def saved_step(folder):
@@ -171,11 +171,9 @@ def test_recomputing_keeps_less(either_model):
     def saved(checkpointing):
         either_model.checkpointing = checkpointing
         sizes = []
-        with (
-            learning(either_model, "one"),
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t
-            ),
+        trainable(either_model, "one")
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t
         ):
             training.run_pass(either_model, "one", pack(lessons(), either_model))
         return sum(sizes)

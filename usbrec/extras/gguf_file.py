@@ -6,49 +6,24 @@ another architecture, or one with a sentencepiece tokenizer, is refused by name.
 split file, X-00001-of-00003.gguf and so on, all parts are read.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor
 
 from usbrec.llm.model import rotary_frequencies
 from usbrec.options import UserError
+from usbrec.runs import read_json
 
-TENSOR_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-ROPE_FACTORS = "rope_freqs.weight"
-LLAMA3_SCALING = {
-    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def split_by(pattern: str) -> list[PreTokenizer]:
-    """Return the steps that cut a text by a pattern, then into bytes."""
-    return [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-
-
-PRE_TOKENIZERS = {
-    "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
-    "llama-bpe": split_by(LLAMA3_SPLIT),
-    "qwen2": split_by(LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
-}
-# Settings that change llama.cpp's result -> the only value that is honoured here.
-HONOURED_GGUF = {".expert_count": 0, ".attention.sliding_window": 0, ".rope.scaling.type": "none"}
+# `tensors`: llama.cpp's names -> Hugging Face's, except the factors of RoPE. `honoured`: settings
+# that change llama.cpp's result -> the only value that is honoured here. `llama3_scaling`: all but
+# its factor. `tokenizers`: tokenizer.json without a vocabulary, by its pre-tokenizer's name.
+GGUF = read_json(Path(__file__).with_name("gguf.json"))
 SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
 
@@ -85,11 +60,11 @@ class GgufFile:
         if self.architecture not in ("llama", "qwen2"):
             told = f"{path}: GGUF architecture {self.architecture!r} is not supported"
             raise UserError(f"{told}, only llama and qwen2 are")
-        for key, honoured in HONOURED_GGUF.items():
+        for key, honoured in GGUF["honoured"].items():
             if self.value(key, honoured) != honoured:
                 raise UserError(f"{path}: the GGUF setting {key[1:]} is not supported")
         self.tensors = {self.hf_name(each.name): each for part in readers for each in part.tensors}
-        self.rope_factors = self.tensors.pop(ROPE_FACTORS, None)
+        self.rope_factors = self.tensors.pop("rope_freqs.weight", None)
         # GGUF lists dimensions innermost first
         self.shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in self.tensors.items()}
         if "model.embed_tokens.weight" not in self.shapes:
@@ -108,12 +83,10 @@ class GgufFile:
     def hf_name(self, name: str) -> str:
         """Return Hugging Face's name of a tensor."""
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if name == ROPE_FACTORS:
-            return name
-        if not match or match[2] not in TENSOR_NAMES:
+        if not match or match[2] not in GGUF["tensors"]:
             raise UserError(f"{self.path}: the GGUF tensor {name} is unknown")
         layer = f"model.layers.{match[1]}." if match[1] else ""
-        return f"{layer}{TENSOR_NAMES[match[2]]}.{match[3]}"
+        return f"{layer}{GGUF['tensors'][match[2]]}.{match[3]}"
 
     def tensor(self, name: str) -> Tensor:
         """Return a weight by its Hugging Face name, in bf16, q and k in Hugging Face's order."""
@@ -135,7 +108,6 @@ class GgufFile:
         """Return the content of config.json."""
         heads, hidden_size = self.value(".attention.head_count"), self.value(".embedding_length")
         head_dim = self.value(".attention.key_length", hidden_size // heads)
-        bos = self.value("tokenizer.ggml.bos_token_id", -1)  # Qwen2 may have none
         if self.value(".rope.dimension_count", head_dim) != head_dim:
             raise UserError(f"{self.path}: a GGUF model that turns part of a head is not supported")
         return {
@@ -153,7 +125,7 @@ class GgufFile:
             "rope_theta": self.value(".rope.freq_base", 10000.0),
             "rope_scaling": self.rope_scaling(),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-            "bos_token_id": None if bos == -1 else bos,
+            "bos_token_id": self.values.get("tokenizer.ggml.bos_token_id"),  # Qwen2 may have none
             "eos_token_id": self.value("tokenizer.ggml.eos_token_id"),
             "torch_dtype": "bfloat16",
         }
@@ -163,7 +135,7 @@ class GgufFile:
         if self.rope_factors is None:
             return None
         stored = np.array(self.rope_factors.data, dtype=np.float64)
-        scaling = {**LLAMA3_SCALING, "factor": float(stored.max())}
+        scaling = {**GGUF["llama3_scaling"], "factor": float(stored.max())}
         theta, dim = self.value(".rope.freq_base"), 2 * len(stored)
         plain, scaled = (rotary_frequencies(theta, dim, x) for x in (None, scaling))
         if not np.allclose(stored, (plain / scaled).numpy(), rtol=1e-4):
@@ -173,18 +145,15 @@ class GgufFile:
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer, a byte-level BPE."""
         model, pre = self.value("tokenizer.ggml.model"), self.value("tokenizer.ggml.pre", "none")
-        if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        if model != "gpt2" or pre not in GGUF["tokenizers"]:
             told = f"the GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported"
-            usual = f"only gpt2 with {', '.join(PRE_TOKENIZERS)}; use the model's folder"
+            usual = f"only gpt2 with {', '.join(GGUF['tokenizers'])}; use the model's folder"
             raise UserError(f"{self.path}: {told}, {usual}")
         tokens, kinds = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.token_type")
         vocabulary = {token: i for i, token in enumerate(tokens)}
         merges = [tuple(merge.split(" ")) for merge in self.value("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-        tokenizer.pre_tokenizer = Sequence(PRE_TOKENIZERS[pre])
-        tokenizer.decoder = decoders.ByteLevel()
-        if pre == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
+        tokenizer = Tokenizer.from_str(json.dumps(GGUF["tokenizers"][pre]))
+        tokenizer.model = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
         for token, kind in zip(tokens, kinds, strict=True):
             if kind in SPECIAL:
                 tokenizer.add_tokens([AddedToken(token, special=SPECIAL[kind], normalized=False)])

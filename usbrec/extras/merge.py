@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from usbrec.extras.default_model import RECEIPT, find_model
-from usbrec.extras.shards import SHARD_BYTES, write_shards
+from usbrec.extras.shards import write_shards
 from usbrec.llm.adapter_files import CONFIG_FILE, read_adapter
 from usbrec.llm.checkpoint import INDEX_FILE, SafetensorsWeights, empty_decoder, parameter_names
 from usbrec.llm.model_config import MERGED_BASE, file_in, load_config
@@ -29,7 +29,7 @@ COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 NOT_COPIED = ("config.json", INDEX_FILE, RECEIPT)
 
 
-def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def merge(base: Path, adapter: Path, out: Path) -> None:
     """Write `base` with `adapter` merged into it to the new folder `out`, whole or not at all.
 
     Raises UserError if `out` exists, if `base` is merged already, or if the adapter does not fit.
@@ -51,15 +51,14 @@ def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
         if kind != "weight" or module not in matrices:
             return weights.load(name, dtype)
         lora_A, lora_B = matrices[module]
-        weight = weights.load(name, torch.float32)
+        weight = weights.load(name)
         return torch.addmm(weight, lora_B, lora_A, alpha=config.scaling).to(dtype)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         made = Path(work) / out.name
-        made.mkdir()
         sizes = {name: header.nbytes for name, header in weights.headers.items()}
-        write_shards(made, sizes, merged, shard_bytes)
+        write_shards(made, sizes, merged)
         trained_on = str(read_json(adapter / CONFIG_FILE).get("base_model_name_or_path"))
         marks = {MERGED: str(adapter), MERGED_BASE: trained_on}
         write_json(made / "config.json", {**settings, **marks})

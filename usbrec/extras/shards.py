@@ -12,17 +12,15 @@ from usbrec.runs import write_json, write_whole
 SHARD_BYTES = 1 << 30
 
 
-def write_shards(
-    folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], limit: int = SHARD_BYTES
-) -> None:
+def write_shards(folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor]) -> None:
     """Write model.safetensors, or shards and their index, of the tensors that `make` returns.
 
-    `sizes` holds their names and bytes. A shard holds at most `limit` bytes, or one tensor. At most
+    `sizes` holds their names and bytes. A shard holds at most SHARD_BYTES, or one tensor. At most
     one shard is in memory, as tensors and as bytes. Raises UserError for a full disk.
     """
     shards: list[dict[str, int]] = [{}]
     for name, size in sizes.items():
-        if shards[-1] and sum(shards[-1].values()) + size > limit:
+        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = size
     weight_map: dict[str, str] = {}

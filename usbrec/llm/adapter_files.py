@@ -8,7 +8,6 @@ it is, which peft saves for `modules_to_save` and beside embeddings of another s
 
 import re
 from collections.abc import Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from usbrec.llm.checkpoint import SafetensorsWeights, compare_shapes, stored_name, weights_file
-from usbrec.llm.lora import LoraConfig, LoraLinear, lora_layers, remove_adapter
+from usbrec.llm.lora import LoraConfig, LoraLinear, adapter_parameters, lora_layers, remove_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import OFF, CheckedSettings, file_in
 from usbrec.options import UserError
 from usbrec.runs import read_json, write_json, write_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-KEY = "base_model.model.{}.{}.weight"  # of a layer's "lora_A" or "lora_B"
-INITIALISATIONS = (None, True, False, "gaussian")  # others (PiSSA, OLoRA) change the base as well
+PREFIX = "base_model.model."  # of peft's keys, before a parameter's name in the checkpoint
 Matrices = dict[str, tuple[Tensor, Tensor]]  # by the layer's path
-PEFT_SETTINGS = {  # of every adapter that is written here
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none",
-    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-    "modules_to_save": None, "use_dora": False,
-}  # fmt: skip
-# Settings that are honoured, and those that never change a trained adapter's result, or only if
-# another one is set.
-TAKEN = (
-    "init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "modules_to_save",
-    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
-    "inference_mode", "layers_pattern", "lora_dropout", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "task_type",
-)  # fmt: skip
+# Settings of adapter_config.json: those `written` with every adapter; the values of two others that
+# are `honoured` (PiSSA and OLoRA initialise the base as well); and those that may have `any` value,
+# since they are read here, or never change a trained adapter's result, or only beside another one.
+PEFT = read_json(Path(__file__).with_name("peft.json"))
 
 
 def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> None:
@@ -55,13 +44,12 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     named_so = {path for path in every if path.rpartition(".")[2] in last_names}
     alpha = config.lora_alpha
     scale = {"r": config.r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
-    settings = {**PEFT_SETTINGS, "base_model_name_or_path": base_name, **scale}
+    settings = {**PEFT["written"], "base_model_name_or_path": base_name, **scale}
     settings["use_rslora"] = config.use_rslora
     settings["target_modules"] = sorted(last_names if named_so == layers.keys() else layers)
     tensors = {
-        KEY.format(path, half): getattr(layer, half)[name].detach().cpu().contiguous()
-        for path, layer in layers.items()
-        for half in ("lora_A", "lora_B")
+        PREFIX + stored_name(model.config, path): weight.detach().cpu().contiguous()
+        for path, weight in adapter_parameters(model, name).items()
     }
     write_json(folder / CONFIG_FILE, settings)
     write_whole(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
@@ -80,12 +68,9 @@ def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
     """
     config, matrices = read_adapter(model, folder)
     remove_adapter(model, name)
-    generator = torch.Generator().manual_seed(0)
     layers = linear_layers(model)
     for path, (lora_A, lora_B) in matrices.items():
-        layers[path].add(name, config, generator)
-        layers[path].lora_A[name].data.copy_(lora_A)
-        layers[path].lora_B[name].data.copy_(lora_B)
+        layers[path].add(name, config, lora_A, lora_B)
     return config
 
 
@@ -107,13 +92,12 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
     config = lora_config(settings, source)
     weights = SafetensorsWeights(weights_file(folder, WEIGHTS_FILE))
     layers = targeted(linear_layers(model), settings["target_modules"], source)
-    keys = {path: (KEY.format(path, "lora_A"), KEY.format(path, "lora_B")) for path in layers}
+    keys = {path: [f"{PREFIX}{path}.lora_{half}.weight" for half in "AB"] for path in layers}
     shapes = {A: (config.r, layers[path].in_features) for path, (A, _) in keys.items()}
     shapes |= {B: (layers[path].out_features, config.r) for path, (_, B) in keys.items()}
-    compare_shapes(shapes, weights, spare=weights.headers)
+    compare_shapes(shapes, weights)
     refuse_changed(model, weights, shapes.keys())
-    load = partial(weights.load, dtype=torch.float32)
-    return config, {path: (load(A), load(B)) for path, (A, B) in keys.items()}
+    return config, {path: (weights.load(A), weights.load(B)) for path, (A, B) in keys.items()}
 
 
 def refuse_changed(model: Decoder, weights: SafetensorsWeights, lora: Collection[str]) -> None:
@@ -124,7 +108,7 @@ def refuse_changed(model: Decoder, weights: SafetensorsWeights, lora: Collection
     """
     weight_of = {stored_name(model.config, path): x for path, x in model.state_dict().items()}
     for name in sorted(weights.headers.keys() - lora):
-        own = weight_of.get(name.removeprefix("base_model.model."), torch.empty(0))
+        own = weight_of.get(name.removeprefix(PREFIX), torch.empty(0))
         unknown = own.is_meta or hasattr(own, "device_mesh")
         if unknown or not torch.equal(weights.mapped(name).to(own), own):
             told = "neither LoRA of a linear layer of attention or MLP, nor a weight as in the base"
@@ -134,8 +118,8 @@ def refuse_changed(model: Decoder, weights: SafetensorsWeights, lora: Collection
 def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     """Return peft's settings as a LoraConfig; raises UserError naming one not honoured."""
     settings = CheckedSettings(values, source)
-    settings.refuse_others({"peft_type": ("LORA",), "init_lora_weights": INITIALISATIONS})
-    settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in TAKEN})
+    settings.refuse_others(PEFT["honoured"])
+    settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in PEFT["any"]})
     r, alpha, targets = settings.size("r"), values.get("lora_alpha"), values.get("target_modules")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
         raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r}")
@@ -151,14 +135,12 @@ def targeted(
     """Return the layers that peft's `target_modules` names: ends of paths, or one pattern."""
     if targets == "all-linear":
         return dict(layers)
-    wanted: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        pattern = target if target == targets else rf"(.*\.)?{re.escape(target)}"
-        try:
-            wanted |= {path for path in layers if re.fullmatch(pattern, path)}
-        except re.error as error:
-            raise UserError(f"{source}: target_modules is no valid pattern: {error}") from error
-    if not wanted:
+    ends = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(x)}" for x in targets]
+    try:
+        found = {x: layer for x, layer in layers.items() if re.fullmatch("|".join(ends), x)}
+    except re.error as error:
+        raise UserError(f"{source}: target_modules is no valid pattern: {error}") from error
+    if not found:
         told = "names no linear layer of attention or MLP, which alone have adapters here"
         raise UserError(f"{source}: target_modules {targets!r} {told}")
-    return {path: layer for path, layer in layers.items() if path in wanted}
+    return found

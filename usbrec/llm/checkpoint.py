@@ -7,7 +7,7 @@ index must stay inside the folder, and a pickle is never opened.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usbrec.llm.model import Decoder
-from usbrec.llm.model_config import ModelConfig, file_in, load_config
+from usbrec.llm.model_config import CHATGLM3, ModelConfig, file_in, load_config
 from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
 from usbrec.runs import read_json, without_duplicates
@@ -26,21 +26,15 @@ HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that older checkpoints store and the decoder computes itself.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.inv_freq")
-# Parts of our names -> ChatGLM3's own; all other names are those of Hugging Face's Llama.
-CHATGLM_NAMES = {
-    "model.embed_tokens": "transformer.embedding.word_embeddings",
-    "model.norm": "transformer.encoder.final_layernorm",
-    "model.layers": "transformer.encoder.layers", "lm_head": "transformer.output_layer",
-    "self_attn.qkv_proj": "self_attention.query_key_value",
-    "self_attn.o_proj": "self_attention.dense",
-    "mlp.gate_up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h",
-}  # fmt: skip
 
 
 def stored_name(config: ModelConfig, name: str) -> str:
-    """Return the checkpoint's name of the decoder's module or parameter `name`."""
+    """Return the checkpoint's name of the decoder's module or parameter `name`.
+
+    ChatGLM3 has names of its own; all others have those of Hugging Face's Llama, as the decoder.
+    """
     if config.model_type == "chatglm":
-        for ours, theirs in CHATGLM_NAMES.items():
+        for ours, theirs in CHATGLM3["modules"].items():
             name = name.replace(ours, theirs)
     return name
 
@@ -83,8 +77,10 @@ def parameter_names(model: Decoder, weights: "SafetensorsWeights") -> dict[str, 
     parameters = dict(model.named_parameters())  # a tied head is not listed a second time
     names = {name: stored_name(model.config, name) for name in parameters}
     expected = {names[name]: parameter.shape for name, parameter in parameters.items()}
-    head = stored_name(model.config, "lm_head.weight")
-    compare_shapes(expected, weights, spare=set() if head in expected else {head})
+    compare_shapes(expected, weights)
+    head = stored_name(model.config, "lm_head.weight")  # the embeddings' equal if they are tied
+    for name in sorted(weights.headers.keys() - expected.keys() - {head}):
+        raise UserError(f"{weights.path} holds the tensor {name}, which this model does not have")
     if head in weights.headers.keys() - expected.keys():
         embeddings = stored_name(model.config, "model.embed_tokens.weight")
         if not torch.equal(weights.mapped(head), weights.mapped(embeddings)):
@@ -126,7 +122,7 @@ class SafetensorsWeights:
         """Return a tensor that views the mapped file."""
         return self.opened[self.file_of[name]].get_tensor(name)
 
-    def load(self, name: str, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+    def load(self, name: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
         """Return a tensor in memory of its own; raises UserError if it is not finite."""
         tensor = self.mapped(name).to(device, dtype, copy=True)
         for piece in tensor.view(-1).split(1 << 22):  # in pieces, to spare a copy
@@ -139,8 +135,7 @@ def weights_file(folder: Path, name: str) -> Path:
     """Return a safetensors file of the folder; a pickle in its place is refused by its name."""
     for path in [] if (folder / name).exists() else sorted(folder.iterdir()):
         if path.suffix in (".bin", ".pt", ".pth"):
-            told = "a pickle, never opened since it can run code: convert it to safetensors"
-            raise UserError(f"{path} is {told}")
+            raise UserError(f"{path} is a pickle, which can run code: convert it to safetensors")
     return file_in(folder, name)
 
 
@@ -170,16 +165,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
 
 
-def compare_shapes(
-    expected: Mapping[str, Sequence[int]], weights: SafetensorsWeights, spare: Collection[str] = ()
-) -> None:
-    """Raise UserError naming the first tensor that is missing, of another shape, or too many."""
-    source = weights.path
+def compare_shapes(expected: Mapping[str, Sequence[int]], weights: SafetensorsWeights) -> None:
+    """Raise UserError naming the first tensor that is missing or of another shape."""
     for name, shape in expected.items():
         if name not in weights.headers:
-            raise UserError(f"{source} lacks the tensor {name} of shape {list(shape)}")
+            raise UserError(f"{weights.path} lacks the tensor {name} of shape {list(shape)}")
         found = list(weights.headers[name].shape)
         if found != list(shape):
-            raise UserError(f"{source}: {name} has shape {found}, expected {list(shape)}")
-    for name in sorted(weights.headers.keys() - expected.keys() - set(spare)):
-        raise UserError(f"{source} holds the tensor {name}, which this model does not have")
+            raise UserError(f"{weights.path}: {name} has shape {found}, expected {list(shape)}")

@@ -72,11 +72,8 @@ class LoraLinear(FrozenLinear):
                 out[start:stop] += self.configs[name].scaling * F.linear(low, B)
         return out
 
-    def add(self, name: str, config: LoraConfig, generator: torch.Generator) -> None:
-        """Add the fresh adapter `name`: A uniform as in peft, B zero."""
-        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), peft's choice
-        A = torch.empty(config.r, self.in_features).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(self.out_features, config.r)
+    def add(self, name: str, config: LoraConfig, A: Tensor, B: Tensor) -> None:
+        """Add the adapter `name`, of the matrices A (r, in) and B (out, r) in fp32."""
         self.lora_A[name] = nn.Parameter(A.to(self.weight.device))
         self.lora_B[name] = nn.Parameter(B.to(self.weight.device))
         self.configs[name] = config
@@ -88,16 +85,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
-    """Add a fresh adapter `name` to the model; equal seeds give equal weights."""
+    """Add a fresh adapter `name` to the model: A uniform as in peft, B zero; equal for a seed."""
     generator, wanted = torch.Generator().manual_seed(seed), {*config.target_modules}
     layers = lora_layers(model)
     if missing := wanted - {path.rpartition(".")[2] for path in layers} - {ALL_LINEAR}:
         raise ValueError(f"target_modules names no linear layer of this model: {sorted(missing)}")
     for path, layer in layers.items():
         if wanted & {ALL_LINEAR, path.rpartition(".")[2]}:
-            if name in layer.lora_A:
-                raise ValueError(f"the model already has an adapter {name!r} at {path}")
-            layer.add(name, config, generator)
+            assert name not in layer.lora_A, f"the model already has an adapter {name!r} at {path}"
+            bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft
+            A = torch.empty(config.r, layer.in_features)
+            A.uniform_(-bound, bound, generator=generator)
+            layer.add(name, config, A, torch.zeros(layer.out_features, config.r))
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -80,11 +80,6 @@ def token_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> TokenLo
     return TokenLogps(*_FrozenHeadLogps.apply(hidden, head_weight.detach(), targets))
 
 
-def sft_loss(logps: Tensor, weights: Tensor) -> Tensor:
-    """Return the summed loss of tokens (M,), -sum(weights * logps); the mean is over the step."""
-    return -(weights * logps).sum()
-
-
 class ResponseLogps(NamedTuple):
     """Per response: the sum of token log-probabilities (B,) and the token count (B,), fp32."""
 
@@ -107,10 +102,8 @@ class SimpoOptions(Options):
     """Constants of SimPO's equation (6), with the margin gamma or its ratio to beta."""
 
     beta: float = option(2.0, "reward of one nat of a response's mean log-probability", above=0)
-    gamma_beta_ratio: float | None = option(
-        None, f"the margin that chosen shall win by, over beta ({USUAL_RATIO} without gamma)"
-    )
-    gamma: float | None = option(None, "the margin itself, in place of the ratio")
+    gamma_beta_ratio: float | None = option(None, f"margin over beta ({USUAL_RATIO} without gamma)")
+    gamma: float | None = option(None, "margin that chosen shall win by, in place of its ratio")
     nll_weight: float = option(0.0, "weight of the chosen response's NLL; 0: exactly SimPO", low=0)
 
     def __post_init__(self) -> None:
@@ -127,18 +120,12 @@ class SimpoOptions(Options):
         return self.beta * (USUAL_RATIO if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
-class SimpoLosses(NamedTuple):
-    """Per pair: the loss (B,) and the two rewards (B,), which carry no gradient."""
-
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-
-
 def simpo_loss(
     chosen: ResponseLogps, rejected: ResponseLogps, options: SimpoOptions
-) -> SimpoLosses:
-    """Return SimPO's losses of B pairs, from the policy's log-probabilities of both responses.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses (B,) of B pairs, and the rewards (B,) of both sides without gradient.
+
+    `chosen` and `rejected` are the policy's log-probabilities of the responses:
 
     L = -log sigmoid(beta/|y_w| log p(y_w|x) - beta/|y_l| log p(y_l|x) - gamma)   equation (6)
     """
@@ -148,7 +135,7 @@ def simpo_loss(
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - options.margin)
     if options.nll_weight:
         losses = losses - options.nll_weight * chosen_means
-    return SimpoLosses(losses, chosen_rewards.detach(), rejected_rewards.detach())
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def repetition(tokens: TokenLogps, packed: Packed) -> Tensor:
@@ -173,10 +160,13 @@ class Sft:
         return sum(sum(branch.weights) for branch in tree.branches) - sum(unpredicted)
 
     def __call__(self, tokens: TokenLogps, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss of a packed row, and metrics with a value per token."""
+        """Return the summed loss of a packed row, -sum(weights * logps), and metrics per token.
+
+        The mean is over the step.
+        """
         hits = tokens.predictions == packed.targets
         metrics = {"accuracy": hits, "repetition": repetition(tokens, packed)}
-        return sft_loss(tokens.logps, packed.weights), metrics
+        return -(packed.weights * tokens.logps).sum(), metrics
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ seam for quicker equals (fast/). Left out: mixtures of experts, sliding windows,
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,8 @@ from usbrec.llm.model_config import ModelConfig
 Spans = Sequence[AdapterSpan]
 
 
-class Attention(Protocol):
-    """The attention of a pass: every layer calls it with its queries, keys and values."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Map q (T, H, d), k and v (T, H_kv, d) of layer number `layer` to (T, H, d)."""
+# The attention of a pass, for each layer: its number, q (T, H, d), k, v (T, H_kv, d) -> (T, H, d).
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

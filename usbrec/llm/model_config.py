@@ -16,29 +16,12 @@ from usbrec.runs import read_json
 MODEL_TYPES = ("llama", "mistral", "qwen2", "chatglm")
 MERGED_BASE = "merged_adapter_base"  # the key in config.json of ModelConfig.merged_base
 LAYER_LIMIT, SIZE_LIMIT = 1024, 1 << 24
-
-CHATGLM_SETTINGS = {  # Hugging Face's name of a setting -> ChatGLM3's own, where they differ
-    "vocab_size": "padded_vocab_size", "intermediate_size": "ffn_hidden_size",
-    "num_hidden_layers": "num_layers", "num_key_value_heads": "multi_query_group_num",
-    "head_dim": "kv_channels", "rms_norm_eps": "layernorm_epsilon",
-    "max_position_embeddings": "seq_length",
-}  # fmt: skip
-# Settings that change a model's result -> the only values that the decoder honours.
 OFF = (None, False, 0)
-HONOURED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys((
-        "quantization_config", "compression_config", "mlp_bias", "use_sliding_window",
-        "rope_interleaved", "attn_logit_softcapping", "final_logit_softcapping", "use_qk_norm",
-        "num_experts", "num_local_experts", "n_routed_experts", "is_encoder_decoder",
-        "add_cross_attention", "no_rope_layers", "quantization_bit", "add_bias_linear",
-        "apply_residual_connection_post_layernorm", "fp32_residual_connection", "pre_seq_len",
-        "prefix_projection",
-    ), OFF),
-    **dict.fromkeys(("original_rope", "post_layer_norm", "rmsnorm"), (None, True)),
-    "hidden_act": (None, "silu"),
-    "partial_rotary_factor": (None, 1.0),
-    "tie_word_embeddings": (*OFF, True),
-}  # fmt: skip
+# Settings that change a model's result -> the only values that the decoder honours, in all models
+# and in those of one type. With `attention_bias` transformers' Llama has a bias on o_proj too.
+HONOURED = read_json(Path(__file__).with_name("honoured.json"))
+# ChatGLM3's own names of settings and modules, by those of Hugging Face's Llama, and its tokens.
+CHATGLM3 = read_json(Path(__file__).with_name("chatglm3.json"))
 
 
 @dataclass(frozen=True)
@@ -63,11 +46,6 @@ class ModelConfig:
     rotary_interleaved: bool = False  # pairs (0, 1), (2, 3)... instead of (0, d/2), (1, d/2 + 1)...
     fused_projections: bool = False  # one product for q, k, v and one for gate, up (ChatGLM3)
     merged_base: str | None = None  # the base of the adapter that is merged into the weights
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            told = f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
-            raise UserError(f"{told} num_key_value_heads ({self.num_key_value_heads})")
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -102,22 +80,21 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
     if model_type not in MODEL_TYPES:
         raise UserError(f"{source}: model_type {model_type!r} is none of {', '.join(MODEL_TYPES)}")
     is_chatglm = model_type == "chatglm"
-    settings = CheckedSettings(values, source, CHATGLM_SETTINGS if is_chatglm else {})
+    settings = CheckedSettings(values, source, CHATGLM3["settings"] if is_chatglm else {})
     layers = settings.size("num_hidden_layers", limit=LAYER_LIMIT)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     sizes: dict[str, Any] = {name: settings.size(name) for name in names}
     heads = sizes["num_attention_heads"]
+    kv_heads = settings.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        told = f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads"
+        raise UserError(f"{source}: {told} ({kv_heads})")
     head_dim = settings.size("head_dim", sizes["hidden_size"] // heads)
     context = settings.size("max_position_embeddings", 2048)
-    settings.refuse_others({**HONOURED, "layer_types": (None, [], ["full_attention"] * layers)})
-    if is_chatglm:
-        settings.refuse_others({"add_qkv_bias": (True,), "multi_query_attention": (True,)})
-    if model_type in ("llama", "mistral"):
-        # with it transformers puts a bias on o_proj too, which Qwen2 does not have
-        settings.refuse_others({"attention_bias": OFF})
-        # Qwen2 states a window and switches it off by use_sliding_window
-        if settings.size("sliding_window", SIZE_LIMIT) < context:
-            settings.refuse_others({"sliding_window": (None,)})
+    layer_types: tuple[Any, ...] = (None, [], ["full_attention"] * layers)
+    settings.refuse_others({**HONOURED["all"], "layer_types": layer_types, **HONOURED[model_type]})
+    if model_type in ("llama", "mistral") and settings.size("sliding_window", SIZE_LIMIT) < context:
+        settings.refuse_others({"sliding_window": (None,)})  # Qwen2 has a switch beside it
     rotary_dim = head_dim // 2 if is_chatglm else head_dim
     if head_dim % 2 or rotary_dim % 2:  # dimensions are rotated in pairs
         raise UserError(f"{source}: a head's width must be even, got {head_dim}")
@@ -125,7 +102,7 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
         model_type=model_type,
         **sizes,
         num_hidden_layers=layers,
-        num_key_value_heads=settings.size("num_key_value_heads", heads),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=settings.number("rms_norm_eps"),
         **rope_of(settings),

@@ -32,9 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usbrec.chat import Ranked, Requests
-from usbrec.llm.cache import PrefixCache, SlotPath, shared_length
+from usbrec.llm.cache import SlotPath, shared_length
 from usbrec.llm.decoding import adapter_spans
-from usbrec.llm.model import Ops
 from usbrec.llm.sampler import finite
 
 if TYPE_CHECKING:  # engine.py imports this module
@@ -90,34 +89,6 @@ class Open:
     above: Slots = field(compare=False)  # the tokens between prompt and run
 
 
-class TrieAttention:
-    """The attention of a search: a token sees the prompt and its own path through the trie.
-
-    The keys (layers, H_kv, S, d) are those of the prompt, then of all tokens run so far, in order.
-    """
-
-    def __init__(self, cache: PrefixCache, prompt: SlotPath, ops: Ops) -> None:
-        slots = prompt.slots.to(cache.k.device)
-        self.k, self.v, self.ops = cache.k[:, :, slots], cache.v[:, :, slots], ops
-        self.used, self.prompt_length = 0, len(slots)
-
-    def begin(self, paths: Sequence[Sequence[int]]) -> None:
-        """Make room for the tokens of a pass, each of which sees the trie's tokens in its path."""
-        self.first = self.prompt_length + self.used
-        self.used += len(paths)
-        self.k, self.v = (F.pad(x, (0, 0, 0, len(paths))) for x in (self.k, self.v))
-        own = torch.zeros(len(paths), self.used, dtype=torch.bool)
-        for row, path in zip(own, paths, strict=True):
-            row[list(path)] = True
-        self.mask = self.ops.mask(F.pad(own, (self.prompt_length, 0), value=True).to(self.k.device))
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
-        keys, values = self.k[layer], self.v[layer]
-        keys[:, self.first :], values[:, self.first :] = k.transpose(0, 1), v.transpose(0, 1)
-        return self.ops.attend(q, keys, values, self.mask)
-
-
 class Ranking:
     """The trie of a set of texts, which `best` ranks per request."""
 
@@ -138,6 +109,7 @@ class Ranking:
         used.
         """
         engine, lead, ranked = self.engine, self.trie.ids[1:], []
+        root = [Open(0.0, 0.0, self.trie, ())]  # all texts share it: it is computed with the prompt
         rows = [(asked.adapter, engine.prompt(asked, self.longest) + lead) for asked in requests]
         for batch in engine.batches([len(ids) for _, ids in rows]):
             firsts = [len(ids) - len(lead) - 1 for _, ids in rows[batch]]
@@ -147,18 +119,18 @@ class Ranking:
                 searches = []
                 for (adapter, _), path, state in begun[start : start + SEARCHES]:
                     searches.append(Search(engine, adapter, path, k, tokens))
-                    searches[-1].begin(self.trie, state)
+                    searches[-1].score(root, [()], state[: len(self.trie.fed)])
                 run_searches(engine, searches)
                 ranked += [search.result() for search in searches]
         return ranked
 
 
 def attend_jointly(
-    attentions: Sequence[TrieAttention], counts: list[int], layer: int, *qkv: Tensor
+    searches: Sequence["Search"], counts: list[int], layer: int, *qkv: Tensor
 ) -> Tensor:
     """Return the attention of several searches in one pass, each over its own `counts` tokens."""
-    own = zip(attentions, *(x.split(counts) for x in qkv), strict=True)
-    return torch.cat([attention(layer, *x) for attention, *x in own])
+    own = zip(searches, *(x.split(counts) for x in qkv), strict=True)
+    return torch.cat([search.attend(layer, *x) for search, *x in own])
 
 
 def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
@@ -168,7 +140,7 @@ def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
         laid_out = [search.lay_out(chosen) for search, chosen in going]
         ids, places = ([x for own in laid_out for x in own[i]] for i in (0, 1))
         counts = [len(own[0]) for own in laid_out]
-        attention = partial(attend_jointly, [search.attention for search, _ in going], counts)
+        attention = partial(attend_jointly, [search for search, _ in going], counts)
         rows = (torch.tensor(x, device=model.device) for x in (ids, places))
         spans = adapter_spans([search.adapter for search, _ in going], counts)
         states = model(*rows, attention, spans).split(counts)
@@ -179,22 +151,21 @@ def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
 
 
 class Search:
-    """The search of one request: the runs that wait to be opened, and the best texts so far."""
+    """The search of one request: the runs that wait to be opened, and the best texts so far.
+
+    Its keys and values (layers, H_kv, S, d) are those of the prompt, then of all tokens run so far,
+    in order. A token sees the prompt and its own path through the trie.
+    """
 
     def __init__(
         self, engine: "Engine", adapter: str | None, prompt: SlotPath, k: int, tokens: int
     ) -> None:
         self.engine, self.adapter, self.tokens = engine, adapter, tokens or math.inf
-        self.attention = TrieAttention(engine.cache, prompt, engine.model.ops)
+        slots = prompt.slots.to(engine.model.device)
+        self.k, self.v = engine.cache.k[:, :, slots], engine.cache.v[:, :, slots]
+        self.used, self.prompt_length = 0, len(slots)
         self.open: list[Open] = []
         self.found = [(-math.inf, 0)] * k  # (log p, -text) of the best, the k-th on top
-
-    def begin(self, trie: TokenRun, states: Tensor) -> None:
-        """Score the first tokens, given the states (n, D) of the n tokens of `trie`.
-
-        The caller computes these states with the prompt, since all texts share the tokens.
-        """
-        self.score([Open(0.0, 0.0, trie, ())], [()], states[: len(trie.fed)])
 
     def result(self) -> Ranked:
         """Return the k best texts that were found."""
@@ -206,7 +177,7 @@ class Search:
     def choose(self) -> list[Open]:
         """Return the runs to open next: the most promising of those that beat the k-th text."""
         chosen: list[Open] = []
-        room = min(PASS_TOKENS, self.tokens - self.attention.used)
+        room = min(PASS_TOKENS, self.tokens - self.used)
         if max(self.found)[0] == -math.inf:
             room = PASS_TOKENS  # a search gives at least one text
         while self.open and room > 0:
@@ -217,18 +188,34 @@ class Search:
         return chosen
 
     def lay_out(self, chosen: Sequence[Open]) -> tuple[list[int], list[int], list[Slots]]:
-        """Return the ids and positions of the runs' tokens, and the path to each run's last one."""
+        """Return the ids and positions of the runs' tokens, and the path to each run's last one.
+
+        The tokens get room among the keys, and the mask of their paths.
+        """
         ends: list[Slots] = []
         paths: list[Slots] = []  # of each token: the slots it sees, its own the last
         for best in chosen:
             path = best.above
             for _ in best.run.fed:
-                path = (*path, self.attention.used + len(paths))
+                path = (*path, self.used + len(paths))
                 paths.append(path)
             ends.append(path)
-        self.attention.begin(paths)
+        self.first = self.prompt_length + self.used
+        self.used += len(paths)
+        self.k, self.v = (F.pad(x, (0, 0, 0, len(paths))) for x in (self.k, self.v))
+        seen = torch.zeros(len(paths), self.used, dtype=torch.bool)
+        for row, path in zip(seen, paths, strict=True):
+            row[list(path)] = True
+        seen = F.pad(seen, (self.prompt_length, 0), value=True).to(self.k.device)
+        self.mask = self.engine.model.ops.mask(seen)
         ids = [token for best in chosen for token in best.run.fed]
-        return ids, [self.attention.prompt_length + len(path) - 1 for path in paths], ends
+        return ids, [self.prompt_length + len(path) - 1 for path in paths], ends
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of a pass, q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
+        keys, values = self.k[layer], self.v[layer]
+        keys[:, self.first :], values[:, self.first :] = k.transpose(0, 1), v.transpose(0, 1)
+        return self.engine.model.ops.attend(q, keys, values, self.mask)
 
     def score(self, opened: Sequence[Open], ends: Sequence[Slots], states: Tensor) -> None:
         """Score the tokens after the states: the rest of each run, then its children's first."""

@@ -2,7 +2,7 @@
 
 No text is rendered and searched again: a control token comes from the format alone, and a message's
 content is always encoded as plain text. The layouts are those of the models' published templates
-(`smollm2`, `qwen2.5`, `llama3.1`, ...), token for token, with one exception: an assistant's content
+(chat_formats.json has them all), token for token, with one exception: an assistant's content
 is never merged with the newline of its header, since a reply's tokens come after that newline one
 by one. Control tokens identify a model's format. The user names `zephyr` (TinyLlama), `llama2`,
 `mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few control tokens. With a byte-level
@@ -33,14 +33,9 @@ from usbrec.options import UserError
 from usbrec.runs import read_json
 
 Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
+Listener = Callable[[str], None] | None
 LLAMA31_DATE = "26 Jul 2024"
 REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
-# Each of these control tokens ends a reply: a GGUF file names one end id, its readers the others.
-END_TOKENS = (
-    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>",
-    "<eos>", "[EOS]", "<EOT>", "[EOT]", "<end_of_turn>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<|user|>", "<|observation|>",  # ChatGLM3's next turn: its replies have no end of their own
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class ChatFormat:
     """
 
     name: str
-    marks: tuple[str, ...]  # control tokens: the templates', and others that identify the format
+    marks: Sequence[str]  # control tokens: the templates', and others that identify the format
     turn: str  # {role}, {content}, and the end of turn if the format has one
     gap: str = ""
     begin: str = ""
@@ -67,48 +62,11 @@ class ChatFormat:
     by_name: bool = False  # its marks identify nothing: taken only if the user names it
 
 
-def variant(base: ChatFormat, name: str, *marks: str, **changes: Any) -> ChatFormat:
-    """Return a format with further marks and other changes."""
-    return replace(base, name=name, marks=(*base.marks, *marks), **changes)
-
-
-SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
-CHATML = ChatFormat("chatml", CHATML_MARKS, "<|im_start|>{role}\n{content}<|im_end|>", gap="\n")
-LLAMA3 = ChatFormat(
-    "llama3", ("<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
-    turn="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-    begin="<|begin_of_text|>", trim=True,
-)  # fmt: skip
-LLAMA2 = ChatFormat(
-    "llama2", ("<s>", "</s>"), turn="{content} </s>", user_turn="<s>[INST] {content} [/INST]",
-    system="<<SYS>>\n{}\n<</SYS>>\n\n", reply_prefix=" ", trim=True, by_name=True,
-)  # fmt: skip
-MISTRAL = variant(
-    LLAMA2, "mistral", turn="{content}</s>", user_turn=" [INST] {content} [/INST]",
-    begin="<s>", system="{}\n\n", trim=False,
-)  # fmt: skip
-FORMATS = (  # the first whose marks the tokenizer has is taken
-    variant(CHATML, "smollm2", "<gh_stars>", default_system=SMOLLM2),
-    variant(CHATML, "qwen2.5", "<|fim_prefix|>", default_system=QWEN25),
-    variant(CHATML, "qwen2", "<|endoftext|>", default_system="You are a helpful assistant."),
-    CHATML,
-    variant(
-        LLAMA3, "llama3.1", "<|eom_id|>", default_system="",
-        system_prefix="Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n",
-    ),
-    LLAMA3,
-    ChatFormat(
-        "chatglm3",
-        ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-        turn="<|{role}|>\n{content}", begin="[gMASK]sop", separate=True,
-    ),
-    ChatFormat("zephyr", ("</s>",), "<|{role}|>\n{content}</s>", gap="\n", by_name=True),
-    LLAMA2,
-    MISTRAL,
-    variant(MISTRAL, "mistral-v3", "[INST]", "[/INST]", user_turn="[INST] {content}[/INST]"),
-)  # fmt: skip
+# `formats`: the first whose marks the tokenizer has is taken. `end_tokens`: each ends a reply; a
+# GGUF file names one end id, its readers the others. The last two begin the next turn of ChatGLM3,
+# whose replies have no end of their own.
+CHATS = read_json(Path(__file__).with_name("chat_formats.json"))
+FORMATS = [ChatFormat(**each) for each in CHATS["formats"]]
 
 
 def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
@@ -136,7 +94,7 @@ class ChatTokenizer:
                 raise UserError(f"{told}, which this tokenizer lacks")
         self._marks = re.compile(f"({'|'.join(map(re.escape, chat_format.marks))})")
         _, end = self._frame("assistant")
-        stops = {vocabulary.control[x] for x in END_TOKENS if x in vocabulary.control}
+        stops = {vocabulary.control[x] for x in CHATS["end_tokens"] if x in vocabulary.control}
         self.stop_ids = end_ids | stops | {piece for piece in end if isinstance(piece, int)}
 
     @classmethod
@@ -256,16 +214,12 @@ class ChatTokenizer:
 class ReplyText:
     """The text of a reply whose tokens arrive one by one, up to an end token or a stop string.
 
-    `begun` are the ids of a given beginning. `listener` receives the text as it grows, without the
-    beginning of a possible stop string.
+    `begun` are the ids of a given beginning. `listener`, if there is one, receives the text as it
+    grows, without the beginning of a possible stop string.
     """
 
     def __init__(
-        self,
-        tokenizer: ChatTokenizer,
-        sampling: Sampling,
-        listener: Callable[[str], None] | None = None,
-        begun: Sequence[int] = (),
+        self, tokenizer: ChatTokenizer, sampling: Sampling, listener: Listener, begun: Sequence[int]
     ) -> None:
         self.tokenizer, self.stops, self.listener = tokenizer, sampling.stop, listener
         self.end_ids = tokenizer.stop_ids | set(sampling.stop_ids)
@@ -278,10 +232,8 @@ class ReplyText:
         self.ended = token in self.end_ids
         if not self.ended:
             self.ids.append(token)
-        if not self.stops and self.listener is None:  # no text is needed before the end
-            if self.ended or last:
-                self.text = self.tokenizer.decode(self.ids)
-            return
+        if not (self.ended or last or self.stops or self.listener):
+            return  # no text is needed before the end
         before, text = len(self.text), self.tokenizer.decode(self.ids)
         if self.ended or last or not text.endswith("\ufffd"):  # else bytes of a letter are missing
             self.text = text

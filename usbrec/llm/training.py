@@ -10,8 +10,7 @@ state (training_state.py) and ends with the bytes of an uninterrupted run on the
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,45 +82,45 @@ def train(
     options, batches = job.options, step_items(job.options, len(trees))
     steps, tenth = len(batches), max(len(batches) // 10, 1)
     model.checkpointing = options.checkpointing
-    with learning(model, adapter) as parameters:
-        facts = {"adapter": adapter, "objective": repr(objective), **asdict(options)}
-        facts |= {"items": digest(trees), "validation": digest(job.validation)}
-        decay = options.weight_decay
-        optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
-        state = State(job.folder, parameters, optimizer)
-        state.resume({**facts, "weights": digest(copies(parameters))})
-        todo = range(state.step, steps)
-        bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
-        for step in bar:
-            began = time.perf_counter()
-            batch = [trees[i] for i in batches[step]]
-            found = measure(model, adapter, objective, batch, options.tokens_per_pass)
-            for parameter in parameters.values():
-                assert parameter.grad is not None, "every pass reaches every layer"
-                parallel.total(parameter.grad)
-            norm = clip_grad_norm_(parameters.values(), options.max_grad_norm or math.inf).item()
-            refuse_infinite(f"step {step + 1}", {**found, "grad_norm": norm})
-            rate = optimizer.param_groups[0]["lr"] = learning_rate(options, step, steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.ops.clear()
-            state.step, last = step + 1, step + 1 == steps
-            told = {"loss": found["loss"], "learning_rate": rate, "grad_norm": norm, **found}
-            state.log(state.metrics, told)
-            seconds = time.perf_counter() - began
-            bar.set_postfix(loss=f"{found['loss']:.3f}")
+    parameters = trainable(model, adapter)
+    facts = {"adapter": adapter, "objective": repr(objective), **asdict(options)}
+    facts |= {"items": digest(trees), "validation": digest(job.validation)}
+    decay = options.weight_decay
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
+    state = State(job.folder, parameters, optimizer)
+    state.resume({**facts, "weights": digest(copies(parameters))})
+    todo = range(state.step, steps)
+    bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
+    for step in bar:
+        began = time.perf_counter()
+        batch = [trees[i] for i in batches[step]]
+        found = measure(model, adapter, objective, batch, options.tokens_per_pass)
+        for parameter in parameters.values():
+            assert parameter.grad is not None, "every pass reaches every layer"
+            parallel.total(parameter.grad)
+        norm = clip_grad_norm_(parameters.values(), options.max_grad_norm or math.inf).item()
+        refuse_infinite(f"step {step + 1}", {**found, "grad_norm": norm})
+        rate = optimizer.param_groups[0]["lr"] = learning_rate(options, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.ops.clear()
+        state.step, last = step + 1, step + 1 == steps
+        told = {"loss": found["loss"], "learning_rate": rate, "grad_norm": norm, **found}
+        state.log(state.metrics, told)
+        seconds = time.perf_counter() - began
+        bar.set_postfix(loss=f"{found['loss']:.3f}")
 
-            if job.validation and (last or state.step % (options.eval_every or tenth) == 0):
-                with torch.no_grad():
-                    checks = job.validation
-                    found = measure(model, adapter, objective, checks, options.tokens_per_pass)
-                state.validated(found)
-            if last or state.step % tenth == 0:
-                state.warn()
-            if last or state.step % options.save_every == 0:
-                state.save()
-            state.log(state.timings, timing(batch, seconds, model.device))
-        final = copies(parameters)
+        if job.validation and (last or state.step % (options.eval_every or tenth) == 0):
+            with torch.no_grad():
+                found = measure(model, adapter, objective, job.validation, options.tokens_per_pass)
+            state.validated(found)
+        if last or state.step % tenth == 0:
+            state.warn()
+        if last or state.step % options.save_every == 0:
+            state.save()
+        state.log(state.timings, timing(batch, seconds, model.device))
+    final = copies(parameters)
+    model.requires_grad_(False)
     best = state.best or final
     put_weights(model, adapter, best)
     return Trained(final, best, state.best_step or steps)
@@ -177,8 +176,7 @@ def step_items(options: TrainingOptions, items: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed_for("order", options.seed, epoch))
         drawn = torch.randperm(items, generator=generator).tolist()
         order += drawn if options.shuffle else range(items)
-    order = order[:count]
-    return [order[i : i + size] for i in range(0, count, size)]
+    return [order[i : min(i + size, count)] for i in range(0, count, size)]
 
 
 def learning_rate(options: TrainingOptions, step: int, steps: int) -> float:
@@ -192,22 +190,15 @@ def learning_rate(options: TrainingOptions, step: int, steps: int) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-@contextmanager
-def learning(model: Decoder, adapter: str) -> Iterator[dict[str, nn.Parameter]]:
-    """Yield the adapter's parameters by name; inside the context they alone need gradients."""
+def trainable(model: Decoder, adapter: str) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters by name; from now on they alone need gradients."""
     parameters = adapter_parameters(model, adapter)
-    if not parameters:
-        raise UserError(f"the model has no adapter {adapter!r} to train")
+    assert parameters, f"the model has no adapter {adapter!r} to train"
     model.requires_grad_(False)
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_()
-        yield parameters
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        model.ops.clear()
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+        parameter.grad = None  # a run that was stopped may have left one
+    return parameters
 
 
 def put_weights(model: Decoder, adapter: str, weights: Mapping[str, Tensor]) -> None:

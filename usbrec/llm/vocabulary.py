@@ -13,13 +13,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from usbrec.llm.model_config import CHATGLM3
 from usbrec.options import UserError
 from usbrec.runs import read_json
 
 SPACE = "\u2581"  # a space in sentencepiece's pieces
-CHATGLM3_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + tuple(
-    f"<|{role}|>" for role in ("system", "user", "assistant", "observation")
-)
 
 
 class TokenizersVocabulary:
@@ -77,7 +75,7 @@ class SentencePieceVocabulary:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a sentencepiece model: {error}") from error
         self._size = self._pieces.vocab_size()
-        self.control = {token: self._size + i for i, token in enumerate(CHATGLM3_CONTROL)}
+        self.control = {token: self._size + i for i, token in enumerate(CHATGLM3["control_tokens"])}
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Return the ids of `text`; the control tokens are unknown to the sentencepiece model.

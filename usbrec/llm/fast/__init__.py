@@ -10,22 +10,22 @@ Without this folder, and without the line that calls `accelerate`, a program is 
 results are the same to rounding (tests/test_fast.py).
 """
 
-from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from usbrec.llm.fast import kernels
-from usbrec.llm.lora import AdapterSpan, FrozenLinear, LoraLinear
-from usbrec.llm.model import Decoder, DecoderLayer, Ops, linear
+from usbrec.llm.lora import FrozenLinear, LoraLinear
+from usbrec.llm.model import Decoder, DecoderLayer, Ops, Spans, linear
 
 Layers = tuple[FrozenLinear, ...]
+Fused = dict[Layers, "FusedLinear"]
 
 
 def accelerate(model: Decoder) -> None:
     """Replace the model's operations by quicker equals; the model is on its device already."""
-    fused: dict[Layers, FusedLinear] = {}
+    fused: Fused = {}
     if not model.sharded:  # sharded weights are here only while their layer computes
         groups: list[Layers] = [model.head]
         for layer in model.model.layers:
@@ -80,7 +80,7 @@ class FusedLinear:
         both = (torch.cat(A).to(dtype), torch.block_diag(*B).to(dtype)) if A else ()
         return tuple(map(prepack, both))
 
-    def __call__(self, x: Tensor, spans: Sequence[AdapterSpan]) -> Tensor:
+    def __call__(self, x: Tensor, spans: Spans) -> Tensor:
         """Return the layers' outputs side by side, (T, in) -> (T, outs)."""
         out = product(x, self.weight, self.bias)
         for name, start, stop in spans:
@@ -92,9 +92,7 @@ class FusedLinear:
         return out
 
 
-def fused_linear(
-    fused: dict[Layers, FusedLinear], layers: Layers, x: Tensor, spans: Sequence[AdapterSpan]
-) -> Tensor:
+def fused_linear(fused: Fused, layers: Layers, x: Tensor, spans: Spans) -> Tensor:
     """Return `model.linear`: one product for all layers, with or without gradients."""
     found = fused.get(layers)
     if torch.is_grad_enabled():
@@ -103,7 +101,7 @@ def fused_linear(
     return linear(layers, x, spans) if found is None else found(x, spans)
 
 
-def clear_adapters(fused: dict[Layers, FusedLinear]) -> None:
+def clear_adapters(fused: Fused) -> None:
     """Drop the layouts of all adapters, after a change of their weights."""
     for layers in fused.values():
         layers.adapters.clear()
