@@ -89,20 +89,23 @@ class Scene:
         """Add a line by a phrase of the act."""
         self.lines.append(phrase(self.rng, act, **slots))
 
-    def add_short(self, make: Callable[[], str]) -> None:
-        """Add the seeker's line, drawn until it is short enough; after 30 draws the shortest."""
+    def add_short(self, wishes: Sequence[Wish], make: Callable[[], str]) -> None:
+        """Add the seeker's line that reveals these wishes, drawn until it is short enough.
+
+        After 30 draws the shortest is taken.
+        """
         drawn = [make()]
         while len(drawn[-1].split()) > MAX_WORDS and len(drawn) < 30:
             drawn.append(make())
         self.lines.append(min(drawn, key=lambda line: (len(line.split()) > MAX_WORDS, len(line))))
+        self.said += [wish for wish in wishes if wish not in self.said]
 
     def reveal(self, wishes: Sequence[Wish], act: str = "seeker says", **slots: str) -> None:
         """Let the seeker reveal these wishes by a phrase of the act.
 
         An act that has no place for wishes is followed by a sentence that has.
         """
-        self.add_short(lambda: state(self.rng, wishes, act, **slots))
-        self.said += [wish for wish in wishes if wish not in self.said]
+        self.add_short(wishes, lambda: state(self.rng, wishes, act, **slots))
 
     def converse(self, wishes: Sequence[Wish], most: int) -> None:
         """Write the dialogue up to the seeker's last word before the target is recommended.
@@ -158,8 +161,7 @@ class Scene:
                 parts.append(phrase(rng, "seeker likes film", film=liked.title))
             return " ".join(parts)
 
-        self.add_short(request)
-        self.said += wishes
+        self.add_short(wishes, request)
         if liked and liked.title in self.lines[-1]:
             self.films[liked] = "liked"
 
@@ -305,9 +307,8 @@ def make_sample() -> dict[str, list[Row]]:
             rng = Random(seed_for("sample", SEED, split, n))
             scene = Scene(rng, f"{split}-{n}", weights, taken)
             wishes = scene.claim([turns[n]] if split == "train" and n in turns else ranked)
-            is_short = n >= LONG
             made[split] += (
-                [short_row(scene, wishes, heard)] if is_short else long_rows(scene, wishes)
+                long_rows(scene, wishes) if n < LONG else [short_row(scene, wishes, heard)]
             )
     return made
 
