@@ -71,11 +71,11 @@ def train_simulator(work: Work) -> None:
     """Train the adapter that plays the user and judges, on training dialogues alone."""
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
-    def make(kinds: Mapping[str, Examples]) -> list[TrainingDialogue]:
+    def make(rows: Callable[[str], Examples]) -> list[TrainingDialogue]:
         draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
-        first, then = lessons.simulator_lessons(kinds["simulator"], draws, seed, options)
-        summaries = lessons.summary_lessons(kinds["summaries"], films, options)
-        cards = lessons.card_lessons(kinds["cards"], films, seed, options)
+        first, then = lessons.simulator_lessons(rows("simulator"), draws, seed, options)
+        summaries = lessons.summary_lessons(rows("summaries"), films, options)
+        cards = lessons.card_lessons(rows("cards"), films, seed, options)
         return first + lessons.woven(then, summaries, cards)
 
     teach(work, "simulator", make)
@@ -84,29 +84,27 @@ def train_simulator(work: Work) -> None:
 def train_sft(work: Work) -> None:
     """Train an adapter on the recommender's gold turns."""
     options, films = work.settings.lesson, work.catalogue
-    teach(work, "sft", lambda kinds: lessons.recommender_lessons(kinds["sft"], films, options))
+    teach(work, "sft", lambda rows: lessons.recommender_lessons(rows("sft"), films, options))
 
 
 def teach(
-    work: Work, stage: str, make: Callable[[Mapping[str, Examples]], list[TrainingDialogue]]
+    work: Work, stage: str, make: Callable[[Callable[[str], Examples]], list[TrainingDialogue]]
 ) -> None:
-    """Train a new adapter of the stage's name on the lessons made from the stage's rows.
+    """Train a new adapter of the stage's name on the lessons that `make` returns.
 
-    `make` gets the rows by the name of their limit (--max-NAME).
+    `make` gets a function that returns rows by the name of their limit (--max-NAME).
     """
     engine, seed = work.engine, seed_for(work.settings.data.seed, stage)
 
-    def lay_out(kinds: Mapping[str, Examples], label: str) -> list[Tree]:
-        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(kinds)]
+    def lay_out(rows: Callable[[str], Examples], label: str) -> list[Tree]:
+        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(rows)]
         kept, dropped = usable(trees, engine.max_length, dialogue_fault)
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
 
     add_adapter(engine.model, stage, work.settings.lora, seed)
-    names = [name for name in STAGES[stage] if hasattr(work.settings.data, f"max_{name}")]
-    trees = lay_out({name: work.rows(name) for name in names}, stage)
-    held_out = dict.fromkeys(names, work.valid)
-    validation = lay_out(held_out, f"{stage}, validation") if work.valid else []
+    trees = lay_out(work.rows, stage)
+    validation = lay_out(lambda _: work.valid, f"{stage}, validation") if work.valid else []
     work.learn(stage, trees, validation, Sft())
 
 
@@ -182,29 +180,26 @@ def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
 def evaluate(work: Work) -> None:
     """Evaluate every method on the same test dialogues with the same judge; write the report."""
     settings, o = work.settings, work.settings.data
-    counts = o.rows("eval"), o.rows("agreement")
-    count = max(counts) if all(counts) else 0  # 0: all
-    tests = loading.pick_rows(work.test, count, seed_for(o.seed, "test"), apart=True)
-    print(f"report: {len(tests)} dialogues, one row of each, from {len(work.test)} test rows")
-    talked, judged = (tests[: count or None] for count in counts)
+    tests = loading.pick_rows(work.test, 0, seed_for(o.seed, "test"), apart=True)
+    talked, judged = (tests[: o.rows(name) or None] for name in ("eval", "agreement"))
+    met = max(talked, judged, key=len)
+    print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
     ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
-    methods = [name for name in COMPARED if name in o.methods]
     roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
         agreed = judge_agreement(roles["sft"], checked, popularity, o.seed, settings.eval)
-        found = {"agreement": dict(zip(checked, agreed, strict=True))}
-        films = judge_ranked(roles["rl"], tried, settings.eval)
-        found["ranked"] = dict(zip(tried, films, strict=True))
-        for name in methods:
-            adapter, group = COMPARED[name]
-            searching = getattr(settings, group) if group else None
-            talks = evaluate_method(roles[adapter], heard, o.seed, settings.eval, searching)
-            found[name] = dict(zip(heard, talks, strict=True))
-        return [{name: rows[x] for name, rows in found.items() if x in rows} for x in chunk]
+        found = {"agreement": agreed, "ranked": judge_ranked(roles["rl"], tried, settings.eval)}
+        for name, (adapter, group) in COMPARED.items():
+            if name in o.methods:
+                searching = getattr(settings, group) if group else None
+                found[name] = evaluate_method(
+                    roles[adapter], heard, o.seed, settings.eval, searching
+                )
+        # each list has the rows of the chunk's first dialogues
+        return [{name: x[i] for name, x in found.items() if i < len(x)} for i in range(len(chunk))]
 
-    met = max(talked, judged, key=len)
     rows = run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
     if parallel.rank() == 0:
         write_report(work, rows, baseline_labels(work.catalogue, talked, work.train, popularity))

@@ -1,23 +1,21 @@
 """The wishes of the sample set's seekers, and the phrases of phrases.txt that express them."""
 
-import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 from usbrec.crs.catalogue import Item
 from usbrec.crs.rewrite import decade_forms, genre_word, genre_words, with_article
-from usbrec.crs.wishes import attributes
+from usbrec.crs.wishes import FACT_KINDS, attributes
 
 NOUNS = ("comedy", "drama", "thriller", "western", "musical")  # genres that need no "film"
-KINDS = ("mood", "genre", "decade", "director", "lead")  # the order of words in a noun phrase
 
 
-@dataclass(frozen=True)
-class Wish:
-    """A wish of the seeker: a fact (`kind` in KINDS), or a genre to avoid (`kind` "dislike")."""
+class Wish(NamedTuple):
+    """A wish of the seeker: a fact of a film, or a genre to avoid (`kind` "dislike")."""
 
     kind: str
     value: str
@@ -42,12 +40,9 @@ def facts_of(item: Item) -> list[Wish]:
     return sorted(facts, key=lambda fact: fact.kind == "mood")  # moods last
 
 
-@cache
-def phrases() -> dict[str, list[str]]:
-    """Return the phrases of phrases.txt, by act."""
-    text = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8")
-    sections = [section.split("]\n") for section in text.split("\n[")[1:]]
-    return {act: [line for line in lines.splitlines() if line] for act, lines in sections}
+def fitting(films: Iterable[Item], wishes: Sequence[Wish]) -> list[Item]:
+    """Return the films that meet all wishes."""
+    return [film for film in films if all(wish.fits(film) for wish in wishes)]
 
 
 def parted(wishes: Sequence[Wish]) -> tuple[list[Wish], list[Wish]]:
@@ -56,67 +51,73 @@ def parted(wishes: Sequence[Wish]) -> tuple[list[Wish], list[Wish]]:
     return wanted, [wish for wish in wishes if wish.kind == "dislike"]
 
 
-def sentence_case(text: str) -> str:
-    """Return the text with a capital at the start of each sentence."""
-    return re.sub(r"(^|[.!?] )([a-z])", lambda match: match.group(1) + match.group(2).upper(), text)
+@cache
+def phrases() -> dict[str, list[str]]:
+    """Return the phrases of phrases.txt, by act."""
+    text = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8")
+    sections = [section.split("]\n") for section in text.split("\n[")[1:]]
+    return {act: lines.strip().split("\n") for act, lines in sections}
 
 
-@dataclass
-class Words:
-    """Seeded wordings of wishes and acts."""
+def form_of(rng: Random, decade: str) -> str:
+    """Return a form of the decade: "1990s", "90s", "nineties", the first most often."""
+    return rng.choice([decade, *decade_forms(decade)])
 
-    rng: random.Random
 
-    def noun_phrase(self, wishes: Sequence[Wish], plural: bool = False, plain: bool = False) -> str:
-        """Return a noun phrase of wishes: "a tense crime film from the nineties with Al Pacino".
+def noun_phrase(rng: Random, wishes: Sequence[Wish], form: str = "free") -> str:
+    """Return a noun phrase of wishes: "a tense crime film from the nineties with Al Pacino".
 
-        `plain` keeps a decade in digits.
-        """
-        choice = self.rng.choice
-        wished = {kind: [x.value for x in wishes if x.kind == kind] for kind in KINDS}
-        before = [*wished["mood"], *genre_words(wished["genre"])]
-        after = []
-        for decade in wished["decade"]:
-            said = decade if plain else self.decade(decade)
-            after.append(choice(["from the", "from the", "made in the"]) + f" {said}")
-        after += [choice(["by", "directed by"]) + f" {name}" for name in wished["director"]]
-        if wished["lead"]:
-            after.append(choice(["with", "starring"]) + " " + " and ".join(wished["lead"]))
-        self.rng.shuffle(after)
-        if not before and not plural and not plain and self.rng.random() < 0.4:
-            return " ".join(["something", *after])
-        heads = [choice(["film", "movie"]) + ("s" if plural else "")]
-        if not plain and not plural and before and before[-1] in NOUNS and self.rng.random() < 0.5:
-            heads = []  # "a crime thriller"
-        words = " ".join([*before, *heads, *after])
-        return words if plural else with_article(words)
+    The form "plural" has no article; the form "plain" keeps the decade in digits. Both always say
+    film or movie.
+    """
+    wished = {kind: [x.value for x in wishes if x.kind == kind] for kind in FACT_KINDS}
+    before = [*wished["mood"], *genre_words(wished["genre"])]
+    if form != "plain":
+        wished["decade"] = [form_of(rng, decade) for decade in wished["decade"]]
+    after = [
+        rng.choice(phrases()[f"film {kind}"]).format(" and ".join(wished[kind]))
+        for kind in ("decade", "director", "lead")
+        if wished[kind]
+    ]
+    rng.shuffle(after)
+    if form == "free" and not before and rng.random() < 0.4:
+        return " ".join(["something", *after])
+    heads = [rng.choice(["film", "movie"]) + ("s" if form == "plural" else "")]
+    if form == "free" and before and before[-1] in NOUNS and rng.random() < 0.5:
+        heads = []  # "a crime thriller"
+    words = " ".join([*before, *heads, *after])
+    return words if form == "plural" else with_article(words)
 
-    def decade(self, decade: str) -> str:
-        """Return a form of the decade: "1990s", "90s", "nineties", the first most often."""
-        return self.rng.choice([decade, *decade_forms(decade)])
 
-    def phrase(self, act: str, wishes: Sequence[Wish] = (), **slots: str) -> str:
-        """Return a drawn phrase of the act, its slots filled; {np} and {np_short} are wishes."""
-        text = self.rng.choice(phrases()[act])
-        if "{np" in text or "{It_is}" in text:
-            slots["np"] = self.noun_phrase(wishes, plain=act.startswith("recommends"))
-            slots["np_short"] = self.noun_phrase(wishes, plural=True)
-            opening = self.rng.choice(["It is", "It's", "This is", "That is"])
-            slots["It_is"] = f"{opening} {slots['np']}"
-        return text.format(**slots)
+def phrase(rng: Random, act: str, wishes: Sequence[Wish] = (), **slots: str) -> str:
+    """Return a drawn phrase of the act, its slots filled; {np} and {np_short} are the wishes.
 
-    def wish(self, wish: Wish) -> str:
-        """Return the seeker's sentence for one wish, by a phrase of its kind."""
-        value = self.decade(wish.value) if wish.kind == "decade" else genre_word(wish.value)
-        slots = {wish.kind: value, f"a_{wish.kind}": with_article(value), "genre_name": wish.value}
-        return self.phrase(f"seeker says {wish.kind}", [wish], **slots)
+    Each sentence begins with a capital.
+    """
+    text = rng.choice(phrases()[act])
+    if "{np" in text:
+        slots["np"] = noun_phrase(rng, wishes, "plain" if act.startswith("recommends") else "free")
+        slots["np_short"] = noun_phrase(rng, wishes, "plural")
+        slots["It_is"] = rng.choice(phrases()["it is"])
+    return re.sub("(^|[.!?] )[a-z]", lambda start: start[0].upper(), text.format(**slots))
 
-    def wishes(self, wishes: Sequence[Wish], act: str = "seeker says") -> str:
-        """Return the seeker's sentences that reveal these wishes; each dislike has its own."""
-        wanted, disliked = parted(wishes)
-        parts = []
-        if len(wanted) == 1 and act == "seeker says" and self.rng.random() < 0.6:
-            parts.append(self.wish(wanted[0]))
-        elif wanted:
-            parts.append(self.phrase(act, wanted))
-        return " ".join([*parts, *map(self.wish, disliked)])
+
+def state(rng: Random, wishes: Sequence[Wish], act: str = "seeker says", **slots: str) -> str:
+    """Return the seeker's sentences that reveal these wishes, by a phrase of the act.
+
+    An act without a slot for wishes goes before them. Each dislike has a sentence of its own, and a
+    single wish may have one too.
+    """
+    wanted, alone = parted(wishes)
+    parts = []
+    if not any("{np" in text for text in phrases()[act]):
+        parts, act = [phrase(rng, act)], "seeker says"
+    if len(wanted) == 1 and act == "seeker says" and rng.random() < 0.6:
+        alone = [*wanted, *alone]
+    elif wanted:
+        parts.append(phrase(rng, act, wanted, **slots))
+    for kind, value in alone:
+        word = form_of(rng, value) if kind == "decade" else genre_word(value)
+        forms = {kind: word, f"a_{kind}": with_article(word), "genre_name": value}
+        parts.append(phrase(rng, f"seeker says {kind}", **forms))
+    return " ".join(parts)

@@ -15,7 +15,7 @@ Row = dict[str, Any]  # of a file of rows, in JSON's own types
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; `weight` > 0 makes an assistant's message a training target.
+    """One message of a chat, its role one of ROLES; `weight` > 0 makes it a training target.
 
     The weight multiplies the loss of each token of the message, the end-of-turn token included.
     """
@@ -23,12 +23,6 @@ class Message:
     role: str
     content: str
     weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"a message's role is one of {', '.join(ROLES)}, got {self.role!r}")
-        if self.weight and self.role != "assistant":
-            raise ValueError(f"only an assistant's message can be trained on, got {self.role!r}")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,6 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part."""
     part = path.with_name(path.name + ".part")
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb", buffering=0) as file:
                 _write(file.fileno(), content)
@@ -109,8 +108,9 @@ def _write(descriptor: int, data: bytes) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raise an error of the system as a UserError of one sentence."""
+    """Create the folder of `path`; raise an error of the system as a UserError of one sentence."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         told = f"{path} cannot be written: {error.strerror}; what stood there is kept"
@@ -123,26 +123,26 @@ def read_rows(path: Path) -> list[Row]:
     Raises UserError with the line's number for any other line that is not a JSON object.
     """
     *lines, _torn = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(rows[-1], dict):
-            told = f"expected a JSON object, got {rows[-1]!r:.60}"
-            raise UserError(f"{path}, line {number}: {told}")
-    return rows
+    return [_read_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError naming the file."""
     try:
-        content = json.loads(path.read_text("utf-8"), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable text in UTF-8: {error}") from error
+    return _read_object(text, str(path))
+
+
+def _read_object(text: str | bytes, place: str) -> dict[str, Any]:
+    """Return the object in a JSON text; raises UserError naming its place."""
+    try:
+        content = json.loads(text, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+        raise UserError(f"{place}: expected a JSON object, got {content!r:.60}")
     return content
 
 
@@ -214,8 +214,6 @@ def run_chunks(
     size, label, first = results.chunk_size, results.label, parallel.rank() == 0
     width = parallel.world() if results.spread else 1
     if first:
-        with _writing(results.path):
-            results.path.parent.mkdir(parents=True, exist_ok=True)
         append_rows(results.path, [])  # creates the file
     with _alone(results.path, "another program: wait for it, or name another file"):
         rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
@@ -274,7 +272,7 @@ def _check(row: Row) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Create a run folder and lock it against other runs; a kill releases the lock."""
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
     with _alone(folder, "another train.py: wait for it, or give --run-dir"):
         yield
 
