@@ -98,7 +98,7 @@ class PrefixCache:
         while count > 0:
             leaves = [pair for pair in self.leaves() if pair[1].last_used < self.clock]
             if not leaves:
-                raise UserError(f"--kv-memory holds {self.capacity} tokens, too few for this call")
+                raise UserError(f"the memory holds {self.capacity} tokens, too few (--kv-memory)")
             for parent, leaf in sorted(leaves, key=lambda pair: pair[1].last_used):
                 if count > 0:
                     del parent.children[leaf.ids[0]]
