@@ -71,13 +71,15 @@ def judge_agreement(
     made = [contrast(roles.catalogue, example, popularity, seed) for example in examples]
     contrasts = [x for x in made if isinstance(x, Contrast)]
     prepare_all(roles, contrasts, options)
-    prompts = [prompt for x in contrasts for prompt in x.judge_prompts()]
-    seeds = [seed_for(x.seed, "judge", i) for x in contrasts for i in range(4)]
-    scores = iter(roles.judge(prompts, Votes(options.votes, options.vote_temperature), seeds))
+    votes, judged = Votes(options.votes, options.vote_temperature), []
+    for judge, numbers in ((roles.external, (0, 1)), (None, (2, 3))):
+        prompts = [x.judge_prompts()[i] for x in contrasts for i in numbers]
+        seeds = [seed_for(x.seed, "judge", i) for x in contrasts for i in numbers]
+        judged += [iter(roles.judge(prompts, votes, seeds, judge))] * 2
     rows = []
     for example, x in zip(examples, made, strict=True):
         ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
-        told = {"skipped": x} if isinstance(x, str) else x.record([next(scores) for _ in range(4)])
+        told = {"skipped": x} if isinstance(x, str) else x.record([next(y) for y in judged])
         rows.append({**ids, **told})
     return rows
 
