@@ -127,9 +127,8 @@ class Models:
     def engine(self, name: str) -> Engine:
         """Return the engine of a model, "none" for the base."""
         if name not in self.engines:
-            other = {} if name == "none" else {"model": name, "chat_format": None}
-            options = replace(self.options, **other)
-            self.engines[name] = load_engine(options, self.find, self.sharded)
+            o: Any = {} if name == "none" else {"model": name, "chat_format": None}
+            self.engines[name] = load_engine(replace(self.options, **o), self.find, self.sharded)
         return self.engines[name]
 
     def side(self, name: str, role: str) -> Side:

@@ -32,7 +32,7 @@ from usbrec.options import UserError
 from usbrec.runs import append_rows
 
 TOP = 20  # log-probabilities per answer; servers give no more
-ADDRESS = re.compile(r"(https?://[^/?#@\s]+[^?#\s]*)#(.+)")
+ADDRESS = re.compile(r"(https?://[^/?#@\s]+(?:/[^?#\s]*)?)#(.+)")
 
 
 def is_server(name: str) -> bool:
@@ -90,8 +90,9 @@ class Endpoint:
         found = self.ask([{**body, "logprobs": True, "top_logprobs": TOP} for body in asked])
         scores = [sum_choices(answer["top"], choices) for answer in found]
         if [] in scores and not self.warned:
-            told = "leaves log-probabilities out: sampled votes stand in for them"
-            warnings.warn(f"{self.url} {told}", stacklevel=2)
+            warnings.warn(
+                f"{self.url} lacks log-probabilities: sampled votes stand in", stacklevel=2
+            )
             self.warned = True
         return scores
 
