@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -101,22 +102,31 @@ def test_replies_are_in_order_however_late_each_answer_comes(tmp_path: Path) -> 
         assert texts(llm, *map(str, range(8))) == [f"{i}, m" for i in range(8)]
 
 
-def test_as_many_requests_are_in_flight_as_allowed_and_no_more(tmp_path: Path) -> None:
-    """The barrier opens when four have come; a fifth one beside them would be counted."""
+def test_as_many_requests_are_in_flight_as_allowed_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The barrier opens when four have come; a fifth one that is under way would be counted."""
     barrier, lock, flying, most = Barrier(4), Lock(), 0, 0
 
     def slow(body: Body) -> Body:
-        nonlocal flying, most
-        with lock:
-            flying += 1
-            most = max(most, flying)
         barrier.wait(60)
-        with lock:
-            flying -= 1
         return echo(body)
 
     with serving(slow) as server:
-        texts(Endpoint(server.url, tmp_path / "answers.jsonl", 4), *"abcdefghijkl")
+        llm = Endpoint(server.url, tmp_path / "answers.jsonl", 4)
+        pay = llm.pay
+
+        def counted(key: str, body: Body) -> None:
+            nonlocal flying, most
+            with lock:
+                flying += 1
+                most = max(most, flying)
+            pay(key, body)
+            with lock:
+                flying -= 1
+
+        monkeypatch.setattr(llm, "pay", counted)
+        texts(llm, *"abcdefghijkl")
     assert most == 4 and len(server.asked) == 12
 
 
@@ -276,6 +286,7 @@ def test_votes_stand_in_for_what_a_server_does_not_tell(
     The prompt "told" comes with all digits and is read in closed form.
     """
     count = iter(range(10**6))
+    warnings.simplefilter("always")  # else Python itself would say it once
 
     def answer(body: Body) -> Body:
         if body["messages"][-1]["content"] == "told":
@@ -305,7 +316,7 @@ def test_votes_that_cannot_be_read_are_no_score(tmp_path: Path) -> None:
     with serving(lambda body: completion("I'm here to help")) as server:
         llm = Endpoint(server.url, tmp_path / "answers.jsonl", 8)
         roles = Roles(Side(llm, "m"), Side(llm, "m"), Catalogue([]))
-        with pytest.warns(UserWarning, match="sampled votes stand in"):
+        with pytest.warns(UserWarning, match="votes are sampled"):
             [score] = roles.judge([(Message("user", "a"),)], Votes(), [1])
     assert score == JudgeScore(parse_rate=0.0)
 
@@ -470,12 +481,16 @@ def test_servers_alone_serve_pairs_and_report_without_a_local_model(
         sides = ["--recommender", f"{server.url}#base", "--simulator", f"{server.url}#user"]
         judge = ["--judge", f"{server.url}#outer"]
         command = ["--run-dir", str(run), *flags(inputs), *sides, *judge, "--stages"]
-        assert train.main([*command, "pairs", "report", "--verbose", *methods]) == 0
+        assert train.main([*command, "pairs", *methods]) == 0
+        before = len(server.asked)
+        assert train.main([*command, "report", "--verbose", *methods]) == 0
         said = capsys.readouterr()
         assert {x["model"] for x in server.asked} == {"base", "sft", "rl", "user", "outer"}
-        outer = [x["messages"] for x in server.asked if x["model"] == "outer"]
         question = prompt_text("judge_external").split("{")[0]
-        assert outer and all(x[-1]["content"].startswith(question) for x in outer)
+        judged = [x["messages"][-1]["content"].startswith(question) for x in server.asked]
+        judges = [(x["model"], y) for x, y in zip(server.asked, judged, strict=True)]
+        assert ("user", True) in judges[:before] and ("user", True) not in judges[before:]
+        assert ("outer", True) in judges[before:] and ("outer", False) not in judges
         facts = [read_json(run / "options" / f"{x}.json") for x in ("pairs", "report")]
         assert facts[0]["other-recommender"]["path"] == f"{server.url}#base"
         assert "other-judge" not in facts[0] and "other-judge" in facts[1]
@@ -502,7 +517,11 @@ def test_train_takes_a_server_alone_as_another_recommender(
 def test_infer_answers_through_a_server_without_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def load_engine(*options: object) -> None:
+        raise AssertionError("a server needs no model here")
+
     monkeypatch.setattr(infer, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(infer.loading, "load_engine", load_engine)
     with serving(by_rule) as server:
         command = ["--recommender", f"{server.url}#m", "--json", "--limit", "3"]
         assert infer.main(command) == 0

@@ -90,9 +90,7 @@ class Endpoint:
         found = self.ask([{**body, "logprobs": True, "top_logprobs": TOP} for body in asked])
         scores = [sum_choices(answer["top"], choices) for answer in found]
         if [] in scores and not self.warned:
-            warnings.warn(
-                f"{self.url} lacks log-probabilities: sampled votes stand in", stacklevel=2
-            )
+            warnings.warn(f"{self.url} lacks log-probabilities: votes are sampled", stacklevel=2)
             self.warned = True
         return scores
 
