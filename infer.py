@@ -7,7 +7,7 @@ Without flags the newest run of train.py answers a test dialogue of its dataset.
     python infer.py --dialogue FILE --json         dialogues, JSON or JSONL
     python infer.py --data redial --limit 200      a split, with a results file
     python infer.py --limit 0 --rank 50            Recall@1, 10 and 50
-    python infer.py --model FOLDER --adapter none  without a run folder
+    python infer.py --recommender URL#MODEL        a server's model, without a run folder
     python infer.py --validate-simulator           the judges against the truth
 """
 
@@ -17,7 +17,7 @@ import sys
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs.agents import Roles, Side
+from usbrec.crs.agents import Roles
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions, gold_labels
@@ -36,7 +36,7 @@ from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.extras import report
 from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
-from usbrec.llm.adapter_files import load_adapter
+from usbrec.llm.endpoint import is_server
 from usbrec.llm.training_state import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Results, Row, read_rows, run_chunks
@@ -46,28 +46,26 @@ PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of pl
 VALIDATED = 100  # held-out dialogues on which the judges are checked
 # the flags in --help; --help-all lists every flag
 _SHOWN = """dialogue chat validate-simulator data data-dir split limit out json verbose run-dir
-    adapter simulator model dtype device max-length kv-memory ses temperature top-p max-new-tokens
-    seed chunk-size rank ses-samples ses-turns ses-mode"""
+    recommender simulator judge model dtype device max-length kv-memory in-flight ses temperature
+    top-p max-new-tokens seed chunk-size rank ses-samples ses-turns ses-mode"""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The answering models and their data: base weights, adapter, simulator, dataset, and the run.
+    """The answering models and their data: base weights, both sides, judge, dataset, and the run.
 
-    `adapter` and `simulator` may be "none": the base weights as they are.
+    `sides` name an adapter, a model, a server's URL#MODEL, or "none": the base weights as they are.
     """
 
     model: loading.ModelOptions
-    adapter: str
-    simulator: str
+    sides: dict[str, str]  # recommender, simulator, and judge if the external one is another
     data: str
     data_dir: str | None
     run: Path | None
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that decide a reply, the run's place left out."""
-        sides = {"adapter": self.adapter, "simulator": self.simulator}
-        digests = {side: loading.weights_digest(name, find_model) for side, name in sides.items()}
+        digests = {x: loading.weights_digest(y, find_model) for x, y in self.sides.items()}
         return {"model": self.model.facts(), **digests, "data": self.data, "dir": self.data_dir}
 
     def rows(self, name: str) -> list[Example]:
@@ -84,13 +82,17 @@ class Setup:
 def set_up(flags: Namespace) -> Setup:
     """Return the run's model, adapters and dataset, or those that the flags name instead."""
     run = find_run(flags)
-    adapter, simulator, facts = read_run(run) if run else ("none", "none", {})
+    recommender, simulator, facts = read_run(run) if run else ("none", "none", {})
     model = from_flags(loading.ModelOptions, flags, defaults=facts.get("model", {}))
-    adapter, simulator = flags.adapter or adapter, flags.simulator or simulator
+    recommender = flags.recommender or recommender
+    if run is None and is_server(recommender):  # no local weights are needed
+        simulator = recommender
+    sides = {"recommender": recommender, "simulator": flags.simulator or simulator}
+    sides |= {"judge": flags.judge} if hasattr(flags, "judge") else {}
     known = DataOptions(facts.get("data", "sample"), facts.get("data-dir"))
     named = DataOptions(flags.data or known.data, flags.data_dir)
     data_dir = named.data_dir or (known.data_dir if named.data == known.data else None)
-    return Setup(model, adapter, simulator, named.data, data_dir, run)
+    return Setup(model, sides, named.data, data_dir, run)
 
 
 def find_run(flags: Namespace) -> Path | None:
@@ -100,7 +102,7 @@ def find_run(flags: Namespace) -> Path | None:
     try:
         return runs.newest_run(RUNS)
     except UserError:
-        if flags.adapter is None:
+        if flags.recommender is None:
             raise
         return None  # a run would give the simulator and the dataset only
 
@@ -132,22 +134,18 @@ def read_run(folder: Path) -> tuple[str, str, dict[str, Any]]:
 
 
 def assemble(setup: Setup, flags: Namespace) -> Recommender:
-    """Return the recommender with weights and adapters loaded; print both sides on stderr."""
+    """Return the recommender with weights and adapters loaded; print the sides on stderr."""
     options = from_flags(ReplyOptions, flags)
     defaults = CARDS if getattr(flags, "ses_cards", False) else {}
     searching = from_flags(SearchOptions, flags, "ses", defaults=defaults)
     sampling = from_flags(Sampling, flags, defaults=PLAIN)
     catalogue = load_catalogue(setup.data, setup.data_dir)
-    engine = loading.load_engine(setup.model, find_model)
-    recommender = Side(engine)
-    if setup.adapter != "none":
-        load_adapter(engine.model, Path(setup.adapter), "recommender")
-        recommender = Side(engine, "recommender")
-    simulator, other = loading.load_simulator(setup.simulator, engine, setup.model, find_model)
-    for side, name in (("recommender", setup.adapter), ("simulator", setup.simulator)):
-        tell(f"{side}: {'the base weights as they are' if name == 'none' else name}")
-    roles = Roles(recommender, simulator, catalogue)
-    engines = [engine, other] if other is not engine else [engine]
+    models = loading.Models(setup.model, find_model, (setup.run or RUNS) / "answers.jsonl")
+    sides = {role: models.side(name, role) for role, name in setup.sides.items()}
+    for role, name in setup.sides.items():
+        tell(f"{role}: {'the base weights as they are' if name == 'none' else name}")
+    roles = Roles(sides["recommender"], sides["simulator"], catalogue, sides.get("judge"))
+    engines = list(models.engines.values())  # the recommender's is the first
     return Recommender(roles, engines, options, sampling, searching, flags.verbose)
 
 
@@ -341,8 +339,9 @@ def build_parser() -> Parser:
     what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
     who = parser.add_argument_group("who answers")
     who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
-    who.add_argument("--adapter", help="the recommender's adapter folder, or none")
-    who.add_argument("--simulator", help="the adapter or model that plays the user, or none")
+    who.add_argument("--recommender", help="adapter, model, server's URL#MODEL, or none")
+    who.add_argument("--simulator", help="the same, playing the user")
+    who.add_argument("--judge", default=SUPPRESS, help="the same, as the external judge")
     add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions)
     add_flags(parser, Sampling, defaults=PLAIN, skip=("stop", "stop_ids"))

@@ -51,7 +51,7 @@ from usbrec.llm.training_state import digest, peak_memory
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import Parser, UserError, seed_for
 from usbrec.runs import ADAPTERS, RUNS, Row, need, read_rows, run_chunks
-from usbrec.settings import STAGES, Settings, add_settings, read_settings
+from usbrec.settings import SIDES, STAGES, Settings, add_settings, read_settings
 from usbrec.work import Work, load_work
 
 COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, options of the search)
@@ -59,9 +59,10 @@ COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, optio
     "SFT+SES": ("sft", "ses"), "RL+SES": ("rl", "ses"), "RL+SES+cards": ("rl", "ses_cards"),
 }  # fmt: skip
 # the flags in --help; --help-all lists every flag
-_SHOWN = """stages run-dir fresh verbose shard data data-dir seed simulator max-simulator max-sft
-    max-pairs max-eval full model dtype device max-length kv-memory learning-rate epochs batch-size
-    tokens-per-pass checkpointing lora-r pairs-samples pairs-turns ses-samples ses-turns"""
+_SHOWN = """stages run-dir fresh verbose shard data data-dir seed recommender simulator judge
+    max-simulator max-sft max-pairs max-eval full model dtype device max-length kv-memory in-flight
+    learning-rate epochs batch-size tokens-per-pass checkpointing lora-r pairs-samples pairs-turns
+    ses-samples ses-turns"""
 
 
 # --- the stages -------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def evaluate(work: Work) -> None:
     met = max(talked, judged, key=len)
     print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
     ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
-    roles = {adapter: work.roles(adapter) for adapter, _ in COMPARED.values()}
+    roles = {adapter: work.roles(adapter, o.judge) for adapter, _ in COMPARED.values()}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
@@ -245,37 +246,38 @@ def build_parser() -> Parser:
 
 def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: Namespace) -> None:
     """Run the stages that are not yet done, in their order."""
-    work, other = load_work(settings, folder, find_model), settings.data.simulator
+    work = load_work(settings, folder, find_model, flags.shard)
     rows = {"train": work.train, "valid": work.valid, "items": work.catalogue, "test": work.test}
-    digests = {name: digest(content) for name, content in rows.items()}
-    if other is not None:
-        digests["simulator"] = loading.weights_digest(other, find_model)
+    digests: Row = {name: digest(content) for name, content in rows.items()}
+    for side in SIDES["report"]:
+        if (other := getattr(settings.data, side)) is not None:
+            digests[side] = {"path": other, "digest": loading.weights_digest(other, find_model)}
     if flags.fresh:  # what is missing is told before anything is deleted
-        work.prepare(stages, flags.shard)
+        work.prepare(stages)
     todo = parallel.from_first(lambda: settings.claim(stages, folder, digests, flags.fresh))
     for stage in stages:
         if stage not in todo:
             print(f"{stage}: done before, used again")
     if not todo:
         return
-    work.prepare(todo, flags.shard)
+    work.prepare(todo)
     for stage in todo:
-        start, before = time.perf_counter(), loading.usage_of(work.engines)
+        start, before = time.perf_counter(), loading.usage_of(work.models.engines.values())
         DOES[stage](work)
-        spent = loading.usage_of(work.engines).since(before)
+        spent = loading.usage_of(work.models.engines.values()).since(before)
         if parallel.rank() == 0:
             note_stage(work, stage, round(time.perf_counter() - start, 1), spent)
             if flags.verbose:
                 print(f"{stage}: {loading.costs(spent)}", file=sys.stderr)
         loading.give_back_memory()
         parallel.meet()  # the next stage reads what the first process has written
-    for told in loading.shortened_lines(work.engines):
+    for told in loading.shortened_lines(work.models.engines.values()):
         print(told)
 
 
 def note_stage(work: Work, stage: str, seconds: float, spent: Mapping[str, int]) -> None:
     """Note a stage's seconds, memory and tokens; gather all stages' metrics in metrics.jsonl."""
-    peak = peak_memory(work.engine.model.device)
+    peak = peak_memory(loading.pick_device(work.settings.model.device))
     row = {"stage": stage, "seconds": seconds, "peak_memory_bytes": peak, **spent}
     runs.append_rows(work.folder / "timings.jsonl", [row])
     paths = {x: work.folder / ADAPTERS[x] / "training" / "metrics.jsonl" for x in ADAPTERS}

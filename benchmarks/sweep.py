@@ -22,7 +22,7 @@ import itertools
 import json
 import sys
 import time
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -73,7 +73,7 @@ LADDER: dict[str, dict[str, Any]] = {  # a row -> what it changes
     "classes in place of means": {"value": "majority"},
 }
 SHOWN = (  # the flags in --help; --help-all lists every flag
-    "--ladder", "--run-dir", "--limit", "--plot", "--data", "--data-dir", "--adapter",
+    "--ladder", "--run-dir", "--limit", "--plot", "--data", "--data-dir", "--recommender",
     "--simulator", "--model", "--device", "--seed", "--chunk-size", "--temperature",
     "--max-new-tokens", "--ses-samples", "--ses-turns", "--ses-mode", "--ses-cards",
 )  # fmt: skip
@@ -94,8 +94,10 @@ def build_parser() -> Parser:
     parser.add_argument("--data", help="sample, redial, opendialkg or a folder (or the run's)")
     parser.add_argument("--data-dir", help="the folder of a downloaded dataset")
     parser.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
-    parser.add_argument("--adapter", help="the recommender's adapter folder, or none")
-    parser.add_argument("--simulator", help="the adapter or model that plays the user, or none")
+    parser.add_argument("--recommender", help="an adapter, a model, a server's URL#MODEL, or none")
+    parser.add_argument("--simulator", help="the same, playing the user")
+    told = "the same, as the external judge (default: the simulator)"
+    parser.add_argument("--judge", default=SUPPRESS, help=told)
     add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions, skip=("ses", "rank", "rank_tokens"))
     unread = ("top_k", "top_p", "min_p", "stop", "stop_ids")
@@ -164,7 +166,7 @@ def check(flags: Namespace) -> None:
 # --- the cells --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimedRoles(Roles):
     """Roles that call `replied` once all replies are there, before they are judged."""
 

@@ -86,12 +86,12 @@ def test_what_cannot_be_contrasted_is_skipped_and_says_why() -> None:
     assert agreement(rows, 0)["skipped"] == 1 and agreement(rows, 0)["external"]["n"] == 1
 
 
-def test_one_call_generates_and_one_call_judges() -> None:
+def test_one_call_generates_and_each_judge_has_one_call() -> None:
     llm = Scripted(line, by_title)
     run(llm, EXAMPLE, BARE)
     (requests,) = llm.generated
     assert [role_of(request) for request in requests] == ["summariser"] * 2 + ["explainer"] * 2
-    assert roles_of(llm.scored) == [(["judge"] * 2 + ["internal_judge"] * 2) * 2]
+    assert roles_of(llm.scored) == [["judge"] * 4, ["internal_judge"] * 4]
 
 
 def test_two_models_give_the_rows_that_one_does_and_each_gets_its_own_requests() -> None:
@@ -99,8 +99,20 @@ def test_two_models_give_the_rows_that_one_does_and_each_gets_its_own_requests()
     rows = judge_agreement(cast(tuned, plain), [EXAMPLE, BARE], COUNTS, 0, EvaluationOptions())
     assert roles_of(tuned.generated) == [["explainer"] * 2] and tuned.scored == []
     assert roles_of(plain.generated) == [["summariser"] * 2]
-    assert roles_of(plain.scored) == [(["judge"] * 2 + ["internal_judge"] * 2) * 2]
+    assert roles_of(plain.scored) == [["judge"] * 4, ["internal_judge"] * 4]
     assert rows == run(Scripted(line, by_title), EXAMPLE, BARE)
+
+
+def test_another_external_judge_gets_its_own_requests_and_no_others() -> None:
+    llm, outer = Scripted(line, lambda request: SURE[0]), Scripted(line, by_title)
+    roles = replace(cast(llm), external=Side(outer, "outer"))
+    rows = judge_agreement(roles, [EXAMPLE, BARE], COUNTS, 0, EvaluationOptions())
+    assert roles_of(outer.scored) == [["judge"] * 4] and outer.generated == []
+    assert roles_of(llm.scored) == [["internal_judge"] * 4]
+    assert {request.adapter for request in outer.scored[0]} == {"outer"}
+    expected = run(Scripted(line, by_title), EXAMPLE, BARE)
+    assert [row["external"] for row in rows] == [row["external"] for row in expected]
+    assert all(len(set(row["internal"])) == 1 for row in rows)
 
 
 def test_the_rows_own_explanation_is_used_where_there_is_one() -> None:
@@ -117,7 +129,7 @@ def test_the_summary_and_the_internal_judge_know_no_target() -> None:
     llm = Scripted(line, by_title)
     run(llm, EXAMPLE)
     assert "Dark Well" not in " ".join(m.content for m in llm.generated[0][0].messages)
-    for request in llm.scored[0][2:]:
+    for request in llm.scored[1]:
         assert "summariser line" in request.messages[0].content
         assert not any("Dark Well" in m.content for m in request.messages[:-2])
 

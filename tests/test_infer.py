@@ -175,7 +175,7 @@ def test_the_recommender_is_rl_or_else_sft_or_else_the_base(
 
 
 def test_flags_go_round_the_runs_adapters(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--adapter", "none", "--simulator", str(run / "sft")]
+    arguments = ["--recommender", "none", "--simulator", str(run / "sft")]
     assert infer.main([*SHORT, *arguments]) == 0
     told = capsys.readouterr().err
     assert "recommender: the base weights as they are\n" in told
@@ -497,7 +497,7 @@ def test_a_results_file_of_other_options_is_refused_and_kept(
     same = ["--ses", "--limit", "2", "--out", str(out)]
     answers(same, capsys)
     before = out.read_bytes()
-    others = ["--seed 1", "--no-ses", "--adapter none", "--ses-samples 3", "--temperature 1"]
+    others = ["--seed 1", "--no-ses", "--recommender none", "--ses-samples 3", "--temperature 1"]
     for other in others:
         assert str(out) in refused([*same, *other.split()], capsys)
     assert out.read_bytes() == before
@@ -604,7 +604,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
     ("arguments", "named"),
     [
         (["--run-dir", "/no/such/run"], "/no/such/run"),
-        (["--adapter", "/no/such/adapter"], "/no/such/adapter"),
+        (["--recommender", "/no/such/adapter"], "/no/such/adapter"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--dialogue", "/no/such/file.json"], "/no/such/file.json"),
         (["--data", "netflix"], "netflix"),

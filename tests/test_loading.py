@@ -18,9 +18,9 @@ from usbrec.llm.cache import token_bytes
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.loading import (
     ModelOptions,
+    Models,
     default_kv_bytes,
     load_engine,
-    load_simulator,
     usage_of,
     weights_digest,
 )
@@ -69,13 +69,15 @@ def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
     engine = load_engine(options, find_model)
     add_adapter(engine.model, "one", LoraConfig(r=2), seed=1)
     save_adapter(engine.model, "one", tmp_path / "adapter", "base")
-    base, found = load_simulator("none", engine, options, find_model)
-    assert base.llm is found is engine and base.adapter is None
-    beside, found = load_simulator(str(tmp_path / "adapter"), engine, options, find_model)
-    assert beside.llm is found is engine and beside.adapter == "simulator"
-    copy = shutil.copytree(tmp_path / "model", tmp_path / "copy")
-    own, other = load_simulator(str(copy), engine, options, find_model)
+    models = Models(options, find_model, tmp_path / "answers.jsonl", engines={"none": engine})
+    base = models.side("none", "simulator")
+    assert base.llm is engine and base.adapter is None
+    beside = models.side(str(tmp_path / "adapter"), "simulator")
+    assert beside.llm is engine and beside.adapter == "simulator"
+    copy = str(shutil.copytree(tmp_path / "model", tmp_path / "copy"))
+    own, other = models.side(copy, "simulator"), models.engines[copy]
     assert own.llm is other is not engine and own.adapter is None
+    assert models.side(copy, "judge") == own, "a model is loaded once"
     assert other.max_length == engine.max_length
     other.generate([Request(HELLO)])
     engine.generate([Request(HELLO), Request(HELLO, adapter=beside.adapter)])
@@ -83,7 +85,7 @@ def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
     assert both.calls == 2
     assert both.decoded_tokens == engine.usage.decoded_tokens + other.usage.decoded_tokens
     with pytest.raises(UserError, match="/no/such/model"):
-        load_simulator("/no/such/model", engine, options, find_model)
+        models.side("/no/such/model", "simulator")
 
 
 def test_other_weights_have_another_digest(options: ModelOptions, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_both_of_the_two_commands_are_among_them() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_the_text_exists(page: str) -> None:
     known = {"--nproc-per-node", "--cov", "--cov-branch"}  # torchrun's and pytest-cov's
+    known |= {"--generation-config", "--enable-lora", "--max-lora-rank", "--lora-modules"}  # vLLM's
     for script in SCRIPTS.values():
         known |= {f for action in script.build_parser()._actions for f in action.option_strings}
     for path in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "usbrec" / "extras").glob("*.py")):

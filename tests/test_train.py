@@ -19,7 +19,7 @@ from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_smal
 
 import infer
 import train
-from usbrec import loading, work
+from usbrec import loading
 from usbrec.chat import Message
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
@@ -163,7 +163,7 @@ def test_a_second_start_uses_finished_stages(
     def load_engine(*options: object) -> None:
         raise AssertionError("a finished run needs no model")
 
-    monkeypatch.setattr(work, "load_engine", load_engine)
+    monkeypatch.setattr(loading, "load_engine", load_engine)
     before = bytes_of(run)
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0
     assert bytes_of(run) == before
@@ -720,7 +720,6 @@ def test_a_model_of_its_own_can_play_the_user(
         return plain(options, *rest)
 
     monkeypatch.setattr(loading, "load_engine", noted)
-    monkeypatch.setattr(work, "load_engine", noted)
     _, code = pairs_with(copy, finished, inputs, tmp_path / "own")
     assert code == 0
     assert loaded == [str(inputs["--model"]), str(copy)]

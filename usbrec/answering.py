@@ -5,13 +5,14 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import Roles
 from usbrec.crs.dialogue import Dialogue, Examples, format_dialogue
 from usbrec.crs.evaluation import titles_in
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.llm.engine import Engine, Usage
+from usbrec.llm.engine import Usage
 from usbrec.llm.ranking import TOKENS
 from usbrec.loading import costs, usage_of
 from usbrec.options import Options, option, seed_for
@@ -33,7 +34,7 @@ class Recommender:
     """The roles, engines and options that answer dialogues."""
 
     roles: Roles
-    engines: list[Engine]  # the recommender's, and the simulator's if it is another model
+    engines: list[Any]  # the recommender's engine or endpoint, then those of other models
     options: ReplyOptions
     sampling: Sampling  # of plain replies
     searching: SearchOptions
@@ -96,6 +97,7 @@ class Recommender:
         every = {"ses", "rank", "rank_tokens"} | shapes | search
         cases = (  # options, what they need, and whether that is missing
             (every, "a reply, which --validate-simulator does not ask for", judging),
+            ({"judge"}, "--validate-simulator", not judging),
             (search, "--ses", not o.ses),
             (shapes, "--ses-start-turn above 1", o.ses and searching.start_turn == 1),
             ({"top_k", "top_p", "min_p"}, "--temperature above 0", self.sampling.temperature == 0),

@@ -106,7 +106,10 @@ class LanguageModel(Protocol):
         """Return one reply per request."""
 
     def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
-        """Return the unnormalised log-probability of each choice as the reply, per request."""
+        """Return the unnormalised log-probability of each choice as the reply, per request.
+
+        The row of a request is empty if the model does not tell all of them.
+        """
 
 
 @runtime_checkable

@@ -1,16 +1,17 @@
 """Loaders of train.py and infer.py: the language models of both sides, and rows of a split.
 
-By default one model serves both sides of the conversation, with one adapter per side. `--simulator`
-names another adapter for the simulator, or a whole language model. That model is loaded beside the
-recommender's, with the same options and the chat layout of its own tokenizer.
+By default one model serves both sides of the conversation, with one adapter per side.
+`--recommender`, `--simulator` and `--judge` name others: an adapter, a whole language model, or a
+server's. Such a model is loaded beside the base, with the same options and the chat layout of its
+own tokenizer.
 """
 
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from usbrec.crs.dialogue import Example, Examples
 from usbrec.llm.adapter_files import WEIGHTS_FILE, load_adapter
 from usbrec.llm.cache import token_bytes
 from usbrec.llm.checkpoint import load_model
+from usbrec.llm.endpoint import Endpoint, is_server, split_address
 from usbrec.llm.engine import MAX_ROWS, Engine, Usage
 from usbrec.llm.fast import accelerate
 from usbrec.llm.model import Decoder
@@ -43,10 +45,11 @@ class ModelOptions(Options):
     max_length: int = option(0, "longest prompt with its reply, in tokens; 0: the model's")
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
     kv_memory: float = option(0.0, "GB for prompts that replies share; 0: fits the device", low=0)
+    in_flight: int = option(32, "most requests that wait for a server at a time", low=1)
 
     def facts(self) -> dict[str, Any]:
         """Return the options that decide results."""
-        return {name: value for name, value in asdict(self).items() if name != "kv_memory"}
+        return {k: x for k, x in asdict(self).items() if k not in ("kv_memory", "in_flight")}
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,28 +113,53 @@ def is_adapter(name: str) -> bool:
     return (Path(name) / "adapter_config.json").is_file()
 
 
-def load_simulator(
-    name: str, engine: Engine, options: ModelOptions, find: Find, sharded: bool = False
-) -> tuple[Side, Engine]:
-    """Return the simulator's side and its engine.
+@dataclass
+class Models:
+    """The language models of a run, each loaded when a side first needs it."""
 
-    An adapter is loaded beside the base of `engine`. "none" is that base alone. Any other name is a
-    separate model.
-    """
-    if name != "none" and is_adapter(name):
-        load_adapter(engine.model, Path(name), "simulator")
+    options: ModelOptions
+    find: Find
+    answers: Path  # the file of the servers' answers
+    sharded: bool = False
+    # engines by model, "none" for the base, and endpoints by URL
+    engines: dict[str, Any] = field(default_factory=dict)
+
+    def engine(self, name: str) -> Engine:
+        """Return the engine of a model, "none" for the base."""
+        if name not in self.engines:
+            o: Any = {} if name == "none" else {"model": name, "chat_format": None}
+            self.engines[name] = load_engine(replace(self.options, **o), self.find, self.sharded)
+        return self.engines[name]
+
+    def side(self, name: str, role: str) -> Side:
+        """Return the side that a name stands for.
+
+        URL#MODEL is a server's model. An adapter is loaded beside the base, as `role`. "none" is
+        the base alone, and any other name a separate model.
+        """
+        if is_server(name):
+            url, model = split_address(name)
+            if self.sharded:  # every process computes every chunk
+                raise UserError(f"--shard: each process would ask {url} the same; leave it out")
+            if url not in self.engines:
+                self.engines[url] = Endpoint(url, self.answers, self.options.in_flight)
+            return Side(self.engines[url], model)
+        if name == "none" or not is_adapter(name):
+            return Side(self.engine(name))
+        engine = self.engine("none")
+        load_adapter(engine.model, Path(name), role)
         engine.clear_cache()
-        return Side(engine, "simulator"), engine
-    if name != "none":
-        engine = load_engine(replace(options, model=name, chat_format=None), find, sharded)
-    return Side(engine), engine
+        return Side(engine, role)
 
 
 def weights_digest(name: str, find: Find) -> str:
     """Return a digest, 16 hexadecimal digits, that identifies an adapter or a model in results.
 
-    Settings and adapter weights are hashed whole; of a model's weights only the file sizes.
+    Settings and adapter weights are hashed whole; of a model's weights only the file sizes, of a
+    server its URL and the model's name.
     """
+    if is_server(name):
+        return hashlib.blake2b(repr(split_address(name)).encode(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(digest_size=8)
     if is_adapter(name):
         file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
@@ -142,7 +170,7 @@ def weights_digest(name: str, find: Find) -> str:
     return digest.hexdigest()
 
 
-def usage_of(engines: Sequence[Engine]) -> Usage:
+def usage_of(engines: Collection[Any]) -> Usage:
     """Return the sum of several engines' usage."""
     return Usage(*(sum(getattr(x.usage, item.name) for x in engines) for item in fields(Usage)))
 
@@ -153,7 +181,7 @@ def costs(spent: Mapping[str, int]) -> str:
     return (prompts + ", {decoded_tokens} tokens decoded").format(**spent)
 
 
-def shortened_lines(engines: Sequence[Engine]) -> list[str]:
+def shortened_lines(engines: Collection[Any]) -> list[str]:
     """Return one notice per engine that shortened prompts."""
     told = "{} prompts were too long for {} tokens and lost their oldest turns or words"
     return [told.format(x.usage.shortened, x.max_length) for x in engines if x.usage.shortened]

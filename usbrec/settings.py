@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from usbrec.crs import evaluation, lessons, podcs
 from usbrec.crs.datasets import placed
 from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.llm.endpoint import is_server
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
@@ -25,6 +26,8 @@ STAGES = {  # stage -> the option groups and row limits that decide its result
     "simpo": ("simpo", "simpo_loss"),
     "report": ("eval", "agreement", "ses", "ses_cards"),
 }
+BOTH = ("recommender", "simulator")
+SIDES = {"pairs": BOTH, "simpo": BOTH, "report": (*BOTH, "judge")}  # stage -> who decides it too
 METHODS = tuple(name for name in evaluation.METHOD_NAMES if name not in ("SES", "SFT+SES"))
 DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation dialogues
     "lora": {"r": 32, "lora_alpha": 32.0},
@@ -50,7 +53,9 @@ class DataOptions(Options):
     data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run", low=0)
-    simulator: str | None = option(None, "adapter or model that plays the user, untrained")
+    recommender: str | None = option(None, "server that recommends in pairs, report: URL#MODEL")
+    simulator: str | None = option(None, "adapter, model, URL#MODEL that plays the user, untrained")
+    judge: str | None = option(None, "the same, as the report's external judge")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
     max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
     max_summaries: int = option(560, "training rows that teach to summarise", low=0)
@@ -69,6 +74,8 @@ class DataOptions(Options):
         object.__setattr__(self, "data", placed(self.data))  # the same from any folder
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
+        if self.recommender is not None and not is_server(self.recommender):
+            raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
         if unknown := set(self.methods) - set(evaluation.METHOD_NAMES):
             expected = ", ".join(evaluation.METHOD_NAMES)
             raise ValueError(f"methods must be of {expected}, got {', '.join(sorted(unknown))}")
@@ -97,29 +104,29 @@ class Settings:
     ses: SearchOptions
     ses_cards: SearchOptions  # the same flags over the defaults of a search with cards
 
-    def facts(self, stage: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    def facts(self, stage: str, digests: Mapping[str, Any]) -> dict[str, Any]:
         """Return all that decides a stage's result, the options of earlier stages included.
 
-        `digests` are of the contents of the dataset (test decides the report alone) and of
-        `data.simulator`, if that is given.
+        `digests` are of the contents of the dataset (test decides the report alone); those of the
+        models that the flags of `SIDES` name have the path beside the digest.
         """
-        o, other, groups = self.data, self.data.simulator, asdict(self)
+        o, groups = self.data, asdict(self)
         facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
         facts |= {"max-valid": o.max_valid, "model": self.model.facts(), "lora": groups["lora"]}
         order = list(STAGES)
         for name in ["sft"] if stage == "sft" else order[: order.index(stage) + 1]:
-            if name == "simulator" and other is not None:
-                facts["other-simulator"] = {"path": other, "digest": digests["simulator"]}
+            if name == "simulator" and o.simulator is not None:
                 continue
             facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}
             facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
             facts |= {"methods": o.methods} if name == "report" else {}
             facts |= {x: groups[x] for x in STAGES[name] if x in groups}
+        facts |= {f"other-{x}": digests[x] for x in SIDES.get(stage, ()) if x in digests}
         names = ("train", "valid", "items", "test")[: 4 if stage == "report" else 3]
         return {**facts, "data-contents": {name: digests[name] for name in names}}
 
     def claim(
-        self, stages: Sequence[str], folder: Path, digests: Mapping[str, str], fresh: bool
+        self, stages: Sequence[str], folder: Path, digests: Mapping[str, Any], fresh: bool
     ) -> list[str]:
         """Return the stages that are not yet done; note the facts of all in the run folder.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from usbrec import loading, parallel
+from usbrec import parallel
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split, read_pairs
@@ -16,7 +16,7 @@ from usbrec.llm.lora import adapter_parameters
 from usbrec.llm.loss import Objective
 from usbrec.llm.packing import Tree
 from usbrec.llm.training import TrainingJob, put_weights, train
-from usbrec.loading import Find, load_engine, pick_rows
+from usbrec.loading import Find, Models, pick_rows
 from usbrec.options import seed_for
 from usbrec.runs import ADAPTERS, MADE, NEEDED, Results, need
 from usbrec.settings import Settings
@@ -33,24 +33,23 @@ class Work:
     valid: list[Example]  # none without --max-valid
     test: list[Example]
     notes: list[str]
-    find: Find
-    engines: list[Engine]  # none before `prepare`; then the simulator's too if another model
+    models: Models
 
     @property
     def engine(self) -> Engine:
-        """The recommender's engine."""
-        return self.engines[0]
+        """The engine of the run's own weights, loaded at its first use."""
+        return self.models.engine("none")
 
-    def prepare(self, stages: Sequence[str], sharded: bool) -> None:
-        """Load the model and the results of earlier stages that these stages need.
+    def prepare(self, stages: Sequence[str]) -> None:
+        """Load the models and the results of earlier stages that these stages need.
 
         Raises UserError for what is missing or does not fit, before a stage begins.
         """
         needed = {x for stage in stages for x in NEEDED.get(stage, ())}.difference(stages)
         if "pairs" in needed:
             list(read_pairs(need(self.folder / "pairs.jsonl", "pairs")))
-        if not self.engines:
-            self.engines.append(load_engine(self.settings.model, self.find, sharded))
+        if ADAPTERS.keys() & set(stages):
+            self.models.engine("none")
         for stage in ADAPTERS:
             if stage in needed:
                 self.simulator if stage == "simulator" else self.side(ADAPTERS[stage])
@@ -66,7 +65,17 @@ class Work:
         return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
 
     def side(self, adapter: str | None) -> Side:
-        """Return a side over the base weights, with an adapter of the run or None."""
+        """Return the recommender's side with an adapter of the run, None for the base.
+
+        A server that --recommender names has the adapters under their own names.
+        """
+        if self.settings.data.recommender is not None:
+            served = self.models.side(self.settings.data.recommender, "recommender")
+            return Side(served.llm, adapter or served.adapter)
+        return self.own_side(adapter)
+
+    def own_side(self, adapter: str | None) -> Side:
+        """Return a side over the run's own weights, with an adapter of the run or None."""
         if adapter is not None and not adapter_parameters(self.engine.model, adapter):
             self.load(adapter, adapter)
         return Side(self.engine, adapter)
@@ -82,22 +91,20 @@ class Work:
     def simulator(self) -> Side:
         """The simulator's side: the run's own adapter, or the one that --simulator names."""
         name = self.settings.data.simulator
-        if name is None:
-            return self.side("simulator")
-        model, sharded = self.settings.model, self.engine.model.sharded
-        side, engine = loading.load_simulator(name, self.engine, model, self.find, sharded)
-        if engine is not self.engine:
-            self.engines.append(engine)
-        return side
+        return self.own_side("simulator") if name is None else self.models.side(name, "simulator")
 
-    def roles(self, adapter: str | None) -> Roles:
-        """Return the roles, with an adapter of the run, or None, as the recommender's."""
-        return Roles(self.side(adapter), self.simulator, self.catalogue)
+    def roles(self, adapter: str | None, judge: str | None = None) -> Roles:
+        """Return the roles, with an adapter of the run, or None, as the recommender's.
+
+        `judge` names the external judge if that is not the simulator.
+        """
+        external = None if judge is None else self.models.side(judge, "judge")
+        return Roles(self.side(adapter), self.simulator, self.catalogue, external)
 
     def results(self, name: str, label: str) -> Results:
         """Return a results file of the run; its facts are in its stage's note."""
-        size, spread = self.settings.data.chunk_size, not self.engine.model.sharded
-        return Results(self.folder / name, size, label, engines=self.engines, spread=spread)
+        size, engines = self.settings.data.chunk_size, list(self.models.engines.values())
+        return Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
 
     def learn(
         self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective
@@ -123,7 +130,7 @@ class Work:
         self.engine.clear_cache()
 
 
-def load_work(settings: Settings, folder: Path, find: Find) -> Work:
+def load_work(settings: Settings, folder: Path, find: Find, sharded: bool) -> Work:
     """Return the shared state with the data loaded, and print the datasets' notes."""
     o = settings.data
     names = ("train", "valid", "test") if o.max_valid else ("train", "test")
@@ -134,4 +141,5 @@ def load_work(settings: Settings, folder: Path, find: Find) -> Work:
     rows = {name: split.examples for name, split in splits.items()}
     valid = pick_rows(rows.get("valid", []), o.max_valid, seed_for(o.seed, "valid"))
     catalogue = load_catalogue(o.data, o.data_dir)
-    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, find, [])
+    models = Models(settings.model, find, folder / "answers.jsonl", sharded)
+    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, models)

@@ -7,7 +7,7 @@ out: the order of turns (podcs.py, ses.py, evaluation.py).
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from usbrec.crs.parsing import parse_score
 from usbrec.options import UserError, seed_for
 
 SCORES = ("0", "1", "2")
+STAND_INS = 20  # sampled votes where closed form cannot be read
 VOTE_TOKENS = 16  # a sampled vote may be a short sentence around its number
 
 Messages = tuple[Message, ...]
@@ -68,12 +69,14 @@ class Roles:
     """The two sides of the conversation, and the catalogue.
 
     The simulator plays the seeker, the internal seeker, the summariser and both judges. Its
-    language model may differ from the recommender's.
+    language model may differ from the recommender's. `external` is the external judge's side where
+    that is not the simulator.
     """
 
     recommender: Side
     simulator: Side
     catalogue: Catalogue
+    external: Side | None = None
 
     def complete(self, asked: Sequence[tuple[Side, Request]]) -> list[str]:
         """Return the stripped text of one reply per request, in order.
@@ -122,15 +125,24 @@ class Roles:
         hidden = map(self.catalogue.hide, lines, targets)
         return [add_turn(d, "seeker", x) for d, x in zip(dialogues, hidden, strict=True)]
 
-    def judge(self, prompts: Sequence[Messages], votes: Votes, seeds: Seeds) -> list[JudgeScore]:
-        """Return the simulator's score per prompt; all prompts share one call."""
-        side, n = self.simulator, votes.count
+    def judge(
+        self, prompts: Sequence[Messages], votes: Votes, seeds: Seeds, by: Side | None = None
+    ) -> list[JudgeScore]:
+        """Return a side's score per prompt, the simulator's if None; all prompts share one call.
+
+        Votes are sampled for the prompts whose log-probabilities a language model does not tell.
+        """
+        side, n = by or self.simulator, votes.count
         if not prompts:
             return []
         if n == 0:
-            asked = [Request(prompt, adapter=side.adapter) for prompt in prompts]
-            table = side.llm.choice_logprobs(asked, SCORES)
-            return [closed_form(logprobs, votes.temperature) for logprobs in table]
+            told = [Request(prompt, adapter=side.adapter) for prompt in prompts]
+            table = side.llm.choice_logprobs(told, SCORES)
+            untold = [i for i, row in enumerate(table) if not row]
+            asked, keys = [prompts[i] for i in untold], [seeds[i] for i in untold]
+            sampled = iter(self.judge(asked, replace(votes, count=STAND_INS), keys, by))
+            t = votes.temperature
+            return [closed_form(row, t) if row else next(sampled) for row in table]
         ballots = [prompt for prompt in prompts for _ in range(n)]
         keys = [seed_for(seed, i) for seed in seeds for i in range(n)]
         sampling = Sampling(VOTE_TOKENS, votes.temperature)
@@ -147,7 +159,8 @@ class Roles:
         asked = [add_turn(dialogue, "seeker", EXPLAIN) for dialogue in dialogues]
         told = self.recommend(asked, sampling, [seed_for(key, "explain") for key in keys])
         prompts = list(map(external_judge_prompt, dialogues, told, targets))
-        scores = self.judge(prompts, votes, [seed_for(key, "judge") for key in keys])
+        seeds = [seed_for(key, "judge") for key in keys]
+        scores = self.judge(prompts, votes, seeds, self.external)
         return list(zip(told, scores, strict=True))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from usbrec.chat import Row, Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import EXPLAIN, Roles, Votes
+from usbrec.crs.agents import EXPLAIN, Messages, Roles, Votes
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
@@ -39,9 +39,9 @@ def judge_agreement(
     pairs = zip(examples, keys, strict=True)
     rows = [contrast(roles.catalogue, x, popularity, key) for x, key in pairs]
     used = [x for x in zip(examples, keys, rows, strict=True) if x[2]["skipped"] is None]
-    prompts = [agents.summary_prompt(x.history) for x, _, _ in used]
+    summaries = [agents.summary_prompt(x.history) for x, _, _ in used]
     seeds = [seed_for(key, "summary") for _, key, _ in used]
-    asked = roles.simulator.requests(prompts, Sampling(SUMMARY_TOKENS, temperature=0.0), seeds)
+    asked = roles.simulator.requests(summaries, Sampling(SUMMARY_TOKENS, temperature=0.0), seeds)
     plain = Sampling(options.max_new_tokens, options.temperature)
     for x, key, row in used:
         if not row["explanations"]:
@@ -51,19 +51,21 @@ def judge_agreement(
     texts = iter(roles.complete(asked))
     for _, _, row in used:
         row["profile"] = next(texts)
-    prompts, seeds = [], []
-    for x, key, row in used:
+    prompts: dict[str, list[Messages]] = {"external": [], "internal": []}
+    for x, _, row in used:
         told, both = row.pop("explanations") or [next(texts), next(texts)], dialogues_of(x, row)
-        prompts += map(agents.external_judge_prompt, both, told, [x.items] * 2)
-        prompts += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
-        seeds += [seed_for(key, "judge", i) for i in range(4)]
-    scores = iter(roles.judge(prompts, Votes(options.votes, options.vote_temperature), seeds))
-    for _, _, row in used:
-        judged = [next(scores) for _ in range(4)]
-        marks = [score.score for score in judged]
-        row |= {"external": marks[:2], "internal": marks[2:]}
-        row["digit_probability"] = [score.digit_probability for score in judged]
-        row["parse_rate"] = [score.parse_rate for score in judged]
+        prompts["external"] += map(agents.external_judge_prompt, both, told, [x.items] * 2)
+        prompts["internal"] += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
+        row |= {"digit_probability": [], "parse_rate": []}
+    votes = Votes(options.votes, options.vote_temperature)
+    for name, judge, first in (("external", roles.external, 0), ("internal", None, 2)):
+        seeds = [seed_for(key, "judge", first + i) for _, key, _ in used for i in range(2)]
+        scores = iter(roles.judge(prompts[name], votes, seeds, judge))
+        for _, _, row in used:
+            pair = [next(scores), next(scores)]
+            row[name] = [score.score for score in pair]
+            row["digit_probability"] += [score.digit_probability for score in pair]
+            row["parse_rate"] += [score.parse_rate for score in pair]
     return rows
 
 
