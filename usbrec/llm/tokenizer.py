@@ -256,21 +256,21 @@ class ChatTokenizer:
 class ReplyText:
     """The text of a reply whose tokens arrive one by one, up to an end token or a stop string.
 
-    `begun` are the ids of a given beginning. `listener` receives the text as it grows, without the
-    beginning of a possible stop string.
+    `begun` are the ids of a given beginning. `listener` hears the whole text each time that it
+    grows, without the beginning of a possible stop string.
     """
 
     def __init__(
         self,
         tokenizer: ChatTokenizer,
         sampling: Sampling,
-        listener: Callable[[str], None] | None = None,
+        listener: Callable[[str], object] | None = None,
         begun: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.stops, self.listener = tokenizer, sampling.stop, listener
         self.end_ids = tokenizer.stop_ids | set(sampling.stop_ids)
         self.ids = list(begun)  # without the end token
-        self.text, self.heard = "", 0  # characters that the listener has
+        self.text = ""
         self.ended = False  # by itself, not by a limit
 
     def push(self, token: int, last: bool) -> None:
@@ -292,8 +292,7 @@ class ReplyText:
         if self.listener is not None:
             held = (n for x in self.stops for n in range(1, len(x)) if self.text.endswith(x[:n]))
             end = len(self.text) - (0 if self.ended or last else max(held, default=0))
-            self.listener(self.text[self.heard : end])
-            self.heard = end
+            self.listener(self.text[:end])
 
 
 def prompt_room(max_length: int) -> int:
