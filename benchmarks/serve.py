@@ -105,9 +105,7 @@ def rates(url: str, asks: int, rounds: int) -> dict[str, list[float]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table and the claim."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tiny", action="store_true", help="a rehearsal with a random model"
-    )
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal with a random model")
     tiny = parser.parse_args(arguments).tiny
     with tempfile.TemporaryDirectory() as folder:
         options = ModelOptions(dtype="bfloat16")
