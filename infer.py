@@ -358,20 +358,18 @@ def refuse_unread(flags: Namespace) -> None:
     if flags.limit is not None and flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     choosing = [name for name in ("split", "limit") if getattr(flags, name) is not None]
-    if choosing and (flags.chat or flags.dialogue is not None):
-        raise UserError(f"--{choosing[0]} chooses rows of a dataset: not with --chat, --dialogue")
+    if choosing and (flags.chat or flags.serve or flags.dialogue is not None):
+        told = f"--{choosing[0]} chooses rows of a dataset"
+        raise UserError(f"{told}: not with --chat, --serve, --dialogue")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and flags.out.is_dir():
         raise UserError(f"--out must name a file, got the folder {flags.out}")
-    served = ("split", "limit", "out", "json", "ses", "ses_start_turn", "rank", "rank_tokens")
-    idle = served if flags.serve else ("host", "port")
-    given = {name: getattr(flags, name, None) for name in idle}
-    if unread := [name for name, x in given.items() if x is not None and x is not False]:
-        told = f"--{unread[0].replace('_', '-')} has no effect"
-        raise UserError(f"{told} with{'' if flags.serve else 'out'} --serve")
-    if flags.chat and flags.out is not None:
-        raise UserError("--out keeps the replies to dialogues that are given: not with --chat")
+    idle = ("json", "ses", "ses_start_turn", "rank") if flags.serve else ("host", "port")
+    if unread := [name.replace("_", "-") for name in idle if getattr(flags, name, None)]:
+        raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
+    if (flags.chat or flags.serve) and flags.out is not None:
+        raise UserError("--out keeps replies to dialogues that are given: not with --chat, --serve")
 
 
 def answer(flags: Namespace) -> None:

@@ -180,11 +180,11 @@ def test_the_pieces_of_a_stream_join_to_the_plain_reply(running: Running, model:
     pieces = running.pieces(model, LATER)
     assert "".join(pieces) == text and len(text) > 1
     assert model == server.SEARCHED or len([x for x in pieces if x]) > 2
-    first, *chunks, last = running.ask(model, LATER, stream=True)
-    assert first.choices[0].delta.role == "assistant"
-    assert {x.choices[0].delta.role for x in (*chunks, last)} == {None}
-    assert {(x.id, x.object) for x in (first, *chunks)} == {(last.id, "chat.completion.chunk")}
-    assert {x.choices[0].finish_reason for x in (first, *chunks)} == {None}
+    chunks = list(running.ask(model, LATER, stream=True))
+    *others, last = chunks
+    assert [x.choices[0].delta.role for x in chunks] == ["assistant", *[None] * len(others)]
+    assert {(x.id, x.object) for x in chunks} == {(last.id, "chat.completion.chunk")}
+    assert all(x.choices[0].finish_reason is None for x in others)
     whole = running.ask(model, LATER)
     assert last.choices[0].finish_reason == whole.choices[0].finish_reason
     assert last.usage == whole.usage
@@ -223,6 +223,7 @@ def test_the_fields_of_a_request_shape_its_reply(running: Running) -> None:
 def together(running: Running, asks: Sequence[Callable[[], Any]]) -> list[Any]:
     """Return what the calls return, all made while the engine is busy with another reply."""
     running.gate.clear()
+    running.entered, running.arrived = threading.Semaphore(0), threading.Semaphore(0)
     with ThreadPoolExecutor(len(asks) + 1) as clients:
         first = clients.submit(running.ask, messages=talk_messages("Hello?"))
         assert running.entered.acquire(timeout=60) and running.arrived.acquire(timeout=60)
@@ -400,7 +401,7 @@ def test_a_fault_of_ours_is_an_error_and_the_server_goes_on(
 def test_without_its_packages_the_server_says_how_to_get_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "usbrec.extras.server")
     assert infer.main(["--serve", "--model", str(folder)]) == 2
     assert "pip install starlette uvicorn" in capsys.readouterr().err
@@ -410,11 +411,12 @@ def test_without_its_packages_the_server_says_how_to_get_them(
     ("flags", "told"),
     [
         (["--serve", "--port", "70000"], "--port must be"),
-        (["--serve", "--limit", "0"], "--limit has no effect with --serve"),
+        (["--serve", "--limit", "0"], "--limit chooses rows of a dataset: not with"),
         (["--serve", "--ses"], "--ses has no effect with --serve"),
         (["--serve", "--ses-start-turn", "2"], "--ses-start-turn has no effect with --serve"),
         (["--serve", "--json"], "--json has no effect with --serve"),
         (["--serve", "--chat"], "not allowed with"),
+        (["--serve", "--out", "x.jsonl"], "not with --chat, --serve"),
         (["--port", "8000"], "--port has no effect without --serve"),
     ],
 )

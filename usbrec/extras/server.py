@@ -23,8 +23,9 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from usbrec.answering import Recommender
 from usbrec.chat import Reply, Row, Sampling
@@ -56,17 +57,17 @@ IDLE = {"n": 1, "logprobs": False, "top_logprobs": 0, "frequency_penalty": 0, "p
 class Job:
     """A dialogue that awaits a reply, and how it is drawn: a Sampling, or a search's options.
 
+    `head` is what all chunks of the reply begin with.
     `put` gets the text so far each time that it may have grown, if the reply is streamed, and at
     the end the reply or the fault.
     """
 
-    model: str
+    head: Row
     dialogue: Dialogue
     seed: int
     how: Any
     streamed: bool
     put: Callable[[str | Reply | Exception], Any]
-    made: int = field(default_factory=time.time_ns)
 
 
 def read_job(body: Any, recommender: Recommender, put: Callable[..., Any]) -> Job:
@@ -91,7 +92,8 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., Any]) -> Jo
     how = from_flags(type(usual), Namespace(**values), defaults=vars(usual))
     seed = given.get("seed", recommender.options.seed)
     key = seed_for(seed, "reply", format_dialogue(dialogue))
-    return Job(model, dialogue, key, how, bool(given.get("stream")), put)
+    head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
+    return Job(head, dialogue, key, how, bool(given.get("stream")), put)
 
 
 def draw(recommender: Recommender, jobs: Sequence[Job]) -> Sequence[Reply | Exception]:
@@ -164,11 +166,9 @@ class Api:
         Only the last chunk has the reply, and so what ended it and its tokens.
         """
         ended = None if reply is None else "stop" if reply.finished else "length"
-        row = {
-            "id": f"chatcmpl-{job.made}", "created": job.made // 10**9, "model": job.model,
-            "object": "chat.completion" if part == "message" else "chat.completion.chunk",
-            "choices": [{"index": 0, part: said, "finish_reason": ended}],
-        }  # fmt: skip
+        kind = "chat.completion" if part == "message" else "chat.completion.chunk"
+        choice = {"index": 0, part: said, "finish_reason": ended}
+        row = {**job.head, "object": kind, "choices": [choice]}
         if reply is not None:
             prompt = self.recommender.engines[0].tokenizer.prompt(recommender_prompt(job.dialogue))
             sizes = {"prompt_tokens": len(prompt), "completion_tokens": len(reply.token_ids)}
@@ -213,6 +213,8 @@ async def refuse(request: requests.Request, error: Exception) -> responses.Respo
 
 def serve(recommender: Recommender, host: str, port: int, tell: Callable[[str], None]) -> None:
     """Answer requests until Ctrl-C; `tell` gets the address, with the port that 0 has found."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port must be 0 (any that is free) to 65535, got {port}")
     api = Api(recommender)
     config = uvicorn.Config(api.app, log_level="warning", timeout_graceful_shutdown=GRACE)
     with socket.create_server((host, port)) as door:
