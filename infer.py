@@ -359,8 +359,7 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     choosing = [name for name in ("split", "limit") if getattr(flags, name) is not None]
     if choosing and (flags.chat or flags.serve or flags.dialogue is not None):
-        told = f"--{choosing[0]} chooses rows of a dataset"
-        raise UserError(f"{told}: not with --chat, --serve, --dialogue")
+        raise UserError(f"--{choosing[0]} chooses rows: not with --chat, --serve, --dialogue")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and flags.out.is_dir():

@@ -173,7 +173,7 @@ def test_a_reply_has_openais_form(running: Running, recommender: Recommender) ->
     assert running.ask(max_tokens=1).id != found.id
 
 
-@pytest.mark.parametrize("model", server.MODELS)
+@pytest.mark.parametrize("model", server.SERVED)
 def test_the_pieces_of_a_stream_join_to_the_plain_reply(running: Running, model: str) -> None:
     """A plain reply comes in several."""
     text = running.text(model, LATER)
@@ -411,7 +411,7 @@ def test_without_its_packages_the_server_says_how_to_get_them(
     ("flags", "told"),
     [
         (["--serve", "--port", "70000"], "--port must be"),
-        (["--serve", "--limit", "0"], "--limit chooses rows of a dataset: not with"),
+        (["--serve", "--limit", "0"], "--limit chooses rows: not with"),
         (["--serve", "--ses"], "--ses has no effect with --serve"),
         (["--serve", "--ses-start-turn", "2"], "--ses-start-turn has no effect with --serve"),
         (["--serve", "--json"], "--json has no effect with --serve"),

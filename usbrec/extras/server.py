@@ -4,9 +4,10 @@
 
 The model `recommender` gives plain replies, `recommender-ses` searched ones. The messages are the
 dialogue: user is the seeker, assistant the recommender. System messages are refused, because the
-recommender has its own instructions, and so is every field that would have no effect. What a
-request leaves out is as infer.py's flags say: `infer.py --dialogue` gives the same reply. `seed`
-takes the place of --seed.
+recommender has its own instructions, and so is every field that would shape a reply elsewhere and
+has no effect here. `user`, `metadata` and `store` may stand there unread. What a request leaves out
+is as infer.py's flags say: `infer.py --dialogue` gives the same reply. `seed` takes the place of
+--seed.
 
     a handler per client --Job--> waiting --a chunk--> the one thread that owns the engines
                          <------ the text so far, the text so far, ..., the reply ---'
@@ -25,7 +26,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 from usbrec.answering import Recommender
 from usbrec.chat import Reply, Row, Sampling
@@ -45,10 +45,9 @@ except ImportError as error:
     raise UserError("--serve needs two packages: pip install starlette uvicorn") from error
 
 WAITING = 256  # jobs; further ones are turned away
-GRACE = 10  # seconds that are left to replies in progress after Ctrl-C
 OURS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 SEARCHED, SHAPES = "recommender-ses", ("temperature", *OURS)
-MODELS = {"recommender": (*SHAPES, "top_p", "stop"), SEARCHED: SHAPES}  # what shapes a reply
+SERVED = {"recommender": (*SHAPES, "top_p", "stop"), SEARCHED: SHAPES}  # what shapes a reply
 READ = ("model", "messages", "seed", "stream", "stream_options", "user", "metadata", "store")
 IDLE = {"n": 1, "logprobs": False, "top_logprobs": 0, "frequency_penalty": 0, "presence_penalty": 0}
 
@@ -80,20 +79,19 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., Any]) -> Jo
         raise UserError(f"the body must be an object, got {body!r:.60}")
     given = {x: y for x, y in body.items() if y is not None and y != IDLE.get(x)}
     model = str(given.get("model"))
-    if model not in MODELS:
-        raise HTTPException(404, f"there is no model {model!r:.60}, only {' and '.join(MODELS)}")
-    if unread := [name for name in given if name not in READ + MODELS[model]]:
+    if model not in SERVED:
+        raise HTTPException(404, f"there is no model {model!r:.60}, only {' and '.join(SERVED)}")
+    if unread := [name for name in given if name not in READ + SERVED[model]]:
         raise UserError(f"{unread[0]} has no effect on {model}: leave it out")
     dialogue = read_messages(given.get("messages"))
     usual = recommender.searching if model == SEARCHED else recommender.sampling
-    values = {OURS.get(name, name): given[name] for name in MODELS[model] if name in given}
+    values = {OURS.get(name, name): given[name] for name in SERVED[model] if name in given}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     how = from_flags(type(usual), Namespace(**values), defaults=vars(usual))
-    seed = given.get("seed", recommender.options.seed)
-    key = seed_for(seed, "reply", format_dialogue(dialogue))
-    head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
-    return Job(head, dialogue, key, how, bool(given.get("stream")), put)
+    seed = seed_for(given.get("seed", recommender.options.seed), "reply", format_dialogue(dialogue))
+    head = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time()), "model": model}
+    return Job(head, dialogue, seed, how, bool(given.get("stream")), put)
 
 
 def draw(recommender: Recommender, jobs: Sequence[Job]) -> Sequence[Reply | Exception]:
@@ -197,8 +195,7 @@ async def heard(got: asyncio.Queue[Any]) -> Any:
 
 async def models(request: requests.Request) -> responses.Response:
     """Return the models, as OpenAI lists them."""
-    facts = {"object": "model", "created": 0, "owned_by": "usbrec"}
-    data = [{"id": name, **facts} for name in MODELS]
+    data = [{"id": x, "object": "model", "created": 0, "owned_by": "usbrec"} for x in SERVED]
     return responses.JSONResponse({"object": "list", "data": data})
 
 
@@ -206,20 +203,21 @@ async def refuse(request: requests.Request, error: Exception) -> responses.Respo
     """Return an error in OpenAI's form: 400 for a user's fault, 500 for one of ours."""
     status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    told = getattr(error, "detail", str(error))
-    facts = {"message": told, "type": kind, "param": None, "code": None}
+    facts = {"message": getattr(error, "detail", str(error)), "type": kind, "param": None}
     return responses.JSONResponse({"error": facts}, status, getattr(error, "headers", None))
 
 
 def serve(recommender: Recommender, host: str, port: int, tell: Callable[[str], None]) -> None:
-    """Answer requests until Ctrl-C; `tell` gets the address, with the port that 0 has found."""
+    """Answer requests until Ctrl-C; `tell` gets the address, with the port that 0 has found.
+
+    Ctrl-C lets the accepted requests end; a second one only those that the engines are at.
+    """
     if not 0 <= port <= 65535:
         raise UserError(f"--port must be 0 (any that is free) to 65535, got {port}")
     api = Api(recommender)
-    config = uvicorn.Config(api.app, log_level="warning", timeout_graceful_shutdown=GRACE)
     with socket.create_server((host, port)) as door:
-        tell(f"{' and '.join(MODELS)} at http://{host}:{door.getsockname()[1]}/v1 until Ctrl-C")
+        tell(f"{' and '.join(SERVED)} at http://{host}:{door.getsockname()[1]}/v1 until Ctrl-C")
         try:
-            uvicorn.Server(config).run([door])
+            uvicorn.Server(uvicorn.Config(api.app, log_level="warning")).run([door])
         finally:
             api.thread.shutdown(cancel_futures=True)
