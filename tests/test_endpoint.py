@@ -190,7 +190,7 @@ def test_a_body_has_what_the_sampling_sets(server: StandIn, tmp_path: Path) -> N
 
 def test_a_listener_hears_a_single_reply(server: StandIn, tmp_path: Path) -> None:
     llm, heard = Endpoint(server.url, tmp_path / "answers.jsonl", 1), []
-    llm.listener = heard.append
+    llm.listeners = {0: heard.append}
     texts(llm, "a")
     texts(llm, "b", "c")
     assert heard == ["a, m"]

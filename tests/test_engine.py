@@ -4,6 +4,7 @@ All tests run over the plain formulas and over their quicker equals (fast/), and
 the prompts of siblings read together and with a copy for each row.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -290,20 +291,33 @@ def test_stop_ids_are_a_rows_own() -> None:
 
 
 def test_a_listener_hears_the_reply_and_no_part_of_a_stop_string() -> None:
-    """Whatever the stop string's length, what is heard is the reply's text, in several pieces."""
+    """Whatever the stop string's length, the text that is heard grows up to the reply's."""
     e = engine()
     sampling = Sampling(max_new_tokens=12, temperature=1.0)
     text = e.generate(drawing([CHATS[0]], sampling, [1]))[0].text
     for end in range(5, 9):
         heard: list[str] = []
-        e.listener = heard.append
+        e.listeners = {0: heard.append}
         how = Sampling(max_new_tokens=12, temperature=1.0, stop=(text[4:end], "never"))
         reply = e.generate(drawing([CHATS[0]], how, [1]))[0]
-        assert "".join(heard) == reply.text == text[: text.index(text[4:end])]
-        assert len([piece for piece in heard if piece]) > 1
-    heard.clear()
-    e.generate(drawing([CHATS[0]] * 2, sampling, [1, 2]))
-    assert heard == []  # two rows would be mixed up
+        assert heard[-1] == reply.text == text[: text.index(text[4:end])]
+        assert all(later.startswith(one) for one, later in itertools.pairwise(heard))
+        assert len(set(heard)) > 2
+
+
+def test_each_row_of_a_batch_has_its_own_listener_in_the_next_call_alone() -> None:
+    """Rows 0 and 2 of three are heard; their texts do not depend on it."""
+    e = engine()
+    asked = drawing([CHATS[0], CHATS[3], CHATS[1]], Sampling(12, 1.0), [1, 2, 3])
+    texts = [reply.text for reply in e.generate(asked)]
+    heard: dict[int, list[str]] = {0: [], 2: []}
+    e.listeners = {place: own.append for place, own in heard.items()}
+    assert [reply.text for reply in e.generate(asked)] == texts
+    assert [own[-1] for own in heard.values()] == [texts[0], texts[2]]
+    assert all(len(set(own)) > 2 for own in heard.values())
+    counts = {place: len(own) for place, own in heard.items()}
+    e.generate(asked)
+    assert {place: len(own) for place, own in heard.items()} == counts
 
 
 def test_a_call_that_cannot_fit_says_so() -> None:

@@ -52,8 +52,8 @@ class Sampling(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "" in self.stop:
-            raise ValueError("a stop string must not be empty")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be strings that are not empty, got {self.stop!r:.60}")
 
 
 @dataclass(frozen=True)

@@ -260,14 +260,15 @@ def read_dialogues(path: Path) -> list[Dialogue]:
             raise UserError(f"{path} has no dialogue") from None
     if all(isinstance(value, dict) and not _is_dialogue(value) for _, value in found):
         found = [(str(path), [value for _, value in found])]  # the messages of one dialogue
-    return [_at(where, _read_messages, value) for where, value in found]
+    return [_at(where, read_messages, value) for where, value in found]
 
 
 def _is_dialogue(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, dict) and "messages" in value)
 
 
-def _read_messages(value: Any) -> Dialogue:
+def read_messages(value: Any) -> Dialogue:
+    """Return the dialogue of a list of messages or of {"messages": [...]}, as `read_dialogues`."""
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise UserError('expected a list of messages or {"messages": [...]}')

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -67,8 +67,8 @@ class Endpoint:
         self.client: Any = openai.OpenAI(base_url=url, api_key=self.key)
         self.failure, self.lock = openai.APIError, Lock()
         self.known, self.usage, self.warned = read_answers(answers), Usage(), False
-        # receives the whole reply in calls with one request
-        self.listener: Callable[[str], None] | None = None
+        # request's place in the next call -> who hears its whole reply
+        self.listeners: Mapping[int, Callable[[str], object]] = {}
 
     def clear_cache(self) -> None:
         """Do nothing: the server keeps keys and values by itself."""
@@ -76,8 +76,9 @@ class Endpoint:
     def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request; `token_ids` are not known and stay empty."""
         answers = self.ask([self.body(request) for request in requests])
-        if self.listener and len(answers) == 1:
-            self.listener(answers[0]["text"])
+        listeners, self.listeners = self.listeners, {}
+        for place, hear in listeners.items():
+            hear(answers[place]["text"])
         return [Reply(answer["text"], (), answer["finished"]) for answer in answers]
 
     def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:

@@ -146,8 +146,8 @@ class Engine:
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
         self.usage = Usage()
         self.ranking: Ranking | None = None  # of the texts that were ranked last
-        # receives a reply's text as it is drawn, in calls with one request
-        self.listener: Callable[[str], None] | None = None
+        # of the next call, by the places of its requests: each hears its reply's text so far
+        self.listeners: Mapping[int, Callable[[str], object]] = {}
 
     def clear_cache(self) -> None:
         """Drop all cached keys and values, as needed after any change of an adapter's weights."""
@@ -163,12 +163,12 @@ class Engine:
         and the reply alone exceed the limit.
         """
         self.usage.calls += 1
-        listener = self.listener if len(requests) == 1 else None
+        listeners, self.listeners = self.listeners, {}
         rows, sizes = [], []
-        for request in requests:
+        for place, request in enumerate(requests):
             begun = self.tokenizer.encode(request.begin) if request.begin else []
             prompt = self.prompt(request, request.sampling.max_new_tokens + len(begun)) + begun
-            text = ReplyText(self.tokenizer, request.sampling, listener, begun)
+            text = ReplyText(self.tokenizer, request.sampling, listeners.get(place), begun)
             rows.append(BatchRow(request, prompt, text))
             sizes.append(len(prompt) + request.sampling.max_new_tokens)
         for batch in self.batches(sizes):

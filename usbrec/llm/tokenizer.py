@@ -33,7 +33,7 @@ from usbrec.options import UserError
 from usbrec.runs import read_json
 
 Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
-Listener = Callable[[str], None] | None
+Listener = Callable[[str], object] | None
 LLAMA31_DATE = "26 Jul 2024"
 REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
 
@@ -214,8 +214,8 @@ class ChatTokenizer:
 class ReplyText:
     """The text of a reply whose tokens arrive one by one, up to an end token or a stop string.
 
-    `begun` are the ids of a given beginning. `listener`, if there is one, receives the text as it
-    grows, without the beginning of a possible stop string.
+    `begun` are the ids of a given beginning. `listener`, if there is one, hears the whole text as
+    it grows, without the beginning of a possible stop string.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class ReplyText:
         self.tokenizer, self.stops, self.listener = tokenizer, sampling.stop, listener
         self.end_ids = tokenizer.stop_ids | set(sampling.stop_ids)
         self.ids = list(begun)  # without the end token
-        self.text, self.heard = "", 0  # characters that the listener has
+        self.text = ""
         self.ended = False  # by itself, not by a limit
 
     def push(self, token: int, last: bool) -> None:
@@ -244,8 +244,7 @@ class ReplyText:
         if self.listener is not None:
             held = (n for x in self.stops for n in range(1, len(x)) if self.text.endswith(x[:n]))
             end = len(self.text) - (0 if self.ended or last else max(held, default=0))
-            self.listener(self.text[self.heard : end])
-            self.heard = end
+            self.listener(self.text[:end])
 
 
 def prompt_room(max_length: int) -> int:
