@@ -1,23 +1,30 @@
 """Pages: what they show, that no text breaks out of its place, that nothing is fetched.
 
-A browser looks at them too where playwright finds one (`CHROMIUM` names another).
+A browser loads them too, where there is one.
 """
 
 import json
+import shutil
+import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scripted import Scripted, role_of, talk
+from test_report import FACTS, JUDGE, PLAIN, SEARCH, TUNED
 from test_ses import FILMS
 
 from usbrec.chat import Request
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.extras.pages import write_trace
+from usbrec.extras.pages import write_report_page, write_trace
+from usbrec.extras.report import build_report, format_report, interval
 from usbrec.runs import read_json, read_rows
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>\"'&"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 EMPTY = {"meta", "br", "img", "link"}  # elements without an end tag
 ROOT = talk("Something dark & <b>old</b>?")
 
@@ -85,12 +92,13 @@ def test_a_page_shows_profile_candidates_cards_votes_and_costs(tmp_path: Path) -
     assert len(found.of("details", "answer")) == 1
     assert text(found.of("p", "profile")[0]) == f"Profile: {HOSTILE}"
     [first, _, second, _] = found.of("details", "node")  # a candidate, then its leaf
-    assert text(first["children"][0]) == "1.00 x2 Try Heat (1995)."
+    assert text(first["children"][0]) == "* 1.00 x2 Try Heat (1995)."
     assert text(second["children"][0]) == "1.00 Try Up (2009)."
     assert "Heat (1995): crime, 1990s, with Al Pacino" in text(first)
     assert "judge: label 1, digit probability 1" in text(first)
     assert "Alien (1979): horror, 1970s" in text(first)
-    assert [x["class"] for x in found.of("b", "value")] == ["value chosen", *["value"] * 3]
+    assert [text(x) for x in found.of("b", "value")] == ["* 1.00 x2"]
+    assert [text(x) for x in found.of("span", "value")] == ["1.00"] * 3
     assert found.of("b", "value")[0]["style"] == "--part: 50%"
     whole = text(found.root)
     for told in ("gold title: Up (2009)", "1.25 s", "70.5 reused and 30 computed", "drawn"):
@@ -104,7 +112,7 @@ def test_a_tree_of_three_turns_is_a_tree_on_the_page(tmp_path: Path) -> None:
     assert len(nodes) == 2 * 3
     below = [[x for x in node["children"] if x["name"] == "details"] for node in nodes]
     assert [len(x) for x in below] == [1, 1, 0] * 2
-    assert [text(x) for x in found.of("b", "value")] == ["1.00 x2", "1.00 x9", "1.00", "1.00 x9"]
+    assert [text(x) for x in found.of("span", "value")] == ["1.00 x9", "1.00", "1.00 x9"]
 
 
 def test_no_text_breaks_out_of_its_place(tmp_path: Path) -> None:
@@ -115,7 +123,11 @@ def test_no_text_breaks_out_of_its_place(tmp_path: Path) -> None:
     for found in (plain, hostile):
         names = {x["name"] for x in found.all}
         assert names.isdisjoint({"script", "img", "iframe", "link", "object", "form", "a"})
-        assert found.of("title")[0]["texts"] == found.of("h1")[0]["texts"] == ["Replies: 1"]
+        assert (
+            found.of("title")[0]["texts"]
+            == found.of("h1")[0]["texts"]
+            == ["Replies and their searches"]
+        )
     shape = [(x["name"], x["class"]) for x in plain.all if x["name"] != "p"]
     assert [(x["name"], x["class"]) for x in hostile.all if x["name"] != "p"] == shape
     assert text(hostile.root).count(HOSTILE) > 8
@@ -156,5 +168,95 @@ def test_an_empty_reply_and_lost_costs_are_shown_as_such(tmp_path: Path) -> None
     row = {"reply": "", "items": [], "seconds": None, "tokens": None, "search": found.record()}
     shown = page(tmp_path, row)
     [node] = shown.of("details", "node")
-    assert text(node["children"][0]) == "none x3 (empty)"
+    assert text(node["children"][0]) == "* none x3 (empty)"
     assert "→ (nothing)" in text(shown.of("summary")[0])
+
+
+# --- the report -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """The report of test_report.py: methods B/L and RL+SES, of which one was searched."""
+    methods = {"RL+SES": [replace(x, searches=[SEARCH]) for x in TUNED], "B/L": PLAIN}
+    return build_report(methods, {"copy-last": [x.labels for x in PLAIN]}, JUDGE, FACTS, seed=0)
+
+
+def report_page(tmp_path: Path, report: dict[str, Any], rows: list[Any]) -> Page:
+    write_report_page(tmp_path / "report.html", report, rows, FILMS)
+    return Page((tmp_path / "report.html").read_text("utf-8"))
+
+
+def test_the_page_of_a_report_is_its_text(tmp_path: Path, report: dict[str, Any]) -> None:
+    found = report_page(tmp_path, report, [])
+    blocks = ["".join(x["texts"]) for x in found.of("pre")]
+    assert "\n\n".join(blocks) == format_report(report)
+    assert "<" not in format_report(report) and found.of("div") == []
+
+
+def test_intervals_are_drawn_on_one_scale_per_column(tmp_path: Path, report: Any) -> None:
+    """RL+SES against B/L in iEval: +1.25 [-0.83, +2.00]: 0 of the scale is the low end."""
+    report["differences"]["RL+SES - B/L"]["ieval"] = {"mean": 0.5, "low": -0.5, "high": 1.5, "n": 2}
+    report["search"]["RL+SES"]["different_titles"] = {"mean": 8.0, "low": 7.0, "high": 9.0, "n": 3}
+    found = report_page(tmp_path, report, [])
+    styles = {text(x): x["style"] for x in found.of("span", "bar")}
+    assert styles["+0.500 [-0.500, +1.500]"] == "--mean: 50.0%; --low: 0.0%; --high: 100.0%"
+    means = report["methods"]
+    most = max(x["ieval"]["high"] for x in means.values())
+    for row in means.values():
+        drawn = interval(row["ieval"]).split(" n ")[0]
+        part = float(drawn.split()[0]) / round(most, 3)
+        assert styles[drawn].startswith(f"--mean: {part:.1%}; ")
+    assert "8.000 [7.000, 9.000]" not in styles
+
+
+@pytest.mark.parametrize(("turn", "before"), [(1, 1), (2, 3)])
+def test_a_report_shows_one_search_of_its_last_method(
+    tmp_path: Path, report: dict[str, Any], turn: int, before: int
+) -> None:
+    """A talk of two turns: its first search began after one line, its second after three."""
+    record = {"turn": turn, **searched()["search"]}
+    said = [["seeker", "a"], ["recommender", "b"], ["seeker", "c"], ["recommender", "d"]]
+    talk = {"searches": [record], "transcript": said, "replies": ["b", "d"]}
+    found = report_page(tmp_path, report, [{"B/L": {}}, {"RL+SES": talk}, {"RL+SES": None}])
+    [shown] = found.of("div", "answer")
+    assert [text(x) for x in shown["children"] if x["name"] == "p"][:-1] == list("abc")[:before]
+    assert len(found.of("details", "node")) == 4
+
+
+# --- a browser --------------------------------------------------------------------------------
+
+
+def browse(page: Path, *more: str) -> str:
+    """Return what a headless browser prints about a page; without a browser the test is skipped."""
+    found = [x for x in map(shutil.which, BROWSERS) if x]
+    if not found:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is here to look at the pages")
+    profile = f"--user-data-dir={page.parent / 'browser'}"
+    command = [found[0], "--headless", "--no-sandbox", "--disable-gpu", profile, *more]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_browser_sees_the_elements_that_were_written(tmp_path: Path) -> None:
+    """And no script has run: the title is the page's own."""
+    row = searched(drawn=HOSTILE)
+    written = page(tmp_path, row)
+    seen = Page(browse(tmp_path / "search.html", "--dump-dom"))
+    assert text(seen.of("title")[0]) == "Replies and their searches"
+    names = [x["name"] for x in seen.all if x["name"] not in ("head", "body")]
+    assert names == [x["name"] for x in written.all]
+    assert text(seen.root) == text(written.root)
+
+
+def test_a_browser_paints_the_page_light_or_dark(tmp_path: Path) -> None:
+    """A corner of the page is painted, its background alone."""
+    image = pytest.importorskip("matplotlib.image")
+    page(tmp_path, searched())
+    corners = []
+    for scheme in (1, 0):  # light, dark
+        shot = tmp_path / f"{scheme}.png"
+        settings = f"--blink-settings=preferredColorScheme={scheme}"
+        browse(tmp_path / "search.html", f"--screenshot={shot}", settings)
+        corners.append(image.imread(shot)[2, 2, :3].mean())
+    assert corners[0] > 0.9 and corners[1] < 0.2

@@ -260,6 +260,7 @@ def test_a_search_is_drawn_as_a_tree() -> None:
     candidates = [
         {"reply": "", "value": None, "leaves": []},
         {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
+        {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
     ]
     record = {"profile": "likes dark films", "best": 1, "candidates": candidates}
     text = format_search(root, record)
@@ -269,7 +270,7 @@ def test_a_search_is_drawn_as_a_tree() -> None:
         "Profile: likes dark films",
         "",
         "  none  (empty)",
-        "* 1.00  Try Well.",
+        "* 1.00 x2  Try Well.",
         "    ├─ 1.50  Seeker: Why?",
         "    │        Recommender: It is dark.",
         "    └─ 0.50 x2  Seeker: Why?",

@@ -81,7 +81,7 @@ class Recommender:
         ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
         items = roles.catalogue.items
         seconds = round((time.perf_counter() - start) / len(asked), 3)
-        tokens = {name: round(n / len(asked), 1) for name, n in self.spent().items()}
+        tokens = {name: round(n / len(asked)) for name, n in self.spent().items()}
         rows = []
         for i, x in enumerate(asked):
             named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}

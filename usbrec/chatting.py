@@ -26,9 +26,7 @@ from usbrec.crs.dialogue import Dialogue, add_turn, from_viewpoint
 from usbrec.options import UserError
 from usbrec.runs import write_json
 
-Answered = list[
-    tuple[Dialogue, Row]
-]  # dialogues that awaited a reply, and the rows of their answers
+Answered = list[tuple[Dialogue, Row]]  # dialogues that awaited a reply, and their rows
 
 
 @dataclass
@@ -68,8 +66,8 @@ class Chat:
         row = self.recommender.answer_one(asked, self.profile)
         self.turns.append((asked, row))
         self.dialogue = add_turn(asked, "recommender", row["reply"])
-        shown = row if self.as_json else {**row, "search": None}  # /why draws it
-        self.show((), shown, self.as_json, streamed)
+        # a search is drawn by /why
+        self.show((), row if self.as_json else {**row, "search": None}, self.as_json, streamed)
 
     def obey(self, line: str) -> None:
         """Carry out a command; raises UserError if it is unknown or cannot be carried out now."""
@@ -112,8 +110,9 @@ class Chat:
         if os.path.exists(path):
             raise UserError(f"{path} is there already: name another file")
         dialogue, row = self.turns[-1]
-        said = [vars(message) for message in from_viewpoint(dialogue, "recommender")]
-        write_json(path, {"messages": said, "reply": row["reply"]})
+        said = from_viewpoint(dialogue, "recommender")
+        messages = [{"role": x.role, "content": x.content} for x in said]
+        write_json(path, {"messages": messages, "reply": row["reply"]})
 
 
 def tell(text: str) -> None:

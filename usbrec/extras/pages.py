@@ -18,14 +18,8 @@ from usbrec.chat import Row
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue
 from usbrec.crs.wishes import card
-from usbrec.extras.report import (
-    SEARCH_LEGEND,
-    Facts,
-    distinct,
-    format_facts,
-    format_report,
-    value_text,
-)
+from usbrec.extras import report
+from usbrec.extras.report import Facts
 from usbrec.runs import write_json, write_rows, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
@@ -46,9 +40,10 @@ def tag(name: str, *inside: str, **attributes: str) -> Markup:
 
 
 def write_page(path: Path, title: str, body: Sequence[Markup]) -> None:
-    """Write a page of these elements."""
+    """Write a page of these elements, and below them the legend of searches."""
     template = Template(Path(__file__).with_name("search.html").read_text("utf-8"))
-    page = template.substitute(title=escape(title), body="\n".join(body))
+    legend = tag("p", report.SEARCH_LEGEND, class_="note")
+    page = template.substitute(title=escape(title), body="\n".join([*body, legend]))
     write_whole(path, page.encode(errors="backslashreplace"))
 
 
@@ -62,19 +57,18 @@ def write_trace(path: Path, answered: Sequence[tuple[Dialogue, Row]], films: Cat
     else:
         opened = {"open": ""} if len(records) == 1 else {}
         answers = [tag("details", *_answer(x, films), class_="answer", **opened) for x in records]
-        told = tag("p", SEARCH_LEGEND, class_="note")
-        write_page(path, f"Replies: {len(records)}", [*answers, told])
+        write_page(path, "Replies and their searches", answers)
 
 
 def _answer(record: Row, films: Catalogue) -> list[Markup]:
     """Return a summary of one line, the dialogue, the search, the reply and the facts below it."""
     reply = record["reply"] or "(nothing)"
     return [
-        tag("summary", f"{record['dialogue'][-1][1]} → {reply}"),
+        tag("summary", tag("b", f"{record['dialogue'][-1][1]} → {reply}")),
         *_said(record["dialogue"]),
         *(_search(record["search"], films) if record.get("search") else ()),
         *_said([("recommender", reply)]),
-        tag("p", format_facts(record), class_="note"),
+        tag("p", report.format_facts(record), class_="note"),
     ]
 
 
@@ -85,27 +79,26 @@ def _said(lines: Lines) -> list[Markup]:
 def _search(search: Facts, films: Catalogue) -> list[Markup]:
     """Return a search's profile, and one node per different candidate."""
     parts = [tag("p", tag("b", "Profile: "), search["profile"], class_="profile")]
-    for x, count, chosen in distinct(search):
+    for x, count, chosen in report.distinct(search):
         leaves = [{**leaf, "lines": leaf["lines"][1:]} for leaf in x["leaves"]]  # not the candidate
-        badge = _badge(x["value"], count, "value chosen" if chosen else "value")
+        badge = _badge(x["value"], count, "* " if chosen else "")
         parts.append(_node(badge, [("recommender", x["reply"])], leaves, films))
     return parts
 
 
-def _badge(value: float | None, draws: int, kind: str = "value") -> Markup:
-    style = f"--part: {(value or 0) / 2:.0%}"  # of its box is filled
-    return tag("b", value_text(value, draws), class_=kind, style=style)
+def _badge(value: float | None, draws: int, mark: str = "") -> Markup:
+    text, style = mark + report.value_text(value, draws), f"--part: {(value or 0) / 2:.0%}"
+    return tag("b" if mark else "span", text, class_="value", style=style)
 
 
 def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue) -> Markup:
-    """Return a node of the tree: its badge and last line, and on a click all else.
+    """Return a node of the tree: its badge and lines, of which the last is a reply.
 
-    That is its lines, the card of its film, and a node per different continuation in the `leaves`,
-    or the judge's votes where they end.
+    A click shows the reply's card, and a node per different continuation in the `leaves`, or the
+    judge's votes where they end.
     """
-    reply = said[-1][1]
-    inside = [tag("summary", badge, reply or "(empty)"), *_said(said)]
-    inside += [tag("p", f"{x.title}: {card(x)}", class_="note") for x in films.first(reply)]
+    inside = [tag("summary", badge, " → ".join(text for _, text in said) or "(empty)")]
+    inside += [tag("p", f"{x.title}: {card(x)}", class_="note") for x in films.first(said[-1][1])]
     for lines, group in groupby(leaves, lambda leaf: leaf["lines"][:2]):
         below = [{**leaf, "lines": leaf["lines"][2:]} for leaf in group]
         leaf = below[0]
@@ -121,18 +114,18 @@ def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue)
 # --- the report -------------------------------------------------------------------------------
 
 
-def write_report_page(path: Path, report: Facts, rows: Sequence[Facts], films: Catalogue) -> None:
-    """Write a report's page: its text, with intervals drawn, and the last method's first search.
+def write_report_page(path: Path, found: Facts, rows: Sequence[Facts], films: Catalogue) -> None:
+    """Write the page of a report: its text with the intervals drawn, and one search.
 
-    `rows` are those of rows.jsonl.
+    It is the first of the last method in `rows`, which are those of rows.jsonl.
     """
-    body = [tag("pre", _drawn(block)) for block in format_report(report).split("\n\n")]
-    talks = [row[name] for name in reversed(report["search"]) for row in rows if name in row]
+    body = [tag("pre", _drawn(block)) for block in report.format_report(found).split("\n\n")]
+    talks = [row[name] for name in reversed(found["search"]) for row in rows if name in row]
     for talk in talks[:1]:
         search = talk["searches"][0]
         after = 2 * (len(talk["replies"]) - search["turn"]) + 1  # lines from its reply on
         parts = [*_said(talk["transcript"][:-after]), *_search(search, films)]
-        body += [tag("div", *parts, class_="answer"), tag("p", SEARCH_LEGEND, class_="note")]
+        body.append(tag("div", *parts, class_="answer"))
     write_page(path, "Report", body)
 
 

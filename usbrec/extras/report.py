@@ -304,8 +304,7 @@ def format_search(root: Dialogue, search: Facts, coloured: bool = False) -> str:
         lines.append(f"\033[{'1;32' if chosen else '1'}m{head}\033[0m" if coloured else head)
         leaves = [x for x in candidate["leaves"] if len(x["lines"]) > 1]  # not judged at once
         for leaf in leaves:
-            last = leaf is leaves[-1]
-            lines += _leaf_lines(leaf, "└─" if last else "├─", "  " if last else "│ ")
+            lines += _leaf_lines(leaf, *(("└─", "  ") if leaf is leaves[-1] else ("├─", "│ ")))
     return "\n".join(lines)
 
 
