@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import METHOD_NAMES, EvalRow, copied, popular
-from usbrec.extras.plot import main, save_plot
 from usbrec.extras.report import (
     build_report,
     format_recall,
@@ -276,26 +274,6 @@ def test_a_search_is_drawn_as_a_tree() -> None:
         "    └─ 0.50 x2  Seeker: Why?",
         "                Recommender: It is dark.",
     ]
-
-
-def test_a_plot_is_saved(
-    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(report), "utf-8")
-    assert main([str(path)]) == 0
-    assert (tmp_path / "report.png").stat().st_size > 1000
-    path.write_text("{", "utf-8")
-    assert main([str(path)]) == 2
-    assert str(path) in capsys.readouterr().err
-
-
-def test_without_matplotlib_the_plot_says_so(
-    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="matplotlib"):
-        save_plot(report, tmp_path / "report.png")
 
 
 # --- the recall of rankings ---------------------------------------------------------------------
