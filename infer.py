@@ -335,7 +335,7 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and flags.out.is_dir():
         raise UserError(f"--out must name a file, got the folder {flags.out}")
-    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.KINDS):
+    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
         raise UserError(f"--trace keeps replies as .html, .json or .jsonl, got {flags.trace}")
     if flags.chat and flags.out is not None:
         raise UserError("--out keeps the replies to dialogues that are given: not with --chat")

@@ -24,7 +24,7 @@ from usbrec.runs import write_json, write_rows, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-]?[\d.]+), ([+-]?[\d.]+)\]")  # of format_report
-KINDS = (".html", ".json", ".jsonl")  # of a trace
+TRACES = (".html", ".json", ".jsonl")  # of a trace
 Lines = Sequence[Sequence[str]]  # (speaker, text) each
 
 
