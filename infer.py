@@ -12,6 +12,7 @@ Without flags the newest run of train.py answers a test dialogue of its dataset.
     python infer.py --validate-simulator           the judges against the truth
 """
 
+import os
 import signal
 import sys
 
@@ -19,8 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, end
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from argparse import SUPPRESS, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
+from usbrec.chatting import Answered, Chat, printer, tell
 from usbrec.crs.agents import Roles
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
-from usbrec.crs.dialogue import Dialogue, Example, Examples, add_turn, format_dialogue
+from usbrec.crs.dialogue import Dialogue, Example, Examples, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
-from usbrec.extras import report
+from usbrec.extras import pages, report
 from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import is_server
@@ -44,6 +45,7 @@ from usbrec.runs import ADAPTERS, RUNS, Results, Row, read_rows, run_chunks
 from usbrec.settings import DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
+COSTS = ("seconds", "tokens")  # of a row, kept apart from what is the same every time
 VALIDATED = 100  # held-out dialogues on which the judges are checked
 # the flags in --help; --help-all lists every flag
 _SHOWN = """dialogue chat serve host port validate-simulator data data-dir split limit out json
@@ -150,9 +152,10 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
     return Recommender(roles, engines, options, sampling, searching, flags.verbose)
 
 
-def tell(text: str) -> None:
-    """Print a line on stderr, apart from the results."""
-    print(text, file=sys.stderr)
+def load_recommender(*words: str) -> Recommender:
+    """Return the recommender that infer.py asks when it is started with these words."""
+    flags = build_parser().parse_args(words)
+    return assemble(set_up(flags), flags)
 
 
 # --- replies ----------------------------------------------------------------------------------
@@ -168,8 +171,8 @@ def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
     return [x for x in rows if id(x) in taken]
 
 
-def reply_all(recommender: Recommender, asked: Examples, flags: Namespace, setup: Setup) -> None:
-    """Answer and print every dialogue; several rows of a dataset go through a results file."""
+def reply(recommender: Recommender, asked: Examples, flags: Namespace, setup: Setup) -> Answered:
+    """Answer, print and return all dialogues; several rows of a dataset have a results file."""
     options, from_data = recommender.options, flags.dialogue is None
     facts = {**setup.facts(), "reply": asdict(options) | asdict(recommender.sampling)}
     facts["search"] = asdict(recommender.searching) if options.ses else None
@@ -178,8 +181,10 @@ def reply_all(recommender: Recommender, asked: Examples, flags: Namespace, setup
     if out is None and len(asked) > 1 and from_data:
         out = results_file(setup, f"{flags.split or 'test'}-replies", facts)
     rows = reply_into(out, recommender, asked, facts) if out else by_chunks(recommender, asked)
+    answered: Answered = []
     for x, row in zip(asked, rows, strict=True):
         show(x.history, row, flags.json)
+        answered.append((x.history, row))
     if isinstance(rows, list) and from_data:
         catalogue, groups = recommender.roles.catalogue, [x.dialog_id for x in asked]
         named = [catalogue.first(row["reply"]) for row in rows]
@@ -190,15 +195,14 @@ def reply_all(recommender: Recommender, asked: Examples, flags: Namespace, setup
             popularity = popularity_of(setup.rows("train"))
             found |= report.ranked_recall(catalogue, asked, ranked, popularity, options.seed)
         tell(report.format_recall(found))
+    return answered
 
 
 def by_chunks(recommender: Recommender, asked: Examples) -> Iterator[Row]:
     """Yield one row per dialogue; a chunk is answered when its first row is needed."""
     size = recommender.options.chunk_size
     for start in range(0, len(asked), size):
-        rows = recommender.answer(asked[start : start + size])
-        recommender.spent()
-        yield from rows
+        yield from recommender.answer(asked[start : start + size])
 
 
 def reply_into(path: Path, recommender: Recommender, asked: Examples, facts: Row) -> list[Row]:
@@ -214,43 +218,25 @@ def reply_into(path: Path, recommender: Recommender, asked: Examples, facts: Row
         return read_rows(times) if times.exists() else []
 
     def reply_chunk(chunk: Sequence[tuple[int, Example]]) -> list[Row]:
-        rows, spent = recommender.answer([x for _, x in chunk]), recommender.spent()
-        share = {name: round(count / len(chunk), 1) for name, count in spent.items()}
-        took = zip(chunk, [row.pop("seconds") for row in rows], strict=True)
-        lines = [{"place": place, "seconds": seconds, **share} for (place, _), seconds in took]
+        rows = recommender.answer([x for _, x in chunk])
+        costs = [{name: row.pop(name) for name in COSTS} for row in rows]
+        lines = [{"place": n, **cost} for (n, _), cost in zip(chunk, costs, strict=True)]
         runs.write_rows(times, [*timed(), *lines])
         return rows
 
     results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.engines)
     rows = run_chunks(results, list(enumerate(asked)), reply_chunk)
-    seconds = {str(line.get("place")): line.get("seconds") for line in timed()}
+    costs = {str(line.get("place")): line for line in timed()}
+    for place, row in enumerate(rows):
+        row |= {name: costs.get(str(place), {}).get(name) for name in COSTS}
     tell(f"{len(rows)} replies in {path}")
-    return [{**row, "seconds": seconds.get(str(i))} for i, row in enumerate(rows)]
+    return rows
 
 
 def results_file(setup: Setup, kind: str, facts: Mapping[str, Any]) -> Path:
     """Return the path of the results of these facts, in the run folder if there is one."""
     name = f"{Path(setup.data).name}-{kind}-{digest(facts.items())[:8]}.jsonl"
     return (setup.run or RUNS) / "infer" / name
-
-
-def talk(recommender: Recommender, as_json: bool) -> None:
-    """Converse in the terminal until an empty line or the end of the input.
-
-    A reply that is not searched is printed as it is drawn.
-    """
-    streamed = not (as_json or recommender.options.ses)
-    dialogue: Dialogue = ()
-    prompt = "Seeker: " if sys.stdin.isatty() and not as_json else ""
-    tell("Say what you would like to watch; an empty line ends the conversation.")
-    with suppress(EOFError):
-        while line := input(prompt).strip():
-            dialogue = add_turn(dialogue, "seeker", line)
-            recommender.engines[0].listeners = {0: printer()} if streamed else {}
-            [row] = recommender.answer([Example("", 0, dialogue, "", ())])
-            show((), row, as_json, streamed)
-            recommender.spent()
-            dialogue = add_turn(dialogue, "recommender", row["reply"])
 
 
 # --- the printed reply ------------------------------------------------------------------------
@@ -265,27 +251,14 @@ def show(dialogue: Dialogue, row: Row, as_json: bool, printed: bool = False) -> 
         print(runs.dump(row), flush=True)
         return
     if row.get("search"):
-        print(report.format_search(dialogue, row["search"]).strip() + "\n")
+        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(report.format_search(dialogue, row["search"], coloured).strip() + "\n")
     elif dialogue:
         print(format_dialogue(dialogue) + "\n")
     if not printed:
         printer()(row["reply"])
     print("" if row["reply"].split() else "(nothing)")
     print(report.format_facts(row), flush=True)
-
-
-def printer() -> Callable[[str], None]:
-    """Return a function that prints a reply in one line, given its text so far again and again."""
-    shown = 0
-    print("Recommender: ", end="", flush=True)
-
-    def hear(text: str) -> None:
-        nonlocal shown
-        line = " ".join(text.split())  # a longer text only extends it
-        print(line[shown:], end="", flush=True)
-        shown = len(line)
-
-    return hear
 
 
 # --- the judges -------------------------------------------------------------------------------
@@ -338,6 +311,8 @@ def build_parser() -> Parser:
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
     what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")
     what.add_argument("--out", type=Path, metavar="FILE", help="results file; goes on from there")
+    told = "the searches as a page (.html) or as records (.json, .jsonl)"
+    what.add_argument("--trace", type=Path, metavar="FILE", help=told)
     what.add_argument("--verbose", action="store_true", help="tell the tokens of every call")
     what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
     who = parser.add_argument_group("who answers")
@@ -366,6 +341,8 @@ def refuse_unread(flags: Namespace) -> None:
     idle = ("json", "ses", "ses_start_turn", "rank") if flags.serve else ("host", "port")
     if unread := [name.replace("_", "-") for name in idle if getattr(flags, name, None)]:
         raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
+    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
+        raise UserError(f"--trace keeps replies as .html, .json or .jsonl, got {flags.trace}")
     if (flags.chat or flags.serve) and flags.out is not None:
         raise UserError("--out keeps replies to dialogues that are given: not with --chat, --serve")
 
@@ -383,14 +360,16 @@ def answer(flags: Namespace) -> None:
     recommender = assemble(setup, flags)
     if options.ses:
         tell(f"search: up to {sum(recommender.searching.levels)} replies per dialogue are tried")
+        tell(report.SEARCH_LEGEND)
     for told in recommender.unread(vars(flags), flags.validate_simulator):
         tell(f"note: {told}")
-    if flags.chat:
-        talk(recommender, flags.json)
-    elif flags.validate_simulator:
+    if flags.validate_simulator:
         validate_simulator(recommender, flags, setup)
     else:
-        reply_all(recommender, asked, flags, setup)
+        chat = Chat(recommender, show, flags.json) if flags.chat else None
+        answered = chat.converse() if chat else reply(recommender, asked, flags, setup)
+        if flags.trace is not None and parallel.rank() == 0:
+            pages.write_trace(flags.trace, answered, recommender.roles.catalogue)
     for told in loading.shortened_lines(recommender.engines):
         tell(told)
 

@@ -42,6 +42,7 @@ from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
 from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import judge_ranked
+from usbrec.extras.pages import write_report_page
 from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
@@ -207,12 +208,13 @@ def evaluate(work: Work) -> None:
 
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
-    """Write report.json and report.txt, and print the text."""
+    """Write report.json, report.txt and report.html, and print the text."""
     options, seed = runs.read_json(work.folder / "options/report.json"), work.settings.data.seed
     counts = {"test": len(baselines["copy-last"]), "train": len(work.train), "notes": work.notes}
     report = report_of(rows, baselines, options, counts, seed)
     text = format_report(report)
     runs.write_whole(work.folder / "report.txt", (text + "\n").encode())
+    write_report_page(work.folder / "report.html", report, rows, work.catalogue)
     runs.write_json(work.folder / "report.json", report)
     print(text)
 

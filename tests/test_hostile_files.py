@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config, oracle_of
 
-from usbrec.extras.plot import main as plot
 from usbrec.extras.shards import write_shards
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_model, read_header
@@ -393,17 +392,3 @@ def test_a_full_disk_leaves_no_part_of_a_model_and_is_one_sentence(tmp_path, roo
     write_json(tmp_path / "any.json", {})
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1, "others may read the settings, but not the weights"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"[]", b"{}", b'{"methods": 5}', b'{"methods": {"a": 1}}']
-    + [b'{"methods": {"a": {"ieval": {}}}}', b"[" * 100_000, b'{"methods": {"a": {"ieval": 3}}}'],
-)
-def test_a_report_made_by_hand_has_no_plot(tmp_path, capsys, content):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "report.json").write_bytes(content)
-    assert plot([str(tmp_path / "report.json")]) == 2
-    told = capsys.readouterr().err
-    assert str(tmp_path) in told and told.count("\n") == 1
-    assert not (tmp_path / "report.png").exists()

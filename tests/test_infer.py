@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from small_run import STAGE_FLAGS, flags, write_small_data, write_small_model
 
 import infer
 import train
+from usbrec import chatting
 from usbrec.answering import Recommender
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue
@@ -28,7 +31,8 @@ SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",
     "--ses-max-new-tokens", "6", "--ses-summary-tokens", "6",
 ]  # fmt: skip
-PLAIN = {"dialog_id", "turn_id", "gold", "reply", "items", "seconds"}
+PLAIN = {"dialog_id", "turn_id", "gold", "reply", "items", "seconds", "tokens"}
+UNKEPT = {"seconds": None, "tokens": None}  # in a file beside the results
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +226,7 @@ def test_a_file_of_dialogues_is_answered_in_its_order(
     run: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = answers(["--dialogue", str(dialogues)], capsys)
-    assert [set(row) for row in rows] == [{"reply", "items", "seconds"}] * 2
+    assert [set(row) for row in rows] == [{"reply", "items", "seconds", "tokens"}] * 2
     second = json.loads(dialogues.read_text("utf-8").splitlines()[1])
     one = dialogues.with_name("one.json")
     one.write_text(json.dumps(second), "utf-8")
@@ -276,13 +280,13 @@ def test_a_chat_remembers_what_was_said_and_ends_with_an_empty_line(
     assert [m.content for m in llm.generated[1][0].messages[1:]] == ["Hello.", "Reply 2.", "More."]
 
 
-def test_a_chat_ends_with_its_input_and_shows_the_search(
+def test_a_chat_ends_with_its_input_and_shows_the_search_when_asked(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", open("/dev/null", encoding="utf-8"))  # noqa: SIM115
     assert infer.main(["--chat", *SHORT]) == 0
     assert capsys.readouterr().out == ""
-    lines = iter(["Hello."])
+    lines = iter(["Hello.", "/why"])
 
     def read(prompt: str = "") -> str:
         try:
@@ -293,7 +297,8 @@ def test_a_chat_ends_with_its_input_and_shows_the_search(
     monkeypatch.setattr("builtins.input", read)
     assert infer.main(["--chat", "--ses", *SHORT]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Profile: ") and "└─" in text and "Seeker: Hello." not in text
+    reply, why = text.split("Profile: ")
+    assert reply.startswith("Recommender: ") and "└─" in why and "Seeker: Hello." not in text
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
@@ -326,18 +331,72 @@ def test_a_chat_prints_the_reply_as_it_is_drawn(
         return said.out, said.err
 
     texts: list[str] = []
-    plain = infer.printer
+    plain = chatting.printer
 
     def noted() -> Any:
         hear = plain()
         return lambda text: (texts.append(text), hear(text))
 
-    monkeypatch.setattr(infer, "printer", noted)
+    monkeypatch.setattr(chatting, "printer", noted)
     text, told = chat("--verbose")
     reply = json.loads(chat("--json")[0])["reply"]
     assert text.splitlines()[0] == f"Recommender: {' '.join(reply.split())}"
     assert texts[-1].strip() == reply and len(set(texts)) > 1
     assert "1 calls, prompt tokens 0 reused and " in told and " tokens decoded" in told
+
+
+# --- the trace, and Python ---------------------------------------------------------------------
+
+
+def test_a_trace_keeps_the_answers_of_one_dialogue_or_of_many_or_of_a_chat(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, records = tmp_path / "search.html", tmp_path / "searches.jsonl"
+    [row] = answers(["--ses", "--trace", str(page)], capsys)
+    text = page.read_text("utf-8")
+    assert text.count('class="answer"') == 1 and text.count('class="node"') >= 3
+    assert escape(" ".join(row["gold"])) in text and "prompt tokens" in text
+    rows = answers(["--ses", "--limit", "2", "--trace", str(records)], capsys)
+    kept = read_rows(records)
+    assert [{k: v for k, v in x.items() if k != "dialogue"} for x in kept] == rows
+    assert all(x["dialogue"][-1][0] == "seeker" for x in kept)
+    lines = iter(["Hello.", "More.", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    rows = answers(["--chat", "--trace", str(records)], capsys)
+    first, second = read_rows(records)
+    assert [x["reply"] for x in (first, second)] == [row["reply"] for row in rows]
+    assert first["dialogue"] == [["seeker", "Hello."]] and len(second["dialogue"]) == 3
+
+
+def test_a_search_is_coloured_on_a_terminal_unless_no_color_is_set(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(terminal: bool, no_color: str) -> str:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        monkeypatch.setenv("NO_COLOR", no_color)
+        assert infer.main(["--ses", *SHORT]) == 0
+        return capsys.readouterr().out
+
+    plain, coloured = shown(False, ""), shown(True, "")
+    assert "\033[" not in plain + shown(True, "1")
+    assert "\033[1;32m* " in coloured
+    uncoloured = re.sub(r"\033\[[\d;]*m", "", coloured)
+    assert uncoloured.split("\nRecommender: ")[0] == plain.split("\nRecommender: ")[0]
+
+
+def test_the_five_lines_of_the_quick_start_load_a_run_and_answer(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT.parent / "docs" / "QUICKSTART.md").read_text("utf-8")
+    [lines] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(lines.split("\n")) - lines.count("\n\n") - 1 == 5 and "runs/sample" in lines
+    names: dict[str, Any] = {}
+    exec(lines.replace("runs/sample", str(run)), names)
+    answer = names["answer"]
+    assert len(answer["search"]["candidates"]) == 3 and answer["tokens"]["calls"] > 1
+    told = capsys.readouterr()
+    assert told.out == f"{answer['reply']} {answer['items']} {answer['search']['profile']}\n"
+    assert f"recommender: {run / 'rl'}" in told.err
 
 
 # --- results files ----------------------------------------------------------------------------
@@ -352,10 +411,11 @@ def test_rows_of_a_split_go_to_a_results_file_of_their_options(
     kept = read_rows(path)
     assert [row.pop("place") for row in kept] == [0, 1, 2]
     assert all(len(row.pop("check")) == 8 for row in kept)
-    assert [{**row, "seconds": None} for row in rows] == [{**row, "seconds": None} for row in kept]
-    assert "seconds" not in kept[0]
+    assert [{**row, **UNKEPT} for row in rows] == [{**row, **UNKEPT} for row in kept]
+    assert "seconds" not in kept[0] and "tokens" not in kept[0]
     costs = read_rows(path.with_name(path.name + ".timings.jsonl"))
-    assert all(line["computed_tokens"] > 0 and line["decoded_tokens"] > 0 for line in costs)
+    assert [line["tokens"] for line in costs] == [row["tokens"] for row in rows]
+    assert all(row["tokens"][x] > 0 for row in rows for x in ("computed_tokens", "decoded_tokens"))
     answers(["--limit", "3", "--temperature", "1"], capsys)
     assert len(list((run / "infer").glob("*.options.json"))) == 2
 
@@ -546,7 +606,8 @@ def test_times_that_are_deleted_or_others_cost_no_reply(
     times.unlink() if content is None else times.write_bytes(content)
     after = answers(command, capsys)
     assert [row["reply"] for row in after] == [row["reply"] for row in before]
-    assert [row["seconds"] for row in after] == [None, None]
+    assert [row["seconds"] for row in after] == [row["tokens"] for row in after] == [None, None]
+    assert infer.main([*SHORT, *command]) == 0  # as text
 
 
 def test_a_row_too_long_for_the_model_keeps_no_other_from_its_answer(
@@ -628,6 +689,8 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--chat", "--validate-simulator"], "--chat"),
         (["--chat", "--limit", "3"], "--limit"),
         (["--chat", "--out", "x.jsonl"], "--out"),
+        (["--trace", "x.htm"], "--trace keeps replies as .html, .json or .jsonl, got x.htm"),
+        (["--validate-simulator", "--trace", "x.html"], "--trace keeps replies"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--chunk-size", "0"], "chunk_size"),

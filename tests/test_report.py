@@ -1,7 +1,6 @@
 """The report: figures and recall by hand, the fields that readers rely on, a search to be read."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from usbrec.chat import Row
 from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import METHOD_NAMES, copied, popular
-from usbrec.extras.plot import main, save_plot
 from usbrec.extras.report import (
     build_report,
     format_recall,
@@ -260,6 +258,7 @@ def test_a_search_is_drawn_as_a_tree() -> None:
     candidates = [
         {"reply": "", "value": None, "leaves": []},
         {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
+        {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
     ]
     record = {"profile": "likes dark films", "best": 1, "candidates": candidates}
     text = format_search(root, record)
@@ -269,32 +268,12 @@ def test_a_search_is_drawn_as_a_tree() -> None:
         "Profile: likes dark films",
         "",
         "  none  (empty)",
-        "* 1.00  Try Well.",
+        "* 1.00 x2  Try Well.",
         "    ├─ 1.50  Seeker: Why?",
         "    │        Recommender: It is dark.",
         "    └─ 0.50 x2  Seeker: Why?",
         "                Recommender: It is dark.",
     ]
-
-
-def test_a_plot_is_saved(
-    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(report), "utf-8")
-    assert main([str(path)]) == 0
-    assert (tmp_path / "report.png").stat().st_size > 1000
-    path.write_text("{", "utf-8")
-    assert main([str(path)]) == 2
-    assert str(path) in capsys.readouterr().err
-
-
-def test_without_matplotlib_the_plot_says_so(
-    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="matplotlib"):
-        save_plot(report, tmp_path / "report.png")
 
 
 # --- the recall of rankings ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from scripted import SURE, Scripted, role_of, roles_of, talk
 
 from usbrec.chat import Message, Ranked, Request
+from usbrec.crs import ses
 from usbrec.crs.agents import JudgeScore, Roles, Side, card_prompt, closed_form
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import add_turn
@@ -180,6 +181,27 @@ def test_a_search_holds_its_tree_and_its_record_the_leaves_in_order() -> None:
         "parse_rate": None,
         "weight": 1,
     }
+
+
+def test_a_given_profile_takes_the_place_of_all_summaries() -> None:
+    llm = Scripted(by_role)
+    results = search(cast(llm), ROOTS, [1, 2], SearchOptions(), "Likes: war.")
+    assert [result.profile for result in results] == ["Likes: war."] * 2
+    assert "summariser" not in {role_of(x) for call in llm.generated for x in call}
+    assert all("Likes: war" in request.messages[0].content for request in llm.scored[0])
+
+
+def test_a_terminal_sees_how_far_a_long_search_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step per later turn; `disable` None means that a file or a pipe gets no bar."""
+    shown = []
+
+    def bar(turns: range, *words: str, **settings: object) -> range:
+        shown.append((len(turns), settings["disable"]))
+        return turns
+
+    monkeypatch.setattr(ses, "tqdm", bar)
+    search(cast(Scripted(by_role)), ROOTS, [1, 2], SearchOptions(turns=4))
+    assert shown == [(3, None)]
 
 
 def test_no_dialogues_need_no_calls() -> None:

@@ -186,7 +186,7 @@ def test_fresh_starts_the_chosen_stages_over(run: Path, inputs: dict[str, Any]) 
     assert train.main(["--run-dir", str(run), *other, "--stages", "report", "--fresh"]) == 0
     after = bytes_of(run)
     changed = {name for name in before if before[name] != after[name]}
-    of_report = {"options/report.json", "report.json", "report.txt", "rows.jsonl"}
+    of_report = {"options/report.json", "report.json", "report.txt", "report.html", "rows.jsonl"}
     assert {"report.json", "rows.jsonl"} <= changed <= of_report
 
 

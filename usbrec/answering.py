@@ -9,7 +9,7 @@ from typing import Any
 
 from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import Roles
-from usbrec.crs.dialogue import Dialogue, Examples, format_dialogue
+from usbrec.crs.dialogue import Dialogue, Example, Examples, format_dialogue
 from usbrec.crs.evaluation import titles_in
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Usage
@@ -49,14 +49,20 @@ class Recommender:
             print(costs(spent), file=sys.stderr)
         return spent
 
-    def answer(self, asked: Examples) -> list[Row]:
-        """Return one row per example: `reply`, `items` (the titles in the reply) and `seconds`.
+    def answer_one(self, dialogue: Dialogue, profile: str = "") -> Row:
+        """Return the row of a dialogue outside a dataset, which ends with the seeker."""
+        [row] = self.answer([Example("", 0, dialogue, "", ())], profile)
+        return row
+
+    def answer(self, asked: Examples, profile: str = "") -> list[Row]:
+        """Return one row per example: `reply`, `items` (its titles), `seconds` and `tokens`.
 
         The row of a dataset's example also has `dialog_id`, `turn_id` and `gold` (its titles). An
         example without items is a dialogue outside a dataset. --ses adds `search`, None before the
         search's `start_turn`; --rank adds `ranked`, titles with the log-probability of their
         announcement, and `proven`, the number of leading titles that are certainly the best.
-        `seconds` is an equal share of the call's time.
+        `seconds` and `tokens` are equal shares of the call's time and of its `spent`. A `profile`
+        takes the place of the search's summaries.
         """
         start, o, roles = time.perf_counter(), self.options, self.roles
         dialogues = [x.history for x in asked]
@@ -69,12 +75,14 @@ class Recommender:
         def calls(places: Sequence[int]) -> tuple[list[Dialogue], list[int]]:
             return [dialogues[i] for i in places], [seeds[i] for i in places]
 
-        found = dict(zip(searched, search(roles, *calls(searched), self.searching), strict=True))
+        results = search(roles, *calls(searched), self.searching, profile)
+        found = dict(zip(searched, results, strict=True))
         awaited, drawn = calls(plain)
         said = dict(zip(plain, roles.recommend(awaited, self.sampling, drawn), strict=True))
         ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
         items = roles.catalogue.items
         seconds = round((time.perf_counter() - start) / len(asked), 3)
+        tokens = {name: round(n / len(asked)) for name, n in self.spent().items()}
         rows = []
         for i, x in enumerate(asked):
             named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}
@@ -84,7 +92,7 @@ class Recommender:
             if o.rank:
                 best, row["proven"] = ranked[i].texts, ranked[i].proven
                 row["ranked"] = [{"title": items[j].title, "logprob": x} for j, x in best]
-            row["seconds"] = seconds
+            row["seconds"], row["tokens"] = seconds, tokens
             if o.ses:
                 row["search"] = found[i].record() if i in found else None
             rows.append(row)

@@ -4,7 +4,7 @@ runs/sample/
     options/STAGE.json     the facts that decided a stage's result: see `claim`
     simulator/ sft/ rl/    adapters under peft's file names; training/ inside holds the state
     samples.jsonl    PODCS's samples, a line per example      pairs.jsonl    the pairs
-    rows.jsonl       the evaluation, a line per dialogue      report.json, report.txt
+    rows.jsonl       the evaluation, a line per dialogue      report.json, .txt, .html
     metrics.jsonl    the training stages' metrics             timings.jsonl  times, memory, tokens
 
 New content is written to NAME.part beside its place, synced to the disk, and renamed over the old
@@ -46,7 +46,7 @@ ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> i
 MADE: dict[str, tuple[str, ...]] = {  # stage -> its files, first the one that it ends with
     **{stage: (f"{name}/adapter_model.safetensors", name) for stage, name in ADAPTERS.items()},
     "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
-    "report": ("report.json", "report.txt", "rows.jsonl", "rows.jsonl.options.json"),
+    "report": ("report.json", "report.txt", "report.html", "rows.jsonl", "rows.jsonl.options.json"),
 }
 NEEDED = {"pairs": ("simulator", "sft"), "simpo": ("sft", "pairs"), "report": tuple(ADAPTERS)}
 

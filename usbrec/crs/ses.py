@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from usbrec.chat import Request, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import JudgeScore, Roles, Seeds, Side, Votes
@@ -161,15 +163,17 @@ class SearchResult:
 Searches = list[SearchResult]
 
 
-def search(roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions) -> Searches:
-    """Return one search per dialogue.
+def search(
+    roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions, given: str = ""
+) -> Searches:
+    """Return one search per dialogue; a `given` profile takes the place of the summaries.
 
-    A search depends on its dialogue and seed alone.
+    A search depends on its dialogue, its seed and such a profile alone.
     """
-    results = open_searches(roles, dialogues, seeds, options)
+    results = open_searches(roles, dialogues, seeds, options, given)
     nodes = {id(x.node): x.node for result in results for x in result.candidates if x.node}
     levels = [list(nodes.values())]
-    for _ in range(options.turns - 1):
+    for _ in tqdm(range(options.turns - 1), "search", leave=False, delay=2, disable=None):
         levels.append(expand(roles, levels[-1], options))
     scored = levels if options.scored == "path" else levels[-1:]
     score_nodes(roles, [node for level in scored for node in level], options)
@@ -183,7 +187,7 @@ def search(roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOpti
 
 
 def open_searches(
-    roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions
+    roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions, given: str
 ) -> Searches:
     """Return one search per dialogue: its profile and its candidates.
 
@@ -194,11 +198,12 @@ def open_searches(
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
     summary, width = Sampling(options.summary_tokens, temperature=0.0), range(options.samples)
     keys = [seed_for(seed, "summary") for seed in seeds]
-    asked = roles.simulator.requests(map(agents.summary_prompt, dialogues), summary, keys)
+    prompts = map(agents.summary_prompt, dialogues)
+    asked = [] if given else roles.simulator.requests(prompts, summary, keys)
     for root, seed in zip(dialogues, seeds, strict=True):
         asked += [] if ranked else first_responses(roles, root, seed, options, width)
     texts = iter(roles.complete(asked))
-    profiles = [next(texts) for _ in dialogues]
+    profiles = [given or next(texts) for _ in dialogues]
     drawn = drawn or [[next(texts) for _ in width] for _ in dialogues]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, dialogues, seeds, drawn, options)

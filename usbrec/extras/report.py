@@ -4,6 +4,7 @@ Every number has its 95% interval and its n. A score that could not be read is c
 `unparsed` and never enters a mean. Nothing here asks a model.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +19,7 @@ from usbrec.crs.evaluation import METHOD_NAMES, Guesses, Labels, copied, gold_la
 from usbrec.extras.agreement import agreement
 from usbrec.extras.intervals import auc, differences, mean_interval
 from usbrec.extras.measures import search_figures, summaries, within_dialogues
+from usbrec.loading import costs
 from usbrec.options import seed_for
 
 WIDTH = 120  # of the report's text
@@ -28,6 +30,7 @@ HEADINGS = {
 }  # fmt: skip
 GREATEST = {"ieval": 2.0, "rule_grade": 2.0}  # values of these figures, 1 of the others
 SPLIT_HEADINGS = {"recall@1_repeated": "repeated", "recall@1_new": "new"}
+SEARCH_LEGEND = Path(__file__).with_name("search.txt").read_text("utf-8").strip()
 # name -> a value per row, and a weight per row or None for equal weights
 Figures = dict[str, tuple[Sequence[float | None], Sequence[float] | None]]
 Facts = Mapping[str, Any]
@@ -277,33 +280,48 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
-def format_search(root: Dialogue, search: Facts) -> str:
-    """Return a search's record drawn as a tree: dialogue, profile, candidates and their leaves."""
+def distinct(search: Facts) -> list[tuple[Facts, int, bool]]:
+    """Return each different candidate of a search, how often it was drawn, and if it was chosen."""
+    found = search["candidates"]
+    first, chosen = {x["reply"]: x for x in reversed(found)}, found[search["best"]]["reply"]
+    drawn = Counter(x["reply"] for x in found)
+    return [(first[reply], count, reply == chosen) for reply, count in drawn.items()]
+
+
+def format_search(root: Dialogue, search: Facts, coloured: bool = False) -> str:
+    """Return a search's record drawn as a tree: dialogue, profile, candidates and their leaves.
+
+    Equal candidates are drawn once. `coloured` text has a terminal's escape codes.
+    """
     lines = [format_dialogue(root), "", f"Profile: {' '.join(search['profile'].split())}", ""]
-    for number, candidate in enumerate(search["candidates"]):
-        mark = "*" if number == search["best"] else " "
-        value = _number(candidate["value"])
+    for candidate, count, chosen in distinct(search):
+        reply = " ".join(candidate["reply"].split()) or "(empty)"
+        head = f"{'*' if chosen else ' '} {value_text(candidate['value'], count)}  {reply}"
+        lines.append(f"\033[{'1;32' if chosen else '1'}m{head}\033[0m" if coloured else head)
         leaves = [x for x in candidate["leaves"] if len(x["lines"]) > 1]  # not judged at once
-        lines.append(f"{mark} {value}  {' '.join(candidate['reply'].split()) or '(empty)'}")
         for leaf in leaves:
-            last = leaf is leaves[-1]
-            lines += _leaf_lines(leaf, "└─" if last else "├─", "  " if last else "│ ")
+            lines += _leaf_lines(leaf, *(("└─", "  ") if leaf is leaves[-1] else ("├─", "│ ")))
     return "\n".join(lines)
 
 
+def value_text(value: float | None, draws: int) -> str:
+    """Return a value of the search, and how often its reply was drawn: "1.50 x2"."""
+    return f"{_number(value)} x{draws}" if draws > 1 else _number(value)
+
+
 def _leaf_lines(leaf: Facts, branch: str, stem: str) -> list[str]:
-    drawn = f" x{leaf['weight']}" if leaf["weight"] > 1 else ""
-    head = f"    {branch} {_number(leaf['value'])}{drawn}  "
+    head = f"    {branch} {value_text(leaf['value'], leaf['weight'])}  "
     ahead = tuple(Utterance(*line) for line in leaf["lines"][1:])  # the first is the candidate
     first, *rest = format_dialogue(ahead).splitlines()
     return [head + first, *(f"    {stem} ".ljust(len(head)) + line for line in rest)]
 
 
 def format_facts(answer: Facts) -> str:
-    """Return the lines below a reply: its titles, the ranking, the gold titles and the seconds."""
+    """Return the lines below a reply: its titles, the ranking, the gold titles and the costs."""
     lines = [f"  titles: {'; '.join(answer['items']) or 'none of the catalogue'}"]
     for place, best in enumerate(answer.get("ranked", ()), 1):
         lines.append(f"  {place:>3}. {best['title']}  {best['logprob']:.2f}")
     if "gold" in answer:
         lines.append(f"  gold title: {'; '.join(answer['gold'])}")
-    return "\n".join([*lines, f"  {answer['seconds']} s\n"])
+    spent = f", {costs(answer['tokens'])}" if answer["tokens"] else ""
+    return "\n".join([*lines, f"  {answer['seconds']} s{spent}\n"])
