@@ -139,6 +139,8 @@ def test_flags_may_stand_between_the_words() -> None:
         ("samples=2 --plot x.xyz", ("--plot", "x.xyz", ".png")),
         ("samples=2 --plot nowhere/x.png", ("--plot", "no folder nowhere")),
         ("", ("OPTION=VALUES", "--ladder")),
+        ("--ladder --budgets", ("--ladder", "--budgets")),
+        ("--budgets samples=2", ("OPTION=VALUES", "--budgets")),
         ("--ladder samples=2", ("--ladder", "OPTION=VALUES")),
         ("--ladder --ses-samples 2", ("--ladder", "--ses")),
     ],
@@ -260,7 +262,7 @@ def sweep_by_hand() -> dict[str, Any]:
     plain = {"values": {}, **sweep.figures((PLAIN, CHEAP), (PLAIN, CHEAP), seed=0)}
     search = sweep.figures((SEARCHED, DEAR), (PLAIN, CHEAP), seed=0)
     pairs = [(n, cards) for n in (0, 1) for cards in (False, True)]
-    ruled = {"rule": sweep.mean_interval([], 0)}
+    ruled = {"rule": sweep.mean_interval([], 0), "value": sweep.mean_interval([0.5], 0)}
     cells = [{"values": {"votes": n, "cards": cards}, **search, **ruled} for n, cards in pairs]
     plain |= ruled
     return {"swept": ["votes", "cards"], "cells": [plain, *cells]}
@@ -277,6 +279,7 @@ def test_the_figures_are_those_of_the_rows_and_the_differences_are_paired() -> N
     assert {x["mean"] for x in plain["differences"].values()} == {0.0}
     assert cell["costs"] == {
         "seconds": 5.0, "prompt_tokens": 600.0, "decoded_tokens": 40.0, "times": 2.5,
+        "tokens": 640 / 110,
     }  # fmt: skip
 
 
@@ -284,14 +287,16 @@ def test_the_table_has_a_line_per_cell_with_its_values_as_they_are_given() -> No
     found = sweep_by_hand()
     assert sweep.header_of(found) == [
         "", "votes", "cards", "iEval, 0 to 2", "Recall@1", "iEval, 0 to 2 - plain",
-        "Recall@1 - plain", "time / plain", "prompt tokens", "decoded tokens", "by rule",
+        "Recall@1 - plain", "value", "time / plain", "tokens / plain", "prompt tokens",
+        "decoded tokens", "by rule",
     ]  # fmt: skip
     plain, *searches = [sweep.line_of(found, cell) for cell in found["cells"]]
     assert plain[:3] == ["plain reply", "", ""] and plain[3].startswith("0.667 [")
     values = [["0", "no"], ["0", "yes"], ["1", "no"], ["1", "yes"]]
     assert [line[:3] for line in searches] == [["search", *x] for x in values]
     assert searches[0][3].startswith("1.500 [") and searches[0][5].startswith("+1.000 [")
-    assert searches[0][-4:] == ["2.5", "600.0", "40.0", "none"]
+    assert searches[0][-6].startswith("0.500 [")
+    assert searches[0][-5:] == ["2.5", "5.8", "600.0", "40.0", "none"]
 
 
 def test_the_rule_chooses_the_candidate_whose_card_fits_the_summary() -> None:
