@@ -447,6 +447,20 @@ def test_the_least_budget_buys_one_candidate_that_is_not_judged() -> None:
     assert result.widths == [1] and result.reply.startswith("recommender")
 
 
+def test_a_budget_draws_no_more_titles_than_it_judges() -> None:
+    """The plan is for two titles: the two first draws suffice, or the second round of three."""
+    options = SearchOptions(samples=3, turns=1, candidates="distinct", draws=6)
+    budget = next(n for n in range(1, 10**5) if plan(ROOTS[0], with_tokens(options, n)) == [2])
+    for said, calls, kept in (
+        (["Try Heat (1995).", "Try Up (2009)."], [3], [None, None]),
+        (["Heat (1995)!", "Heat (1995).", "Up (2009)!", "Hm.", "Oh."], [3, 3], [None, None, 1]),
+    ):
+        llm = Scripted(drawing(*said))
+        (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, budget))
+        assert [len(requests) for requests in llm.generated] == calls
+        assert [x.dropped for x in result.candidates] == kept and counted(llm) <= budget
+
+
 def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
     """Ranked: Up, Alien (disliked), Heat (a crime film as wished); two of them can be judged."""
     options = SearchOptions(samples=3, turns=1, candidates="ranked", cards=True, veto=False)

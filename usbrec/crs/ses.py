@@ -299,12 +299,13 @@ def draw_distinct(
     """Return per dialogue the first reply of each title, `samples` of them or as many as are drawn.
 
     Drawing goes on in rounds of `samples` for the dialogues that need more, until `draws` are
-    spent. Replies without a title count as one title.
+    spent. With a budget as many titles are enough as there were first draws. Replies without a
+    title count as one title.
     """
-    width = options.samples
+    width, enough = options.samples, [len(x) for x in drawn]
     for start in range(width, options.draws, width):
         numbers = range(start, min(start + width, options.draws))
-        short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < width]
+        short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < enough[i]]
         asked = [first_responses(roles, dialogues[i], seeds[i], options, numbers) for i in short]
         texts = iter(roles.complete([request for own in asked for request in own]))
         for i in short:
