@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py samples=1,3,8 temperature=0,0.5,0.8 [--limit 100] [--plot FILE.png]
     python benchmarks/sweep.py --ladder
+    python benchmarks/sweep.py --budgets
 
 Every combination of the values is a cell. An option is the end of a --ses flag: samples,
 start_turn, cards=no,yes. --ses flags hold for every cell, --temperature and --max-new-tokens for
@@ -16,6 +17,13 @@ shares. The table is kept as sweep/NAME.json. Nothing here chooses a cell.
 The ladder leads from the paper's search to the one with cards, and changes one thing per row. Its
 control needs no judge: the last column is Recall@1 of the candidate whose card fits the summary
 best by rule, ties to the first.
+
+The budgets are a quarter, a half and all of the tokens that a search asks for, by the search's own
+estimate (usbrec/crs/ses.py, `plan`), for the paper's chain with eight candidates and for the search
+with cards. All of them is the least budget with which no dialogue's search drops anything, so that
+row is the plain search. "value" is the inner judge's value of the chosen candidate, in the rows of
+a budget that which the whole search gives it, judged or not. "tokens / plain" are the prompt and
+decoded tokens over those of the plain reply, as they were counted.
 """
 
 import itertools
@@ -23,8 +31,9 @@ import json
 import sys
 import time
 from argparse import SUPPRESS, Namespace
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +50,7 @@ from usbrec.crs.agents import JudgeScore, Roles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import EvaluationOptions, evaluate_method
-from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.crs.ses import CARDS, SearchOptions, plan
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.intervals import mean_interval
 from usbrec.extras.report import compare, interval, summarise
@@ -72,11 +81,12 @@ LADDER: dict[str, dict[str, Any]] = {  # a row -> what it changes
     "eight of them": {"samples": 8},
     "classes in place of means": {"value": "majority"},
 }
-SHOWN = (  # the flags in --help; --help-all lists every flag
-    "--ladder", "--run-dir", "--limit", "--plot", "--data", "--data-dir", "--recommender",
-    "--simulator", "--model", "--device", "--seed", "--chunk-size", "--temperature",
-    "--max-new-tokens", "--ses-samples", "--ses-turns", "--ses-mode", "--ses-cards",
-)  # fmt: skip
+BUDGETED: dict[str, dict[str, Any]] = {"chain, N=8": {"samples": 8}, "cards": CARDS}
+SHARES = (1.0, 0.5, 0.25)  # of the tokens of a whole search, which comes first
+MOST_TOKENS = 10**9  # of a search, more than any asks for
+# the flags in --help; --help-all lists every flag
+SHOWN = """ladder budgets run-dir limit plot data data-dir recommender simulator model device seed
+    chunk-size temperature max-new-tokens ses-samples ses-turns ses-mode ses-cards"""
 
 
 # --- the grid ---------------------------------------------------------------------------------
@@ -88,6 +98,7 @@ def build_parser() -> Parser:
     parser = Parser(SHOWN, prog="sweep.py", description=__doc__, usage=usage)
     parser.add_argument("grid", nargs="*", metavar="OPTION=VALUES")
     parser.add_argument("--ladder", action="store_true", help="in place of a grid")
+    parser.add_argument("--budgets", action="store_true", help="in place of a grid")
     parser.add_argument("--limit", type=int, default=100, help="dialogues, 0 for all (default 100)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the cells")
     parser.add_argument("--verbose", action="store_true", help="tell the tokens of every chunk")
@@ -106,25 +117,26 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_grid(flags: Namespace) -> Cells:
+def read_grid(flags: Namespace, asked: Examples = ()) -> Cells:
     """Return the cells: the plain reply, then the grid, the last option fastest.
 
     A cell's search is that of the --ses flags and the cell's values; cards bring the defaults of
-    --ses-cards. Raises UserError for an option or a value that no search has.
+    --ses-cards. Budgets are shares of what the dialogues ask for. Raises UserError for an option or
+    a value that no search has.
     """
     hints = get_type_hints(SearchOptions)
     given = {name[4:]: x for name, x in vars(flags).items() if name.startswith("ses_")}
+    if flags.budgets:
+        return budget_cells(asked, given)
     if flags.ladder:
-        if flags.grid or given:
-            raise UserError("--ladder has its own searches: no OPTION=VALUES and no --ses flags")
+        if given:
+            raise UserError("--ladder has its own searches: no --ses flags")
         cells: Cells = [({}, None)]
         values: dict[str, Any] = {}
         for name, change in LADDER.items():
             values |= change
             cells.append(({"changed": name}, SearchOptions(**values)))
         return cells
-    if not flags.grid:
-        raise UserError("nothing to try: name OPTION=VALUES, or --ladder")
     swept: dict[str, dict[Any, None]] = {}  # a value that is given twice makes one cell
     for word in flags.grid:
         start, equals, texts = word.partition("=")
@@ -151,8 +163,33 @@ def read_grid(flags: Namespace) -> Cells:
     return cells
 
 
+def budget_cells(asked: Examples, given: Mapping[str, Any]) -> Cells:
+    """Return the plain reply and the budgets of each search; `given` options hold for all."""
+    cells: Cells = [({}, None)]
+    for name, values in BUDGETED.items():
+        search = SearchOptions(**{**values, **given})
+        whole = whole_tokens(asked, search)
+        for share in SHARES:
+            budget = round(share * whole)
+            told = {"of": name, "share": share, "budget_tokens": budget}
+            cells.append((told, replace(search, budget_tokens=budget)))
+    return cells
+
+
+def whole_tokens(asked: Examples, search: SearchOptions) -> int:
+    """Return the least budget of tokens with which no dialogue's search drops anything."""
+
+    def is_enough(tokens: int) -> bool:
+        searching = replace(search, budget_tokens=tokens)
+        return not any(plan(x.history, searching) for x in asked)
+
+    return 1 + bisect_left(range(1, MOST_TOKENS), True, key=is_enough)
+
+
 def check(flags: Namespace) -> None:
     """Raise UserError for what would fail only after the long work."""
+    if sum(map(bool, (flags.grid, flags.ladder, flags.budgets))) != 1:
+        raise UserError("nothing or too much to try: give OPTION=VALUES, --ladder or --budgets")
     if flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     if flags.plot and flags.plot.suffix != ".png":
@@ -222,8 +259,11 @@ def run_sweep(
         rows = run_chunks(results, asked, partial(meet_chunk, recommender, options, search))
         costs = [row.pop("costs") for row in rows]
         met.append((rows, costs))
+        if values.get("share", 1.0) == 1.0:
+            judged = met[-1][0]
         cell = {"values": values, "search": own["search"], "rows": path.name}
         ruled = {"rule": rule_recall(met[-1][0], films, seed_for(o.seed, "sweep"))}
+        cell["value"] = chosen_value(met[-1][0], judged, seed_for(o.seed, "sweep"))
         found.append(cell | figures(met[-1], met[0], seed_for(o.seed, "sweep")) | ruled)
     swept = list(cells[-1][0])
     name = f"{'-'.join(swept)}-{name_for([cell['rows'] for cell in found])}"
@@ -238,14 +278,41 @@ def name_for(value: Any) -> str:
 def figures(own: Met, plain: Met, seed: int) -> dict[str, Any]:
     """Return a cell's means, its paired differences to the plain reply, and its costs.
 
-    The costs are per dialogue. `times` is the seconds over those of the plain reply.
+    The costs are per dialogue. `times` is the seconds over those of the plain reply, `tokens` the
+    tokens over its tokens.
     """
     (talks, lines), (others, least) = own, plain
     costs = {name: fmean(x[name] for x in lines) for name in COSTS}
     costs["times"] = costs["seconds"] / fmean(x["seconds"] for x in least)
+    costs["tokens"] = total(lines) / total(least)
     means, gaps = summarise(talks, seed), compare(talks, others, seed)
     told = {"differences": {name: gaps[name] for name in FIGURES}, "costs": costs}
     return {name: means[name] for name in FIGURES} | told
+
+
+def total(lines: Sequence[Row]) -> float:
+    """Return the prompt and decoded tokens of all dialogues."""
+    return sum(x[name] for x in lines for name in TOKENS)
+
+
+def chosen_value(talks: Sequence[Row], judged: Sequence[Row], seed: int) -> dict[str, Any]:
+    """Return the mean value, with its interval, of the candidates that the first searches chose.
+
+    A value is that of the same first response in the searches of `judged`. A response without one
+    does not count.
+    """
+    values: list[float | None] = []
+    for own, other in zip(talks, judged, strict=True):
+        if own["searches"]:
+            asked, known = own["searches"][0], other["searches"][0]["candidates"]
+            given = {opening(x): x["value"] for x in reversed(known)}
+            values.append(given.get(opening(asked["candidates"][asked["best"]])))
+    return mean_interval(values, seed, limits=(0.0, 2.0))
+
+
+def opening(candidate: Row) -> str:
+    """Return a candidate's first response as it was judged, "" for an empty one."""
+    return str(candidate["leaves"][0]["lines"][0][1]) if candidate["leaves"] else ""
 
 
 def rule_recall(talks: Sequence[Row], films: Catalogue, seed: int) -> dict[str, Any]:
@@ -274,7 +341,9 @@ def header_of(sweep: Mapping[str, Any]) -> list[str]:
         *sweep["swept"],
         *FIGURES.values(),
         *gaps,
+        "value",
         "time / plain",
+        "tokens / plain",
         *TOKENS.values(),
         "by rule",
     ]
@@ -285,9 +354,9 @@ def line_of(sweep: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     values = [word(cell["values"].get(name, "")) for name in sweep["swept"]]
     means = [interval(cell[name]) for name in FIGURES]
     gaps = [interval(cell["differences"][name], form="+.3f") for name in FIGURES]
-    costs = [f"{cell['costs'][name]:.1f}" for name in ("times", *TOKENS)]
+    costs = [f"{cell['costs'][name]:.1f}" for name in ("times", "tokens", *TOKENS)]
     kind = "search" if cell["values"] else "plain reply"
-    return [kind, *values, *means, *gaps, *costs, interval(cell["rule"])]
+    return [kind, *values, *means, *gaps, interval(cell["value"]), *costs, interval(cell["rule"])]
 
 
 def word(value: Any) -> str:
@@ -336,12 +405,14 @@ def sweep_all(arguments: Sequence[str] | None) -> None:
     """Compute the cells, print the table, and keep it beside the cells."""
     flags = build_parser().parse_intermixed_args(arguments)
     check(flags)
-    cells, setup = read_grid(flags), infer.set_up(flags)
+    cells = [] if flags.budgets else read_grid(flags)  # faults of the grid, before the work
+    setup = infer.set_up(flags)
     seed, folder = from_flags(ReplyOptions, flags).seed, (setup.run or infer.RUNS) / "sweep"
     rows = setup.rows("valid")
     asked = loading.pick_rows(rows, flags.limit, seed_for(seed, "sweep"), apart=True)
     if not asked:
         raise UserError(f"the split valid of {setup.data} has no dialogues")
+    cells = cells or read_grid(flags, asked)
     recommender = infer.assemble(setup, flags)
     found = run_sweep(recommender, cells, asked, setup.facts(), folder)
     runs.write_json(folder / f"{found['name']}.json", found)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,8 +13,8 @@ from usbrec.chat import Message, Ranked, Request
 from usbrec.crs import ses
 from usbrec.crs.agents import JudgeScore, Roles, Side, card_prompt, closed_form
 from usbrec.crs.catalogue import Catalogue, Item
-from usbrec.crs.dialogue import add_turn
-from usbrec.crs.ses import Candidate, Node, SearchOptions, search, select, value_of
+from usbrec.crs.dialogue import Dialogue, add_turn
+from usbrec.crs.ses import Candidate, Node, SearchOptions, plan, search, select, value_of
 from usbrec.crs.wishes import card
 from usbrec.options import UserError
 
@@ -346,3 +347,168 @@ def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way
     (result,) = search(of_films(Scripted(reply, logprobs)), ROOTS[:1], [1], options)
     values = {x.reply: x.value for x in result.candidates}
     assert values == {"Which genre?": 0.0, "Try Heat (1995).": 1.0}
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def counted(llm: Scripted) -> int:
+    """Return the tokens of all calls by the search's estimate, replies at their longest."""
+    drawn = [x for call in llm.generated for x in call]
+    prompts = [x.messages for x in drawn] + [x.messages for call in llm.scored for x in call]
+    sizes = [sum(len(x.content.encode()) for x in messages) // 4 for messages in prompts]
+    return sum(sizes) + sum(x.sampling.max_new_tokens for x in drawn) + sum(map(len, llm.scored))
+
+
+def least_whole(root: Dialogue, options: SearchOptions) -> int:
+    """Return the least budget with which nothing is dropped."""
+    budgets = range(1, 10**6)
+    return 1 + bisect_left(budgets, True, key=lambda n: not plan(root, with_tokens(options, n)))
+
+
+def with_tokens(options: SearchOptions, tokens: int) -> SearchOptions:
+    return replace(options, budget_tokens=tokens)
+
+
+SHAPES = [
+    SearchOptions(samples=8),
+    SearchOptions(samples=4, turns=3, mode="tree"),
+    SearchOptions(samples=6, turns=3, scored="path"),
+    SearchOptions(samples=6, turns=2, votes=3, value="majority"),
+    SearchOptions(samples=5, turns=1),
+]
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_budget_that_pays_for_the_whole_search_changes_nothing(options: SearchOptions) -> None:
+    root = ROOTS[1]
+    enough = least_whole(root, options)
+    whole, same = Scripted(by_role, last_two), Scripted(by_role, last_two)
+    expected = search(cast(whole), [root], [2], options)
+    found = search(cast(same), [root], [2], with_tokens(options, enough))
+    assert found == expected and same.generated == whole.generated and same.scored == whole.scored
+    assert found[0].record() == expected[0].record() and "budget" not in found[0].record()
+    (less,) = search(
+        cast(Scripted(by_role, last_two)), [root], [2], with_tokens(options, enough - 1)
+    )
+    assert less.widths and less.record() != expected[0].record()
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_search_spends_no_more_than_its_budget_and_most_of_it(options: SearchOptions) -> None:
+    """All texts are as long as they may be, 48 tokens of four bytes."""
+
+    def at_length(request: Request) -> str:
+        said = by_role(request)
+        return f"{'x' * (191 - len(said))} {said}"
+
+    root, spent = ROOTS[0], []
+    whole = least_whole(root, options)
+    for share in range(3, 11):
+        llm = Scripted(at_length, last_two)
+        search(cast(llm), [root], [1], with_tokens(options, whole * share // 10))
+        spent.append(counted(llm))
+        assert spent[-1] <= whole * share // 10
+    assert spent[0] < spent[-1] and spent[-1] > 0.7 * whole
+
+
+def test_the_first_responses_are_judged_at_once_and_the_better_half_is_rolled_out() -> None:
+    """The first has value 0, the second 1, the third 2: the last two of four are rolled out."""
+    first = iter(["a 0", "b 1", "c 2", "d 2"])
+
+    def reply(request: Request) -> str:
+        if role_of(request) != "recommender":
+            return "x"
+        return next(first) if len(request.messages) == 2 else f"{request.messages[2].content[0]} 1"
+
+    options, root = SearchOptions(samples=4, vote_temperature=0), ROOTS[0]
+    budget = least_whole(root, options) - 1
+    llm = Scripted(reply, last_two)
+    (result,) = search(cast(llm), [root], [1], with_tokens(options, budget))
+    assert result.widths == [4, 2]
+    assert [x.dropped for x in result.candidates] == [2, 2, None, None]
+    # those that are dropped keep the value of their only judgement; the others' is the path's mean
+    assert [x.value for x in result.candidates] == [0.0, 1.0, 1.5, 1.5] and result.best == 2
+    assert roles_of(llm.generated)[1:] == [["internal_seeker"] * 2, ["recommender"] * 2]
+    assert [len(x) for x in llm.scored] == [4, 2]
+    record = json.loads(json.dumps(result.record()))
+    assert record["budget"] == {"widths": [4, 2], "late": None, "dropped": [2, 2, None, None]}
+
+
+def test_a_dropped_candidate_is_not_chosen_whatever_its_value() -> None:
+    best, kept = Candidate("a", None, 2.0, dropped=2), Candidate("b", None, 0.5)
+    assert select([best, kept]) == 1
+
+
+def test_in_a_tree_no_branch_of_a_dropped_candidate_is_drawn() -> None:
+    options = SearchOptions(samples=4, mode="tree")
+    budget = least_whole(ROOTS[0], options) - 1
+    llm = Scripted(by_role, last_two)
+    (result,) = search(cast(llm), ROOTS[:1], [1], with_tokens(options, budget))
+    assert result.widths == [4, 2] and [len(x) for x in llm.generated] == [5, 2, 8]
+    assert [len(x.leaves) for x in result.candidates if not x.dropped] == [4, 4]
+    assert [x.node.children for x in result.candidates if x.node and x.dropped] == [[], []]
+
+
+def test_what_a_budget_drops_depends_on_no_neighbour_and_repeats() -> None:
+    """The dialogues are of different lengths, so that their plans differ."""
+    options = SearchOptions(samples=6, mode="tree")
+    roots = [*ROOTS, talk("A comedy. " * 60)]
+    options = with_tokens(options, least_whole(ROOTS[1], options))
+    together = search(cast(Scripted(by_role, last_two)), roots, [1, 2, 3], options)
+    assert len({tuple(x.widths) for x in together}) > 1
+    for i, root in enumerate(roots):
+        (alone,) = search(cast(Scripted(by_role, last_two)), [root], [i + 1], options)
+        assert alone == together[i]
+
+
+def test_the_least_budget_buys_one_candidate_that_is_not_judged() -> None:
+    llm = Scripted(by_role)
+    (result,) = search(cast(llm), ROOTS[:1], [1], SearchOptions(samples=3, budget_tokens=1))
+    assert roles_of(llm.generated) == [["summariser", "recommender"]] and llm.scored == []
+    assert result.widths == [1] and result.reply.startswith("recommender")
+
+
+def test_a_budget_draws_no_more_titles_than_it_judges() -> None:
+    """The plan is for two titles: the two first draws suffice, or the second round of three."""
+    options = SearchOptions(samples=3, turns=1, candidates="distinct", draws=6)
+    budget = next(n for n in range(1, 10**5) if plan(ROOTS[0], with_tokens(options, n)) == [2])
+    for said, calls, kept in (
+        (["Try Heat (1995).", "Try Up (2009)."], [3], [None, None]),
+        (["Heat (1995)!", "Heat (1995).", "Up (2009)!", "Hm.", "Oh."], [3, 3], [None, None, 1]),
+    ):
+        llm = Scripted(drawing(*said))
+        (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, budget))
+        assert [len(requests) for requests in llm.generated] == calls
+        assert [x.dropped for x in result.candidates] == kept and counted(llm) <= budget
+
+
+def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
+    """Ranked: Up, Alien (disliked), Heat (a crime film as wished); two of them can be judged."""
+    options = SearchOptions(samples=3, turns=1, candidates="ranked", cards=True, veto=False)
+    budget = next(n for n in range(1, 10**5) if plan(ROOTS[0], with_tokens(options, n)) == [2])
+    llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
+    (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, budget))
+    judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
+    assert judged == ["I recommend Up (2009).", "I recommend Heat (1995)."]
+    assert [x.dropped for x in result.candidates] == [None, 1, None] and counted(llm) <= budget
+    llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
+    (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, 1))
+    assert result.reply == "I recommend Heat (1995). Good." and llm.scored == []
+
+
+@pytest.mark.parametrize(("ends", "calls", "late"), [(0, 1, 1), (1, 1, 2), (2, 3, None)])
+def test_after_the_seconds_no_turn_begins_and_the_best_so_far_is_said(
+    monkeypatch: pytest.MonkeyPatch, ends: int, calls: int, late: int | None
+) -> None:
+    """Each look at the clock, at the start and before either turn, is a second after the last."""
+    ticks = iter(range(10))
+    monkeypatch.setattr("usbrec.crs.ses.time.monotonic", lambda: next(ticks))
+    llm = Scripted(by_role, last_two)
+    options = SearchOptions(samples=4, budget_seconds=ends + 0.5)
+    (result,) = search(cast(llm), ROOTS[:1], [1], options)
+    assert result.record()["budget"]["late"] == late and len(llm.generated) == calls
+    values = [x.value for x in result.candidates]
+    assert len(llm.scored) == min(ends, 2) and (None in values) == (ends == 0)
+    left = [x.value or 0 for x in result.candidates if not x.dropped]
+    assert result.candidates[result.best].value == (max(left) if ends else None)

@@ -19,7 +19,7 @@ import infer
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Reply, Request, Sampling
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.crs.ses import CARDS, SearchOptions, plan
 from usbrec.crs.wishes import attributes, write_attribute, write_profile
 from usbrec.llm.engine import Usage
 from usbrec.runs import read_rows
@@ -139,6 +139,8 @@ def test_flags_may_stand_between_the_words() -> None:
         ("samples=2 --plot x.xyz", ("--plot", "x.xyz", ".png")),
         ("samples=2 --plot nowhere/x.png", ("--plot", "no folder nowhere")),
         ("", ("OPTION=VALUES", "--ladder")),
+        ("--ladder --budgets", ("--ladder", "--budgets")),
+        ("--budgets samples=2", ("OPTION=VALUES", "--budgets")),
         ("--ladder samples=2", ("--ladder", "OPTION=VALUES")),
         ("--ladder --ses-samples 2", ("--ladder", "--ses")),
     ],
@@ -260,7 +262,7 @@ def sweep_by_hand() -> dict[str, Any]:
     plain = {"values": {}, **sweep.figures((PLAIN, CHEAP), (PLAIN, CHEAP), seed=0)}
     search = sweep.figures((SEARCHED, DEAR), (PLAIN, CHEAP), seed=0)
     pairs = [(n, cards) for n in (0, 1) for cards in (False, True)]
-    ruled = {"rule": sweep.mean_interval([], 0)}
+    ruled = {"rule": sweep.mean_interval([], 0), "value": sweep.mean_interval([0.5], 0)}
     cells = [{"values": {"votes": n, "cards": cards}, **search, **ruled} for n, cards in pairs]
     plain |= ruled
     return {"swept": ["votes", "cards"], "cells": [plain, *cells]}
@@ -277,6 +279,7 @@ def test_the_figures_are_those_of_the_rows_and_the_differences_are_paired() -> N
     assert {x["mean"] for x in plain["differences"].values()} == {0.0}
     assert cell["costs"] == {
         "seconds": 5.0, "prompt_tokens": 600.0, "decoded_tokens": 40.0, "times": 2.5,
+        "tokens": 640 / 110,
     }  # fmt: skip
 
 
@@ -284,14 +287,16 @@ def test_the_table_has_a_line_per_cell_with_its_values_as_they_are_given() -> No
     found = sweep_by_hand()
     assert sweep.header_of(found) == [
         "", "votes", "cards", "iEval, 0 to 2", "Recall@1", "iEval, 0 to 2 - plain",
-        "Recall@1 - plain", "time / plain", "prompt tokens", "decoded tokens", "by rule",
+        "Recall@1 - plain", "value", "time / plain", "tokens / plain", "prompt tokens",
+        "decoded tokens", "by rule",
     ]  # fmt: skip
     plain, *searches = [sweep.line_of(found, cell) for cell in found["cells"]]
     assert plain[:3] == ["plain reply", "", ""] and plain[3].startswith("0.667 [")
     values = [["0", "no"], ["0", "yes"], ["1", "no"], ["1", "yes"]]
     assert [line[:3] for line in searches] == [["search", *x] for x in values]
     assert searches[0][3].startswith("1.500 [") and searches[0][5].startswith("+1.000 [")
-    assert searches[0][-4:] == ["2.5", "600.0", "40.0", "none"]
+    assert searches[0][-6].startswith("0.500 [")
+    assert searches[0][-5:] == ["2.5", "5.8", "600.0", "40.0", "none"]
 
 
 def test_the_rule_chooses_the_candidate_whose_card_fits_the_summary() -> None:
@@ -320,11 +325,10 @@ def test_a_plot_has_a_point_per_cell_and_a_line_per_combination_of_the_others() 
     }  # fmt: skip
 
 
-def test_the_command_sweeps_validation_dialogues_of_a_run_and_keeps_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, plot = tmp_path / "run", tmp_path / "cells.png"
-    model, data = write_small_model(tmp_path / "model"), write_small_data(tmp_path / "data", rows=3)
+def write_run(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Return a run folder of a tiny model, and the first row of each validation dialogue."""
+    run = folder / "run"
+    model, data = write_small_model(folder / "model"), write_small_data(folder / "data", rows=3)
     valid = [json.loads(x) for x in (data / "valid.jsonl").read_text("utf-8").splitlines()]
     with (data / "valid.jsonl").open("a", encoding="utf-8") as file:  # a dialogue's second row
         file.write(json.dumps({**valid[0], "turn_id": valid[0]["turn_id"] + 2}) + "\n")
@@ -333,6 +337,14 @@ def test_the_command_sweeps_validation_dialogues_of_a_run_and_keeps_the_table(
     (run / "options" / "simulator.json").write_text(json.dumps(made), "utf-8")
     (run / "simulator").mkdir()
     (run / "simulator" / "adapter_model.safetensors").touch()  # the run has got so far
+    return run, valid
+
+
+def test_the_command_sweeps_validation_dialogues_of_a_run_and_keeps_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, valid = write_run(tmp_path)
+    plot = tmp_path / "cells.png"
     command = ["--run-dir", str(run), "--simulator", "none", *SHORT, "candidates=sampled,ranked"]
     drawn = ["--plot", str(plot)] if importlib.util.find_spec("matplotlib") else []
     assert sweep.main([*command, *drawn]) == 0
@@ -352,3 +364,61 @@ def test_the_command_sweeps_validation_dialogues_of_a_run_and_keeps_the_table(
     assert sorted(ids[0]) == sorted(x["dialog_id"] for x in valid) and ids == [ids[0]] * 3
     assert all(cost > 0 for cell in found["cells"] for cost in cell["costs"].values())
     assert not drawn or plot.stat().st_size > 1000
+
+
+# --- budgets ----------------------------------------------------------------------------------
+
+
+def test_the_command_tries_shares_of_the_whole_searches_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole search drops nothing, a quarter of its tokens keeps fewer candidates."""
+    run, _ = write_run(tmp_path)
+    command = ["--run-dir", str(run), "--simulator", "none", "--limit", "0", "--budgets"]
+    short = ["--max-new-tokens", "6", "--ses-max-new-tokens", "6", "--ses-summary-tokens", "6"]
+    assert sweep.main([*command, *short]) == 0
+    lines = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    shares = [(name, str(share)) for name in sweep.BUDGETED for share in (1.0, 0.5, 0.25)]
+    assert lines == [["| plain reply", "", ""], *[["| search", *x] for x in shares]]
+    [path] = (x for x in (run / "sweep").glob("*.json") if not x.name.endswith(".options.json"))
+    _, *cells = json.loads(path.read_text("utf-8"))["cells"]
+    for whole, *less in (cells[:3], cells[3:]):
+        searches = [x["searches"][0] for x in read_rows(run / "sweep" / whole["rows"])]
+        assert not any("budget" in x for x in searches)
+        for cell in less:
+            searches = [x["searches"][0] for x in read_rows(run / "sweep" / cell["rows"])]
+            assert all(x["budget"]["widths"] != [8] * len(x["candidates"]) for x in searches)
+            assert cell["costs"]["tokens"] < whole["costs"]["tokens"]
+            assert cell["search"]["budget_tokens"] < whole["search"]["budget_tokens"]
+
+
+def test_all_of_the_tokens_are_the_least_that_drop_nothing() -> None:
+    search = SearchOptions(samples=4)
+    whole = sweep.whole_tokens(ASKED, search)
+    for tokens, less in ((whole, False), (whole - 1, True)):
+        plans = [plan(x.history, replace(search, budget_tokens=tokens)) for x in ASKED]
+        assert any(plans) == less
+
+
+def test_the_value_of_a_choice_is_that_which_the_whole_search_gives_it() -> None:
+    """The budget's choice was not judged, and is written out; the whole search gives it 1.5."""
+
+    def searched(best: int, *values: float | None) -> Any:
+        told = [{"lines": [["recommender", f"Film {i}."]]} for i in range(len(values))]
+        candidates = [
+            {"reply": f"Film {i}. Good." if i == best else f"Film {i}.", "value": x, "leaves": [y]}
+            for i, (x, y) in enumerate(zip(values, told, strict=True))
+        ]
+        return replace(PLAIN[0], searches=[{"best": best, "candidates": candidates}])
+
+    whole, less = searched(0, 2.0, 1.5, 0.0), searched(1, 0.1, None)
+    assert sweep.chosen_value([less], [whole], 0)["mean"] == 1.5
+    assert sweep.chosen_value([whole], [whole], 0)["mean"] == 2.0
+    assert sweep.chosen_value(PLAIN, PLAIN, 0)["n"] == 0
+
+
+def test_the_help_shows_the_flags_of_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    told = capsys.readouterr().out
+    assert "--budgets " in told and "--ses-samples N" in told and "--top-k" not in told

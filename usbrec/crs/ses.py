@@ -16,6 +16,11 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
    the judge sees the catalogue's facts of the title. With cards a last reply without a title of
    the catalogue is 0, and so is one that the profile calls refused or seen (`veto`); a question on
    the way is not scored.
+9. Beyond the paper, and off unless asked for: a budget. A search that its tokens pay for is the
+   plain one. Otherwise the first responses are judged at once, then at each turn the better half is
+   rolled out and judged, or fewer where the tokens end; a value is that of the whole path. With
+   cards the rule `wishes.fit`, which asks no model, says which candidates are judged. One candidate
+   alone is not judged. A search spends at least a summary and a candidate.
 
     dialogue + profile                  summary and first responses: one call for all dialogues
     |- candidate -- seeker -- reply     the later reply is a leaf, which the inner judge scores
@@ -26,6 +31,7 @@ All dialogues of a chunk are searched level by level, each level in one `generat
 model. `python infer.py --ses` shows a search.
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,8 +44,8 @@ from usbrec.crs import agents
 from usbrec.crs.agents import JudgeScore, Roles, Seeds, Side, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn
-from usbrec.crs.wishes import card, read_profile
-from usbrec.options import Options, option, seed_for
+from usbrec.crs.wishes import card, fit, read_profile
+from usbrec.options import MOST, Options, option, seed_for
 
 BOUND = 10_000  # replies, and votes, of one dialogue's search
 
@@ -66,6 +72,8 @@ class SearchOptions(Options):
     veto: bool = option(True, "with cards: no title, or a refused or seen one, is worth 0")
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     summary_tokens: int = option(48, "longest summary, in tokens", low=1)
+    budget_tokens: int = option(0, "most tokens of a search, by estimate; 0: any", low=0)
+    budget_seconds: float = option(0.0, "by the clock; calls overrun, results vary; 0: any", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,12 +126,14 @@ class Node:
 class Candidate:
     """A first response and its node, shared by equal responses and None for an empty one.
 
-    `value` is None if there is no node or none of its leaves could be read.
+    `value` is None if there is no node or none of its leaves could be read. `dropped` is the turn,
+    from 1, that a budget went on to without it; what was dropped at turn 1 was never judged.
     """
 
     reply: str
     node: Node | None
     value: float | None = None
+    dropped: int | None = None
 
     @property
     def paths(self) -> list[list[Node]]:
@@ -138,12 +148,18 @@ class Candidate:
 
 @dataclass
 class SearchResult:
-    """One dialogue's search: the dialogue, its profile, all candidates, the index of the best."""
+    """One dialogue's search: the dialogue, its profile, all candidates, the index of the best.
+
+    `widths` are the candidates that a budget keeps at each turn, none if it keeps all. `late` is
+    the turn before which the clock ended the search.
+    """
 
     root: Dialogue
     profile: str
     candidates: list[Candidate]
     best: int = 0
+    widths: list[int] = field(default_factory=list)
+    late: int | None = None
 
     @property
     def reply(self) -> str:
@@ -152,12 +168,15 @@ class SearchResult:
 
     def record(self) -> dict[str, Any]:
         """Return the search in JSON's own types, the root dialogue left out."""
-        n = len(self.root)
+        n, dropped = len(self.root), [x.dropped for x in self.candidates]
         candidates = [
             {"reply": x.reply, "value": x.value, "leaves": [leaf.record(n) for leaf in x.leaves]}
             for x in self.candidates
         ]
-        return {"profile": self.profile, "best": self.best, "candidates": candidates}
+        found = {"profile": self.profile, "best": self.best, "candidates": candidates}
+        if self.widths:
+            found["budget"] = {"widths": self.widths, "dropped": dropped, "late": self.late}
+        return found
 
 
 Searches = list[SearchResult]
@@ -168,11 +187,14 @@ def search(
 ) -> Searches:
     """Return one search per dialogue; a `given` profile takes the place of the summaries.
 
-    A search depends on its dialogue, its seed and such a profile alone.
+    A search depends on its dialogue, its seed and such a profile alone, with a budget of seconds on
+    the clock too.
     """
-    results = open_searches(roles, dialogues, seeds, options, given)
-    nodes = {id(x.node): x.node for result in results for x in result.candidates if x.node}
-    levels = [list(nodes.values())]
+    start = time.monotonic()
+    results = begin(roles, dialogues, seeds, options, given)
+    search_within([x for x in results if x.widths], roles, options, start)
+    whole = [x for result in results if not result.widths for x in result.candidates]
+    levels = [list({id(x.node): x.node for x in whole if x.node}.values())]
     for _ in tqdm(range(options.turns - 1), "search", leave=False, delay=2, disable=None):
         levels.append(expand(roles, levels[-1], options))
     scored = levels if options.scored == "path" else levels[-1:]
@@ -186,7 +208,23 @@ def search(
     return results
 
 
-def open_searches(
+def search_within(results: Searches, roles: Roles, options: SearchOptions, start: float) -> None:
+    """Search as far as the plans and the clock allow, each level after a choice of candidates."""
+    for level in range(options.turns):
+        going = [x for x in results if level < len(x.widths)]
+        if 0 < options.budget_seconds < time.monotonic() - start:
+            for result in going:
+                result.late = level + 1
+            return
+        for result in going:
+            keep(result, level, roles.catalogue, options)
+        # one candidate alone is not judged
+        left = [x for r in going if r.widths[level] > 1 for x in r.candidates if not x.dropped]
+        nodes = list({id(leaf): leaf for x in left for leaf in x.leaves}.values())
+        score_nodes(roles, expand(roles, nodes, options) if level else nodes, options)
+
+
+def begin(
     roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions, given: str
 ) -> Searches:
     """Return one search per dialogue: its profile and its candidates.
@@ -196,15 +234,16 @@ def open_searches(
     ranked = options.candidates == "ranked"
     likeliest = roles.likeliest(dialogues, options.samples) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
-    summary, width = Sampling(options.summary_tokens, temperature=0.0), range(options.samples)
+    summary = Sampling(options.summary_tokens, temperature=0.0)
+    firsts = [range((plan(x, options) or [options.samples])[0]) for x in dialogues]
     keys = [seed_for(seed, "summary") for seed in seeds]
     prompts = map(agents.summary_prompt, dialogues)
     asked = [] if given else roles.simulator.requests(prompts, summary, keys)
-    for root, seed in zip(dialogues, seeds, strict=True):
-        asked += [] if ranked else first_responses(roles, root, seed, options, width)
+    for root, seed, numbers in zip(dialogues, seeds, firsts, strict=True):
+        asked += [] if ranked else first_responses(roles, root, seed, options, numbers)
     texts = iter(roles.complete(asked))
     profiles = [given or next(texts) for _ in dialogues]
-    drawn = drawn or [[next(texts) for _ in width] for _ in dialogues]
+    drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, dialogues, seeds, drawn, options)
     results = []
@@ -212,8 +251,34 @@ def open_searches(
         nodes = {}  # equal replies are searched once, empty ones not at all
         for x in filter(None, replies):
             nodes[x] = Node(add_turn(root, "recommender", x), profile, seed_for(seed, "root", x))
-        results.append(SearchResult(root, profile, [Candidate(x, nodes.get(x)) for x in replies]))
+        candidates = [Candidate(x, nodes.get(x)) for x in replies]
+        results.append(SearchResult(root, profile, candidates, widths=plan(root, options)))
     return results
+
+
+def plan(root: Dialogue, options: SearchOptions) -> list[int]:
+    """Return how many candidates a budget keeps at each turn, none if it pays for the whole search.
+
+    Prices are known before the first call, and hold for any language model or server. A prompt
+    counts a token for every four bytes of its text, cached or not. What is yet to be said counts at
+    its longest, a card as a summary, a ranking as a reply. A budget of seconds halves every search.
+    """
+    o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens
+    chats = agents.recommender_prompt(root), agents.internal_judge_prompt(root, profile)
+    prompts = *chats, agents.card_prompt("", profile, profile) if o.cards else chats[1]
+    asks, chat, judges = (longest + sum(len(x.content.encode()) for x in y) // 4 for y in prompts)
+    calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
+    left = given = (o.budget_tokens or MOST) - chat - calls * asks
+    parents, whole, widths = 0, 0, [2 * o.samples]
+    for level, count in enumerate(o.levels):
+        nodes, said = count // o.samples, 2 * level * longest  # of one candidate; since the root
+        drawn = parents * (chat + said) + nodes * (asks + said) * (level > 0 or calls == 0)
+        judged = nodes * max(1, o.votes) * (judges + said + agents.VOTE_TOKENS)
+        whole += drawn + judged * (o.scored == "path" or level == o.turns - 1)
+        widths.append(int(min((widths[-1] + 1) // 2, left // (drawn + judged))))
+        parents, left = nodes, left - widths[-1] * (drawn + judged)
+    fits = o.samples * whole <= given and not o.budget_seconds
+    return [] if fits else [width for width in widths[1:] if width > 1] or [1]
 
 
 def first_responses(
@@ -242,12 +307,13 @@ def draw_distinct(
     """Return per dialogue the first reply of each title, `samples` of them or as many as are drawn.
 
     Drawing goes on in rounds of `samples` for the dialogues that need more, until `draws` are
-    spent. Replies without a title count as one title.
+    spent. With a budget as many titles are enough as there were first draws. Replies without a
+    title count as one title.
     """
-    width = options.samples
+    width, enough = options.samples, [len(x) for x in drawn]
     for start in range(width, options.draws, width):
         numbers = range(start, min(start + width, options.draws))
-        short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < width]
+        short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < enough[i]]
         asked = [first_responses(roles, dialogues[i], seeds[i], options, numbers) for i in short]
         texts = iter(roles.complete([request for own in asked for request in own]))
         for i in short:
@@ -261,6 +327,24 @@ def by_title(catalogue: Catalogue, replies: Sequence[str]) -> dict[tuple[Item, .
     for reply in filter(None, replies):
         found.setdefault(catalogue.first(reply), reply)
     return found
+
+
+def keep(result: SearchResult, level: int, catalogue: Catalogue, options: SearchOptions) -> None:
+    """Drop all candidates but the most promising ones of the plan, at ties the later.
+
+    Before the first judgement all promise the same, with cards their fit with the profile by rule.
+    """
+    told = read_profile(result.profile, catalogue) if options.cards else set()
+
+    def promise(x: Candidate) -> float:
+        if level == 0 and options.cards:
+            return min((fit(item, told) for item in catalogue.first(x.reply)), default=-1)
+        return value_of(x.paths, options.value) or 0.0
+
+    left = [x for x in result.candidates if x.node and not x.dropped]
+    best = list(dict.fromkeys(x.reply for x in sorted(left, key=promise, reverse=True)))
+    for x in left:
+        x.dropped = None if x.reply in best[: result.widths[level]] else level + 1
 
 
 def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[Node]:
@@ -326,7 +410,7 @@ def select(candidates: Sequence[Candidate]) -> int:
     """Return the index of the candidate with the highest value, ties to the first.
 
     A candidate without a value never beats one that has one, and an empty one beats none. Without
-    any value the first candidate that is not empty is chosen.
+    any value the first candidate that is not empty is chosen. A dropped one beats none.
     """
-    ranks = [(x.value is not None, bool(x.reply), x.value or 0.0) for x in candidates]
+    ranks = [(not x.dropped, x.value is not None, bool(x.reply), x.value or 0) for x in candidates]
     return ranks.index(max(ranks))
