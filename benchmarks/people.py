@@ -20,7 +20,8 @@ what costs nothing: the reply's length, whether it names a title, one score for 
                  that name one film, which is new and the recommender's idea
 
 A run that is finished also gives its iEval, corrected for the external judge's errors
-(`corrected_ieval`). Rows are in people/ in the run folder: the same command goes on from there.
+(`corrected_ieval`). Rows are in people/ in the run folder: the same command goes on from there, and
+so does one with a higher --limit.
 """
 
 import json
@@ -71,6 +72,7 @@ JUDGES = {"internal judge": SearchOptions(), "judge with cards": SearchOptions(*
 DOMAINS = ("redial", "opendialkg")
 PASSED, RELEVANT = 1.0, 1.0  # least score of a judge, least rating of people, that count as good
 GREATEST = 2.0  # score
+BATCH = 20  # dialogues of a results file
 # Pearson's correlation of published evaluators with the same people, from
 # meta_eval_interface/baselines.json of GitHub informagi/face (FACE, arXiv 2506.00314)
 PUBLISHED = {
@@ -182,11 +184,16 @@ def liked_turns(value: Row) -> Iterator[RatedTurn]:
         known |= ids
 
 
-def pick_dialogues(turns: RatedTurns, limit: int, seed: int) -> list[RatedTurn]:
-    """Return the turns of `limit` dialogues (0: all), the first by a seeded hash of their ids."""
+def batches(turns: RatedTurns, limit: int, seed: int) -> list[list[RatedTurn]]:
+    """Return the turns of `limit` dialogues (0: all) by BATCH dialogues.
+
+    The dialogues come in the order of a seeded hash of their ids, so that a higher limit begins
+    with the batches of a lower one, if that fills them.
+    """
     order = sorted({x.dialog_id for x in turns}, key=lambda name: seed_for(seed, "people", name))
-    kept = set(order[: limit or len(order)])
-    return [x for x in turns if x.dialog_id in kept]
+    kept = order[: limit or len(order)]
+    parts = [set(kept[i : i + BATCH]) for i in range(0, len(kept), BATCH)]
+    return [[x for x in turns if x.dialog_id in part] for part in parts]
 
 
 # --- their scores -----------------------------------------------------------------------------
@@ -418,11 +425,10 @@ def cell(value: Any) -> str:
 
 def show_all(found: Row) -> None:
     """Print all tables."""
-    for name, figures in found["by turn"].items():
-        show_figures(f"by turn, {name}", figures)
-    for name, figures in found["by dialogue"].items():
-        told = found["published"].get(name, {}).get("by dialogue", {})
-        show_figures(f"by dialogue, {name}", figures | {k: {"pearson": x} for k, x in told.items()})
+    for kind in ("by turn", "by dialogue"):
+        for name, figures in found[kind].items():
+            told = found["published"].get(name, {}).get(kind, {})
+            show_figures(f"{kind}, {name}", figures | {k: {"pearson": x} for k, x in told.items()})
     marks = found["marks"]
     show_figures(f"{marks['liked']} liked, {marks['disliked']} disliked", found["liked"])
     show_figures("iEval", found["ieval"])
@@ -445,7 +451,7 @@ def build_parser() -> Parser:
     told = "the folder of redial/ and opendialkg/ (default: data)"
     parser.add_argument("--catalogues", type=Path, default=datasets.ROOT, help=told)
     parser.add_argument("--liked", type=Path, metavar="FILE.jsonl", help="ReDial's valid_raw.jsonl")
-    told = "dialogues of each set, 0 for all (default 0)"
+    told = "dialogues of each data set, 0 for all (default 0)"
     parser.add_argument("--limit", type=int, default=0, help=told)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
     parser.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
@@ -462,20 +468,26 @@ def measure_people(arguments: Sequence[str] | None) -> None:
     if flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     seed, setup = from_flags(ReplyOptions, flags).seed, infer.set_up(flags)
-    turns = pick_dialogues(read_arena(flags.file), flags.limit, seed)
+    turns = read_arena(flags.file)
     sets = {domain: [x for x in turns if x.domain == domain] for domain in DOMAINS}
-    if flags.liked:
-        sets["liked"] = pick_dialogues(read_liked(flags.liked), flags.limit, seed)
+    sets["liked"] = read_liked(flags.liked) if flags.liked else []
     films = {x: datasets.load_catalogue(x, flags.catalogues / x) for x in DOMAINS}
-    recommender, rows = infer.assemble(setup, flags), {}
-    for label, own in sets.items():
-        facts, folder = {**setup.facts(), "seed": seed}, (setup.run or infer.RUNS) / "people"
-        catalogue = films[label if label in films else "redial"]
-        rows[label] = judge_all(recommender, catalogue, own, label, facts, folder)
+    films["liked"] = films["redial"]
+    recommender, facts = infer.assemble(setup, flags), {**setup.facts(), "seed": seed}
+    judged, folder = partial(judge_all, recommender), (setup.run or infer.RUNS) / "people"
+    rows = {
+        label: [
+            row
+            for part in batches(own, flags.limit, seed)
+            for row in judged(films[label], part, label, facts, folder)
+        ]
+        for label, own in sets.items()
+    }
     talks = setup.run / "rows.jsonl" if setup.run else None
     known = runs.read_rows(talks) if talks and talks.exists() else []
     rated = [row for domain in DOMAINS for row in rows[domain]]
-    found = measure(rated, rows.get("liked", []), known, seed_for(seed, "people"))
+    found = {"seed": seed, "limit": flags.limit}
+    found |= measure(rated, rows["liked"], known, seed_for(seed, "people"))
     show_all(found)
     for told in loading.shortened_lines(recommender.engines):
         infer.tell(told)

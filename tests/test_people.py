@@ -1,6 +1,5 @@
 """benchmarks/people.py and correlation.py: figures by hand, and the command on hand-made talks."""
 
-import itertools
 import json
 import math
 import sys
@@ -157,8 +156,25 @@ def test_a_judge_without_power_corrects_nothing() -> None:
         found = corrected(passed, calibration(right, wrong, 100))
         assert (found["mean"], found["low"], found["high"]) == (None, None, None)
         assert found["sensitivity"] == right / 100
-    weak = corrected(passed * 50, calibration(11, 8, 20))
-    assert (weak["low"], weak["high"]) == (0.0, 1.0)  # many draws have none
+    for own in ([1.0] * 90 + [0.0] * 10, [1.0] * 10 + [0.0] * 90):
+        weak = corrected(own, calibration(11, 8, 20))
+        assert (weak["low"], weak["high"]) == (0.0, 1.0)  # many draws have none
+
+
+def test_a_dialogues_good_and_bad_reply_are_drawn_together() -> None:
+    """Sensitivity 0.75 and 1 - specificity 0.25, the same dialogues' or others'.
+
+    The rate moves with the sum of both. Where each dialogue passes one reply, the sum is 1 in every
+    draw, and the replies' own uncertainty is left.
+    """
+    passed, widths = [1.0, 0.0] * 500, []
+    for kept in (range(25), range(75, 100)):
+        verdicts, truths, groups = calibration(75, 0, 100)
+        verdicts[100:] = [float(i in kept) for i in range(100)]
+        found = corrected(passed, (verdicts, truths, groups))
+        assert found["mean"] == pytest.approx(0.5)
+        widths.append(found["high"] - found["low"])
+    assert widths[0] > 2 * widths[1] > 0
 
 
 def test_a_judge_without_an_error_among_few_may_still_err() -> None:
@@ -277,13 +293,18 @@ def test_a_file_of_another_form_is_one_sentence(tmp_path: Path, content: str, na
         people.read_liked(write(tmp_path / "x.jsonl", {"messages": []}))
 
 
-def test_a_limit_keeps_whole_dialogues_and_more_of_them_keep_those(tmp_path: Path) -> None:
+def test_a_higher_limit_begins_with_the_batches_of_a_lower_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "BATCH", 2)
     turns = people.read_arena(write(tmp_path / "arena.json", ARENA))
-    kept = [people.pick_dialogues(turns, n, 3) for n in (1, 2, 3, 0)]
-    assert [len({x.dialog_id for x in own}) for own in kept] == [1, 2, 3, 4]
-    for few, more in itertools.pairwise(kept):
-        assert few == [x for x in more if x in few]
-    assert kept[-1] == turns
+    found = {n: people.batches(turns, n, 3) for n in (1, 2, 3, 4, 0)}
+    counts = {n: [len({x.dialog_id for x in part}) for part in x] for n, x in found.items()}
+    assert counts == {1: [1], 2: [2], 3: [2, 1], 4: [2, 2], 0: [2, 2]}
+    assert found[3][0] == found[2][0] == found[0][0] and found[4] == found[0]
+    everything = [x for part in found[0] for x in part]
+    assert sorted(map(str, everything)) == sorted(map(str, turns))
+    assert people.batches([], 0, 3) == []
 
 
 # --- the scores -------------------------------------------------------------------------------
