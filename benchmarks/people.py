@@ -458,7 +458,7 @@ def build_parser() -> Parser:
     parser.add_argument("--simulator", help="the adapter or model that judges, or none")
     add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions, skip=("ses", "rank", "rank_tokens"))
-    parser.set_defaults(adapter="none", data=None, data_dir=None, verbose=False)
+    parser.set_defaults(recommender="none", data=None, data_dir=None, verbose=False)
     return parser
 
 

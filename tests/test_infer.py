@@ -387,7 +387,7 @@ def test_a_search_is_coloured_on_a_terminal_unless_no_color_is_set(
 def test_the_five_lines_of_the_quick_start_load_a_run_and_answer(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (ROOT.parent / "docs" / "QUICKSTART.md").read_text("utf-8")
+    page = (ROOT.parent / "README.md").read_text("utf-8")
     [lines] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(lines.split("\n")) - lines.count("\n\n") - 1 == 5 and "runs/sample" in lines
     names: dict[str, Any] = {}

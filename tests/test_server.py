@@ -124,7 +124,8 @@ def said_by_infer(
     """Return the reply of `infer.py --dialogue` with the flags SHORT."""
     path = tmp_path / "dialogue.json"
     path.write_text(json.dumps({"messages": messages}), "utf-8")
-    model = ["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--adapter", "none"]
+    model = ["--model", str(folder), "--dtype", "float32", "--device", "cpu"]
+    model += ["--recommender", "none"]
     assert infer.main([*model, *SHORT, "--dialogue", str(path), "--json", *flags]) == 0
     return json.loads(capsys.readouterr().out)["reply"]
 

@@ -409,7 +409,7 @@ def test_the_value_of_a_choice_is_that_which_the_whole_search_gives_it() -> None
             {"reply": f"Film {i}. Good." if i == best else f"Film {i}.", "value": x, "leaves": [y]}
             for i, (x, y) in enumerate(zip(values, told, strict=True))
         ]
-        return replace(PLAIN[0], searches=[{"best": best, "candidates": candidates}])
+        return {**PLAIN[0], "searches": [{"best": best, "candidates": candidates}]}
 
     whole, less = searched(0, 2.0, 1.5, 0.0), searched(1, 0.1, None)
     assert sweep.chosen_value([less], [whole], 0)["mean"] == 1.5
