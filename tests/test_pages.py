@@ -177,7 +177,7 @@ def test_an_empty_reply_and_lost_costs_are_shown_as_such(tmp_path: Path) -> None
 @pytest.fixture
 def report() -> dict[str, Any]:
     """The report of test_report.py: methods B/L and RL+SES, of which one was searched."""
-    methods = {"RL+SES": [{**x, "searches": [SEARCH]} for x in TUNED], "B/L": PLAIN}
+    methods = {"B/L": PLAIN, "RL+SES": [{**x, "searches": [SEARCH]} for x in TUNED]}
     baselines = {"copy-last": [x["labels"] for x in PLAIN]}
     return build_report(methods, baselines, JUDGE, seed=0) | FACTS
 
