@@ -26,11 +26,11 @@ PROFILE = "Likes: crime. Dislikes: nothing said."
 
 
 class Model(Ranking):
-    """A scripted model with an engine's counts and listener."""
+    """A scripted model with an engine's counts and listeners."""
 
     def __init__(self, reply: Callable[[Request], str]) -> None:
         super().__init__(reply)
-        self.usage, self.listener = Usage(), None
+        self.usage, self.listeners = Usage(), {}
 
 
 def by_role(request: Request) -> str:
@@ -91,7 +91,7 @@ def test_only_a_plain_reply_is_heard_as_it_is_drawn(
 
     class Told(Model):
         def generate(self, requests: Any) -> Any:
-            heard.append(self.listener is not None)
+            heard.append(bool(self.listeners))
             return super().generate(requests)
 
     chat(monkeypatch, "One.", "/ses off", "Two.", "/ses on", "Three.", model=Told(by_role))

@@ -6,7 +6,6 @@ A browser loads them too, where there is one.
 import json
 import shutil
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -178,8 +177,8 @@ def test_an_empty_reply_and_lost_costs_are_shown_as_such(tmp_path: Path) -> None
 @pytest.fixture
 def report() -> dict[str, Any]:
     """The report of test_report.py: methods B/L and RL+SES, of which one was searched."""
-    methods = {"RL+SES": [replace(x, searches=[SEARCH]) for x in TUNED], "B/L": PLAIN}
-    return build_report(methods, {"copy-last": [x.labels for x in PLAIN]}, JUDGE, FACTS, seed=0)
+    methods = {"B/L": PLAIN, "RL+SES": [x | {"searches": [SEARCH]} for x in TUNED]}
+    return build_report(methods, {"copy-last": [x["labels"] for x in PLAIN]}, JUDGE, 0) | FACTS
 
 
 def report_page(tmp_path: Path, report: dict[str, Any], rows: list[Any]) -> Page:
