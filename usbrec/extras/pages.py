@@ -24,6 +24,7 @@ from usbrec.runs import write_json, write_rows, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-]?[\d.]+), ([+-]?[\d.]+)\]")  # of format_report
+FRAME = ("html", "css")  # of every page
 TRACES = (".html", ".json", ".jsonl")  # of a trace
 Lines = Sequence[Sequence[str]]  # (speaker, text) each
 
@@ -41,9 +42,9 @@ def tag(name: str, *inside: str, **attributes: str) -> Markup:
 
 def write_page(path: Path, title: str, body: Sequence[Markup]) -> None:
     """Write a page of these elements, and below them the legend of searches."""
-    template = Template(Path(__file__).with_name("search.html").read_text("utf-8"))
-    legend = tag("p", report.SEARCH_LEGEND, class_="note")
-    page = template.substitute(title=escape(title), body="\n".join([*body, legend]))
+    frame, style = (Path(__file__).with_name(f"search.{x}").read_text("utf-8") for x in FRAME)
+    elements = "\n".join([*body, tag("p", report.SEARCH_LEGEND, class_="note")])
+    page = Template(frame).substitute(title=escape(title), style=style, body=elements)
     write_whole(path, page.encode(errors="backslashreplace"))
 
 
