@@ -272,15 +272,11 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     popularity = popularity_of(setup.rows("train"))
     facts = {**setup.facts(), "split": split, "limit": limit, "seed": seed, "eval": asdict(options)}
     facts["contents"] = digest([rows, popularity, *recommender.roles.catalogue])
-    out = flags.out or results_file(setup, f"{split}-judges", facts)
-
-    def judge_chunk(chunk: Examples) -> list[Row]:
-        judged = judge_agreement(recommender.roles, chunk, popularity, seed, options)
-        recommender.spent()
-        return judged
-
+    out, roles = flags.out or results_file(setup, f"{split}-judges", facts), recommender.roles
     results = Results(out, recommender.options.chunk_size, "validate", facts, recommender.engines)
-    found = agreement(run_chunks(results, rows, judge_chunk), seed)
+    made = run_chunks(results, rows, lambda x: judge_agreement(roles, x, popularity, seed, options))
+    recommender.spent()
+    found = agreement(made, seed)
     if flags.json:
         print(runs.dump(found))
         return
@@ -302,8 +298,7 @@ def build_parser() -> Parser:
     source.add_argument("--dialogue", type=Path, metavar="FILE", help="dialogues, JSON or JSONL")
     source.add_argument("--chat", action="store_true", help="converse in the terminal")
     source.add_argument("--serve", action="store_true", help="answer OpenAI's clients until Ctrl-C")
-    told = "check the judges on held-out dialogues"
-    source.add_argument("--validate-simulator", action="store_true", help=told)
+    source.add_argument("--validate-simulator", action="store_true", help="check the judges")
     what.add_argument("--host", help="the address that --serve listens at (default: 127.0.0.1)")
     what.add_argument("--port", type=int, metavar="N", help="0: any that is free (default: 8000)")
     what.add_argument("--data", help="sample, redial, opendialkg or a folder (default: the run's)")
@@ -311,8 +306,7 @@ def build_parser() -> Parser:
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
     what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")
     what.add_argument("--out", type=Path, metavar="FILE", help="results file; goes on from there")
-    told = "the searches as a page (.html) or as records (.json, .jsonl)"
-    what.add_argument("--trace", type=Path, metavar="FILE", help=told)
+    what.add_argument("--trace", type=Path, metavar="FILE", help="searches, .html, .json or .jsonl")
     what.add_argument("--verbose", action="store_true", help="tell the tokens of every call")
     what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
     who = parser.add_argument_group("who answers")
