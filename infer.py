@@ -306,7 +306,7 @@ def build_parser() -> Parser:
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
     what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")
     what.add_argument("--out", type=Path, metavar="FILE", help="results file; goes on from there")
-    what.add_argument("--trace", type=Path, metavar="FILE", help="searches, .html, .json or .jsonl")
+    what.add_argument("--trace", type=Path, metavar="FILE", help="the searches, as .html or .json")
     what.add_argument("--verbose", action="store_true", help="tell the tokens of every call")
     what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
     who = parser.add_argument_group("who answers")
@@ -336,7 +336,7 @@ def refuse_unread(flags: Namespace) -> None:
     if unread := [name.replace("_", "-") for name in idle if getattr(flags, name, None)]:
         raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
     if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
-        raise UserError(f"--trace keeps replies as .html, .json or .jsonl, got {flags.trace}")
+        raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")
     if (flags.chat or flags.serve) and flags.out is not None:
         raise UserError("--out keeps replies to dialogues that are given: not with --chat, --serve")
 

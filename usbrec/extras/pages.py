@@ -20,12 +20,12 @@ from usbrec.crs.dialogue import Dialogue
 from usbrec.crs.wishes import card
 from usbrec.extras import report
 from usbrec.extras.report import Facts
-from usbrec.runs import write_json, write_rows, write_whole
+from usbrec.runs import write_json, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-]?[\d.]+), ([+-]?[\d.]+)\]")  # of format_report
 FRAME = ("html", "css")  # of every page
-TRACES = (".html", ".json", ".jsonl")  # of a trace
+TRACES = (".html", ".json")  # of a trace
 Lines = Sequence[Sequence[str]]  # (speaker, text) each
 
 
@@ -49,11 +49,9 @@ def write_page(path: Path, title: str, body: Sequence[Markup]) -> None:
 
 
 def write_trace(path: Path, answered: Sequence[tuple[Dialogue, Row]], films: Catalogue) -> None:
-    """Write answers and their dialogues: records (.json, .jsonl), or a page with their searches."""
+    """Write answers and their dialogues: as records (.json), or as a page with their searches."""
     records = [{"dialogue": [[x.speaker, x.text] for x in d], **row} for d, row in answered]
-    if path.suffix == ".jsonl":
-        write_rows(path, records)
-    elif path.suffix == ".json":
+    if path.suffix == ".json":
         write_json(path, {"answers": records})
     else:
         opened = {"open": ""} if len(records) == 1 else {}
