@@ -36,7 +36,6 @@ DIALOGUES = {"train": 3840, "valid": 600, "test": 340}
 LONG = 960  # a split's dialogues after so many are short: in train ten per film
 MAX_WORDS = 18  # of one utterance
 MAX_LINES = 7  # of a context, the empty first one included
-NOUNS = ("comedy", "drama", "thriller", "western", "musical")  # genres that need no "film"
 
 
 # --- wishes and phrases -----------------------------------------------------------------------
@@ -110,7 +109,7 @@ def noun_phrase(rng: Random, wishes: Sequence[Wish], form: str = "free") -> str:
     if form == "free" and not before and rng.random() < 0.4:
         return " ".join(["something", *after])
     heads = [rng.choice(["film", "movie"]) + ("s" if form == "plural" else "")]
-    if form == "free" and before and before[-1] in NOUNS and rng.random() < 0.5:
+    if form == "free" and before and before[-1] in phrases()["nouns"] and rng.random() < 0.5:
         heads = []  # "a crime thriller"
     words = " ".join([*before, *heads, *after])
     return words if form == "plural" else with_article(words)
