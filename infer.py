@@ -280,11 +280,8 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     if flags.json:
         print(runs.dump(found))
         return
-    print(f"{setup.data}, {split}: gold replies against the same rewritten for another film,")
-    print(f"{len(rows)} dialogues, {found['skipped']} skipped; AUC [95% interval], 0.5 is chance")
-    for name in ("external", "internal"):
-        line = f"{name} judge: {report.interval(found[name], mean='auc')}"
-        print(f"{line}, {found[name]['unparsed']} unparsed")
+    print(f"{setup.data}, {split}, {len(rows)} dialogues; AUC [95% interval], 0.5 is chance")
+    print("\n".join(report.judge_lines(found)))
 
 
 # --- the command ------------------------------------------------------------------------------

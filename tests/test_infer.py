@@ -655,7 +655,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
     assert ids and all(name.startswith("valid") for name in ids)
     assert infer.main(["--validate-simulator", "--limit", "3"]) == 0
     text = capsys.readouterr().out
-    assert "external judge: " in text and "internal judge: " in text and "n 3" in text
+    assert "external judge, " in text and "internal judge, " in text and "n 3" in text
 
 
 # --- faults -----------------------------------------------------------------------------------
