@@ -272,23 +272,16 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     popularity = popularity_of(setup.rows("train"))
     facts = {**setup.facts(), "split": split, "limit": limit, "seed": seed, "eval": asdict(options)}
     facts["contents"] = digest([rows, popularity, *recommender.roles.catalogue])
-    out = flags.out or results_file(setup, f"{split}-judges", facts)
-
-    def judge_chunk(chunk: Examples) -> list[Row]:
-        judged = judge_agreement(recommender.roles, chunk, popularity, seed, options)
-        recommender.spent()
-        return judged
-
+    out, roles = flags.out or results_file(setup, f"{split}-judges", facts), recommender.roles
     results = Results(out, recommender.options.chunk_size, "validate", facts, recommender.engines)
-    found = agreement(run_chunks(results, rows, judge_chunk), seed)
+    made = run_chunks(results, rows, lambda x: judge_agreement(roles, x, popularity, seed, options))
+    recommender.spent()
+    found = agreement(made, seed)
     if flags.json:
         print(runs.dump(found))
         return
-    print(f"{setup.data}, {split}: gold replies against the same rewritten for another film,")
-    print(f"{len(rows)} dialogues, {found['skipped']} skipped; AUC [95% interval], 0.5 is chance")
-    for name in ("external", "internal"):
-        line = f"{name} judge: {report.interval(found[name], mean='auc')}"
-        print(f"{line}, {found[name]['unparsed']} unparsed")
+    print(f"{setup.data}, {split}, {len(rows)} dialogues; AUC [95% interval], 0.5 is chance")
+    print("\n".join(report.judge_lines(found)))
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -302,8 +295,7 @@ def build_parser() -> Parser:
     source.add_argument("--dialogue", type=Path, metavar="FILE", help="dialogues, JSON or JSONL")
     source.add_argument("--chat", action="store_true", help="converse in the terminal")
     source.add_argument("--serve", action="store_true", help="answer OpenAI's clients until Ctrl-C")
-    told = "check the judges on held-out dialogues"
-    source.add_argument("--validate-simulator", action="store_true", help=told)
+    source.add_argument("--validate-simulator", action="store_true", help="check the judges")
     what.add_argument("--host", help="the address that --serve listens at (default: 127.0.0.1)")
     what.add_argument("--port", type=int, metavar="N", help="0: any that is free (default: 8000)")
     what.add_argument("--data", help="sample, redial, opendialkg or a folder (default: the run's)")
@@ -311,8 +303,7 @@ def build_parser() -> Parser:
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
     what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")
     what.add_argument("--out", type=Path, metavar="FILE", help="results file; goes on from there")
-    told = "the searches as a page (.html) or as records (.json, .jsonl)"
-    what.add_argument("--trace", type=Path, metavar="FILE", help=told)
+    what.add_argument("--trace", type=Path, metavar="FILE", help="the searches, as .html or .json")
     what.add_argument("--verbose", action="store_true", help="tell the tokens of every call")
     what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
     who = parser.add_argument_group("who answers")
@@ -342,7 +333,7 @@ def refuse_unread(flags: Namespace) -> None:
     if unread := [name.replace("_", "-") for name in idle if getattr(flags, name, None)]:
         raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
     if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
-        raise UserError(f"--trace keeps replies as .html, .json or .jsonl, got {flags.trace}")
+        raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")
     if (flags.chat or flags.serve) and flags.out is not None:
         raise UserError("--out keeps replies to dialogues that are given: not with --chat, --serve")
 

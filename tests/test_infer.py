@@ -351,19 +351,19 @@ def test_a_chat_prints_the_reply_as_it_is_drawn(
 def test_a_trace_keeps_the_answers_of_one_dialogue_or_of_many_or_of_a_chat(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, records = tmp_path / "search.html", tmp_path / "searches.jsonl"
+    page, records = tmp_path / "search.html", tmp_path / "searches.json"
     [row] = answers(["--ses", "--trace", str(page)], capsys)
     text = page.read_text("utf-8")
     assert text.count('class="answer"') == 1 and text.count('class="node"') >= 3
     assert escape(" ".join(row["gold"])) in text and "prompt tokens" in text
     rows = answers(["--ses", "--limit", "2", "--trace", str(records)], capsys)
-    kept = read_rows(records)
+    kept = read_json(records)["answers"]
     assert [{k: v for k, v in x.items() if k != "dialogue"} for x in kept] == rows
     assert all(x["dialogue"][-1][0] == "seeker" for x in kept)
     lines = iter(["Hello.", "More.", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     rows = answers(["--chat", "--trace", str(records)], capsys)
-    first, second = read_rows(records)
+    first, second = read_json(records)["answers"]
     assert [x["reply"] for x in (first, second)] == [row["reply"] for row in rows]
     assert first["dialogue"] == [["seeker", "Hello."]] and len(second["dialogue"]) == 3
 
@@ -655,7 +655,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
     assert ids and all(name.startswith("valid") for name in ids)
     assert infer.main(["--validate-simulator", "--limit", "3"]) == 0
     text = capsys.readouterr().out
-    assert "external judge: " in text and "internal judge: " in text and "n 3" in text
+    assert "external judge, " in text and "internal judge, " in text and "n 3" in text
 
 
 # --- faults -----------------------------------------------------------------------------------
@@ -689,7 +689,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--chat", "--validate-simulator"], "--chat"),
         (["--chat", "--limit", "3"], "--limit"),
         (["--chat", "--out", "x.jsonl"], "--out"),
-        (["--trace", "x.htm"], "--trace keeps replies as .html, .json or .jsonl, got x.htm"),
+        (["--trace", "x.htm"], "--trace keeps replies as .html or .json, got x.htm"),
         (["--validate-simulator", "--trace", "x.html"], "--trace keeps replies"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),

@@ -13,8 +13,7 @@ from usbrec.crs.titles import GENRE_FORMS
 
 sys.path.insert(0, str(ROOT))
 import make_sample as sample  # noqa: E402
-from make_sample import FOLDER  # noqa: E402
-from phrases import Wish, facts_of, phrases  # noqa: E402
+from make_sample import FOLDER, Wish, facts_of, phrases  # noqa: E402
 
 Rows = dict[str, list[dict]]
 

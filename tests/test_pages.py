@@ -20,7 +20,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.extras.pages import write_report_page, write_trace
 from usbrec.extras.report import build_report, format_report, interval
-from usbrec.runs import read_json, read_rows
+from usbrec.runs import read_json
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>\"'&"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -155,9 +155,7 @@ def test_one_answer_is_open_and_of_several_none(tmp_path: Path) -> None:
 def test_records_are_the_rows_with_their_dialogues(tmp_path: Path) -> None:
     row = searched()
     expected = json.loads(json.dumps({"dialogue": [["seeker", ROOT[0].text]], **row}))
-    for name in ("some.jsonl", "some.json"):
-        write_trace(tmp_path / name, [(ROOT, row), (ROOT, row)], FILMS)
-    assert read_rows(tmp_path / "some.jsonl") == [expected] * 2
+    write_trace(tmp_path / "some.json", [(ROOT, row), (ROOT, row)], FILMS)
     assert read_json(tmp_path / "some.json") == {"answers": [expected] * 2}
 
 

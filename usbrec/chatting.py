@@ -17,12 +17,12 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from usbrec.answering import Recommender
 from usbrec.chat import Row
-from usbrec.crs.dialogue import Dialogue, add_turn, from_viewpoint
+from usbrec.crs.dialogue import Dialogue, add_turn
 from usbrec.options import UserError
 from usbrec.runs import write_json
 
@@ -110,8 +110,7 @@ class Chat:
         if os.path.exists(path):
             raise UserError(f"{path} is there already: name another file")
         dialogue, row = self.turns[-1]
-        said = from_viewpoint(dialogue, "recommender")
-        messages = [{"role": x.role, "content": x.content} for x in said]
+        messages = [asdict(line) for line in dialogue]
         write_json(path, {"messages": messages, "reply": row["reply"]})
 
 

@@ -61,11 +61,10 @@ def search_figures(rows: Sequence[Row], area: float | None, seed: int) -> dict[s
     figures = [choice_figures(search, area) for search in searches]
     most = float(max(len(search["candidates"]) for search in searches))
     limits = {"different_titles": (0.0, most), "gain": (-1.0, 1.0), "gain_predicted": (-1.0, 1.0)}
-    found = {}
-    for name in figures[0]:
-        values, bounds = [x[name] for x in figures], limits.get(name, UNIT)
-        found[name] = mean_interval(values, seed, groups=groups, limits=bounds)
-    return found
+    return {
+        name: mean_interval([x[name] for x in figures], seed, None, groups, limits.get(name, UNIT))
+        for name in figures[0]
+    }
 
 
 def choice_figures(search: Row, area: float | None) -> dict[str, float | None]:

@@ -20,11 +20,12 @@ from usbrec.crs.dialogue import Dialogue
 from usbrec.crs.wishes import card
 from usbrec.extras import report
 from usbrec.extras.report import Facts
-from usbrec.runs import write_json, write_rows, write_whole
+from usbrec.runs import write_json, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-]?[\d.]+), ([+-]?[\d.]+)\]")  # of format_report
-TRACES = (".html", ".json", ".jsonl")  # of a trace
+FRAME = ("html", "css")  # of every page
+TRACES = (".html", ".json")  # of a trace
 Lines = Sequence[Sequence[str]]  # (speaker, text) each
 
 
@@ -41,18 +42,16 @@ def tag(name: str, *inside: str, **attributes: str) -> Markup:
 
 def write_page(path: Path, title: str, body: Sequence[Markup]) -> None:
     """Write a page of these elements, and below them the legend of searches."""
-    template = Template(Path(__file__).with_name("search.html").read_text("utf-8"))
-    legend = tag("p", report.SEARCH_LEGEND, class_="note")
-    page = template.substitute(title=escape(title), body="\n".join([*body, legend]))
+    frame, style = (Path(__file__).with_name(f"search.{x}").read_text("utf-8") for x in FRAME)
+    elements = "\n".join([*body, tag("p", report.SEARCH_LEGEND, class_="note")])
+    page = Template(frame).substitute(title=escape(title), style=style, body=elements)
     write_whole(path, page.encode(errors="backslashreplace"))
 
 
 def write_trace(path: Path, answered: Sequence[tuple[Dialogue, Row]], films: Catalogue) -> None:
-    """Write answers and their dialogues: records (.json, .jsonl), or a page with their searches."""
+    """Write answers and their dialogues: as records (.json), or as a page with their searches."""
     records = [{"dialogue": [[x.speaker, x.text] for x in d], **row} for d, row in answered]
-    if path.suffix == ".jsonl":
-        write_rows(path, records)
-    elif path.suffix == ".json":
+    if path.suffix == ".json":
         write_json(path, {"answers": records})
     else:
         opened = {"open": ""} if len(records) == 1 else {}

@@ -204,7 +204,7 @@ def format_report(report: Facts) -> str:
         _table("Recall@1 of", {**SPLIT_HEADINGS, "recall@1_rows": "rows"}, rows),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
         *_search_tables(report),
-        _judge_lines(report),
+        [*judge_lines(report["judge"]), *_rule_lines(report["methods"])],
         Path(__file__).with_name("legend.txt").read_text("utf-8").splitlines(),
         [fill(", ".join(plain), WIDTH, break_long_words=False, break_on_hyphens=False)],
     ]
@@ -251,15 +251,20 @@ def _search_tables(report: Facts) -> list[list[str]]:
     ]
 
 
-def _judge_lines(report: Facts) -> list[str]:
-    judge = report["judge"]
-    lines = [
+def judge_lines(judge: Facts) -> list[str]:
+    """Return a line per judge of an `agreement`."""
+    return [
         f"{name} judge, gold reply against a rewritten one: AUC {interval(found, mean='auc')}, "
         f"{found['unparsed']} unparsed, {judge.get('skipped', 0)} skipped"
         for name, found in judge.items()
         if name in ("external", "internal")
     ]
-    for name, found in report["methods"].items():
+
+
+def _rule_lines(methods: Facts) -> list[str]:
+    """Return a line per method: its judge beside the rules."""
+    lines = []
+    for name, found in methods.items():
         rules = found["judge_and_rules"]
         area = f"AUC {_number(rules['auc'])}, n {rules['n']}"
         digits = f"digits' probability {_number(found['digit_probability'])}"
