@@ -188,17 +188,15 @@ def evaluate(work: Work) -> None:
     print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
     ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
     roles = {adapter: work.roles(adapter, o.judge) for adapter, _ in COMPARED.values()}
+    compared = {name: made for name, made in COMPARED.items() if name in o.methods}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
         agreed = judge_agreement(roles["sft"], checked, popularity, o.seed, settings.eval)
         found = {"agreement": agreed, "ranked": judge_ranked(roles["rl"], tried, settings.eval)}
-        for name, (adapter, group) in COMPARED.items():
-            if name in o.methods:
-                searching = getattr(settings, group) if group else None
-                found[name] = evaluate_method(
-                    roles[adapter], heard, o.seed, settings.eval, searching
-                )
+        for name, (adapter, group) in compared.items():
+            options = getattr(settings, group) if group else None
+            found[name] = evaluate_method(roles[adapter], heard, o.seed, settings.eval, options)
         # each list has the rows of the chunk's first dialogues
         return [{name: x[i] for name, x in found.items() if i < len(x)} for i in range(len(chunk))]
 

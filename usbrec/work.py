@@ -130,7 +130,7 @@ class Work:
         self.engine.clear_cache()
 
 
-def load_work(settings: Settings, folder: Path, find: Find, sharded: bool) -> Work:
+def load_work(settings: Settings, folder: Path, find: Find, sharded: bool = False) -> Work:
     """Return the shared state with the data loaded, and print the datasets' notes."""
     o = settings.data
     names = ("train", "valid", "test") if o.max_valid else ("train", "test")
