@@ -1,4 +1,4 @@
-"""One reply, a file of dialogues, a dataset's split, a chat, or a server.
+"""One reply, a file of dialogues, a dataset's split, or a chat.
 
 Without flags the newest run of train.py answers a test dialogue of its dataset.
 
@@ -7,7 +7,7 @@ Without flags the newest run of train.py answers a test dialogue of its dataset.
     python infer.py --dialogue FILE --json         dialogues, JSON or JSONL
     python infer.py --data redial --limit 200      a split, with a results file
     python infer.py --limit 0 --rank 50            Recall@1, 10 and 50
-    python infer.py --recommender URL#MODEL        a server's model, without a run folder
+    python infer.py --recommender URL#MODEL        a server's model
     python infer.py --validate-simulator           the judges against the truth
 """
 

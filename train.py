@@ -61,7 +61,7 @@ COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, optio
 }  # fmt: skip
 # the flags in --help; --help-all lists every flag
 _SHOWN = """stages run-dir fresh verbose shard data data-dir seed recommender simulator judge
-    max-simulator max-sft max-pairs max-eval full model dtype device max-length kv-memory in-flight
+    max-simulator max-sft max-pairs max-eval full model dtype device max-length kv-memory
     learning-rate epochs batch-size tokens-per-pass checkpointing lora-r pairs-samples pairs-turns
     ses-samples ses-turns"""
 

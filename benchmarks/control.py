@@ -121,7 +121,7 @@ def compare_controls(flags: Namespace) -> None:
     folder = flags.run_dir or RUNS / settings.data.data
     work = load_work(settings, folder, find_model)
     check(work, settings)
-    work.prepare(["report"], False)
+    work.prepare(["report"])
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     tests = loading.pick_rows(work.test, 0, seed_for(settings.data.seed, "test"), apart=True)
     asked = tests[: settings.data.rows("eval") or None]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import infer
 import train
 
+sys.path.append(str(Path(train.__file__).parent / "benchmarks"))
+import sweep  # noqa: E402
+
 ROOT = Path(train.__file__).parent
 NAMES = ("README.md", "CONTRIBUTING.md", "data/README.md")
 PAGES = {
@@ -18,7 +22,7 @@ PAGES = {
     for path in (*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md")))
 }
 TEXT = PAGES["README.md"]
-SCRIPTS = {"train.py": train, "infer.py": infer}
+SCRIPTS = {"train.py": train, "infer.py": infer, "benchmarks/sweep.py": sweep}
 # in a block of four spaces, or between backticks
 COMMAND = re.compile(
     r"(?:^    (?:.* && )?|`)(?:python|torchrun --nproc-per-node \d+) +"

@@ -54,7 +54,7 @@ class DataOptions(Options):
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run", low=0)
     recommender: str | None = option(None, "server that recommends in pairs, report: URL#MODEL")
-    simulator: str | None = option(None, "adapter, model, URL#MODEL that plays the user, untrained")
+    simulator: str | None = option(None, "plays the user, untrained: adapter, model, URL#MODEL")
     judge: str | None = option(None, "the same, as the report's external judge")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
     max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
@@ -67,7 +67,7 @@ class DataOptions(Options):
     methods: tuple[str, ...] = option(METHODS, "columns of the report")
     max_agreement: int = option(64, "test dialogues on which the judges are checked", low=0)
     chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
-    full: bool = option(False, "the larger preset: hours in place of minutes on two cores")
+    full: bool = option(False, "the larger preset: hours on two cores")
 
     def __post_init__(self) -> None:
         super().__post_init__()

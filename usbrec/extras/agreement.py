@@ -24,7 +24,7 @@ from usbrec.extras.intervals import auc_interval
 from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
-SIDES = ("gold", "other")  # the two replies of a row
+REPLIES = ("gold", "other")  # the two replies of a row
 
 
 def judge_agreement(
@@ -46,7 +46,7 @@ def judge_agreement(
     for x, key, row in used:
         if not row["explanations"]:
             heard = [add_turn(said, "seeker", EXPLAIN) for said in dialogues_of(x, row)]
-            seeds = [seed_for(key, "explain", row[side]) for side in SIDES]
+            seeds = [seed_for(key, "explain", row[side]) for side in REPLIES]
             asked += roles.recommender.requests(map(agents.recommender_prompt, heard), plain, seeds)
     texts = iter(roles.complete(asked))
     for _, _, row in used:
@@ -71,7 +71,7 @@ def judge_agreement(
 
 def dialogues_of(example: Example, row: Row) -> list[Dialogue]:
     """Return the dialogue with the gold reply, and with the other one."""
-    return [add_turn(example.history, "recommender", row[side]) for side in SIDES]
+    return [add_turn(example.history, "recommender", row[side]) for side in REPLIES]
 
 
 def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key: int) -> Row:
