@@ -99,7 +99,7 @@ def meet(work: Work, side: Side, asked: Examples, settings: Settings, name: str)
 
     path, size = work.folder / "control" / f"{name}.jsonl", settings.data.chunk_size
     facts = {"report": runs.read_json(work.folder / "options" / "report.json")}
-    results = Results(path, size, f"SFT + {name}", facts, work.engines)
+    results = Results(path, size, f"SFT + {name}", facts, list(work.models.engines.values()))
     return run_chunks(results, asked, meet_chunk)
 
 

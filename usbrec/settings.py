@@ -1,5 +1,6 @@
 """The options of train.py: flags, defaults, and the options that decide each stage's result."""
 
+import json
 import os
 import shutil
 from argparse import Namespace
@@ -29,21 +30,10 @@ STAGES = {  # stage -> the option groups and row limits that decide its result
 BOTH = ("recommender", "simulator")
 SIDES = {"pairs": BOTH, "simpo": BOTH, "report": (*BOTH, "judge")}  # stage -> who decides it too
 METHODS = tuple(name for name in evaluation.METHOD_NAMES if name not in ("SES", "SFT+SES"))
-DEFAULTS: dict[str, dict[str, Any]] = {  # found on the sample set's validation dialogues
-    "lora": {"r": 32, "lora_alpha": 32.0},
-    "simulator": {"learning_rate": 1e-3, "batch_size": 1, "warmup": 0.03, "save_every": 50}
-    | {"shuffle": False},  # the lessons' order is a curriculum
-    "sft": {"learning_rate": 2e-3, "batch_size": 1, "save_every": 50},
-    "simpo": {"learning_rate": 1e-4, "batch_size": 4, "epochs": 2.0},
-}
-
-FULL: dict[str, dict[str, Any]] = {  # what --full has in place of the defaults
-    "data": {"max_simulator": 300, "max_summaries": 2400, "max_cards": 0, "max_sft": 0}
-    | {"max_pairs": 400, "max_eval": 0, "max_agreement": 0, "methods": evaluation.METHOD_NAMES},
-    "lesson": {"cards": 288},
-    "eval": {"ranked_dialogues": 340},
-    "sft": {"epochs": 4.0},
-}
+# what --full has in place of the defaults, which were found on the sample set's validation
+# dialogues; the simulator's lessons are not shuffled, because their order is a curriculum
+DEFAULTS, FULL = json.loads(Path(__file__).with_name("presets.json").read_text("utf-8")).values()
+FULL["data"]["methods"] = evaluation.METHOD_NAMES
 
 
 @dataclass(frozen=True)
