@@ -14,7 +14,7 @@ from test_checkpoint import edit_config, oracle_of
 
 from usbrec.extras.shards import write_shards
 from usbrec.llm.adapter_files import load_adapter, save_adapter
-from usbrec.llm.checkpoint import load_model, read_header
+from usbrec.llm.checkpoint import load_model, mapped_tensors
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.model_config import config_from, file_in, load_config
 from usbrec.llm.tokenizer import ChatTokenizer
@@ -192,15 +192,15 @@ def entry(start, stop, shape=(1,), dtype="F32"):
 def test_a_malformed_header_is_refused(tmp_path, header, data):
     file = header_file(tmp_path / "model.safetensors", header, data)
     with pytest.raises(UserError, match="model.safetensors is damaged"):
-        read_header(file)
+        mapped_tensors(file)
 
 
 @pytest.mark.parametrize("length", [4 << 30, (1 << 64) - 1, 0, 1, 1000])
 def test_a_header_length_that_cannot_be_is_refused_without_reading_it(tmp_path, length):
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", length) + b"{}")
-    with pytest.raises(UserError, match=f"a header of {length} bytes"):
-        read_header(file)
+    with pytest.raises(UserError, match="is damaged.*(?i:header)"):
+        mapped_tensors(file)
 
 
 def test_a_file_shorter_than_the_length_field_is_refused(tmp_path):
@@ -208,7 +208,7 @@ def test_a_file_shorter_than_the_length_field_is_refused(tmp_path):
     for size in range(8):
         file.write_bytes(b"\1" * size)
         with pytest.raises(UserError, match="damaged"):
-            read_header(file)
+            mapped_tensors(file)
 
 
 class Trap:
@@ -279,7 +279,7 @@ def test_fuzzed_headers_are_read_or_refused(original, tmp_path):
         rng = random.Random(seed)
         file.write_bytes(mutated(rng, content[:length]) + content[length:])
         try:
-            entries = read_header(file).values()
+            entries = mapped_tensors(file).values()
             assert sum(4 * torch.Size(e.shape).numel() for e in entries) <= len(content) + 60
         except UserError:
             refused += 1

@@ -47,7 +47,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 
     def merged(name: str) -> Tensor:
         """Return one tensor of the base, with the adapter's part if it has one."""
-        dtype, (module, _, kind) = weights.headers[name].dtype, name.rpartition(".")
+        dtype, (module, _, kind) = weights.tensors[name].dtype, name.rpartition(".")
         if kind != "weight" or module not in matrices:
             return weights.load(name, dtype)
         lora_A, lora_B = matrices[module]
@@ -57,7 +57,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         made = Path(work) / out.name
-        sizes = {name: header.nbytes for name, header in weights.headers.items()}
+        sizes = {name: tensor.nbytes for name, tensor in weights.tensors.items()}
         write_shards(made, sizes, merged)
         trained_on = str(read_json(adapter / CONFIG_FILE).get("base_model_name_or_path"))
         marks = {MERGED: str(adapter), MERGED_BASE: trained_on}

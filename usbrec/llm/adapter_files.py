@@ -107,10 +107,10 @@ def refuse_changed(model: Decoder, weights: SafetensorsWeights, lora: Collection
     sharded one, knows no values.
     """
     weight_of = {stored_name(model.config, path): x for path, x in model.state_dict().items()}
-    for name in sorted(weights.headers.keys() - lora):
+    for name in sorted(weights.tensors.keys() - lora):
         own = weight_of.get(name.removeprefix(PREFIX), torch.empty(0))
         unknown = own.is_meta or hasattr(own, "device_mesh")
-        if unknown or not torch.equal(weights.mapped(name).to(own), own):
+        if unknown or not torch.equal(weights.tensors[name].to(own), own):
             told = "neither LoRA of a linear layer of attention or MLP, nor a weight as in the base"
             raise UserError(f"{weights.path} holds the tensor {name}, {told}")
 

@@ -22,8 +22,7 @@ from usbrec.runs import read_json, without_duplicates
 
 INDEX_FILE = "model.safetensors.index.json"
 Device = torch.device | str
-HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = ("F64", "F32", "F16", "BF16")
 # Tensors that older checkpoints store and the decoder computes itself.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.inv_freq")
 
@@ -79,32 +78,31 @@ def parameter_names(model: Decoder, weights: "SafetensorsWeights") -> dict[str, 
     expected = {names[name]: parameter.shape for name, parameter in parameters.items()}
     compare_shapes(expected, weights)
     head = stored_name(model.config, "lm_head.weight")  # the embeddings' equal if they are tied
-    for name in sorted(weights.headers.keys() - expected.keys() - {head}):
+    for name in sorted(weights.tensors.keys() - expected.keys() - {head}):
         raise UserError(f"{weights.path} holds the tensor {name}, which this model does not have")
-    if head in weights.headers.keys() - expected.keys():
+    if head in weights.tensors.keys() - expected.keys():
         embeddings = stored_name(model.config, "model.embed_tokens.weight")
-        if not torch.equal(weights.mapped(head), weights.mapped(embeddings)):
+        if not torch.equal(weights.tensors[head], weights.tensors[embeddings]):
             raise UserError(f"{weights.path}: tie_word_embeddings is on, {head} another matrix")
     return names
 
 
 class SafetensorsWeights:
-    """The tensors of a safetensors file, or of the shards that an index names, read one by one."""
+    """The tensors of a safetensors file, or of the shards that an index names, as mapped views."""
 
     def __init__(self, path: Path, index: Mapping[str, Path] | None = None) -> None:
         """`index` maps tensors to files; raises UserError unless each is in its file alone."""
         self.path = path
         files = sorted(set(index.values())) if index else [path]
-        headers = {file: read_header(file) for file in files}
-        self.file_of = index or dict.fromkeys(headers[path], path)
-        promised = set(self.file_of.items())
-        found = {(name, file) for file in files for name in headers[file]}
+        mapped = {file: mapped_tensors(file) for file in files}
+        file_of = index or dict.fromkeys(mapped[path], path)
+        promised = set(file_of.items())
+        found = {(name, file) for file in files for name in mapped[file]}
         for name, file in sorted(promised - found):
             raise UserError(f"{file} lacks the tensor {name} that the index promises")
         for name, file in sorted(found - promised):
             raise UserError(f"{file} holds the tensor {name}, which the index does not put there")
-        self.headers = {name: headers[file][name] for name, file in self.file_of.items()}
-        self.opened = {file: safe_open(file, framework="pt") for file in files}
+        self.tensors = {name: mapped[file][name] for name, file in file_of.items()}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "SafetensorsWeights":
@@ -118,13 +116,9 @@ class SafetensorsWeights:
         files = {name: file_in(folder, str(file)) for name, file in weight_map.items()}
         return cls(index, {name: files[name] for name in files if not name.endswith(COMPUTED)})
 
-    def mapped(self, name: str) -> Tensor:
-        """Return a tensor that views the mapped file."""
-        return self.opened[self.file_of[name]].get_tensor(name)
-
     def load(self, name: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
         """Return a tensor in memory of its own; raises UserError if it is not finite."""
-        tensor = self.mapped(name).to(device, dtype, copy=True)
+        tensor = self.tensors[name].to(device, dtype, copy=True)
         for piece in tensor.view(-1).split(1 << 22):  # in pieces, to spare a copy
             if piece.numel() and not torch.stack(torch.aminmax(piece)).isfinite().all():
                 raise UserError(f"{self.path}: {name} holds NaN or infinite values in {dtype}")
@@ -139,28 +133,24 @@ def weights_file(folder: Path, name: str) -> Path:
     return file_in(folder, name)
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Return {name: tensor without memory (meta device)} of a safetensors file.
+def mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """Return {name: tensor that views the mapped file} of a safetensors file.
 
     The package checks shapes, lengths, overlaps and gaps. Duplicate names, which it accepts, are
     refused here.
     """
     try:
-        with path.open("rb") as file:
-            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
+        with safe_open(path, framework="pt") as mapped, path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
-        with safe_open(path, framework="pt"):
-            header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            if name.endswith(COMPUTED):
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is of type {entry['dtype']}, expected F32, F16 or BF16")
-            tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-        return tensors
+            tensors = {}
+            for name, entry in header.items():
+                if name == "__metadata__" or name.endswith(COMPUTED):
+                    continue
+                if (kind := entry["dtype"]) not in DTYPES:
+                    raise ValueError(f"{name} is of type {kind}, expected F32, F16 or BF16")
+                tensors[name] = mapped.get_tensor(name)
+            return tensors
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
 
@@ -168,8 +158,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def compare_shapes(expected: Mapping[str, Sequence[int]], weights: SafetensorsWeights) -> None:
     """Raise UserError naming the first tensor that is missing or of another shape."""
     for name, shape in expected.items():
-        if name not in weights.headers:
+        if name not in weights.tensors:
             raise UserError(f"{weights.path} lacks the tensor {name} of shape {list(shape)}")
-        found = list(weights.headers[name].shape)
+        found = list(weights.tensors[name].shape)
         if found != list(shape):
             raise UserError(f"{weights.path}: {name} has shape {found}, expected {list(shape)}")
