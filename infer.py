@@ -40,12 +40,10 @@ from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.training_state import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
-from usbrec.runs import ADAPTERS, RUNS, Results, Row, read_rows, run_chunks
+from usbrec.runs import ADAPTERS, RUNS, Results, Row, run_chunks
 from usbrec.settings import DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
-COSTS = ("seconds", "tokens")  # of a row, kept apart from what is the same every time
-VALIDATED = 100  # held-out dialogues on which the judges are checked
 # the flags in --help; --help-all lists every flag
 _SHOWN = """dialogue chat validate-simulator data data-dir split limit out json
     verbose run-dir recommender simulator judge model dtype device max-length kv-memory in-flight
@@ -207,27 +205,16 @@ def by_chunks(recommender: Recommender, asked: Examples) -> Iterator[Row]:
 def reply_into(path: Path, recommender: Recommender, asked: Examples, facts: Row) -> list[Row]:
     """Return one row per dialogue: those in a results file, then new ones, appended by chunks.
 
-    Their seconds and equal shares of a chunk's tokens go to FILE.timings.jsonl, so that the results
-    are the same bytes after any number of interruptions.
+    They have no seconds and tokens, so that the results are the same bytes after any number of
+    interruptions; --verbose tells them.
     """
-    times = path.with_name(path.name + ".timings.jsonl")
 
-    def timed() -> list[Row]:
-        """Return the lines of the times, without one that a kill has torn."""
-        return read_rows(times) if times.exists() else []
-
-    def reply_chunk(chunk: Sequence[tuple[int, Example]]) -> list[Row]:
-        rows = recommender.answer([x for _, x in chunk])
-        costs = [{name: row.pop(name) for name in COSTS} for row in rows]
-        lines = [{"place": n, **cost} for (n, _), cost in zip(chunk, costs, strict=True)]
-        runs.write_rows(times, [*timed(), *lines])
-        return rows
+    def reply_chunk(chunk: Examples) -> list[Row]:
+        rows = recommender.answer(chunk)
+        return [{x: row[x] for x in row if x not in ("seconds", "tokens")} for row in rows]
 
     results = Results(path, recommender.options.chunk_size, "infer", facts, recommender.engines)
-    rows = run_chunks(results, list(enumerate(asked)), reply_chunk)
-    costs = {str(line.get("place")): line for line in timed()}
-    for place, row in enumerate(rows):
-        row |= {name: costs.get(str(place), {}).get(name) for name in COSTS}
+    rows = run_chunks(results, asked, reply_chunk)
     tell(f"{len(rows)} replies in {path}")
     return rows
 
@@ -266,7 +253,7 @@ def show(dialogue: Dialogue, row: Row, as_json: bool, printed: bool = False) -> 
 def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup) -> None:
     """Print either judge's AUC for held-out gold replies against ones for another film."""
     seed, options = recommender.options.seed, EvaluationOptions()
-    split, limit = flags.split or "valid", VALIDATED if flags.limit is None else flags.limit
+    split, limit = flags.split or "valid", 100 if flags.limit is None else flags.limit
     rows = loading.pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
     popularity = popularity_of(setup.rows("train"))
     facts = {**setup.facts(), "split": split, "limit": limit, "seed": seed, "eval": asdict(options)}

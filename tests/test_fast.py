@@ -26,12 +26,12 @@ from usbrec.llm.lora import (
 )
 from usbrec.llm.model import Decoder, ModelConfig, attend, linear, rms_norm
 
-CHATGLM = replace(TINY, attention_bias=True, rotary_dim=4, rotary_interleaved=True)
+CHATGLM = replace(TINY, attention_bias=True, rotary_dim=4, chatglm=True)
 CONFIGS = {
     "llama": TINY,
     "qwen2": replace(TINY, attention_bias=True),
     "tied": replace(TINY, tie_word_embeddings=True),
-    "chatglm": replace(CHATGLM, fused_projections=True),
+    "chatglm": CHATGLM,
 }
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

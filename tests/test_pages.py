@@ -162,7 +162,7 @@ def test_records_are_the_rows_with_their_dialogues(tmp_path: Path) -> None:
 def test_an_empty_reply_and_lost_costs_are_shown_as_such(tmp_path: Path) -> None:
     llm = Scripted(lambda request: "")
     [found] = search(Roles(Side(llm), Side(llm), FILMS), [ROOT], [1], SearchOptions())
-    row = {"reply": "", "items": [], "seconds": None, "tokens": None, "search": found.record()}
+    row = {"reply": "", "items": [], "search": found.record()}
     shown = page(tmp_path, row)
     [node] = shown.of("details", "node")
     assert text(node["children"][0]) == "* none x3 (empty)"

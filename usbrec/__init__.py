@@ -8,6 +8,5 @@ of them 174 to 188 and 94. It must be set before torch is loaded.
 
 import os
 
-BUSY = 0.7  # processes that run, on average
-_load = os.getloadavg()[0] if hasattr(os, "getloadavg") else BUSY  # Windows has none
-os.environ.setdefault("GOMP_SPINCOUNT", "1000" if _load >= BUSY else "10000")
+_idle = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.7  # Windows has none
+os.environ.setdefault("GOMP_SPINCOUNT", "10000" if _idle else "1000")

@@ -103,8 +103,7 @@ class Settings:
         o, groups = self.data, asdict(self)
         facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
         facts |= {"max-valid": o.max_valid, "model": self.model.facts(), "lora": groups["lora"]}
-        order = list(STAGES)
-        for name in ["sft"] if stage == "sft" else order[: order.index(stage) + 1]:
+        for name in ["sft"] if stage == "sft" else [*STAGES][: [*STAGES].index(stage) + 1]:
             if name == "simulator" and o.simulator is not None:
                 continue
             facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}

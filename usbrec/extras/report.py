@@ -328,5 +328,5 @@ def format_facts(answer: Facts) -> str:
         lines.append(f"  {place:>3}. {best['title']}  {best['logprob']:.2f}")
     if "gold" in answer:
         lines.append(f"  gold title: {'; '.join(answer['gold'])}")
-    spent = f", {costs(answer['tokens'])}" if answer["tokens"] else ""
-    return "\n".join([*lines, f"  {answer['seconds']} s{spent}\n"])
+    spent = [f"  {answer['seconds']} s, {costs(answer['tokens'])}"] if "seconds" in answer else []
+    return "\n".join([*lines, *spent, ""])

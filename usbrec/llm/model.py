@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
         H, H_kv = config.num_attention_heads, config.num_key_value_heads
         self.H, self.H_kv, self.d = H, H_kv, d
-        if config.fused_projections:
+        if config.chatglm:
             self.qkv_proj = LoraLinear(D, (H + 2 * H_kv) * d, bias)
             self.qkv: tuple[LoraLinear, ...] = (self.qkv_proj,)
         else:
@@ -158,7 +158,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        if config.fused_projections:
+        if config.chatglm:
             self.gate_up_proj = LoraLinear(D, 2 * inner)
             self.gate_up: tuple[LoraLinear, ...] = (self.gate_up_proj,)
         else:
@@ -233,8 +233,8 @@ class Decoder(nn.Module):
             inv_freq = rotary_frequencies(config.rope_theta, dim, config.rope_scaling)
             self.inv_freq = inv_freq.to(position_ids.device)
         angles = position_ids.float()[:, None, None] * self.inv_freq
-        cos, sin = rotary_tables(angles, self.config.rotary_interleaved)
-        return cos.to(self.dtype), sin.to(self.dtype), self.config.rotary_interleaved
+        cos, sin = rotary_tables(angles, self.config.chatglm)
+        return cos.to(self.dtype), sin.to(self.dtype), self.config.chatglm
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention: Attention, spans: Spans = ()

@@ -43,8 +43,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v
     rotary_dim: int = 0  # rotated dimensions of a head; 0: all
-    rotary_interleaved: bool = False  # pairs (0, 1), (2, 3)... instead of (0, d/2), (1, d/2 + 1)...
-    fused_projections: bool = False  # one product for q, k, v and one for gate, up (ChatGLM3)
+    chatglm: bool = False  # q, k, v and gate, up as one product; rotary pairs (0, 1), (2, 3)...
     merged_base: str | None = None  # the base of the adapter that is merged into the weights
 
 
@@ -110,8 +109,7 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
         tie_word_embeddings=bool(values.get("tie_word_embeddings")),
         attention_bias=model_type in ("qwen2", "chatglm"),
         rotary_dim=rotary_dim,
-        rotary_interleaved=is_chatglm,
-        fused_projections=is_chatglm,
+        chatglm=is_chatglm,
         merged_base=values.get(MERGED_BASE),
     )
 
