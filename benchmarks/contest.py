@@ -3,6 +3,7 @@
 In simpo.py and sft.py both contestants have the same start, each in a process of its own.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -120,21 +121,30 @@ def learn(
 ) -> dict[str, Any]:
     """Train the adapter "a"; return seconds, tokens and losses by step, and the peak memory.
 
-    `share` is the FLOP/s of the timed steps, the first left out if there are more, over those of a
-    large product in the same process.
+    A step ends when the training loop tells `model.ops` that the weights have changed. `share` is
+    the FLOP/s of the timed steps, the first left out if there are more, over those of a large
+    product in the same process.
     """
+    clear, ends = model.ops.clear, [time.perf_counter()]
+
+    def clear_and_note() -> None:
+        clear()
+        ends.append(time.perf_counter())
+
+    model.ops.clear = clear_and_note
     with tempfile.TemporaryDirectory() as folder:
         train(model, "a", trees, objective, TrainingJob(options, Path(folder), "ours"))
         losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
-        timings = [json.loads(line) for line in (Path(folder) / "timings.jsonl").open()]
-    memory, seconds = peak_memory(model.device), [row["seconds"] for row in timings]
-    learned = in_our_order(trees, options.steps, options.batch_size)
-    warm = 1 if options.steps > 1 else 0
-    flops = model_flops(model.config, learned[warm * options.batch_size :])
+    memory, steps, batch = peak_memory(model.device), options.steps, options.batch_size
+    seconds = [end - start for start, end in itertools.pairwise(ends[: steps + 1])]
+    learned = in_our_order(trees, steps, batch)
+    tokens = [sum(map(len, learned[i * batch : (i + 1) * batch])) for i in range(steps)]
+    warm = 1 if steps > 1 else 0
+    flops = model_flops(model.config, learned[warm * batch :])
     return {
         "losses": losses,
         "seconds": seconds,
-        "tokens": [row["tokens"] for row in timings],
+        "tokens": tokens,
         "memory": memory,
         "share": flops / sum(seconds[warm:]) / product_peak(model.device),
     }

@@ -282,13 +282,6 @@ def test_metrics_of_pairs_are_what_their_names_say(model, tmp_path):
     assert set(row) == {"step", "loss", "learning_rate", "grad_norm"} | metrics
 
 
-def test_speed_and_memory_go_to_their_own_file(model, tmp_path):
-    learn(model, lessons(), Sft(), QUICK, tmp_path)
-    timings = [json.loads(x) for x in (tmp_path / "timings.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in timings] == [row["step"] for row in rows(tmp_path)]
-    assert min(row["peak_memory_bytes"] for row in timings) > 1e6
-
-
 def test_the_peak_memory_is_bytes_on_every_system_that_tells_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,7 +9,6 @@ state (training_state.py) and ends with the bytes of an uninterrupted run on the
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from usbrec.llm.lora import AdapterSpan, adapter_parameters
 from usbrec.llm.loss import Objective, TokenLogps, token_logps
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Packed, Tree, pack, pack_rows
-from usbrec.llm.training_state import State, copies, digest, refuse_infinite, timing
+from usbrec.llm.training_state import State, copies, digest, refuse_infinite
 from usbrec.options import Options, UserError, option, seed_for
 
 
@@ -92,7 +91,6 @@ def train(
     todo = range(state.step, steps)
     bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
     for step in bar:
-        began = time.perf_counter()
         batch = [trees[i] for i in batches[step]]
         found = measure(model, adapter, objective, batch, options.tokens_per_pass)
         for parameter in parameters.values():
@@ -106,8 +104,7 @@ def train(
         model.ops.clear()
         state.step, last = step + 1, step + 1 == steps
         told = {"loss": found["loss"], "learning_rate": rate, "grad_norm": norm, **found}
-        state.log(state.metrics, told)
-        seconds = time.perf_counter() - began
+        state.log(told)
         bar.set_postfix(loss=f"{found['loss']:.3f}")
 
         if job.validation and (last or state.step % (options.eval_every or tenth) == 0):
@@ -118,7 +115,6 @@ def train(
             state.warn()
         if last or state.step % options.save_every == 0:
             state.save()
-        state.log(state.timings, timing(batch, seconds, model.device))
     final = copies(parameters)
     model.requires_grad_(False)
     best = state.best or final

@@ -1,9 +1,9 @@
 """The state of a training run: the files from which a killed run resumes, and its metrics.
 
 The folder of a run holds `options.json` (all that decides the result), `state.safetensors` (the
-adapter, AdamW's moments, the best adapter; in its header the step and the length of the metrics),
-`metrics.jsonl`, and `timings.jsonl`, which alone differs from run to run. The state is replaced as
-a whole. Metrics after the state are cut off before a run resumes.
+adapter, AdamW's moments, the best adapter; in its header the step and the length of the metrics)
+and `metrics.jsonl`. The state is replaced as a whole. Metrics after the state are cut off before a
+run resumes.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from usbrec import parallel
-from usbrec.llm.packing import Tree
 from usbrec.options import UserError
 from usbrec.runs import append_rows, claim, write_whole
 
@@ -36,8 +35,8 @@ class State:
     def __init__(
         self, folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
-        self.path, self.parameters = folder / "state.safetensors", parameters
-        self.metrics, self.timings = folder / "metrics.jsonl", folder / "timings.jsonl"
+        self.path, self.metrics = folder / "state.safetensors", folder / "metrics.jsonl"
+        self.parameters = parameters
         self.step = self.best_step = 0
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}  # none before a validation
@@ -81,16 +80,16 @@ class State:
         if parallel.rank() == 0:
             write_whole(self.metrics, content[:length])
 
-    def log(self, path: Path, row: Mapping[str, float]) -> None:
-        """Append `row`, with the number of the step, to a file."""
+    def log(self, row: Mapping[str, float]) -> None:
+        """Append `row`, with the number of the step, to the metrics."""
         if parallel.rank() == 0:
-            append_rows(path, [{"step": self.step, **row}])
+            append_rows(self.metrics, [{"step": self.step, **row}])
 
     def validated(self, found: Mapping[str, float]) -> None:
         """Log a validation's results, and keep the adapter if its loss is the lowest so far."""
         named = {f"eval/{name}": value for name, value in found.items()}
         refuse_infinite(f"the validation after step {self.step}", named)
-        self.log(self.metrics, named)
+        self.log(named)
         if found["loss"] < self.best_loss:
             self.best_loss, self.best_step = found["loss"], self.step
             self.best = copies(self.parameters)
@@ -148,13 +147,6 @@ def digest(content: Any) -> str:
     """Return a short hash of trees or of an adapter's weights."""
     data = save(content) if isinstance(content, dict) else repr(list(content)).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def timing(trees: Sequence[Tree], seconds: float, device: torch.device) -> dict[str, float]:
-    """Return the seconds, tokens and tokens per second of a step, and the peak memory so far."""
-    n = sum(map(len, trees))
-    speed = {"seconds": seconds, "tokens": n, "tokens_per_second": n / seconds}
-    return {**speed, "peak_memory_bytes": peak_memory(device)}
 
 
 def peak_memory(device: torch.device) -> int:
