@@ -296,7 +296,7 @@ def build_parser() -> Parser:
     who.add_argument("--judge", default=SUPPRESS, help="the same, as the external judge")
     add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions)
-    add_flags(parser, Sampling, defaults=PLAIN, skip=("stop", "stop_ids"))
+    add_flags(parser, Sampling, defaults=PLAIN, skip=("stop",))
     add_flags(parser, SearchOptions, "ses")
     return parser
 

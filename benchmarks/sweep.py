@@ -111,7 +111,7 @@ def build_parser() -> Parser:
     parser.add_argument("--judge", default=SUPPRESS, help=told)
     add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions, skip=("ses", "rank", "rank_tokens"))
-    unread = ("top_k", "top_p", "min_p", "stop", "stop_ids")
+    unread = ("top_k", "top_p", "min_p", "stop")
     add_flags(parser, Sampling, defaults=infer.PLAIN, skip=unread)
     add_flags(parser, SearchOptions, "ses")
     return parser

@@ -14,14 +14,15 @@ from test_adapter_files import adapted_logits, randomise
 from test_checkpoint import logits_of, random_ids
 from test_tokenizer import LETTERS, plain, random_chat, random_text
 
-from usbrec.chat import Message, Sampling, TrainingDialogue
+from usbrec.chat import Message, Request, Sampling, TrainingDialogue
 from usbrec.extras.merge import merge
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_model
+from usbrec.llm.engine import BatchRow
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.model_config import load_config
 from usbrec.llm.packing import dialogue_tree
-from usbrec.llm.tokenizer import ChatTokenizer, ReplyText
+from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 
 SETTINGS = {
@@ -360,11 +361,11 @@ def test_a_stream_says_the_whole_text_with_its_spaces(chat):
     for seed in range(100):
         text = "a " + random_text(random.Random(seed)) + " film 👩‍🚀"
         said: list[str] = []
-        reply = ReplyText(ours, Sampling(), said.append, [])
+        reply = BatchRow(ours, Request((), Sampling(1000)), [], [], said.append)
         for i in ours.encode(text):
-            reply.push(i, last=False)
+            reply.append(i)
         assert not any("\ufffd" in part for part in said)
-        reply.push(min(ours.stop_ids), last=False)
+        reply.append(min(ours.stop_ids))
         assert reply.text == said[-1] == text
 
 

@@ -280,16 +280,6 @@ def test_rows_that_have_ended_leave_in_bulk_and_nothing_changes(
     assert live == [9, 6, 4, 3, 2, 1, 0]
 
 
-def test_stop_ids_are_a_rows_own() -> None:
-    e = engine()
-    free = e.generate(drawing([CHATS[0]], Sampling(max_new_tokens=12, temperature=1.0), [1]))[0]
-    how = Sampling(max_new_tokens=12, temperature=1.0, stop_ids=(free.token_ids[3],))
-    plain = Sampling(max_new_tokens=12, temperature=1.0)
-    stopped, other = e.generate(drawing([CHATS[0]] * 2, [how, plain], [1, 1]))
-    assert stopped.finished and other == free
-    assert stopped.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3])]
-
-
 def test_a_listener_hears_the_reply_and_no_part_of_a_stop_string() -> None:
     """Whatever the stop string's length, the text that is heard grows up to the reply's."""
     e = engine()

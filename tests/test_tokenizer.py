@@ -25,13 +25,13 @@ from tokenizers import (
     trainers,
 )
 
-from usbrec.chat import Message, Sampling, TrainingDialogue
+from usbrec.chat import Message, Request, Sampling, TrainingDialogue
+from usbrec.llm.engine import BatchRow
 from usbrec.llm.packing import dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import (
     FORMATS,
     REPLY_ROOM,
     ChatTokenizer,
-    ReplyText,
     fit_prompt,
     prompt_room,
     shorten,
@@ -369,12 +369,12 @@ def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
     for seed in range(100):
         text = random_text(random.Random(seed)) + "👩‍🚀"
         said: list[str] = []
-        heard = ReplyText(ours, Sampling(), said.append, [])
+        heard = BatchRow(ours, Request((), Sampling(1000)), [], [], said.append)
         ids = ours.encode(text)
         for i in ids:
-            heard.push(i, last=False)
+            heard.append(i)
         assert not any("\ufffd" in part for part in said)
-        heard.push(min(ours.stop_ids), last=False)
+        heard.append(min(ours.stop_ids))
         assert heard.text == said[-1] == normalized(ours, text)
         assert all(b.startswith(a) for a, b in pairwise(said))
         assert heard.ended and heard.ids == ids
@@ -383,12 +383,12 @@ def test_a_stream_says_the_whole_text_and_never_half_a_character(family):
 def test_a_reply_cut_within_a_character_says_so(default_model_folder):
     ours = ChatTokenizer.from_folder(default_model_folder)
     said: list[str] = []
-    reply = ReplyText(ours, Sampling(), said.append, [])
     *ids, last = ours.encode("ok 👩‍🚀")[:-1]
+    reply = BatchRow(ours, Request((), Sampling(len(ids) + 1)), [], [], said.append)
     for i in ids:
-        reply.push(i, last=False)
+        reply.append(i)
     assert said[-1].startswith("ok ") and not any("\ufffd" in part for part in said)
-    reply.push(last, last=True)
+    reply.append(last)
     assert reply.text.endswith("\ufffd") and not reply.ended
 
 

@@ -38,8 +38,8 @@ class Sampling(Options):
     """Sampling of a reply: temperature 0 is greedy; top_k 0, top_p 1, min_p 0 keep all tokens.
 
     The steps follow transformers' order: temperature, top_k, top_p, min_p. min_p is a share of the
-    likeliest token's probability. `stop` strings, `stop_ids` and the model's own end tokens end a
-    reply and are left out of it.
+    likeliest token's probability. `stop` strings and the model's own end tokens end a reply and are
+    left out of it.
     """
 
     max_new_tokens: int = option(64, "longest reply, in tokens", low=1)
@@ -48,7 +48,6 @@ class Sampling(Options):
     top_p: float = option(1.0, "from the likeliest that make up this share", above=0, high=1)
     min_p: float = option(0.0, "from those with this share of the likeliest's", low=0, high=1)
     stop: tuple[str, ...] = option((), "texts that end a reply")
-    stop_ids: tuple[int, ...] = option((), "token ids that end a reply")
 
     def __post_init__(self) -> None:
         super().__post_init__()

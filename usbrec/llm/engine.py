@@ -18,7 +18,7 @@ from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
 from usbrec.llm.model import Decoder
 from usbrec.llm.ranking import Ranking
 from usbrec.llm.sampler import Sampler, finite, uniform_numbers
-from usbrec.llm.tokenizer import ChatTokenizer, ReplyText, fit_prompt, prompt_room
+from usbrec.llm.tokenizer import ChatTokenizer, fit_prompt, prompt_room
 from usbrec.options import UserError
 from usbrec.parallel import as_first
 
@@ -28,6 +28,7 @@ LEAST_TOKENS = 480  # and the first of them most of these
 LEAVE_SHARE = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
 
 Ids = tuple[int, ...]
+Listener = Callable[[str], object]
 
 
 @dataclass
@@ -53,22 +54,44 @@ class Usage:
 
 @dataclass
 class BatchRow:
-    """A request, its prompt, and the tokens and text of its reply so far."""
+    """A request, its prompt, and its reply, whose tokens arrive one by one.
 
+    The prompt ends with the given beginning of the reply, if there is one, and `ids` begin with it.
+    A `listener` hears the whole text as it grows, without the beginning of a possible stop string.
+    """
+
+    tokenizer: ChatTokenizer
     request: Request
     prompt: list[int]
-    text: ReplyText
-    tokens: list[int] = field(default_factory=list)
+    ids: list[int]  # of the reply, without the end token
+    listener: Listener | None
+    tokens: list[int] = field(default_factory=list)  # all that were drawn
+    text: str = ""
+    ended: bool = False  # by itself, not by a limit
 
     @property
     def done(self) -> bool:
         """Whether the reply is complete."""
-        return self.text.ended or len(self.tokens) >= self.request.sampling.max_new_tokens
+        return self.ended or len(self.tokens) >= self.request.sampling.max_new_tokens
 
     def append(self, token: int) -> None:
-        """Add a drawn token to the reply, which may end it."""
+        """Add a drawn token to the reply, up to an end token or a stop string."""
         self.tokens.append(token)
-        self.text.push(token, last=len(self.tokens) == self.request.sampling.max_new_tokens)
+        self.ended = token in self.tokenizer.stop_ids
+        if not self.ended:
+            self.ids.append(token)
+        stops = self.request.sampling.stop
+        if not (self.done or stops or self.listener):
+            return  # no text is needed before the end
+        text = self.tokenizer.decode(self.ids)
+        if self.done or not text.endswith("\ufffd"):  # else bytes of a letter are missing
+            self.text = text
+        if places := [self.text.find(stop) for stop in stops if stop in self.text]:
+            self.text, self.ended = self.text[: min(places)], True
+        if self.listener is not None:
+            held = (n for x in stops for n in range(1, len(x)) if self.text.endswith(x[:n]))
+            end = len(self.text) - (0 if self.done else max(held, default=0))
+            self.listener(self.text[:end])
 
 
 class Batch:
@@ -147,7 +170,7 @@ class Engine:
         self.usage = Usage()
         self.ranking: Ranking | None = None  # of the texts that were ranked last
         # of the next call, by the places of its requests: each hears its reply's text so far
-        self.listeners: Mapping[int, Callable[[str], object]] = {}
+        self.listeners: Mapping[int, Listener] = {}
 
     def clear_cache(self) -> None:
         """Drop all cached keys and values, as needed after any change of an adapter's weights."""
@@ -164,16 +187,15 @@ class Engine:
         """
         self.usage.calls += 1
         listeners, self.listeners = self.listeners, {}
-        rows, sizes = [], []
+        rows = []
         for place, request in enumerate(requests):
             begun = self.tokenizer.encode(request.begin) if request.begin else []
             prompt = self.prompt(request, request.sampling.max_new_tokens + len(begun)) + begun
-            text = ReplyText(self.tokenizer, request.sampling, listeners.get(place), begun)
-            rows.append(BatchRow(request, prompt, text))
-            sizes.append(len(prompt) + request.sampling.max_new_tokens)
+            rows.append(BatchRow(self.tokenizer, request, prompt, begun, listeners.get(place)))
+        sizes = [len(row.prompt) + row.request.sampling.max_new_tokens for row in rows]
         for batch in self.batches(sizes):
             self.decode(rows[batch])
-        return [Reply(x.text.text, tuple(x.text.ids), x.text.ended) for x in rows]
+        return [Reply(x.text, tuple(x.ids), x.ended) for x in rows]
 
     @torch.inference_mode()
     def decode(self, rows: list[BatchRow]) -> None:

@@ -20,20 +20,19 @@ beside a reply loses whole turns from the left; its system prompt and its last t
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from usbrec.chat import Message, Sampling
+from usbrec.chat import Message
 from usbrec.llm.model_config import file_in
 from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
 from usbrec.options import UserError
 from usbrec.runs import read_json
 
 Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
-Listener = Callable[[str], object] | None
 LLAMA31_DATE = "26 Jul 2024"
 REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
 
@@ -209,42 +208,6 @@ class ChatTokenizer:
                 ids += map(int, group)
             continued = False
         return ids
-
-
-class ReplyText:
-    """The text of a reply whose tokens arrive one by one, up to an end token or a stop string.
-
-    `begun` are the ids of a given beginning. `listener`, if there is one, hears the whole text as
-    it grows, without the beginning of a possible stop string.
-    """
-
-    def __init__(
-        self, tokenizer: ChatTokenizer, sampling: Sampling, listener: Listener, begun: Sequence[int]
-    ) -> None:
-        self.tokenizer, self.stops, self.listener = tokenizer, sampling.stop, listener
-        self.end_ids = tokenizer.stop_ids | set(sampling.stop_ids)
-        self.ids = list(begun)  # without the end token
-        self.text = ""
-        self.ended = False  # by itself, not by a limit
-
-    def push(self, token: int, last: bool) -> None:
-        """Add the next token; after the `last` one the text is whole."""
-        self.ended = token in self.end_ids
-        if not self.ended:
-            self.ids.append(token)
-        if not (self.ended or last or self.stops or self.listener):
-            return  # no text is needed before the end
-        before, text = len(self.text), self.tokenizer.decode(self.ids)
-        if self.ended or last or not text.endswith("\ufffd"):  # else bytes of a letter are missing
-            self.text = text
-        # a stop string may have begun before this token
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stops]
-        if places := [at for at in found if at >= 0]:
-            self.text, self.ended = self.text[: min(places)], True
-        if self.listener is not None:
-            held = (n for x in self.stops for n in range(1, len(x)) if self.text.endswith(x[:n]))
-            end = len(self.text) - (0 if self.ended or last else max(held, default=0))
-            self.listener(self.text[:end])
 
 
 def prompt_room(max_length: int) -> int:
