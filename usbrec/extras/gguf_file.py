@@ -20,9 +20,10 @@ from usbrec.llm.model import rotary_frequencies
 from usbrec.options import UserError
 from usbrec.runs import read_json
 
-# `tensors`: llama.cpp's names -> Hugging Face's, except the factors of RoPE. `honoured`: settings
-# that change llama.cpp's result -> the only value that is honoured here. `llama3_scaling`: all but
-# its factor. `tokenizers`: tokenizer.json without a vocabulary, by its pre-tokenizer's name.
+# `tensors`: llama.cpp's names -> Hugging Face's, except the factors of RoPE. `settings`: Hugging
+# Face's names -> llama.cpp's. `honoured`: settings that change llama.cpp's result -> the only value
+# that is honoured here. `llama3_scaling`: all but its factor. `tokenizers`: tokenizer.json without
+# a vocabulary, by its pre-tokenizer's name.
 GGUF = read_json(Path(__file__).with_name("gguf.json"))
 SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
@@ -107,22 +108,15 @@ class GgufFile:
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
         heads, hidden_size = self.value(".attention.head_count"), self.value(".embedding_length")
-        head_dim = self.value(".attention.key_length", hidden_size // heads)
-        if self.value(".rope.dimension_count", head_dim) != head_dim:
+        usual = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rope_theta": 1e4}
+        own = {name: self.value(key, usual.get(name)) for name, key in GGUF["settings"].items()}
+        if self.value(".rope.dimension_count", own["head_dim"]) != own["head_dim"]:
             raise UserError(f"{self.path}: a GGUF model that turns part of a head is not supported")
         return {
             "architectures": [f"{self.architecture.capitalize()}ForCausalLM"],
             "model_type": self.architecture,
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
-            "hidden_size": hidden_size,
-            "intermediate_size": self.value(".feed_forward_length"),
-            "num_hidden_layers": self.value(".block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self.value(".attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": self.value(".context_length"),
-            "rms_norm_eps": self.value(".attention.layer_norm_rms_epsilon"),
-            "rope_theta": self.value(".rope.freq_base", 10000.0),
+            **own,
             "rope_scaling": self.rope_scaling(),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             "bos_token_id": self.values.get("tokenizer.ggml.bos_token_id"),  # Qwen2 may have none
