@@ -108,9 +108,6 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the adapter's parameters: "<module path>.lora_A.weight" and "...lora_B.weight"."""
-    found: dict[str, nn.Parameter] = {}
-    for path, layer in lora_layers(model).items():
-        if name in layer.lora_A:
-            found[f"{path}.lora_A.weight"] = layer.lora_A[name]
-            found[f"{path}.lora_B.weight"] = layer.lora_B[name]
-    return found
+    own = (f".lora_A.{name}", f".lora_B.{name}")
+    named = model.named_parameters()
+    return {path.removesuffix(name) + "weight": x for path, x in named if path.endswith(own)}

@@ -21,34 +21,35 @@ from usbrec.llm.model import Decoder, DecoderLayer, Ops, Spans, linear
 
 Layers = tuple[FrozenLinear, ...]
 Fused = dict[Layers, "FusedLinear"]
+Adapters = dict[tuple[Layers, str], tuple[Tensor, ...]]  # laid out, by layers and name
 
 
 def accelerate(model: Decoder) -> None:
     """Replace the model's operations by quicker equals; the model is on its device already."""
     fused: Fused = {}
+    adapters: Adapters = {}
     if not model.sharded:  # sharded weights are here only while their layer computes
         groups: list[Layers] = [model.head]
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer), "a decoder's layers"
             groups += [layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down]
-        fused = {layers: FusedLinear(layers) for layers in groups}
+        fused = {layers: FusedLinear(layers, adapters) for layers in groups}
     on_cpu = model.device.type == "cpu"
     model.ops = Ops(
         rms_norm=kernels.lean_rms_norm,
         linear=partial(fused_linear, fused),
         mask=kernels.window_mask if on_cpu else lambda visible: visible,
         attend=kernels.attend_windows if on_cpu else kernels.attend_on_gpu,
-        clear=partial(clear_adapters, fused),
+        clear=adapters.clear,
     )
 
 
 class FusedLinear:
-    """Layers that read the same input, as one product."""
+    """Layers that read the same input, as one product; `adapters` holds those of all layers."""
 
     @torch.no_grad()
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
-        self.adapters: dict[str, tuple[Tensor, ...]] = {}
+    def __init__(self, layers: Layers, adapters: Adapters) -> None:
+        self.layers, self.adapters = layers, adapters
         self.rows: Tensor = layers[0].weight.detach()
         if len(layers) > 1:  # one storage: each layer's own weight becomes a view of it
             self.rows = torch.cat([layer.weight.detach() for layer in layers])
@@ -84,10 +85,9 @@ class FusedLinear:
         """Return the layers' outputs side by side, (T, in) -> (T, outs)."""
         out = product(x, self.weight, self.bias)
         for name, start, stop in spans:
-            if name not in self.adapters:
-                self.adapters[name] = self.lay_out(name)
-            adapter = self.adapters[name]
-            if adapter:
+            if (self.layers, name) not in self.adapters:
+                self.adapters[self.layers, name] = self.lay_out(name)
+            if adapter := self.adapters[self.layers, name]:
                 out[start:stop] += product(product(x[start:stop], adapter[0]), adapter[1])
         return out
 
@@ -99,12 +99,6 @@ def fused_linear(fused: Fused, layers: Layers, x: Tensor, spans: Spans) -> Tenso
         weights = [found.rows] if found else [layer.weight for layer in layers]
         return kernels.adapted_linear(layers, weights, x, spans)
     return linear(layers, x, spans) if found is None else found(x, spans)
-
-
-def clear_adapters(fused: Fused) -> None:
-    """Drop the layouts of all adapters, after a change of their weights."""
-    for layers in fused.values():
-        layers.adapters.clear()
 
 
 def prepack(weight: Tensor) -> Tensor:
