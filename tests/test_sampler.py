@@ -5,7 +5,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from usbrec.chat import Sampling
-from usbrec.llm.sampler import Sampler, limits, truncate
+from usbrec.llm.sampler import Sampler, truncate
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,8 @@ def test_what_is_left_of_a_distribution_is_what_transformers_leaves(top_k, top_p
     if min_p:
         expected = theirs.MinPLogitsWarper(min_p)(None, expected)
     how = Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
-    found = truncate((logits / 0.7).softmax(-1), *limits([how] * 5))
+    limits = Sampler([how] * 5, torch.zeros(5, 1)).limits
+    found = truncate((logits / 0.7).softmax(-1), limits)
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected.softmax(-1))
 
 

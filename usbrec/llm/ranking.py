@@ -24,7 +24,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,34 +119,30 @@ class Ranking:
                 for (adapter, _), path, state in begun[start : start + SEARCHES]:
                     searches.append(Search(engine, adapter, path, k, tokens))
                     searches[-1].score(root, [()], state[: len(self.trie.fed)])
-                run_searches(engine, searches)
+                while going := [(x, chosen) for x in searches if (chosen := x.choose())]:
+                    advance(engine, going)
                 ranked += [search.result() for search in searches]
         return ranked
 
 
-def attend_jointly(
-    searches: Sequence["Search"], counts: list[int], layer: int, *qkv: Tensor
-) -> Tensor:
-    """Return the attention of several searches in one pass, each over its own `counts` tokens."""
-    own = zip(searches, *(x.split(counts) for x in qkv), strict=True)
-    return torch.cat([search.attend(layer, *x) for search, *x in own])
-
-
-def run_searches(engine: "Engine", searches: Sequence["Search"]) -> None:
-    """Run the searches to their ends; each pass computes the next tokens of all of them."""
+def advance(engine: "Engine", going: Sequence[tuple["Search", list[Open]]]) -> None:
+    """Open the chosen runs of several searches in one pass, and score what follows them."""
     model, usage = engine.model, engine.usage
-    while going := [(search, chosen) for search in searches if (chosen := search.choose())]:
-        laid_out = [search.lay_out(chosen) for search, chosen in going]
-        ids, places = ([x for own in laid_out for x in own[i]] for i in (0, 1))
-        counts = [len(own[0]) for own in laid_out]
-        attention = partial(attend_jointly, [search for search, _ in going], counts)
-        rows = (torch.tensor(x, device=model.device) for x in (ids, places))
-        spans = adapter_spans([search.adapter for search, _ in going], counts)
-        states = model(*rows, attention, spans).split(counts)
-        usage.prompt_tokens += len(ids)
-        usage.computed_tokens += len(ids)
-        for (search, chosen), (_, _, ends), own in zip(going, laid_out, states, strict=True):
-            search.score(chosen, ends, own)
+    laid_out = [search.lay_out(chosen) for search, chosen in going]
+    ids, places = ([x for own in laid_out for x in own[i]] for i in (0, 1))
+    counts = [len(own[0]) for own in laid_out]
+
+    def attention(layer: int, *qkv: Tensor) -> Tensor:
+        own = zip(going, *(x.split(counts) for x in qkv), strict=True)
+        return torch.cat([search.attend(layer, *x) for (search, _), *x in own])
+
+    rows = (torch.tensor(x, device=model.device) for x in (ids, places))
+    spans = adapter_spans([search.adapter for search, _ in going], counts)
+    states = model(*rows, attention, spans).split(counts)
+    usage.prompt_tokens += len(ids)
+    usage.computed_tokens += len(ids)
+    for (search, chosen), (_, _, ends), own in zip(going, laid_out, states, strict=True):
+        search.score(chosen, ends, own)
 
 
 class Search:

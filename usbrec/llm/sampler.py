@@ -33,8 +33,9 @@ class Sampler:
         self.warm = torch.tensor(warm).to(device)
         heats = torch.tensor([max(how.temperature, COLDEST) for how in samplings])
         self.temperatures = heats[:, None].to(device)
-        truncated = any(how.top_k or how.top_p < 1 or how.min_p for how in samplings)
-        self.limits = [limit.to(device) for limit in limits(samplings)] if truncated else None
+        limits = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]
+        self.limits = torch.tensor(limits, dtype=torch.float32).to(device)  # (B, 3)
+        self.truncated = any(limit != (2**31, 1, 0) for limit in limits)
 
     def draw(self, logits: Tensor) -> Tensor:
         """Return the next token of each row, (B, V) -> (B,)."""
@@ -51,8 +52,8 @@ class Sampler:
         if not self.some_warm:
             return likeliest
         probs = (logits / self.temperatures[rows]).softmax(-1)
-        if self.limits is not None:
-            probs = truncate(probs, *(limit[rows] for limit in self.limits))
+        if self.truncated:
+            probs = truncate(probs, self.limits[rows])
         drawn = pick(probs, self.uniforms[rows, self.step])
         return torch.where(self.warm[rows], drawn, likeliest) if self.some_cold else drawn
 
@@ -65,12 +66,6 @@ def finite(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def limits(samplings: Sequence[Sampling]) -> tuple[Tensor, ...]:
-    """Return the rows' top_k, top_p and min_p, (B, 1) each; top_k is huge where it is off."""
-    rows = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]
-    return torch.tensor(rows, dtype=torch.float32).split(1, 1)
-
-
 def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Return the tokens (B,) where the summed weights (B, V) reach the shares `uniforms` (B,)."""
     ends = weights.cumsum(-1)
@@ -80,12 +75,13 @@ def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(ends, target, right=True)[:, 0]
 
 
-def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Return the probabilities (B, V) with 0 beyond the rows' limits, not normalised again.
+def truncate(probs: Tensor, limits: Tensor) -> Tensor:
+    """Return the probabilities (B, V) with 0 beyond the rows' limits (B, 3), not normalised again.
 
     The limits are applied in the order top_k, top_p, min_p. top_p is a share of the probability
     that top_k left, and keeps the token that crosses it.
     """
+    top_k, top_p, min_p = limits.split(1, 1)
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     ordered = ordered * (torch.arange(probs.shape[-1], device=probs.device) < top_k)
     before = ordered.cumsum(-1) - ordered
