@@ -11,9 +11,9 @@ from conftest import TINY, random_decoder
 
 from usbrec.llm.fast import FusedLinear, accelerate, prepack, product
 from usbrec.llm.fast.kernels import (
+    WindowAttention,
     adapted_linear,
     attend_on_gpu,
-    attend_windows,
     lean_rms_norm,
     window_mask,
 )
@@ -144,7 +144,7 @@ def test_windows_of_attention_equal_the_definition_under_random_masks(seed: int,
     inputs = random(n, 4, 8, seed=1), random(2, past + n, 8, seed=2), random(2, past + n, 8, seed=3)
     mask = window_mask(visible)
     assert len(mask) == -(-n // 128)
-    compare(lambda q, k, v: attend_windows(q, k, v, mask), lambda *x: attend(*x, visible), inputs)
+    compare(lambda *x: WindowAttention.apply(*x, mask), lambda *x: attend(*x, visible), inputs)
     compare(lambda *x: attend_on_gpu(*x, visible), lambda *x: attend(*x, visible), inputs)
 
 
@@ -153,7 +153,7 @@ def test_one_mask_serves_two_dtypes() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         q = random(3, 2, 8, dtype=dtype)
         k = q[:, :1].transpose(0, 1)
-        assert attend_windows(q, k, k, mask).dtype == dtype
+        assert WindowAttention.apply(q, k, k, mask).dtype == dtype
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

@@ -39,7 +39,7 @@ def accelerate(model: Decoder) -> None:
         rms_norm=kernels.lean_rms_norm,
         linear=partial(fused_linear, fused),
         mask=kernels.window_mask if on_cpu else lambda visible: visible,
-        attend=kernels.attend_windows if on_cpu else kernels.attend_on_gpu,
+        attend=kernels.WindowAttention.apply if on_cpu else kernels.attend_on_gpu,
         clear=adapters.clear,
     )
 

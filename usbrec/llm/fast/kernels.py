@@ -146,10 +146,14 @@ def window_mask(visible: Tensor) -> list[Window]:
     return windows
 
 
-class _WindowAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v, window by window, the probabilities kept for the gradient.
+class WindowAttention(torch.autograd.Function):
+    """`model.attend` on the CPU: q (n, H, d), k and v (H_kv, S, d) -> (n, H, d).
 
-    With P the probabilities and g = dL/dout:  dL/dv = P^T g,  dL/dP = g v^T,
+    softmax(q k^T / sqrt(d)) v is computed window by window, by two plain products, which take half
+    to a third of the time of torch's own attention with a mask. The query heads of a key head are
+    folded into the query length, so keys are neither copied nor summed per head.
+
+    The probabilities P are kept. With g = dL/dout:  dL/dv = P^T g,  dL/dP = g v^T,
     dL/dS = P (dL/dP - sum over keys of P dL/dP),  dL/dq = dL/dS k,  dL/dk = dL/dS^T q.
     """
 
@@ -185,16 +189,6 @@ class _WindowAttention(torch.autograd.Function):
             folded = fold(q[start:stop] * scale, H_kv)
             grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, folded)[:, :seen])
         return grad_q, grad_k, grad_v, None
-
-
-def attend_windows(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[Window]) -> Tensor:
-    """Return `model.attend` on the CPU: q (n, H, d), k and v (H_kv, S, d) -> (n, H, d).
-
-    The query heads of a key head are folded into the query length, so keys are neither copied nor
-    summed per head. Two plain products take half to a third of the time of torch's own attention
-    with a mask.
-    """
-    return _WindowAttention.apply(q, k, v, windows)
 
 
 def attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
