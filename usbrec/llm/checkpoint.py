@@ -94,15 +94,13 @@ class SafetensorsWeights:
         """`index` maps tensors to files; raises UserError unless each is in its file alone."""
         self.path = path
         files = sorted(set(index.values())) if index else [path]
-        mapped = {file: mapped_tensors(file) for file in files}
-        file_of = index or dict.fromkeys(mapped[path], path)
-        promised = set(file_of.items())
-        found = {(name, file) for file in files for name in mapped[file]}
-        for name, file in sorted(promised - found):
+        found = {(name, file): x for file in files for name, x in mapped_tensors(file).items()}
+        index = index or {name: path for name, _ in found}
+        for name, file in sorted(index.items() - found.keys()):
             raise UserError(f"{file} lacks the tensor {name} that the index promises")
-        for name, file in sorted(found - promised):
+        for name, file in sorted(found.keys() - index.items()):
             raise UserError(f"{file} holds the tensor {name}, which the index does not put there")
-        self.tensors = {name: mapped[file][name] for name, file in file_of.items()}
+        self.tensors = {name: found[name, file] for name, file in index.items()}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "SafetensorsWeights":

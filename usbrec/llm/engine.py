@@ -14,7 +14,7 @@ from torch import Tensor
 
 from usbrec.chat import Ranked, Reply, Request, Requests
 from usbrec.llm.cache import PrefixCache, SlotPath
-from usbrec.llm.decoding import DecodeAttention, adapter_spans, prefill
+from usbrec.llm.decoding import DecodeAttention, Rows, adapter_spans, prefill
 from usbrec.llm.model import Decoder
 from usbrec.llm.ranking import Ranking
 from usbrec.llm.sampler import Sampler, finite, uniform_numbers
@@ -281,12 +281,10 @@ class Engine:
             yield slice(start, start + count)
             start += count
 
-    def prefill(
-        self, rows: Sequence[tuple[str | None, list[int]]], first_hidden: Sequence[int]
-    ) -> tuple[list[SlotPath], list[Tensor]]:
+    def prefill(self, rows: Rows, firsts: Sequence[int]) -> tuple[list[SlotPath], list[Tensor]]:
         """Return the paths and hidden states of `decoding.prefill`; count its tokens."""
         self.cache.tick()
-        paths, states, computed = prefill(self.model, self.cache, rows, first_hidden)
+        paths, states, computed = prefill(self.model, self.cache, rows, firsts)
         self.usage.prompt_tokens += sum(len(ids) for _, ids in rows)
         self.usage.computed_tokens += computed
         return paths, states

@@ -85,7 +85,7 @@ class Ops:
 
 def rotary_frequencies(theta: float, dim: int, scaling: Mapping[str, Any] | None) -> Tensor:
     """Return the angle of each pair per position, (dim / 2,) in fp32 (RoPE)."""
-    inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if scaling is None:
         return inv_freq
     # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between are blended
@@ -208,7 +208,8 @@ class Decoder(nn.Module):
         self.ops = Ops()
         self.checkpointing = False  # in training: recompute the activations inside layers
         self.sharded = False  # each process holds a part of every layer: they compute together
-        self.inv_freq: Tensor | None = None  # on the device of the positions, from the first pass
+        rotary_dim = config.rotary_dim or config.head_dim
+        self.inv_freq = rotary_frequencies(config.rope_theta, rotary_dim, config.rope_scaling)
         self.model = Transformer(config)
         self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, bias=False)
         self.head = (self.lm_head,)
@@ -228,10 +229,7 @@ class Decoder(nn.Module):
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Return the tables of `rotate`, (T, 1, rotary_dim) each, and its `interleaved`."""
-        if self.inv_freq is None or self.inv_freq.device != position_ids.device:
-            config, dim = self.config, self.config.rotary_dim or self.config.head_dim
-            inv_freq = rotary_frequencies(config.rope_theta, dim, config.rope_scaling)
-            self.inv_freq = inv_freq.to(position_ids.device)
+        self.inv_freq = self.inv_freq.to(position_ids.device)  # copied by the first pass alone
         angles = position_ids.float()[:, None, None] * self.inv_freq
         cos, sin = rotary_tables(angles, self.config.chatglm)
         return cos.to(self.dtype), sin.to(self.dtype), self.config.chatglm
