@@ -76,9 +76,9 @@ def load_model(
 
 def parameter_names(model: Decoder, weights: "SafetensorsWeights") -> dict[str, str]:
     """Return {the decoder's name: the checkpoint's name} of all weights, checked both ways."""
-    parameters = dict(model.named_parameters())  # a tied head is not listed a second time
-    names = {name: stored_name(model.config, name) for name in parameters}
-    expected = {names[name]: parameter.shape for name, parameter in parameters.items()}
+    # a tied head is not listed a second time
+    names = {name: stored_name(model.config, name) for name, _ in model.named_parameters()}
+    expected = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
     compare_shapes(expected, weights)
     head = stored_name(model.config, "lm_head.weight")  # the embeddings' equal if they are tied
     for name in sorted(weights.tensors.keys() - expected.keys() - {head}):
@@ -144,14 +144,11 @@ def mapped_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as mapped, path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
-            tensors = {}
-            for name, entry in header.items():
-                if name == "__metadata__" or name.endswith(COMPUTED):
-                    continue
-                if (kind := entry["dtype"]) not in DTYPES:
+            names = [x for x in header if x != "__metadata__" and not x.endswith(COMPUTED)]
+            for name in names:
+                if (kind := header[name]["dtype"]) not in DTYPES:
                     raise ValueError(f"{name} is of type {kind}, expected F32, F16 or BF16")
-                tensors[name] = mapped.get_tensor(name)
-            return tensors
+            return {name: mapped.get_tensor(name) for name in names}
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
 

@@ -11,7 +11,7 @@ as one rectangle. Each row also reads its own new tokens:
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,7 @@ def adapter_spans(adapters: Sequence[str | None], counts: Sequence[int]) -> list
     return spans
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens of one row, from position `start` on, that a prefill computes in one pass."""
 
     adapter: str | None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usbrec.options import Options, option
+from usbrec.options import Options, UserError, option
 
 ALL_LINEAR = "all-linear"
 
@@ -89,7 +89,7 @@ def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> N
     generator, wanted = torch.Generator().manual_seed(seed), {*config.target_modules}
     layers = lora_layers(model)
     if missing := wanted - {path.rpartition(".")[2] for path in layers} - {ALL_LINEAR}:
-        raise ValueError(f"target_modules names no linear layer of this model: {sorted(missing)}")
+        raise UserError(f"target_modules names no linear layer of this model: {sorted(missing)}")
     for path, layer in layers.items():
         if wanted & {ALL_LINEAR, path.rpartition(".")[2]}:
             assert name not in layer.lora_A, f"the model already has an adapter {name!r} at {path}"

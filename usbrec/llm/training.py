@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class TrainingOptions(Options):
     eval_every: int = option(0, "steps between two validations; 0: a tenth of all", low=0)
 
 
-@dataclass(frozen=True)
-class TrainingJob:
+class TrainingJob(NamedTuple):
     """A training run: its options, the folder of its files, its label, its validation trees."""
 
     options: TrainingOptions
@@ -58,8 +57,7 @@ class TrainingJob:
     validation: Sequence[Tree] = ()
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """The adapter's weights after the last step, and those with the lowest validation loss."""
 
     last: dict[str, Tensor]
