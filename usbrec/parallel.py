@@ -140,9 +140,8 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def as_first(tensor: Tensor) -> Tensor:
-    """Replace a tensor by that of the first process, in place, and return it."""
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+    """Replace a tensor by that of the first of several processes, in place, and return it."""
+    dist.broadcast(tensor, 0)
     return tensor
 
 
@@ -152,10 +151,9 @@ def shard(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> None
     Parameters that are added to a layer later (an adapter's) are not sharded. The model may be on
     the meta device; each parameter is then filled with `part_of` its value.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = dist.init_device_mesh(device.type, (world(),))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     outside = set(model.parameters()) - inside
     for layer in layers:

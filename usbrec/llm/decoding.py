@@ -156,11 +156,6 @@ class DecodeAttention:
         k, v = (x[:, :, where].unflatten(2, slots.shape) for x in (self.cache.k, self.cache.v))
         return k, v
 
-    @property
-    def columns(self) -> int:
-        """The number of new tokens per row."""
-        return self.k[-1].shape[2] - (self.P if self.copied else 0)
-
     def product(self, x: Tensor, y: Tensor) -> Tensor:
         """Return rows times their prompts': (H_kv, B, g, x), (H_kv, G, x, y) -> (H_kv, B, g, y)."""
         x = x if self.seats is None else x[:, self.seats[0]]

@@ -134,11 +134,12 @@ class Batch:
         going = [i for i, row in enumerate(self.rows) if not row.done]
         if len(going) > (1 - LEAVE_SHARE) * len(self.rows):
             return True
+        known = max(len(row.tokens) for row in self.rows) - 1  # the newest have no keys yet
         slots = [torch.empty(0, dtype=torch.long)]
         places: list[tuple[int, int]] = []  # row and column of each slot
         for i, row in enumerate(self.rows):
             if row.done:
-                computed = row.prompt + row.tokens[: self.attention.columns]
+                computed = row.prompt + row.tokens[:known]
                 path = self.cache.insert(row.request.adapter, computed)
                 slots.append(path.slots[path.num_cached :])
                 first = path.num_cached - len(row.prompt)
