@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,9 +110,9 @@ class Batch:
         device, drawn = self.cache.k.device, len(self.rows[0].tokens)
         samplings = [row.request.sampling for row in self.rows]
         steps = max(sampling.max_new_tokens for sampling in samplings)
-        numbers = np.stack([uniform_numbers(row.request.seed, steps) for row in self.rows])
+        numbers = torch.stack([uniform_numbers(row.request.seed, steps) for row in self.rows])
         texts = [row.prompt + row.tokens for row in self.rows]
-        self.sampler = Sampler(samplings, torch.from_numpy(numbers[:, drawn:]).to(device))
+        self.sampler = Sampler(samplings, numbers[:, drawn:].to(device))
         self.last_ids = torch.tensor([ids[-1] for ids in texts], device=device)  # (B,)
         self.positions = torch.tensor([len(ids) - 1 for ids in texts], device=device)  # of last_ids
         self.spans = adapter_spans([row.request.adapter for row in self.rows], [1] * len(texts))

@@ -31,8 +31,8 @@ class Sampler:
         warm = [how.temperature > 0 for how in samplings]
         self.some_warm, self.some_cold = any(warm), not all(warm)
         self.warm = torch.tensor(warm).to(device)
-        heats = torch.tensor([max(how.temperature, COLDEST) for how in samplings])
-        self.temperatures = heats[:, None].to(device)
+        heats = [[max(how.temperature, COLDEST)] for how in samplings]
+        self.temperatures = torch.tensor(heats).to(device)  # (B, 1)
         limits = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]
         self.limits = torch.tensor(limits, dtype=torch.float32).to(device)  # (B, 3)
         self.truncated = any(limit != (2**31, 1, 0) for limit in limits)
@@ -90,6 +90,6 @@ def truncate(probs: Tensor, limits: Tensor) -> Tensor:
     return torch.zeros_like(probs).scatter(1, index, ordered * keep)
 
 
-def uniform_numbers(seed: int, count: int) -> np.ndarray:
-    """Return the uniform numbers of one row, (count,), from its own seed."""
-    return np.random.Generator(np.random.Philox(seed)).random(count)
+def uniform_numbers(seed: int, count: int) -> Tensor:
+    """Return the uniform numbers of one row, (count,) in fp64, from its own seed."""
+    return torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(count))
