@@ -133,8 +133,7 @@ def simpo_loss(
     chosen_rewards = options.beta * chosen_means
     rejected_rewards = options.beta * rejected.logps / rejected.lengths
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - options.margin)
-    if options.nll_weight:
-        losses = losses - options.nll_weight * chosen_means
+    losses = losses - options.nll_weight * chosen_means
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 

@@ -101,8 +101,7 @@ def train(
         optimizer.zero_grad()
         model.ops.clear()
         state.step, last = step + 1, step + 1 == steps
-        told = {"loss": found["loss"], "learning_rate": rate, "grad_norm": norm, **found}
-        state.log(told)
+        state.log({"loss": found["loss"], "learning_rate": rate, "grad_norm": norm, **found})
         bar.set_postfix(loss=f"{found['loss']:.3f}")
 
         if job.validation and (last or state.step % (options.eval_every or tenth) == 0):
