@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter, remove_adapter
 from usbrec.llm.model import Decoder, ModelConfig, attend, rms_norm, rotary_tables, rotate
 from usbrec.llm.packing import Branch, Tree, pack
+from usbrec.options import UserError
 
 SIZES = dict(
     vocab_size=128,
@@ -169,6 +170,12 @@ def test_a_removed_adapter_leaves_the_base(tiny_model: Decoder) -> None:
         assert not torch.allclose(logits_of(tiny_model, ids, [AdapterSpan("one", 0, 4)]), base)
         remove_adapter(tiny_model, "one")
         assert torch.equal(logits_of(tiny_model, ids, [AdapterSpan("one", 0, 4)]), base)
+    assert not adapter_parameters(tiny_model, "one")
+
+
+def test_a_target_module_that_the_model_lacks_is_a_users_error(tiny_model: Decoder) -> None:
+    with pytest.raises(UserError, match=r"names no linear layer of this model: \['c_attn'\]"):
+        add_adapter(tiny_model, "one", LoraConfig(target_modules=("q_proj", "c_attn")), seed=0)
     assert not adapter_parameters(tiny_model, "one")
 
 
