@@ -82,10 +82,9 @@ def test_means_leave_out_what_was_not_read_and_count_it(report: dict[str, Any]) 
     assert gap["mean"] == pytest.approx((1.5 + 1.0) / 2) and gap["n"] == 2
 
 
-def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> None:
+def test_recall_is_over_labels_and_split(report: dict[str, Any]) -> None:
     plain = report["methods"]["B/L"]
     assert plain["recall@1"]["mean"] == 0.25 and plain["recall@1"]["n"] == 4
-    assert plain["recall@1_rows"]["mean"] == pytest.approx(1 / 3)
     assert (plain["recall@1_repeated"]["mean"], plain["recall@1_repeated"]["n"]) == (1.0, 1)
     assert (plain["recall@1_new"]["mean"], plain["recall@1_new"]["n"]) == (0.0, 3)
     assert report["baselines"]["copy-last"]["recall@1"] == plain["recall@1"]
@@ -164,7 +163,7 @@ def test_sampled_votes_have_no_probability_of_the_digits() -> None:
 
 def test_every_column_of_the_table_is_explained_below_it(report: dict[str, Any]) -> None:
     text = format_report(report)
-    names = ("iEval", "Recall@1", "repeated", "new", "rows", "hit", "rule grade", "unparsed")
+    names = ("iEval", "Recall@1", "repeated", "new", "hit", "rule grade", "unparsed")
     summary = ("summary of", "precision", "recall", "exact")
     search = ("candidates of", *(key.replace("_", " ") for key in report["search"]["RL+SES"]))
     within = ("AUC within a dialogue", *WITHIN)
@@ -215,8 +214,7 @@ def test_each_searched_methods_gain_is_predicted_from_its_own_judge() -> None:
 def test_a_random_guess_counts_as_its_probability() -> None:
     labels = [[label(True)], [{**label(False), "found": 0.25}]]
     report = build_report({"B/L": PLAIN[:2]}, {"random": labels}, JUDGE, 0) | FACTS
-    for key in ("recall@1", "recall@1_rows"):
-        assert report["baselines"]["random"][key]["mean"] == 0.625
+    assert report["baselines"]["random"]["recall@1"]["mean"] == 0.625
 
 
 def test_the_report_is_built_from_the_rows_of_a_run() -> None:

@@ -95,10 +95,7 @@ def summarise(rows: Sequence[Facts], seed: int) -> dict[str, Any]:
 
 
 def recall(labels: Sequence[Labels], groups: Sequence[str], seed: int) -> dict[str, Any]:
-    """Return Recall@1 over labels (as iEvaLM counts), over rows, and over repeated and new labels.
-
-    Over rows it is the share of rows whose first title is any gold title.
-    """
+    """Return Recall@1 over labels (as iEvaLM counts), and over repeated and new labels."""
     return _means(_recall_figures(labels), groups, seed)
 
 
@@ -130,17 +127,12 @@ def _figures(rows: Sequence[Facts]) -> Figures:
 
 def _recall_figures(labels: Sequence[Labels]) -> Figures:
     """Return the recall figures: per row the share of labels found, weighted by their number."""
-
-    def over(*kinds: bool) -> tuple[list[float | None], list[float]]:  # repeated, new or both
-        found = [[float(x["found"]) for x in row if x["repeated"] in kinds] for row in labels]
-        return [*map(_mean, found)], [*map(len, found)]
-
-    return {
-        "recall@1": over(True, False),
-        "recall@1_rows": ([min(1.0, sum(x["found"] for x in row)) for row in labels], None),
-        "recall@1_repeated": over(True),
-        "recall@1_new": over(False),
-    }
+    kinds = {"recall@1": (True, False), "recall@1_repeated": (True,), "recall@1_new": (False,)}
+    figures: Figures = {}
+    for name, kind in kinds.items():
+        found = [[float(x["found"]) for x in row if x["repeated"] in kind] for row in labels]
+        figures[name] = [*map(_mean, found)], [*map(len, found)]
+    return figures
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -193,7 +185,7 @@ def format_report(report: Facts) -> str:
     parts = [
         _method_table("method", report),
         _method_table(f"after the first {after['seen']}", after) if after else [],
-        _table("Recall@1 of", {**SPLIT_HEADINGS, "recall@1_rows": "rows"}, rows),
+        _table("Recall@1 of", SPLIT_HEADINGS, rows),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
         *_search_tables(report),
         [*judge_lines(report["judge"]), f"digits' probability: {', '.join(digits)}"],
