@@ -6,7 +6,6 @@ needed. What a choice can gain depends on how well its judge tells a dialogue's 
 films, which `judge_ranked` tries on the recommender's best films; it alone asks a model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist, fmean
@@ -103,7 +102,7 @@ def hit_rate(area: float, hits: int, misses: int) -> float:
     if not hits or not misses:
         return float(hits > 0)
     normal = NormalDist()
-    d = math.sqrt(2) * normal.inv_cdf(min(max(area, 1e-9), 1 - 1e-9))
+    d = 2**0.5 * normal.inv_cdf(min(max(area, 1e-9), 1 - 1e-9))
     best = [normal.inv_cdf(((i + 0.5) / STEPS) ** (1 / misses)) for i in range(STEPS)]
     return fmean(1 - normal.cdf(x - d) ** hits for x in best)
 

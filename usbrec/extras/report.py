@@ -217,8 +217,7 @@ def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f
         for line, x in zip(lines[1:], found, strict=True):
             line.append(x if isinstance(x, str) else interval(x, form=form).split(" n ")[0])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    padded = [map(str.ljust, line, widths) for line in lines if rows]
-    return [" ".join(cells).rstrip() for cells in padded]
+    return [" ".join(map(str.ljust, line, widths)).rstrip() for line in lines if rows]
 
 
 def _search_tables(report: Facts) -> list[list[str]]:
