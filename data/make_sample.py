@@ -62,8 +62,7 @@ class Wish(NamedTuple):
 @cache
 def facts_of(item: Item) -> list[Wish]:
     """Return every fact of a film that a seeker can wish for."""
-    facts = [Wish(*fact) for fact in attributes(item)]
-    return sorted(facts, key=lambda fact: fact.kind == "mood")  # moods last
+    return sorted(map(Wish._make, attributes(item)), key=lambda x: x.kind == "mood")  # moods last
 
 
 def fitting(films: Iterable[Item], wishes: Sequence[Wish]) -> list[Item]:
@@ -290,25 +289,28 @@ class Scene:
     def return_to_target(self) -> None:
         """Name the target before its recommendation: the seeker asks about it or returns to it."""
         title = self.target.title
+        self.films[self.target] = ""
         if len(self.lines) + 4 <= MAX_LINES and self.rng.random() < 0.5:
             other = self.draw_film(self.others())
             self.speak("recommender suggests", film=title)
             self.speak("seeker hesitates")
             self.speak("recommender suggests", film=other.title)
             self.speak("seeker returns")
-            self.films |= {self.target: "", other: "refused"}
+            self.films[other] = "refused"
         else:
             self.speak("recommender asks")
             wishes = self.rng.sample(parted(self.said)[0], 1)
             self.reveal(wishes, "seeker asks about film", film=title)
-            self.films[self.target] = ""
 
 
 # --- the row of a dialogue --------------------------------------------------------------------
 
 
 def row_of(scene: Scene) -> Row:
-    """Return the row of the dialogue so far, whose response recommends the target."""
+    """Return the row of the dialogue so far, whose response recommends the target.
+
+    The fields that only a trained simulator needs are left out.
+    """
     act = "recommends returning" if scene.target in scene.films else "recommends"
     return {
         "dialog_id": scene.dialog_id,
@@ -320,9 +322,12 @@ def row_of(scene: Scene) -> Row:
         "target": scene.target.title,
         "wishes": list(scene.said),
         "profile": profile(scene),
-        "explanation": explain(scene),
-        "reactions": react(scene),
     }
+
+
+def full_row(scene: Scene) -> Row:
+    """Return the row of the dialogue so far with all fields."""
+    return {**row_of(scene), "explanation": explain(scene), "reactions": react(scene)}
 
 
 def profile(scene: Scene) -> str:
@@ -349,7 +354,7 @@ def explain(scene: Scene) -> str:
     told, target = facts_to_tell(scene), scene.target
     values = {wish.kind: wish.value for wish in reversed(told)}
     kind = f"{target.year} {genre_word(values.get('genre', target.genres[0]))} film"
-    star = values.get("lead", target.lead)
+    star = values.get("lead", target.stars[0])
     facts = f"{with_article(kind)} directed by {target.directors[0]} and starring {star}"
     return phrase(scene.rng, "explains", facts=facts, wish=f"the {told[0].noun}")
 
@@ -368,33 +373,28 @@ def react(scene: Scene) -> dict[str, str]:
 # --- splits -----------------------------------------------------------------------------------
 
 
-def long_rows(scene: Scene, wishes: Sequence[Wish]) -> list[Row]:
+def long_talk(scene: Scene, wishes: Sequence[Wish]) -> list[Row]:
     """Return the row of a long dialogue, and a second one if the seeker asks for another film."""
     repeats, again = scene.rng.random() < 0.13, scene.rng.random() < 0.3
     scene.converse(wishes, 1 if repeats else 2)
     if repeats:
         scene.return_to_target()
-    rows = [row_of(scene)]
+    rows = [full_row(scene)]
     if again and len(scene.lines) + 2 <= MAX_LINES:
         scene.lines.append(rows[0]["resp"])
         scene.films[scene.target] = "liked"
         scene.said = []
         scene.reveal(scene.claim(scene.others()), "seeker wants another")
-        rows.append(row_of(scene))
+        rows.append(full_row(scene))
     return rows
 
 
-def short_row(scene: Scene, wishes: Sequence[Wish], heard: Collection[tuple[str, ...]]) -> Row:
-    """Return the row of a short dialogue, whose only line is no context in `heard`.
-
-    The fields that only a trained simulator needs are left out.
-    """
+def short_talk(scene: Scene, wishes: Sequence[Wish], heard: Collection[Sequence[str]]) -> list[Row]:
+    """Return the one row of a short dialogue, whose only line is no context in `heard`."""
     while not scene.lines or tuple(scene.lines) in heard:
         scene.lines.clear()
         scene.reveal(wishes, "seeker asks")
-    row = row_of(scene)
-    del row["explanation"], row["reactions"]
-    return row
+    return [row_of(scene)]
 
 
 def make_sample() -> dict[str, list[Row]]:
@@ -411,17 +411,15 @@ def make_sample() -> dict[str, list[Row]]:
     turns = dict(zip(range(0, LONG, 3), reversed(shuffled("cover")), strict=False))
     turns |= {n: ranked[n // 2 % len(ranked)] for n in range(LONG, DIALOGUES["train"], 2)}
     made: dict[str, list[Row]] = {split: [] for split in DIALOGUES}
-    for split in reversed(DIALOGUES):  # test first: its targets and wishes are drawn freely
+    for name in reversed(DIALOGUES):  # test first: its targets and wishes are drawn freely
         others = [row for rows in made.values() for row in rows]
         taken = {(row["target"], frozenset(row["wishes"])) for row in others}
         heard = {tuple(row["context"]) for row in others}
-        for n in range(DIALOGUES[split]):
-            rng = Random(seed_for("sample", SEED, split, n))
-            scene = Scene(rng, f"{split}-{n}", weights, taken)
-            wishes = scene.claim([turns[n]] if split == "train" and n in turns else ranked)
-            made[split] += (
-                long_rows(scene, wishes) if n < LONG else [short_row(scene, wishes, heard)]
-            )
+        for n in range(DIALOGUES[name]):
+            rng = Random(seed_for("sample", SEED, name, n))
+            scene = Scene(rng, f"{name}-{n}", weights, taken)
+            wishes = scene.claim([turns[n]] if name == "train" and n in turns else ranked)
+            made[name] += long_talk(scene, wishes) if n < LONG else short_talk(scene, wishes, heard)
     return made
 
 

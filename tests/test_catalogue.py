@@ -71,7 +71,8 @@ def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() 
     redial = read_item(
         {"name": "Heat (1995)", "genre": ["crime"], "director": ["Mann"], "star": ["A", "B"]}
     )
-    assert (redial.name, redial.year, redial.decade, redial.lead) == ("Heat", 1995, "1990s", "A")
+    assert (redial.name, redial.year, redial.decade) == ("Heat", 1995, "1990s")
+    assert redial.stars == ("A", "B")
     kg = read_item(
         {
             "name": "Heat",
@@ -86,7 +87,7 @@ def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() 
     assert read_item({"name": "Nobody Knows"}).decade is None
     empty = {"star": ["", " "], "director": "", "genre": [" "], "mood": ["", "tense"]}
     item = read_item({"name": "Nobody Knows", "year": "9" * 5000, **empty})
-    assert (item.year, item.lead, item.directors, item.genres) == (None, None, (), ())
+    assert (item.year, item.stars, item.directors, item.genres) == (None, (), (), ())
     assert item.moods == ("tense",)
 
 

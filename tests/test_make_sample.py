@@ -63,7 +63,7 @@ def test_the_catalogue_is_large_complete_and_has_traps(catalogue: Catalogue) -> 
     for film in catalogue:
         assert 1950 <= film.year <= 2024
         assert 1 <= len(film.genres) <= 3 and set(film.genres) <= set(GENRE_FORMS)
-        assert len(film.directors) == 1 and film.lead and len(film.moods) == 1
+        assert len(film.directors) == 1 and film.stars and len(film.moods) == 1
         assert film.title == f"{film.name} ({film.year})"
     assert {"Heat", "Up", "Elf", "Her", "It"} <= {film.name for film in catalogue}
     assert len({film.title for film in catalogue}) == len(catalogue.items)

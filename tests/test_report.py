@@ -82,10 +82,9 @@ def test_means_leave_out_what_was_not_read_and_count_it(report: dict[str, Any]) 
     assert gap["mean"] == pytest.approx((1.5 + 1.0) / 2) and gap["n"] == 2
 
 
-def test_recall_is_over_labels_over_rows_and_split(report: dict[str, Any]) -> None:
+def test_recall_is_over_labels_and_split(report: dict[str, Any]) -> None:
     plain = report["methods"]["B/L"]
     assert plain["recall@1"]["mean"] == 0.25 and plain["recall@1"]["n"] == 4
-    assert plain["recall@1_rows"]["mean"] == pytest.approx(1 / 3)
     assert (plain["recall@1_repeated"]["mean"], plain["recall@1_repeated"]["n"]) == (1.0, 1)
     assert (plain["recall@1_new"]["mean"], plain["recall@1_new"]["n"]) == (0.0, 3)
     assert report["baselines"]["copy-last"]["recall@1"] == plain["recall@1"]
@@ -103,11 +102,7 @@ def test_grades_and_scores_leave_room_up_to_two() -> None:
 
 
 def test_the_rules_give_a_second_opinion(report: dict[str, Any]) -> None:
-    """RL+SES: scores 1.5, 2, 1 against grades 2, 1, 0: ranks 2 3 1 and 3 2 1, 1 - 6 * 2 / 24."""
-    assert report["methods"]["RL+SES"]["judge_and_rules"] == {
-        "auc": 0.5, "n": 3,
-    }  # fmt: skip
-    assert report["methods"]["B/L"]["judge_and_rules"]["auc"] is None
+    """RL+SES has grades 2, 1 and 0 beside the judge's 1.5, 2 and 1."""
     assert report["methods"]["RL+SES"]["rule_grade"]["mean"] == 1.0
 
 
@@ -125,7 +120,7 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
         "AUC 0.900 [0.800, 1.000] n 9, 1 unparsed, 0 skipped",
         "internal judge",
         "33.3%",
-        "digits' probability 0.50",
+        "digits' probability: B/L 0.50, RL+SES 0.50",
         "turns 2",
         "test 3",
         "repeated",
@@ -163,12 +158,12 @@ def test_sampled_votes_have_no_probability_of_the_digits() -> None:
     report = build_report({"B/L": voted, "RL": PLAIN}, {}, JUDGE, 0) | FACTS
     shares = [found["digit_probability"] for found in report["methods"].values()]
     assert shares == [None, 0.5]
-    assert "digits' probability none" in format_report(report)
+    assert "digits' probability: B/L none, RL 0.50" in format_report(report)
 
 
 def test_every_column_of_the_table_is_explained_below_it(report: dict[str, Any]) -> None:
     text = format_report(report)
-    names = ("iEval", "Recall@1", "repeated", "new", "rows", "hit", "rule grade", "unparsed")
+    names = ("iEval", "Recall@1", "repeated", "new", "hit", "rule grade", "unparsed")
     summary = ("summary of", "precision", "recall", "exact")
     search = ("candidates of", *(key.replace("_", " ") for key in report["search"]["RL+SES"]))
     within = ("AUC within a dialogue", *WITHIN)
@@ -219,8 +214,7 @@ def test_each_searched_methods_gain_is_predicted_from_its_own_judge() -> None:
 def test_a_random_guess_counts_as_its_probability() -> None:
     labels = [[label(True)], [{**label(False), "found": 0.25}]]
     report = build_report({"B/L": PLAIN[:2]}, {"random": labels}, JUDGE, 0) | FACTS
-    for key in ("recall@1", "recall@1_rows"):
-        assert report["baselines"]["random"][key]["mean"] == 0.625
+    assert report["baselines"]["random"]["recall@1"]["mean"] == 0.625
 
 
 def test_the_report_is_built_from_the_rows_of_a_run() -> None:

@@ -7,7 +7,7 @@ out: the order of turns (podcs.py, ses.py, evaluation.py).
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -117,9 +117,13 @@ class Roles:
         return self.complete(self.recommender.requests(prompts, sampling, seeds))
 
     def seek(
-        self, dialogues: Dialogues, targets: Titles, sampling: Sampling, seeds: Seeds
+        self, dialogues: Dialogues, targets: Titles, sampling: Sampling, keys: Seeds, turn: int
     ) -> list[Dialogue]:
-        """Return the dialogues plus the external seeker's next lines, with target titles hidden."""
+        """Return the dialogues plus the external seeker's next lines, with target titles hidden.
+
+        The seeds of the lines are derived from `keys` and the turn.
+        """
+        seeds = [seed_for(key, "seeker", turn) for key in keys]
         prompts = map(seeker_prompt, dialogues, targets)
         lines = self.complete(self.simulator.requests(prompts, sampling, seeds))
         hidden = map(self.catalogue.hide, lines, targets)
@@ -130,24 +134,21 @@ class Roles:
     ) -> list[JudgeScore]:
         """Return a side's score per prompt, the simulator's if None; all prompts share one call.
 
-        Votes are sampled for the prompts whose log-probabilities a language model does not tell.
+        In closed form, votes are sampled only for the prompts whose log-probabilities the language
+        model does not tell.
         """
-        side, n = by or self.simulator, votes.count
         if not prompts:
             return []
-        if n == 0:
-            told = [Request(prompt, adapter=side.adapter) for prompt in prompts]
-            table = side.llm.choice_logprobs(told, SCORES)
-            untold = [i for i, row in enumerate(table) if not row]
-            asked, keys = [prompts[i] for i in untold], [seeds[i] for i in untold]
-            sampled = iter(self.judge(asked, replace(votes, count=STAND_INS), keys, by))
-            t = votes.temperature
-            return [closed_form(row, t) if row else next(sampled) for row in table]
-        ballots = [prompt for prompt in prompts for _ in range(n)]
-        keys = [seed_for(seed, i) for seed in seeds for i in range(n)]
+        side, n = by or self.simulator, votes.count or STAND_INS
+        asked = [Request(prompt, adapter=side.adapter) for prompt in prompts]
+        table = [[]] * len(asked) if votes.count else side.llm.choice_logprobs(asked, SCORES)
+        untold = [i for i, row in enumerate(table) if not row]
+        ballots = [prompts[i] for i in untold for _ in range(n)]
+        keys = [seed_for(seeds[i], vote) for i in untold for vote in range(n)]
         sampling = Sampling(VOTE_TOKENS, votes.temperature)
         marks = list(map(parse_score, self.complete(side.requests(ballots, sampling, keys))))
-        return [count_votes(marks[i : i + n]) for i in range(0, len(marks), n)]
+        voted = (count_votes(marks[i : i + n]) for i in range(0, len(marks), n))
+        return [closed_form(row, votes.temperature) if row else next(voted) for row in table]
 
     def explain_and_judge(
         self, dialogues: Dialogues, targets: Titles, keys: Seeds, sampling: Sampling, votes: Votes

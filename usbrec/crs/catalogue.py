@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,10 @@ NEUTRAL = "that film"
 
 @dataclass(frozen=True)
 class Item:
-    """A film: its title as the dataset writes it, its bare name, and its facts (may be empty)."""
+    """A film: its title as the dataset writes it, its bare name, and its facts (may be empty).
+
+    The first of the stars is the lead.
+    """
 
     title: str
     name: str
@@ -34,11 +37,6 @@ class Item:
     directors: tuple[str, ...] = ()
     stars: tuple[str, ...] = ()
     moods: tuple[str, ...] = ()
-
-    @property
-    def lead(self) -> str | None:
-        """The first of the stars, or None."""
-        return self.stars[0] if self.stars else None
 
     @property
     def decade(self) -> str | None:
@@ -74,10 +72,11 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is missing or not UTF-8 text: {error}") from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, told: str = "") -> Any:
     """Return the value of a JSON text.
 
-    Raises UserError for malformed JSON and for half surrogate pairs, which UTF-8 cannot write.
+    Raises UserError, which begins with `told`, for malformed JSON and for half surrogate pairs,
+    which UTF-8 cannot write.
     """
     try:
         value = json.loads(text)
@@ -85,8 +84,8 @@ def parse_json(text: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-        told = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"not JSON: {told}") from error
+        fault = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{told}not JSON: {fault}") from error
 
 
 def read_item(entry: Any, at: str = "the item") -> Item:
@@ -141,11 +140,7 @@ class Catalogue:
         Raises:
             UserError: the file is missing or is not such an object.
         """
-        text = read_text(path)
-        try:
-            entries = parse_json(text)
-        except UserError as error:
-            raise UserError(f"the catalogue {path} is {error}") from error
+        entries = parse_json(read_text(path), f"the catalogue {path} is ")
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"the catalogue {path} must be an object of items, each with a name")
         places = (f"item {key!r} of the catalogue {path}" for key in entries)
@@ -178,9 +173,8 @@ class Catalogue:
         shown, places = plain(text)
         words = words_of(shown)
         mentions: list[Mention] = []
-        end = 0
         for first, word in enumerate(words):
-            if word.start < end:  # inside the previous mention
+            if mentions and word.start < mentions[-1].end:
                 continue
             names: list[tuple[int, Named]] = []  # the last word of each name that begins here
             last, key = first, word.key
@@ -189,11 +183,8 @@ class Catalogue:
                     names.append((last, self._by_name[key]))
                 last += 1
                 key += f" {words[last].key}" if last < len(words) else " "
-            for last, named in reversed(names):
-                if mention := _judge(shown, words, first, last, named):
-                    mentions.append(mention)
-                    end = mention.end
-                    break
+            found = (_judge(shown, words, first, last, named) for last, named in reversed(names))
+            mentions += islice(filter(None, found), 1)
         return [Mention(places[start], places[end], items) for start, end, items in mentions]
 
     def first(self, text: str) -> tuple[Item, ...]:

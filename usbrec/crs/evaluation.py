@@ -70,8 +70,7 @@ def evaluate_method(
     searches: list[list[Row]] = [[] for _ in examples]
     for turn in range(1, options.turns + 1):
         if turn > 1:
-            seeds = [seed_for(key, "seeker", turn) for key in keys]
-            dialogues = roles.seek(dialogues, targets, warm, seeds)
+            dialogues = roles.seek(dialogues, targets, warm, keys, turn)
         seeds = [seed_for(key, "recommender", turn) for key in keys]
         if searching is not None and turn >= searching.start_turn:
             results = search(roles, dialogues, seeds, searching)
@@ -93,9 +92,8 @@ def evaluate_method(
         row["labels"] = gold_labels(catalogue, x, [catalogue.first(heard[0])])
         row["hit"] = any(catalogue.mentions(reply, x.items) for reply in heard)
         row["grade"] = catalogue.grade_of(heard[-1], x.items)
-        row["explanation"] = explanation
-        row["transcript"] = [[line.speaker, line.text] for line in dialogue]
-        row["searches"] = own
+        lines = [[line.speaker, line.text] for line in dialogue]
+        row |= {"explanation": explanation, "transcript": lines, "searches": own}
         rows.append(row)
     return rows
 

@@ -29,7 +29,7 @@ from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
-from usbrec.crs.rewrite import describe, genre_word, rewrite
+from usbrec.crs.rewrite import describe, genre_word, rewrite_all
 from usbrec.crs.wishes import Fact, attributes, fit
 from usbrec.options import Options, option, seed_for
 
@@ -162,7 +162,7 @@ class Suggestions:
         for item in self.others(generator):
             score = self.catalogue.grade(item, example.items)
             if score not in found:
-                reply, why = (rewrite_all(x, named, item) for x in (text, told))
+                reply, why = (rewrite_all(x, [(old, item) for old in named]) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
         reply, why = map(str, generator.choice(FILMLESS, 2))
@@ -173,16 +173,9 @@ class Suggestions:
         generator = np.random.default_rng(seed_for(seed, "unlike"))
         known, told = gold_items(example, self.catalogue), telling_words(profile)
         others = [x for x in self.others(generator) if not self.catalogue.grade(x, example.items)]
-        replies = [rewrite_all(example.response, known, other) for other in others]
+        replies = [rewrite_all(example.response, [(x, other) for x in known]) for other in others]
         fitting = [x for x in replies if x != example.response and not telling_words(x) & told]
         return [Suggestion(reply, "", 0) for reply in fitting[:UNLIKE]]
-
-
-def rewrite_all(text: str, olds: Sequence[Item], new: Item) -> str:
-    """Return a text about the films `olds` rewritten for the film `new`."""
-    for old in olds:
-        text = rewrite(text, old, new)
-    return text
 
 
 def telling_words(text: str) -> set[str]:
@@ -334,12 +327,10 @@ def told(facts: Profile) -> str:
     return wishes.write_profile(*([wishes.write_attribute(*x[1:]) for x in own] for own in parts))
 
 
-def claim_of(response: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
+def claim_of(reply: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
     """Return a reply about the gold films, said of another film, and whether it is false of it."""
-    stolen = response
-    for gold in golds:
-        stolen = rewrite(stolen, gold, replace(gold, title=film.title, name=film.name))
-    return stolen, stolen != rewrite_all(response, golds, film)
+    stolen = rewrite_all(reply, [(x, replace(x, title=film.title, name=film.name)) for x in golds])
+    return stolen, stolen != rewrite_all(reply, [(x, film) for x in golds])
 
 
 def popularity_of(examples: Examples) -> dict[str, int]:

@@ -75,8 +75,7 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
     targets, keys = [example.items for example, _, _ in cases], [key for _, _, key in cases]
     dialogues = [add_turn(example.history, "recommender", reply) for example, reply, _ in cases]
     for turn in range(2, options.turns + 1):
-        seeds = [seed_for(key, "seeker", turn) for key in keys]
-        dialogues = roles.seek(dialogues, targets, sampling, seeds)
+        dialogues = roles.seek(dialogues, targets, sampling, keys, turn)
         seeds = [seed_for(key, "recommender", turn) for key in keys]
         replies = roles.recommend(dialogues, sampling, seeds)
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]

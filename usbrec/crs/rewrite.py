@@ -4,7 +4,7 @@ Left out: inflections other than those in GENRE_FORMS, pronouns ("he", "her"), a
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from usbrec.crs.catalogue import Item
@@ -42,7 +42,7 @@ def describe(item: Item) -> str:
     words = [*([str(item.year)] if item.year else []), *genre_words(item.genres[:2]), "film"]
     text = with_article(" ".join(words))
     text += f" by {item.directors[0]}" if item.directors else ""
-    return f"{text} with {item.lead}" if item.lead else text
+    return f"{text} with {item.stars[0]}" if item.stars else text
 
 
 def rewrite(text: str, old: Item, new: Item) -> str:
@@ -76,6 +76,13 @@ def rewrite(text: str, old: Item, new: Item) -> str:
         word = re.escape(genre_word(genre))
         result = re.sub(rf"\b({word})(?:(?:,| and|, and)? \1)+\b", r"\1", result)
     return result
+
+
+def rewrite_all(text: str, films: Iterable[tuple[Item, Item]]) -> str:
+    """Return a text about several films rewritten for others, by pairs (old, new)."""
+    for old, new in films:
+        text = rewrite(text, old, new)
+    return text
 
 
 _Replacement = str | Callable[[re.Match[str]], str]

@@ -90,9 +90,7 @@ class SearchOptions(Options):
 
 
 # what a search with cards takes where no flag says otherwise, found on validation dialogues
-CARDS: dict[str, Any] = {
-    "cards": True, "candidates": "ranked", "samples": 8, "turns": 1, "value": "majority"
-}  # fmt: skip
+CARDS: dict[str, Any] = dict(cards=True, candidates="ranked", samples=8, turns=1, value="majority")
 
 
 @dataclass
@@ -156,7 +154,7 @@ class SearchResult:
 
     root: Dialogue
     profile: str
-    candidates: list[Candidate]
+    candidates: list[Candidate] = field(default_factory=list)
     best: int = 0
     widths: list[int] = field(default_factory=list)
     late: int | None = None
@@ -235,24 +233,24 @@ def begin(
     likeliest = roles.likeliest(dialogues, options.samples) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
     summary = Sampling(options.summary_tokens, temperature=0.0)
-    firsts = [range((plan(x, options) or [options.samples])[0]) for x in dialogues]
-    keys = [seed_for(seed, "summary") for seed in seeds]
     prompts = map(agents.summary_prompt, dialogues)
-    asked = [] if given else roles.simulator.requests(prompts, summary, keys)
+    asked = [] if given else roles.simulator.requests(prompts, summary, seeds)
+    results = [SearchResult(root, given, widths=plan(root, options)) for root in dialogues]
+    firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
     for root, seed, numbers in zip(dialogues, seeds, firsts, strict=True):
-        asked += [] if ranked else first_responses(roles, root, seed, options, numbers)
+        asked += first_responses(roles, root, seed, options, numbers)
     texts = iter(roles.complete(asked))
-    profiles = [given or next(texts) for _ in dialogues]
+    for result in results:
+        result.profile = given or next(texts)
     drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, dialogues, seeds, drawn, options)
-    results = []
-    for root, seed, profile, replies in zip(dialogues, seeds, profiles, drawn, strict=True):
+    for x, seed, replies in zip(results, seeds, drawn, strict=True):
         nodes = {}  # equal replies are searched once, empty ones not at all
-        for x in filter(None, replies):
-            nodes[x] = Node(add_turn(root, "recommender", x), profile, seed_for(seed, "root", x))
-        candidates = [Candidate(x, nodes.get(x)) for x in replies]
-        results.append(SearchResult(root, profile, candidates, widths=plan(root, options)))
+        for reply in filter(None, replies):
+            said, key = add_turn(x.root, "recommender", reply), seed_for(seed, "root", reply)
+            nodes[reply] = Node(said, x.profile, key)
+        x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
     return results
 
 

@@ -40,12 +40,11 @@ from usbrec.crs.spelling import SPACELESS, YEAR, Word, key_of, names_of, plain, 
 _FORMS = Path(__file__).with_name("genre_forms.txt").read_text("utf-8").splitlines()
 GENRE_FORMS = {name: forms.split(", ") for name, forms in (line.split(": ") for line in _FORMS)}
 GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
-# The most common words, and names of films that are ordinary words.
-_ORDINARY = Path(__file__).with_name("ordinary_words.txt").read_text("utf-8").split()
-ORDINARY_WORDS = GENRE_WORDS.union(_ORDINARY)
-# title_words.txt: words right before a title; the same and others; words that begin a sentence with
-# a capital ("Watch Heat") and are no part of a name; words that do ("It is tense") or begin a title
-# if a capital follows ("The Force Awakens").
+# title_words.txt: the most common words, and names of films that are ordinary words.
+ORDINARY_WORDS = GENRE_WORDS.union(spelling.WORD_LISTS["ordinary"])
+# Also: words right before a title; the same and others; words that begin a sentence with a capital
+# ("Watch Heat") and are no part of a name; words that do ("It is tense") or begin a title if a
+# capital follows ("The Force Awakens").
 _LISTS = ("naming", "cues", "openers", "starters")
 NAMING_WORDS, CUES, OPENERS, STARTERS = (frozenset(spelling.WORD_LISTS[x]) for x in _LISTS)
 QUOTES = "'\"“”„«»「」*_《》〈〉『』"  # the last six hold a title and nothing else

@@ -66,9 +66,8 @@ def read_attribute(entry: str, catalogue: Catalogue) -> tuple[str, str]:
     if item := catalogue.get(entry):
         return "title", item.title
     for kind, form in FORMS.items():
-        before, after = form.split("{}")
-        if entry.startswith(before) and entry.endswith(after):
-            return kind, entry.removeprefix(before).removesuffix(after)
+        if found := re.fullmatch(form.replace("{}", "(.*)"), entry):
+            return kind, found[1]
     return ("decade" if re.fullmatch(r"\d{4}s", entry) else "genre"), entry
 
 

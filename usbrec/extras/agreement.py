@@ -7,8 +7,7 @@ the recommender's explanation of that reply. The internal judge sees a summary g
 history alone. A reply whose gold title cannot be found or replaced is skipped with the reason.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import gold_items
-from usbrec.crs.rewrite import rewrite
+from usbrec.crs.rewrite import rewrite_all
 from usbrec.extras.intervals import auc_interval
 from usbrec.options import seed_for
 
@@ -56,16 +55,12 @@ def judge_agreement(
         told, both = row.pop("explanations") or [next(texts), next(texts)], dialogues_of(x, row)
         prompts["external"] += map(agents.external_judge_prompt, both, told, [x.items] * 2)
         prompts["internal"] += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
-        row |= {"digit_probability": [], "parse_rate": []}
     votes = Votes(options.votes, options.vote_temperature)
     for name, judge, first in (("external", roles.external, 0), ("internal", None, 2)):
         seeds = [seed_for(key, "judge", first + i) for _, key, _ in used for i in range(2)]
         scores = iter(roles.judge(prompts[name], votes, seeds, judge))
         for _, _, row in used:
-            pair = [next(scores), next(scores)]
-            row[name] = [score.score for score in pair]
-            row["digit_probability"] += [score.digit_probability for score in pair]
-            row["parse_rate"] += [score.parse_rate for score in pair]
+            row[name] = [next(scores).score for _ in REPLIES]
     return rows
 
 
@@ -94,22 +89,21 @@ def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key
     places = generator.choice(len(pool), len(golds), replace=False, p=share / share.sum())
     films = [pool[place][0] for place in places]
     gold, told = example.response, example.explanation
-    other, why = gold, told or ""
-    for old, new in zip(golds, films, strict=True):
-        other, why = rewrite(other, old, new), rewrite(why, old, new)
+    pairs = list(zip(golds, films, strict=True))
+    other, why = (rewrite_all(text, pairs) for text in (gold, told or ""))
     if other == gold or catalogue.mentions(other, example.items):
         return {**row, "skipped": "a gold title in the reply could not be replaced"}
     titles, explanations = [film.title for film in films], [] if told is None else [told, why]
     return {**row, "gold": gold, "other": other, "titles": titles, "explanations": explanations}
 
 
-def agreement(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def agreement(rows: Sequence[Row], seed: int) -> Row:
     """Return {"auc", "low", "high", "n", "unparsed"} per judge, and the number of skipped rows.
 
     `unparsed` counts the rows with a score that could not be read; the AUC leaves them out.
     """
     used = [row for row in rows if row["skipped"] is None]
-    result: dict[str, Any] = {"skipped": len(rows) - len(used)}
+    result: Row = {"skipped": len(rows) - len(used)}
     for judge_name in ("external", "internal"):
         read = [row[judge_name] for row in used if None not in row[judge_name]]
         area = auc_interval([gold for gold, _ in read], [other for _, other in read], seed)

@@ -25,6 +25,7 @@ Groups = Sequence[str] | None  # a name per row
 Limits = tuple[float, float]  # the least and the greatest value that a row can have
 UNIT = (0.0, 1.0)
 DRAWS = 10_000
+ENDS = (2.5, 97.5)  # of an interval, in percent of the draws
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 
 
@@ -46,7 +47,7 @@ def mean_interval(
     top, bottom = np.bincount(place, value * weight), np.bincount(place, weight)  # a sum per group
     means = [(counts @ top) / (counts @ bottom) for counts in draws(len(top), seed)]
     mean = float((value * weight).sum() / weight.sum())
-    low, high = _percentiles(means)
+    low, high = np.percentile(np.concatenate(means), ENDS).tolist()
     if np.allclose(top / bottom, np.round(top / bottom), rtol=0, atol=1e-6):
         share = unseen_share(len(top))
         low = min(low, mean - share * (mean - limits[0]))
@@ -57,11 +58,6 @@ def mean_interval(
 def unseen_share(n: int) -> float:
     """Return the greatest share of all groups that none of n drawn ones may be of, at 97.5%."""
     return 1 - 0.025 ** (1 / n)
-
-
-def _percentiles(blocks: Sequence[np.ndarray]) -> tuple[float, float]:
-    low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def differences(first: Values, second: Values) -> list[float | None]:
@@ -82,7 +78,7 @@ def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int
     wins = _wins(positive, negative)
     areas = [np.einsum("bi,ij,bj->b", c, wins, c, optimize=True) / n**2 for c in draws(n, seed)]
     area = float(wins.mean())
-    low, high = _percentiles(areas)
+    low, high = np.percentile(np.concatenate(areas), ENDS).tolist()
     if area in (0, 1):
         seen = (1 - unseen_share(n)) ** 2  # of all pairs: those whose two rows are like the drawn
         low, high = area * seen, 1 - (1 - area) * seen

@@ -6,11 +6,9 @@ needed. What a choice can gain depends on how well its judge tells a dialogue's 
 films, which `judge_ranked` tries on the recommender's best films; it alone asks a model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist, fmean
-from typing import Any
 
 from usbrec.chat import Ranks, Row, Sampling
 from usbrec.crs import agents
@@ -22,22 +20,19 @@ from usbrec.extras.agreement import SUMMARY_TOKENS
 from usbrec.extras.intervals import UNIT, auc, mean_interval
 
 JUDGES = ("internal judge", "judge with cards")
-Scores = dict[str, float | None]  # scorer -> 0 to 2, None where it has no opinion
 RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
 
 
-def summaries(methods: Mapping[str, Sequence[Row]], seed: int) -> dict[str, Any]:
-    """Return `summary_facts` per searched method, or once, as "all", if they had the same."""
-    firsts = {name: [row["searches"][:1] for row in rows] for name, rows in methods.items()}
-    known = {name: x for name, x in firsts.items() if any(y and y[0]["facts"] for y in x)}
-    told = [[first[0]["profile"] if first else None for first in x] for x in known.values()]
-    if told and all(profiles == told[0] for profiles in told):
-        return {"all": summary_facts(methods[next(iter(known))], seed)}
-    return {name: summary_facts(methods[name], seed) for name in known}
+def summaries(methods: Mapping[str, Sequence[Row]], seed: int) -> Row:
+    """Return `summary_facts` per searched method, or once, as "all", where all are equal."""
+    found = {name: summary_facts(rows, seed) for name, rows in methods.items()}
+    known = {name: x for name, x in found.items() if x["exact"]["n"]}
+    figures = list(known.values())
+    return {"all": figures[0]} if known and figures.count(figures[0]) == len(known) else known
 
 
-def summary_facts(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+def summary_facts(rows: Sequence[Row], seed: int) -> Row:
     """Return the precision and recall of the summaries' facts, and the share of exact summaries.
 
     A fact is right if the gold profile has it too: attitude, kind and value. Precision is over all
@@ -54,7 +49,7 @@ def summary_facts(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     return {**found, "exact": mean_interval(exact, seed, groups=groups)}
 
 
-def search_figures(rows: Sequence[Row], area: float | None, seed: int) -> dict[str, Any]:
+def search_figures(rows: Sequence[Row], area: float | None, seed: int) -> Row:
     """Return the means of a searched method's `choice_figures`, each with its interval."""
     rows = [row for row in rows if row["searches"]]
     groups, searches = [row["dialog_id"] for row in rows], [row["searches"][0] for row in rows]
@@ -84,7 +79,6 @@ def choice_figures(search: Row, area: float | None) -> dict[str, float | None]:
     found, fits = [float(x["found"]) for x in candidates], [x["fit"] for x in candidates]
     hits, misses = ({x["title"] for x in candidates if x["found"] is y} for y in (True, False))
     chosen, random = found[search["best"]], sum(found) / len(found)
-    rate = None if area is None else hit_rate(area, len(hits), len(misses))
     return {
         "different_titles": float(len((hits | misses) - {None})),
         "pass@N": max(found),
@@ -92,7 +86,7 @@ def choice_figures(search: Row, area: float | None) -> dict[str, float | None]:
         "chosen": chosen,
         "random": random,
         "gain": chosen - random,
-        "gain_predicted": None if rate is None else rate - random,
+        "gain_predicted": None if area is None else hit_rate(area, len(hits), len(misses)) - random,
     }
 
 
@@ -108,7 +102,7 @@ def hit_rate(area: float, hits: int, misses: int) -> float:
     if not hits or not misses:
         return float(hits > 0)
     normal = NormalDist()
-    d = math.sqrt(2) * normal.inv_cdf(min(max(area, 1e-9), 1 - 1e-9))
+    d = 2**0.5 * normal.inv_cdf(min(max(area, 1e-9), 1 - 1e-9))
     best = [normal.inv_cdf(((i + 0.5) / STEPS) ** (1 / misses)) for i in range(STEPS)]
     return fmean(1 - normal.cdf(x - d) ** hits for x in best)
 
@@ -134,13 +128,13 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     short = Sampling(SUMMARY_TOKENS, temperature=0.0)
     summaries = roles.complete(roles.simulator.requests(prompts, short, [0] * len(prompts)))
     rows: list[Row] = []
-    cases: list[tuple[Scores, Messages, Messages]] = []
+    cases: list[tuple[Row, Messages, Messages]] = []  # the scores of a film, and both prompts
     for x, profile, best in zip(examples, summaries, ranked, strict=True):
         told, films = {RULE: x.profile, "rule on the summary": profile}, []
         wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
         for item in best:
             hit = is_target(catalogue, (item,), x.items)
-            scores: Scores = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
+            scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
             films.append({"title": item.title, "found": hit, "scores": scores})
             tried = add_turn(x.history, "recommender", agents.announce(item.title))
             by_card = agents.card_prompt(tried[-1].text, card(item), profile)
@@ -155,7 +149,7 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     return rows
 
 
-def within_dialogues(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def within_dialogues(rows: Sequence[Row], seed: int) -> Row:
     """Return {scorer: {"all", "broken"}}: the mean AUC within a dialogue, with its interval.
 
     "all" is the AUC of the target against all other films, "broken" against those that break a
@@ -163,12 +157,12 @@ def within_dialogues(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, 
     """
     groups, kinds = [row["dialog_id"] for row in rows], {"all": (None, 0, 1, 2), "broken": (0, 1)}
 
-    def area(films: Sequence[Mapping[str, Any]], name: str, grades: tuple[int | None, ...]) -> Any:
+    def area(films: Sequence[Row], name: str, grades: tuple[int | None, ...]) -> float | None:
         read = [(x["scores"][name], x) for x in films if x["scores"][name] is not None]
         misses = [y for y, x in read if not x["found"] and x["scores"][RULE] in grades]
         return auc([y for y, x in read if x["found"]], misses)
 
-    found: dict[str, Any] = {}
+    found: Row = {}
     for name in next((row["films"][0]["scores"] for row in rows if row["films"]), ()):
         areas = {kind: [area(row["films"], name, x) for row in rows] for kind, x in kinds.items()}
         found[name] = {kind: mean_interval(x, seed, groups=groups) for kind, x in areas.items()}

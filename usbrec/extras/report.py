@@ -17,7 +17,7 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
 from usbrec.crs.evaluation import METHOD_NAMES, Guesses, Labels, copied, gold_labels, popular
 from usbrec.extras.agreement import agreement
-from usbrec.extras.intervals import auc, differences, mean_interval
+from usbrec.extras.intervals import differences, mean_interval
 from usbrec.extras.measures import search_figures, summaries, within_dialogues
 from usbrec.loading import costs
 from usbrec.options import seed_for
@@ -88,24 +88,14 @@ def compare_all(methods: Facts, baselines: Facts, seed: int) -> dict[str, Any]:
 
 
 def summarise(rows: Sequence[Facts], seed: int) -> dict[str, Any]:
-    """Return a method's means with intervals, and the AUC of the judge's scores by rule grade."""
-    read = [(row["score"], row["grade"]) for row in rows if row["score"] is not None]
-    right = [score for score, grade in read if grade == 2]
-    wrong = [score for score, grade in read if grade < 2]
+    """Return a method's means with intervals, and the mean probability of its judge's digits."""
     digits = [x["digit_probability"] for x in rows if x["digit_probability"] is not None]
-    return {
-        **_means(_figures(rows), [row["dialog_id"] for row in rows], seed),
-        "judge_and_rules": {"auc": auc(right, wrong), "n": len(read)},
-        "digit_probability": _mean(digits),
-        "empty_replies": sum(reply == "" for row in rows for reply in row["replies"]),
-    }
+    found = _means(_figures(rows), [row["dialog_id"] for row in rows], seed)
+    return {**found, "digit_probability": _mean(digits)}
 
 
 def recall(labels: Sequence[Labels], groups: Sequence[str], seed: int) -> dict[str, Any]:
-    """Return Recall@1 over labels (as iEvaLM counts), over rows, and over repeated and new labels.
-
-    Over rows it is the share of rows whose first title is any gold title.
-    """
+    """Return Recall@1 over labels (as iEvaLM counts), and over repeated and new labels."""
     return _means(_recall_figures(labels), groups, seed)
 
 
@@ -137,17 +127,12 @@ def _figures(rows: Sequence[Facts]) -> Figures:
 
 def _recall_figures(labels: Sequence[Labels]) -> Figures:
     """Return the recall figures: per row the share of labels found, weighted by their number."""
-
-    def over(*kinds: bool) -> tuple[list[float | None], list[float]]:  # repeated, new or both
-        found = [[float(x["found"]) for x in row if x["repeated"] in kinds] for row in labels]
-        return [*map(_mean, found)], [*map(len, found)]
-
-    return {
-        "recall@1": over(True, False),
-        "recall@1_rows": ([min(1.0, sum(x["found"] for x in row)) for row in labels], None),
-        "recall@1_repeated": over(True),
-        "recall@1_new": over(False),
-    }
+    kinds = {"recall@1": (True, False), "recall@1_repeated": (True,), "recall@1_new": (False,)}
+    figures: Figures = {}
+    for name, kind in kinds.items():
+        found = [[float(x["found"]) for x in row if x["repeated"] in kind] for row in labels]
+        figures[name] = [*map(_mean, found)], [*map(len, found)]
+    return figures
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -175,8 +160,7 @@ def ranked_recall(
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
     def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
-        rows = zip(examples, guesses, strict=True)
-        labels = [gold_labels(catalogue, x, row[:k]) for x, row in rows]
+        labels = [gold_labels(catalogue, x, y[:k]) for x, y in zip(examples, guesses, strict=True)]
         return recall(labels, groups, seed)
 
     return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
@@ -193,29 +177,29 @@ def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
 
 def format_report(report: Facts) -> str:
     """Return the report as text: methods, differences, search, judges, a legend, the options."""
-    rows, after = _methods_and_baselines(report), report.get("after")
-    columns = {**HEADINGS, "unparsed": "unparsed"}
-    later = _methods_and_baselines(after) if after else {}
+    after, methods = report.get("after"), report["methods"]
+    rows = {**methods, **report["baselines"]}
+    digits = [f"{name} {_number(x['digit_probability'])}" for name, x in methods.items()]
     facts = {**report["counts"], **report["options"]}
     plain = [f"{n} {x}" for n, x in facts.items() if not isinstance(x, Mapping | list | tuple)]
     parts = [
-        _table("method", columns, rows),
-        _table(f"after the first {after['seen']}" if after else "", columns, later),
-        _table("Recall@1 of", {**SPLIT_HEADINGS, "recall@1_rows": "rows"}, rows),
+        _method_table("method", report),
+        _method_table(f"after the first {after['seen']}", after) if after else [],
+        _table("Recall@1 of", SPLIT_HEADINGS, rows),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
         *_search_tables(report),
-        [*judge_lines(report["judge"]), *_rule_lines(report["methods"])],
+        [*judge_lines(report["judge"]), f"digits' probability: {', '.join(digits)}"],
         Path(__file__).with_name("legend.txt").read_text("utf-8").splitlines(),
         [fill(", ".join(plain), WIDTH, break_long_words=False, break_on_hyphens=False)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines).rstrip()
 
 
-def _methods_and_baselines(report: Facts) -> dict[str, Any]:
-    """Return the rows of the table of methods."""
-    unparsed = {name: f"{share:.1%}" for name, share in report["unparsed"].items()}
-    methods = {name: {**x, "unparsed": unparsed[name]} for name, x in report["methods"].items()}
-    return {**methods, **report["baselines"]}
+def _method_table(title: str, found: Facts) -> list[str]:
+    """Return the table of the methods and baselines that `compare_all` has measured."""
+    shares = {name: {"unparsed": f"{share:.1%}"} for name, share in found["unparsed"].items()}
+    methods = {name: {**x, **shares[name]} for name, x in found["methods"].items()}
+    return _table(title, {**HEADINGS, "unparsed": "unparsed"}, {**methods, **found["baselines"]})
 
 
 def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f") -> list[str]:
@@ -233,8 +217,7 @@ def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f
         for line, x in zip(lines[1:], found, strict=True):
             line.append(x if isinstance(x, str) else interval(x, form=form).split(" n ")[0])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    padded = [map(str.ljust, line, widths) for line in lines if rows]
-    return [" ".join(cells).rstrip() for cells in padded]
+    return [" ".join(map(str.ljust, line, widths)).rstrip() for line in lines if rows]
 
 
 def _search_tables(report: Facts) -> list[list[str]]:
@@ -254,23 +237,10 @@ def _search_tables(report: Facts) -> list[list[str]]:
 def judge_lines(judge: Facts) -> list[str]:
     """Return a line per judge of an `agreement`."""
     return [
-        f"{name} judge, gold reply against a rewritten one: AUC {interval(found, mean='auc')}, "
-        f"{found['unparsed']} unparsed, {judge.get('skipped', 0)} skipped"
-        for name, found in judge.items()
-        if name in ("external", "internal")
+        f"{x} judge, gold reply against a rewritten one: AUC {interval(judge[x], mean='auc')}, "
+        f"{judge[x]['unparsed']} unparsed, {judge['skipped']} skipped"
+        for x in ("external", "internal")
     ]
-
-
-def _rule_lines(methods: Facts) -> list[str]:
-    """Return a line per method: its judge beside the rules."""
-    lines = []
-    for name, found in methods.items():
-        rules = found["judge_and_rules"]
-        area = f"AUC {_number(rules['auc'])}, n {rules['n']}"
-        digits = f"digits' probability {_number(found['digit_probability'])}"
-        empty = f"empty replies {found['empty_replies']}"
-        lines.append(f"judge against rules, {name}: {area}; {digits}, {empty}")
-    return lines
 
 
 def interval(found: Facts, mean: str = "mean", form: str = ".3f") -> str:
