@@ -23,7 +23,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,16 +217,14 @@ def run_chunks(
         append_rows(results.path, [])  # creates the file
     with _alone(results.path, "another program: wait for it, or name another file"):
         rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
-        chunks = [items[i : i + size] for i in range(len(rows), len(items), size)]
         with tqdm(None, label, len(items), initial=len(rows), unit="row", disable=not first) as bar:
-            for start in range(0, len(chunks), width):
-                made: list[Row] = []
-                for chunk in chunks[start + parallel.rank() % width :][:1]:  # some may have none
-                    for engine in results.engines:
-                        engine.clear_cache()
-                    made = [json.loads(json.dumps(row)) for row in work(chunk)]
-                    told = f"{label}: {len(made)} rows for {len(chunk)} items"
-                    assert len(made) == len(chunk), told
+            while len(rows) < len(items):
+                start = len(rows) + parallel.rank() % width * size
+                chunk = items[start : start + size]  # at the end some processes have none
+                for engine in results.engines:
+                    engine.clear_cache()
+                made = [json.loads(json.dumps(row)) for row in (work(chunk) if chunk else ())]
+                assert len(made) == len(chunk), f"{label}: {len(made)} rows for {len(chunk)} items"
                 for part in parallel.gather(made)[:width]:
                     if first:
                         marked = enumerate(part, len(rows))
@@ -283,20 +281,17 @@ def _alone(path: Path, told: str) -> Iterator[None]:
 
     Windows has no lock of a folder; a warning says so.
     """
-    if fcntl is None:
-        warnings.warn(f"{path} is not locked here: let no other program use it", stacklevel=2)
-    if fcntl is None or parallel.rank() > 0:
+    with ExitStack() as held:
+        if fcntl is None:
+            warnings.warn(f"{path} is not locked here: let no other program use it", stacklevel=2)
+        elif parallel.rank() == 0:
+            place = os.open(path, os.O_RDONLY)
+            held.callback(os.close, place)  # which unlocks it
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{path} is in use by {told} ({error.strerror})") from error
         yield
-        return
-    place = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path} is in use by {told} ({error.strerror})") from error
-        yield
-    finally:
-        os.close(place)
 
 
 def need(path: Path, stage: str) -> Path:
