@@ -40,14 +40,10 @@ from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.training_state import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
-from usbrec.runs import ADAPTERS, RUNS, Results, Row, run_chunks
-from usbrec.settings import DataOptions
+from usbrec.runs import RUNS, Results, Row, run_chunks
+from usbrec.settings import ADAPTERS, SHOWN, DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
-# the flags in --help; --help-all lists every flag
-_SHOWN = """dialogue chat validate-simulator data data-dir split limit out json
-    verbose run-dir recommender simulator judge model dtype device max-length kv-memory in-flight
-    ses temperature top-p max-new-tokens seed chunk-size rank ses-samples ses-turns ses-mode"""
 
 
 @dataclass(frozen=True)
@@ -275,7 +271,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
 
 def build_parser() -> Parser:
     """Return the parser: flags for the dialogues, for the models, and for the replies."""
-    parser = Parser(_SHOWN, prog="infer.py", description=__doc__, usage="infer.py [FLAGS]")
+    parser = Parser(SHOWN["infer"], prog="infer.py", description=__doc__, usage="infer.py [FLAGS]")
     what = parser.add_argument_group("what to answer (default: a test row of the run's dataset)")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--dialogue", type=Path, metavar="FILE", help="dialogues, JSON or JSONL")

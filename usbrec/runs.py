@@ -42,13 +42,6 @@ except ImportError:  # Windows
 
 _Item = TypeVar("_Item")
 RUNS = Path(__file__).resolve().parents[1] / "runs"
-ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
-MADE: dict[str, tuple[str, ...]] = {  # stage -> its files, first the one that it ends with
-    **{stage: (f"{name}/adapter_model.safetensors", name) for stage, name in ADAPTERS.items()},
-    "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
-    "report": ("report.json", "report.txt", "report.html", "rows.jsonl", "rows.jsonl.options.json"),
-}
-NEEDED = {"pairs": ("simulator", "sft"), "simpo": ("sft", "pairs"), "report": tuple(ADAPTERS)}
 
 
 # --- files ------------------------------------------------------------------------------------
