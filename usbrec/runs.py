@@ -292,12 +292,3 @@ def need(path: Path, stage: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing: run the stage {stage} first (--stages {stage})")
     return path
-
-
-def newest_run(runs: Path) -> Path:
-    """Return the run folder with the newest finished adapter."""
-    made = list(runs.glob("*/*/adapter_model.safetensors"))
-    if not made:
-        told = "make one with `python train.py`, or go round it with --model and --recommender"
-        raise UserError(f"there is no finished run in {runs}: {told}")
-    return max(made, key=lambda path: path.stat().st_mtime).parents[1]
