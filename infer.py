@@ -40,19 +40,15 @@ from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.training_state import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
-from usbrec.runs import ADAPTERS, RUNS, Results, Row, run_chunks
-from usbrec.settings import DataOptions
+from usbrec.runs import RUNS, Results, Row, run_chunks
+from usbrec.settings import ADAPTERS, SHOWN, DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
-# the flags in --help; --help-all lists every flag
-_SHOWN = """dialogue chat validate-simulator data data-dir split limit out json
-    verbose run-dir recommender simulator judge model dtype device max-length kv-memory in-flight
-    ses temperature top-p max-new-tokens seed chunk-size rank ses-samples ses-turns ses-mode"""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The answering models and their data: base weights, both sides, judge, dataset, and the run.
+    """The answering models and their data: base weights, both sides, judge, dataset, and folder.
 
     `sides` name an adapter, a model, a server's URL#MODEL, or "none": the base weights as they are.
     """
@@ -61,7 +57,7 @@ class Setup:
     sides: dict[str, str]  # recommender, simulator, and judge if the external one is another
     data: str
     data_dir: str | None
-    run: Path | None
+    folder: Path  # of the run, else of all runs: it keeps answers and results
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that decide a reply, the run's place left out."""
@@ -82,55 +78,55 @@ class Setup:
 def set_up(flags: Namespace) -> Setup:
     """Return the run's model, adapters and dataset, or those that the flags name instead."""
     run = find_run(flags)
-    recommender, simulator, facts = read_run(run) if run else ("none", "none", {})
-    model = from_flags(loading.ModelOptions, flags, defaults=facts.get("model", {}))
-    recommender = flags.recommender or recommender
-    if run is None and is_server(recommender):  # no local weights are needed
-        simulator = recommender
-    sides = {"recommender": recommender, "simulator": flags.simulator or simulator}
-    sides |= {"judge": flags.judge} if hasattr(flags, "judge") else {}
-    known = DataOptions(facts.get("data", "sample"), facts.get("data-dir"))
-    named = DataOptions(flags.data or known.data, flags.data_dir)
-    data_dir = named.data_dir or (known.data_dir if named.data == known.data else None)
-    return Setup(model, sides, named.data, data_dir, run)
+    base = {"recommender": "none", "simulator": "none"}
+    own = read_run(run) if run else Setup(loading.ModelOptions(), base, "sample", None, RUNS)
+    named = {x: getattr(flags, x) for x in (*base, "judge") if getattr(flags, x, None)}
+    if run is None and is_server(named.get("recommender", "")):  # no local weights are needed
+        named = {"simulator": named["recommender"], **named}
+    model = from_flags(loading.ModelOptions, flags, defaults=asdict(own.model))
+    data = DataOptions(flags.data or own.data, flags.data_dir)
+    data_dir = data.data_dir or (own.data_dir if data.data == own.data else None)
+    return Setup(model, own.sides | named, data.data, data_dir, own.folder)
 
 
 def find_run(flags: Namespace) -> Path | None:
-    """Return the named run folder, else the newest; None if the flags need no run."""
+    """Return the named run folder, else that of the newest finished adapter in RUNS.
+
+    It is None if the flags need no run. Raises UserError if they need one and there is none.
+    """
     if flags.run_dir is not None or hasattr(flags, "model"):
         return flags.run_dir
-    try:
-        return runs.newest_run(RUNS)
-    except UserError:
-        if flags.recommender is None:
-            raise
-        return None  # a run would give the simulator and the dataset only
+    if made := list(RUNS.glob("*/*/adapter_model.safetensors")):
+        return max(made, key=lambda path: path.stat().st_mtime).parents[1]
+    if flags.recommender is None:  # else a run would give the simulator and the dataset only
+        told = "make one with `python train.py`, or go round it with --model and --recommender"
+        raise UserError(f"there is no finished run in {RUNS}: {told}")
+    return None
 
 
-def read_run(folder: Path) -> tuple[str, str, dict[str, Any]]:
-    """Return a run's best recommender, its simulator, and the facts of the recommender.
+def read_run(folder: Path) -> Setup:
+    """Return a run's model, its best recommender, its simulator and its dataset.
 
     Raises UserError if it has no adapter yet, or its notes are not train.py's.
     """
-    places = {stage: folder / adapter for stage, adapter in ADAPTERS.items()}
-    done = [x for x in places if (places[x] / "adapter_model.safetensors").exists()]
+    adapters = {stage: folder / name for stage, name in ADAPTERS.items()}
+    done = {x: str(y) for x, y in adapters.items() if (y / "adapter_model.safetensors").exists()}
     if not done:
         told = f"make one with `python train.py --run-dir {folder}`"
         raise UserError(f"{folder} has no finished adapter: {told}")
-    adapter = "none" if done[-1] == "simulator" else str(places[done[-1]])
-    simulator = str(places["simulator"]) if "simulator" in done else "none"
-    paths = sorted((folder / "options").glob("*.json"))
-    notes = {path.stem: runs.read_json(path) for path in paths}
+    recommender = done.get("simpo") or done.get("sft", "none")
+    simulator, note = done.get("simulator", "none"), folder / "options" / f"{[*done][-1]}.json"
+    notes = {path: runs.read_json(path) for path in sorted(note.parent.glob("*.json"))}
     try:
         for facts in notes.values():
             simulator = facts.get("other-simulator", {"path": simulator})["path"]
-        facts = notes[done[-1]]
-        loading.ModelOptions(**facts["model"])
-        DataOptions(facts["data"], facts.get("data-dir"), simulator=str(Path(simulator)))
+        facts = notes[note]
+        model = loading.ModelOptions(**facts["model"])
+        data = DataOptions(facts["data"], facts.get("data-dir"), simulator=str(Path(simulator)))
     except (KeyError, TypeError, ValueError) as error:
-        note = folder / "options" / f"{done[-1]}.json"
         raise UserError(f"{note} is not as train.py writes it") from error
-    return adapter, simulator, facts
+    sides = {"recommender": recommender, "simulator": simulator}
+    return Setup(model, sides, data.data, data.data_dir, folder)
 
 
 def assemble(setup: Setup, flags: Namespace) -> Recommender:
@@ -140,7 +136,7 @@ def assemble(setup: Setup, flags: Namespace) -> Recommender:
     searching = from_flags(SearchOptions, flags, "ses", defaults=defaults)
     sampling = from_flags(Sampling, flags, defaults=PLAIN)
     catalogue = load_catalogue(setup.data, setup.data_dir)
-    models = loading.Models(setup.model, find_model, (setup.run or RUNS) / "answers.jsonl")
+    models = loading.Models(setup.model, find_model, setup.folder / "answers.jsonl")
     sides = {role: models.side(name, role) for role, name in setup.sides.items()}
     for role, name in setup.sides.items():
         tell(f"{role}: {'the base weights as they are' if name == 'none' else name}")
@@ -222,7 +218,7 @@ def reply_into(path: Path, recommender: Recommender, asked: Examples, facts: Row
 def results_file(setup: Setup, kind: str, facts: Mapping[str, Any]) -> Path:
     """Return the path of the results of these facts, in the run folder if there is one."""
     name = f"{Path(setup.data).name}-{kind}-{digest(facts.items())[:8]}.jsonl"
-    return (setup.run or RUNS) / "infer" / name
+    return setup.folder / "infer" / name
 
 
 # --- the printed reply ------------------------------------------------------------------------
@@ -275,7 +271,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
 
 def build_parser() -> Parser:
     """Return the parser: flags for the dialogues, for the models, and for the replies."""
-    parser = Parser(_SHOWN, prog="infer.py", description=__doc__, usage="infer.py [FLAGS]")
+    parser = Parser(SHOWN["infer"], prog="infer.py", description=__doc__, usage="infer.py [FLAGS]")
     what = parser.add_argument_group("what to answer (default: a test row of the run's dataset)")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--dialogue", type=Path, metavar="FILE", help="dialogues, JSON or JSONL")

@@ -48,22 +48,14 @@ from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
-from usbrec.llm.training_state import digest, peak_memory
+from usbrec.llm.training_state import peak_memory
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import Parser, UserError, seed_for
-from usbrec.runs import ADAPTERS, RUNS, Row, need, read_rows, run_chunks
-from usbrec.settings import SIDES, STAGES, Settings, add_settings, read_settings
-from usbrec.work import Work, load_work
+from usbrec.runs import RUNS, Row, need, read_rows, run_chunks
+from usbrec.settings import ADAPTERS, COMPARED, SHOWN, STAGES, add_settings, read_settings
+from usbrec.work import Work
 
-COMPARED: dict[str, tuple[str | None, str]] = {  # (recommender's adapter, options of the search)
-    "B/L": (None, ""), "SFT": ("sft", ""), "RL": ("rl", ""), "SES": (None, "ses"),
-    "SFT+SES": ("sft", "ses"), "RL+SES": ("rl", "ses"), "RL+SES+cards": ("rl", "ses_cards"),
-}  # fmt: skip
-# the flags in --help; --help-all lists every flag
-_SHOWN = """stages run-dir fresh verbose shard data data-dir seed recommender simulator judge
-    max-simulator max-sft max-pairs max-eval full model dtype device max-length kv-memory
-    learning-rate epochs batch-size tokens-per-pass checkpointing lora-r pairs-samples pairs-turns
-    ses-samples ses-turns"""
+RowsOf = Callable[[str], Examples]  # the name of a limit (--max-NAME) -> rows
 
 
 # --- the stages -------------------------------------------------------------------------------
@@ -73,7 +65,7 @@ def train_simulator(work: Work) -> None:
     """Train the adapter that plays the user and judges, on training dialogues alone."""
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
-    def make(rows: Callable[[str], Examples]) -> list[TrainingDialogue]:
+    def make(rows: RowsOf) -> list[TrainingDialogue]:
         draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
         first, then = lessons.simulator_lessons(rows("simulator"), draws, seed, options)
         summaries = lessons.summary_lessons(rows("summaries"), films, options)
@@ -89,16 +81,11 @@ def train_sft(work: Work) -> None:
     teach(work, "sft", lambda rows: lessons.recommender_lessons(rows("sft"), films, options))
 
 
-def teach(
-    work: Work, stage: str, make: Callable[[Callable[[str], Examples]], list[TrainingDialogue]]
-) -> None:
-    """Train a new adapter of the stage's name on the lessons that `make` returns.
-
-    `make` gets a function that returns rows by the name of their limit (--max-NAME).
-    """
+def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue]]) -> None:
+    """Train a new adapter of the stage's name on the lessons that `make` returns."""
     engine, seed = work.engine, seed_for(work.settings.data.seed, stage)
 
-    def lay_out(rows: Callable[[str], Examples], label: str) -> list[Tree]:
+    def lay_out(rows: RowsOf, label: str) -> list[Tree]:
         trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(rows)]
         kept, dropped = usable(trees, engine.max_length, dialogue_fault)
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
@@ -112,13 +99,9 @@ def teach(
 
 def make_pairs(work: Work) -> None:
     """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter."""
-    settings, roles = work.settings, work.roles("sft")
-
-    def try_chunk(chunk: Examples) -> list[Row]:
-        return build_pairs(roles, chunk, settings.data.seed, settings.pairs)
-
-    rows = work.rows("pairs")
-    records = run_chunks(work.results("samples.jsonl", "pairs"), rows, try_chunk)
+    seed, options, roles = work.settings.data.seed, work.settings.pairs, work.roles("sft")
+    rows, results = work.rows("pairs"), work.results("samples.jsonl", "pairs")
+    records = run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
     pairs = [record["pair"] for record in records if record["pair"]]
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
@@ -141,7 +124,7 @@ def train_simpo(work: Work) -> None:
         told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
         raise UserError(f"{path} holds no pair to learn from: {told}")
     validation = lay_out_pairs(work, held_out, "simpo, validation") if held_out else []
-    work.load("sft", "rl")
+    work.adapted("sft", "rl")  # the copy that learns
     work.learn("simpo", trees, validation, Simpo(settings.simpo_loss))
 
 
@@ -187,16 +170,16 @@ def evaluate(work: Work) -> None:
     met = max(talked, judged, key=len)
     print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
     ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
-    roles = {adapter: work.roles(adapter, o.judge) for adapter, _ in COMPARED.values()}
+    roles = {stage: work.roles(stage, o.judge) for stage, _ in COMPARED.values()}
     compared = {name: made for name, made in COMPARED.items() if name in o.methods}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
         agreed = judge_agreement(roles["sft"], checked, popularity, o.seed, settings.eval)
-        found = {"agreement": agreed, "ranked": judge_ranked(roles["rl"], tried, settings.eval)}
-        for name, (adapter, group) in compared.items():
+        found = {"agreement": agreed, "ranked": judge_ranked(roles["simpo"], tried, settings.eval)}
+        for name, (stage, group) in compared.items():
             options = getattr(settings, group) if group else None
-            found[name] = evaluate_method(roles[adapter], heard, o.seed, settings.eval, options)
+            found[name] = evaluate_method(roles[stage], heard, o.seed, settings.eval, options)
         # each list has the rows of the chunk's first dialogues
         return [{name: x[i] for name, x in found.items() if i < len(x)} for i in range(len(chunk))]
 
@@ -232,7 +215,7 @@ DOES = dict(zip(STAGES, _DOES, strict=True))
 
 def build_parser() -> Parser:
     """Return the parser: the flags of the job, and one group per options dataclass."""
-    parser = Parser(_SHOWN, prog="train.py", description=__doc__, usage="train.py [FLAGS]")
+    parser = Parser(SHOWN["train"], prog="train.py", description=__doc__, usage="train.py [FLAGS]")
     told = f"which of {', '.join(STAGES)} (default: all)"
     job = parser.add_argument_group("job")
     job.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="S", help=told)
@@ -244,22 +227,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_stages(stages: Sequence[str], folder: Path, settings: Settings, flags: Namespace) -> None:
+def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
     """Run the stages that are not yet done, in their order."""
-    work = load_work(settings, folder, find_model, flags.shard)
-    rows = {"train": work.train, "valid": work.valid, "items": work.catalogue, "test": work.test}
-    digests: Row = {name: digest(content) for name, content in rows.items()}
-    for side in SIDES["report"]:
-        if (other := getattr(settings.data, side)) is not None:
-            digests[side] = {"path": other, "digest": loading.weights_digest(other, find_model)}
     if flags.fresh:  # what is missing is told before anything is deleted
         work.prepare(stages)
-    todo = parallel.from_first(lambda: settings.claim(stages, folder, digests, flags.fresh))
+    todo = parallel.from_first(lambda: work.claim(stages, flags.fresh))
     for stage in stages:
         if stage not in todo:
             print(f"{stage}: done before, used again")
-    if not todo:
-        return
     work.prepare(todo)
     for stage in todo:
         start, before = time.perf_counter(), loading.usage_of(work.models.engines.values())
@@ -298,7 +273,7 @@ def work_through(arguments: Sequence[str] | None) -> None:
         stages.remove("simulator")
         print(f"simulator: {settings.data.simulator} plays the user, there is nothing to train")
     with runs.locked(folder):
-        run_stages(stages, folder, settings, flags)
+        run_stages(Work(settings, folder, find_model, flags.shard), stages, flags)
     print(f"{folder} is ready: python infer.py --ses --run-dir {shlex.quote(str(folder))}")
 
 

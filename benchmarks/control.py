@@ -35,13 +35,12 @@ from usbrec.llm.loss import Sft
 from usbrec.llm.packing import Tree, dialogue_tree
 from usbrec.llm.training import TrainingJob, step_items
 from usbrec.llm.training import train as learn
-from usbrec.llm.training_state import digest
 from usbrec.llm.usable import dialogue_fault, usable
 from usbrec.options import UserError, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import RUNS, Results, Row, run_chunks
 from usbrec.settings import Settings, read_settings
-from usbrec.work import Work, load_work
+from usbrec.work import Work
 
 CONTROLS = ("gold", "chosen")
 
@@ -81,18 +80,18 @@ def train_control(
     mean = sum(map(len, trees)) / len(trees)
     seed = seed_for(settings.data.seed, "control", "order")
     steps = max(1, round(tokens / mean / settings.simpo.batch_size))
-    work.load("sft", name)
+    side = work.adapted("sft", name)
     options = replace(settings.simpo, seed=seed, steps=steps)
     job = TrainingJob(options, work.folder / "control" / name, f"SFT + {name}")
     print(f"SFT + {name}: {len(trees)} dialogues, {steps} steps of {settings.simpo.batch_size}")
     learn(work.engine.model, name, trees, Sft(), job)
     work.engine.clear_cache()
-    return Side(work.engine, name)
+    return side
 
 
 def meet(work: Work, side: Side, asked: Examples, settings: Settings, name: str) -> list[Row]:
     """Return a control's evaluated talks about the run's test dialogues."""
-    roles = Roles(side, work.simulator, work.catalogue)
+    roles = Roles(side, work.side("simulator"), work.catalogue)
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         return evaluate_method(roles, chunk, settings.data.seed, settings.eval)
@@ -103,13 +102,9 @@ def meet(work: Work, side: Side, asked: Examples, settings: Settings, name: str)
     return run_chunks(results, asked, meet_chunk)
 
 
-def check(work: Work, settings: Settings) -> None:
+def check(work: Work) -> None:
     """Raise UserError unless the run's report was made with these settings and this data."""
-    rows = {"train": work.train, "valid": work.valid, "items": work.catalogue, "test": work.test}
-    digests = {name: digest(content) for name, content in rows.items()}
-    if (other := settings.data.simulator) is not None:
-        digests["simulator"] = loading.weights_digest(other, find_model)
-    facts = json.loads(json.dumps(settings.facts("report", digests)))
+    facts = json.loads(json.dumps(work.facts("report")))
     note = runs.need(work.folder / "options" / "report.json", "report")
     if runs.read_json(note) != facts:
         raise UserError(f"{note} tells of other options or data: give the flags of that run")
@@ -119,8 +114,8 @@ def compare_controls(flags: Namespace) -> None:
     """Train and evaluate the controls, print the table, and keep it as control.json."""
     settings = read_settings(flags)
     folder = flags.run_dir or RUNS / settings.data.data
-    work = load_work(settings, folder, find_model)
-    check(work, settings)
+    work = Work(settings, folder, find_model)
+    check(work)
     work.prepare(["report"])
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     tests = loading.pick_rows(work.test, 0, seed_for(settings.data.seed, "test"), apart=True)

@@ -474,7 +474,7 @@ def measure_people(arguments: Sequence[str] | None) -> None:
     films = {x: datasets.load_catalogue(x, flags.catalogues / x) for x in DOMAINS}
     films["liked"] = films["redial"]
     recommender, facts = infer.assemble(setup, flags), {**setup.facts(), "seed": seed}
-    judged, folder = partial(judge_all, recommender), (setup.run or infer.RUNS) / "people"
+    judged, folder = partial(judge_all, recommender), setup.folder / "people"
     rows = {
         label: [
             row
@@ -483,8 +483,8 @@ def measure_people(arguments: Sequence[str] | None) -> None:
         ]
         for label, own in sets.items()
     }
-    talks = setup.run / "rows.jsonl" if setup.run else None
-    known = runs.read_rows(talks) if talks and talks.exists() else []
+    talks = setup.folder / "rows.jsonl"
+    known = runs.read_rows(talks) if talks.exists() else []
     rated = [row for domain in DOMAINS for row in rows[domain]]
     found = {"seed": seed, "limit": flags.limit}
     found |= measure(rated, rows["liked"], known, seed_for(seed, "people"))

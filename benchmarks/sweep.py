@@ -407,7 +407,7 @@ def sweep_all(arguments: Sequence[str] | None) -> None:
     check(flags)
     cells = [] if flags.budgets else read_grid(flags)  # faults of the grid, before the work
     setup = infer.set_up(flags)
-    seed, folder = from_flags(ReplyOptions, flags).seed, (setup.run or infer.RUNS) / "sweep"
+    seed, folder = from_flags(ReplyOptions, flags).seed, setup.folder / "sweep"
     rows = setup.rows("valid")
     asked = loading.pick_rows(rows, flags.limit, seed_for(seed, "sweep"), apart=True)
     if not asked:

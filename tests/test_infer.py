@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -25,7 +26,8 @@ from usbrec.crs.datasets import ROOT
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.extras.report import format_search
 from usbrec.llm.engine import Engine
-from usbrec.runs import read_json, read_rows, write_json
+from usbrec.options import UserError
+from usbrec.runs import read_json, read_rows, write_json, write_whole
 
 SHORT = [
     "--max-new-tokens", "6", "--ses-samples", "2", "--ses-turns", "2",
@@ -200,6 +202,23 @@ def test_without_a_run_one_sentence_says_how_to_make_one(
 ) -> None:
     monkeypatch.setattr(infer, "RUNS", tmp_path)
     assert "python train.py" in refused([], capsys)
+
+
+def test_the_newest_run_is_the_one_whose_adapter_was_finished_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a run the flags must name a recommender, whose base weights are then the default."""
+    monkeypatch.setattr(infer, "RUNS", tmp_path)
+    plain = infer.build_parser().parse_args([])
+    with pytest.raises(UserError, match=r"python train\.py"):
+        infer.find_run(plain)
+    assert infer.find_run(infer.build_parser().parse_args(["--recommender", "x"])) is None
+    times = {"a/sft": 100, "b/simulator": 50, "b/rl": 300, "c/sft": 200}
+    for name, seconds in times.items():
+        weights = tmp_path / name / "adapter_model.safetensors"
+        write_whole(weights, b"")
+        os.utime(weights, (seconds, seconds))
+    assert infer.find_run(plain) == tmp_path / "b"
 
 
 def test_roles_speak_with_their_own_adapters(

@@ -16,7 +16,6 @@ from usbrec.runs import (
     append_rows,
     claim,
     locked,
-    newest_run,
     read_json,
     run_chunks,
     write_json,
@@ -296,17 +295,6 @@ def test_without_a_way_to_lock_a_run_goes_on_all_the_same(
     monkeypatch.setattr("usbrec.runs.fcntl", None)
     with pytest.warns(UserWarning, match="run is not locked here"), locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
-
-
-def test_the_newest_run_is_the_one_whose_adapter_was_finished_last(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"python train\.py"):
-        newest_run(tmp_path)
-    times = {"a/sft": 100, "b/simulator": 50, "b/rl": 300, "c/sft": 200}
-    for name, seconds in times.items():
-        weights = tmp_path / name / "adapter_model.safetensors"
-        write_whole(weights, b"")
-        os.utime(weights, (seconds, seconds))
-    assert newest_run(tmp_path) == tmp_path / "b"
 
 
 # --- files ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import sys
 from argparse import SUPPRESS
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from usbrec.chat import Message
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 from usbrec.runs import locked, read_json, read_rows
-from usbrec.settings import DEFAULTS, STAGES
+from usbrec.settings import ADAPTERS, DEFAULTS, SHOWN, STAGES, DataOptions, Settings
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
@@ -606,6 +606,21 @@ def test_the_larger_preset_changes_defaults_and_no_flag() -> None:
     assert list(full.data.methods) == list(train.COMPARED)
 
 
+def test_the_tables_of_the_stages_name_what_is_there() -> None:
+    """A name that is misspelt there would silently be no fact of the stage, or no file of it."""
+    groups, data = get_type_hints(Settings), get_type_hints(DataOptions)
+    earlier: list[str] = []
+    for name, stage in STAGES.items():
+        assert set(stage) - {"adapter"} == {"options", "sides", "needs", "makes"}
+        assert all(x in groups or f"max_{x}" in data for x in stage["options"])
+        assert set(stage["sides"]) <= set(data) and set(stage["needs"]) <= set(earlier)
+        if adapter := stage.get("adapter"):
+            assert stage["makes"] == [f"{adapter}/adapter_model.safetensors", adapter]
+        earlier.append(name)
+    for stage, search in train.COMPARED.values():
+        assert stage in {None, *ADAPTERS} and search in {None, "ses", "ses_cards"}
+
+
 def test_a_search_with_cards_has_defaults_of_its_own_and_the_same_flags() -> None:
     plain = settings()
     assert not plain.ses.cards and plain.ses_cards.cards
@@ -664,8 +679,9 @@ def test_help_is_short_and_help_all_tells_of_every_flag(
     assert len(short) <= 80 and max(map(len, short)) <= 80
     parser = script.build_parser()
     known = {flag for action in parser._actions for flag in action.option_strings}
-    assert {f"--{name}" for name in script._SHOWN.split()} <= known
-    assert all(f"  --{flag}" in "\n".join(short) for flag in script._SHOWN.split())
+    shown = SHOWN[script.__name__].split()
+    assert {f"--{name}" for name in shown} <= known
+    assert all(f"  --{flag}" in "\n".join(short) for flag in shown)
     listed = {flag for x in parser._actions if x.help != SUPPRESS for flag in x.option_strings}
     assert all(flag in whole for flag in listed)
     assert "--sft-epochs" in known - listed or script is infer

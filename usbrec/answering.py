@@ -51,8 +51,7 @@ class Recommender:
 
     def answer_one(self, dialogue: Dialogue, profile: str = "") -> Row:
         """Return the row of a dialogue outside a dataset, which ends with the seeker."""
-        [row] = self.answer([Example("", 0, dialogue, "", ())], profile)
-        return row
+        return self.answer([Example("", 0, dialogue, "", ())], profile)[0]
 
     def answer(self, asked: Examples, profile: str = "") -> list[Row]:
         """Return one row per example: `reply`, `items` (its titles), `seconds` and `tokens`.

@@ -110,8 +110,7 @@ class Chat:
         if os.path.exists(path):
             raise UserError(f"{path} is there already: name another file")
         dialogue, row = self.turns[-1]
-        messages = [asdict(line) for line in dialogue]
-        write_json(path, {"messages": messages, "reply": row["reply"]})
+        write_json(path, {"messages": [asdict(x) for x in dialogue], "reply": row["reply"]})
 
 
 def tell(text: str) -> None:

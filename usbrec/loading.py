@@ -26,6 +26,7 @@ from usbrec.llm.checkpoint import load_model
 from usbrec.llm.endpoint import Endpoint, is_server, split_address
 from usbrec.llm.engine import MAX_ROWS, Engine, Usage
 from usbrec.llm.fast import accelerate
+from usbrec.llm.lora import adapter_parameters
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import file_in
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
@@ -134,8 +135,8 @@ class Models:
     def side(self, name: str, role: str) -> Side:
         """Return the side that a name stands for.
 
-        URL#MODEL is a server's model. An adapter is loaded beside the base, as `role`. "none" is
-        the base alone, and any other name a separate model.
+        URL#MODEL is a server's model. An adapter is loaded into the base, as `role`. "none" is the
+        base alone, and any other name a separate model.
         """
         if is_server(name):
             url, model = split_address(name)
@@ -146,10 +147,15 @@ class Models:
             return Side(self.engines[url], model)
         if name == "none" or not is_adapter(name):
             return Side(self.engine(name))
+        return self.adapted(Path(name), role)
+
+    def adapted(self, folder: Path, name: str) -> Side:
+        """Return the base's side with the adapter `name`, loaded from `folder` at its first use."""
         engine = self.engine("none")
-        load_adapter(engine.model, Path(name), role)
-        engine.clear_cache()
-        return Side(engine, role)
+        if not adapter_parameters(engine.model, name):
+            load_adapter(engine.model, folder, name)
+            engine.clear_cache()
+        return Side(engine, name)
 
 
 def weights_digest(name: str, find: Find) -> str:

@@ -23,7 +23,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,13 +42,6 @@ except ImportError:  # Windows
 
 _Item = TypeVar("_Item")
 RUNS = Path(__file__).resolve().parents[1] / "runs"
-ADAPTERS = {"simulator": "simulator", "sft": "sft", "simpo": "rl"}  # stage -> its adapter
-MADE: dict[str, tuple[str, ...]] = {  # stage -> its files, first the one that it ends with
-    **{stage: (f"{name}/adapter_model.safetensors", name) for stage, name in ADAPTERS.items()},
-    "pairs": ("pairs.jsonl", "samples.jsonl", "samples.jsonl.options.json"),
-    "report": ("report.json", "report.txt", "report.html", "rows.jsonl", "rows.jsonl.options.json"),
-}
-NEEDED = {"pairs": ("simulator", "sft"), "simpo": ("sft", "pairs"), "report": tuple(ADAPTERS)}
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -217,16 +210,14 @@ def run_chunks(
         append_rows(results.path, [])  # creates the file
     with _alone(results.path, "another program: wait for it, or name another file"):
         rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
-        chunks = [items[i : i + size] for i in range(len(rows), len(items), size)]
         with tqdm(None, label, len(items), initial=len(rows), unit="row", disable=not first) as bar:
-            for start in range(0, len(chunks), width):
-                made: list[Row] = []
-                for chunk in chunks[start + parallel.rank() % width :][:1]:  # some may have none
-                    for engine in results.engines:
-                        engine.clear_cache()
-                    made = [json.loads(json.dumps(row)) for row in work(chunk)]
-                    told = f"{label}: {len(made)} rows for {len(chunk)} items"
-                    assert len(made) == len(chunk), told
+            while len(rows) < len(items):
+                start = len(rows) + parallel.rank() % width * size
+                chunk = items[start : start + size]  # at the end some processes have none
+                for engine in results.engines:
+                    engine.clear_cache()
+                made = [json.loads(json.dumps(row)) for row in (work(chunk) if chunk else ())]
+                assert len(made) == len(chunk), f"{label}: {len(made)} rows for {len(chunk)} items"
                 for part in parallel.gather(made)[:width]:
                     if first:
                         marked = enumerate(part, len(rows))
@@ -283,20 +274,17 @@ def _alone(path: Path, told: str) -> Iterator[None]:
 
     Windows has no lock of a folder; a warning says so.
     """
-    if fcntl is None:
-        warnings.warn(f"{path} is not locked here: let no other program use it", stacklevel=2)
-    if fcntl is None or parallel.rank() > 0:
+    with ExitStack() as held:
+        if fcntl is None:
+            warnings.warn(f"{path} is not locked here: let no other program use it", stacklevel=2)
+        elif parallel.rank() == 0:
+            place = os.open(path, os.O_RDONLY)
+            held.callback(os.close, place)  # which unlocks it
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{path} is in use by {told} ({error.strerror})") from error
         yield
-        return
-    place = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path} is in use by {told} ({error.strerror})") from error
-        yield
-    finally:
-        os.close(place)
 
 
 def need(path: Path, stage: str) -> Path:
@@ -304,12 +292,3 @@ def need(path: Path, stage: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing: run the stage {stage} first (--stages {stage})")
     return path
-
-
-def newest_run(runs: Path) -> Path:
-    """Return the run folder with the newest finished adapter."""
-    made = list(runs.glob("*/*/adapter_model.safetensors"))
-    if not made:
-        told = "make one with `python train.py`, or go round it with --model and --recommender"
-        raise UserError(f"there is no finished run in {runs}: {told}")
-    return max(made, key=lambda path: path.stat().st_mtime).parents[1]

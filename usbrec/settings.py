@@ -1,10 +1,8 @@
-"""The options of train.py: flags, defaults, and the options that decide each stage's result."""
+"""The options of train.py: flags, defaults, and those that decide each stage's result."""
 
 import json
 import os
-import shutil
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,22 +16,24 @@ from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
 from usbrec.loading import ModelOptions
 from usbrec.options import Options, Parser, add_flags, from_flags, option
-from usbrec.runs import ADAPTERS, MADE, claim
 
-STAGES = {  # stage -> the option groups and row limits that decide its result
-    "simulator": ("lesson", "simulator", "summaries", "cards"),
-    "sft": ("lesson", "sft"),
-    "pairs": ("pairs",),
-    "simpo": ("simpo", "simpo_loss"),
-    "report": ("eval", "agreement", "ses", "ses_cards"),
-}
-BOTH = ("recommender", "simulator")
-SIDES = {"pairs": BOTH, "simpo": BOTH, "report": (*BOTH, "judge")}  # stage -> who decides it too
-METHODS = tuple(name for name in evaluation.METHOD_NAMES if name not in ("SES", "SFT+SES"))
+TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
+# script -> the flags in its --help; --help-all lists every flag
+SHOWN: dict[str, str] = {script: " ".join(words) for script, words in TABLES["shown"].items()}
+# name -> `options` (option groups and row limits that decide the result), `sides` (flags of other
+# models that decide it too), the earlier stages that it `needs`, the files that it `makes`, first
+# the one that it ends with, and its `adapter`, if it trains one
+STAGES: dict[str, dict[str, Any]] = TABLES["stages"]
+ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter" in STAGES[x]}
 # what --full has in place of the defaults, which were found on the sample set's validation
 # dialogues; the simulator's lessons are not shuffled, because their order is a curriculum
-DEFAULTS, FULL = json.loads(Path(__file__).with_name("presets.json").read_text("utf-8")).values()
+DEFAULTS, FULL = TABLES["defaults"], TABLES["full"]
+DEFAULTS["ses_cards"] = CARDS
 FULL["data"]["methods"] = evaluation.METHOD_NAMES
+METHODS = tuple(name for name in evaluation.METHOD_NAMES if name not in ("SES", "SFT+SES"))
+# method -> the stage whose adapter recommends (None: none), and the options of its search
+COMPARED: dict[str, list[str | None]] = TABLES["methods"]
+PREFIXES = {"data": "", "model": "", "ses_cards": "ses"}  # of flags; a group's own name elsewhere
 
 
 @dataclass(frozen=True)
@@ -94,43 +94,6 @@ class Settings:
     ses: SearchOptions
     ses_cards: SearchOptions  # the same flags over the defaults of a search with cards
 
-    def facts(self, stage: str, digests: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all that decides a stage's result, the options of earlier stages included.
-
-        `digests` are of the contents of the dataset (test decides the report alone); those of the
-        models that the flags of `SIDES` name have the path beside the digest.
-        """
-        o, groups = self.data, asdict(self)
-        facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
-        facts |= {"max-valid": o.max_valid, "model": self.model.facts(), "lora": groups["lora"]}
-        for name in ["sft"] if stage == "sft" else [*STAGES][: [*STAGES].index(stage) + 1]:
-            if name == "simulator" and o.simulator is not None:
-                continue
-            facts |= {f"max-{x}": o.rows(x) for x in STAGES[name] if hasattr(o, f"max_{x}")}
-            facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
-            facts |= {"methods": o.methods} if name == "report" else {}
-            facts |= {x: groups[x] for x in STAGES[name] if x in groups}
-        facts |= {f"other-{x}": digests[x] for x in SIDES.get(stage, ()) if x in digests}
-        names = ("train", "valid", "items", "test")[: 4 if stage == "report" else 3]
-        return {**facts, "data-contents": {name: digests[name] for name in names}}
-
-    def claim(
-        self, stages: Sequence[str], folder: Path, digests: Mapping[str, Any], fresh: bool
-    ) -> list[str]:
-        """Return the stages that are not yet done; note the facts of all in the run folder.
-
-        Raises UserError for a stage that was made with other facts. With `fresh` the stages' files
-        are deleted first.
-        """
-        for stage in stages:
-            made = [folder / name for name in MADE[stage]]
-            for path in made if fresh else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            note = folder / "options" / f"{stage}.json"
-            remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
-            claim(note, self.facts(stage, digests), made, remedy)
-        return [stage for stage in stages if not (folder / MADE[stage][0]).exists()]
-
 
 def add_settings(parser: Parser) -> None:
     """Add the flags of all options to the parser.
@@ -142,7 +105,8 @@ def add_settings(parser: Parser) -> None:
         if name == "ses_cards":
             continue
         learns, defaults = name in ADAPTERS, DEFAULTS.get(name, {})
-        add_flags(parser, options, _prefix(name), defaults, ["seed"] * learns, hidden=learns)
+        prefix = PREFIXES.get(name, name)
+        add_flags(parser, options, prefix, defaults, ["seed"] * learns, hidden=learns)
     told = {}
     for name, default in asdict(TrainingOptions()).items():
         if any(name in DEFAULTS[x] for x in ADAPTERS):
@@ -158,12 +122,7 @@ def read_settings(flags: Namespace) -> Settings:
     groups: dict[str, Any] = {}
     preset = FULL if getattr(flags, "full", False) else {}
     for name, options in get_type_hints(Settings).items():
-        prefixes = ("", name) if name in ADAPTERS else (_prefix(name),)
+        prefixes = ("", name) if name in ADAPTERS else (PREFIXES.get(name, name),)
         defaults = {**DEFAULTS.get(name, {}), **preset.get(name, {})}
         groups[name] = from_flags(options, flags, *prefixes, defaults=defaults)
-    groups["ses_cards"] = from_flags(SearchOptions, flags, "ses", defaults=CARDS)
     return Settings(**groups)
-
-
-def _prefix(name: str) -> str:
-    return "" if name in ("data", "model") else name

@@ -1,58 +1,108 @@
-"""The shared state of train.py's stages: settings, run folder, data, engines and adapters."""
+"""The shared state of train.py's stages: settings, run folder, data, models, and facts."""
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from usbrec import parallel
+from usbrec import parallel, runs
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split, read_pairs
 from usbrec.crs.dialogue import Example
-from usbrec.llm.adapter_files import load_adapter, save_adapter
+from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.engine import Engine
-from usbrec.llm.lora import adapter_parameters
 from usbrec.llm.loss import Objective
 from usbrec.llm.packing import Tree
 from usbrec.llm.training import TrainingJob, put_weights, train
-from usbrec.loading import Find, Models, pick_rows
+from usbrec.llm.training_state import digest
+from usbrec.loading import Find, Models, pick_rows, weights_digest
 from usbrec.options import seed_for
-from usbrec.runs import ADAPTERS, MADE, NEEDED, Results, need
-from usbrec.settings import Settings
+from usbrec.runs import Results, need
+from usbrec.settings import ADAPTERS, STAGES, Settings
 
 
-@dataclass
 class Work:
-    """The shared state of the stages: settings, run folder, data and engines."""
+    """The shared state of the stages: settings, run folder, data and models.
 
-    settings: Settings
-    folder: Path
-    catalogue: Catalogue
-    train: list[Example]
-    valid: list[Example]  # none without --max-valid
-    test: list[Example]
-    notes: list[str]
-    models: Models
+    `train`, `valid` (none without --max-valid), `test` and `catalogue` are the dataset, `notes` the
+    notes of its readers, `contents` its digests. `others` holds the path and the digest of each
+    model that --recommender, --simulator or --judge names.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, find: Find, sharded: bool = False) -> None:
+        """Load the data and print its notes; a model is loaded when a stage needs it."""
+        self.settings, self.folder = settings, folder
+        o = settings.data
+        names = ("train", "valid", "test") if o.max_valid else ("train", "test")
+        splits = {name: load_split(o.data, name, o.data_dir) for name in names}
+        self.notes = [note for split in splits.values() for note in split.notes]
+        for note in self.notes:
+            print(f"note: {note}")
+        self.train, self.test = splits["train"].examples, splits["test"].examples
+        valid = splits["valid"].examples if o.max_valid else []
+        self.valid = pick_rows(valid, o.max_valid, seed_for(o.seed, "valid"))
+        self.catalogue = load_catalogue(o.data, o.data_dir)
+        self.models = Models(settings.model, find, folder / "answers.jsonl", sharded)
+        read = {"train": self.train, "valid": self.valid, "items": self.catalogue}
+        self.contents = {name: digest(x) for name, x in {**read, "test": self.test}.items()}
+        named = {x: getattr(o, x) for x in STAGES["report"]["sides"] if getattr(o, x) is not None}
+        self.others = {x: {"path": y, "digest": weights_digest(y, find)} for x, y in named.items()}
 
     @property
     def engine(self) -> Engine:
         """The engine of the run's own weights, loaded at its first use."""
         return self.models.engine("none")
 
+    def facts(self, stage: str) -> dict[str, Any]:
+        """Return all that decides a stage's result, the options of earlier stages included.
+
+        Of the dataset's contents, test decides the report alone.
+        """
+        settings, o, groups = self.settings, self.settings.data, asdict(self.settings)
+        facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
+        facts |= {"max-valid": o.max_valid, "model": settings.model.facts(), "lora": groups["lora"]}
+        for name in ["sft"] if stage == "sft" else [*STAGES][: [*STAGES].index(stage) + 1]:
+            if name == "simulator" and o.simulator is not None:
+                continue
+            own = STAGES[name]["options"]
+            facts |= {f"max-{x}": o.rows(x) for x in own if hasattr(o, f"max_{x}")}
+            facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
+            facts |= {"methods": o.methods} if name == "report" else {}
+            facts |= {x: groups[x] for x in own if x in groups}
+        sides = STAGES[stage]["sides"]
+        facts |= {f"other-{x}": other for x, other in self.others.items() if x in sides}
+        read = [x for x in self.contents if x != "test" or stage == "report"]
+        return {**facts, "data-contents": {x: self.contents[x] for x in read}}
+
+    def claim(self, stages: Sequence[str], fresh: bool) -> list[str]:
+        """Return the stages that are not yet done; note the facts of all in the run folder.
+
+        Raises UserError for a stage that was made with other facts. With `fresh` the stages' files
+        are deleted first.
+        """
+        for stage in stages:
+            made = [self.folder / name for name in STAGES[stage]["makes"]]
+            for path in made if fresh else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            note = self.folder / "options" / f"{stage}.json"
+            remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
+            runs.claim(note, self.facts(stage), made, remedy)
+        return [x for x in stages if not (self.folder / STAGES[x]["makes"][0]).exists()]
+
     def prepare(self, stages: Sequence[str]) -> None:
         """Load the models and the results of earlier stages that these stages need.
 
         Raises UserError for what is missing or does not fit, before a stage begins.
         """
-        needed = {x for stage in stages for x in NEEDED.get(stage, ())}.difference(stages)
+        needed = {x for stage in stages for x in STAGES[stage]["needs"]}.difference(stages)
         if "pairs" in needed:
             list(read_pairs(need(self.folder / "pairs.jsonl", "pairs")))
         if ADAPTERS.keys() & set(stages):
             self.models.engine("none")
         for stage in ADAPTERS:
             if stage in needed:
-                self.simulator if stage == "simulator" else self.side(ADAPTERS[stage])
+                self.side(stage)
 
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
@@ -64,42 +114,32 @@ class Work:
         reacting = [x for x in self.train if x.accept is not None] if whole else []
         return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
 
-    def side(self, adapter: str | None) -> Side:
-        """Return the recommender's side with an adapter of the run, None for the base.
+    def side(self, stage: str | None) -> Side:
+        """Return the side that speaks with the adapter of a stage, None: the recommender's base.
 
-        A server that --recommender names has the adapters under their own names.
+        --simulator takes the place of the stage `simulator`. A server that --recommender names has
+        the recommender's adapters under their own names.
         """
-        if self.settings.data.recommender is not None:
-            served = self.models.side(self.settings.data.recommender, "recommender")
-            return Side(served.llm, adapter or served.adapter)
-        return self.own_side(adapter)
+        o = self.settings.data
+        if stage == "simulator" and o.simulator is not None:
+            return self.models.side(o.simulator, "simulator")
+        if stage != "simulator" and o.recommender is not None:
+            served = self.models.side(o.recommender, "recommender")
+            return Side(served.llm, ADAPTERS[stage] if stage else served.adapter)
+        return self.adapted(stage, ADAPTERS[stage]) if stage else Side(self.engine)
 
-    def own_side(self, adapter: str | None) -> Side:
-        """Return a side over the run's own weights, with an adapter of the run or None."""
-        if adapter is not None and not adapter_parameters(self.engine.model, adapter):
-            self.load(adapter, adapter)
-        return Side(self.engine, adapter)
+    def adapted(self, stage: str, name: str) -> Side:
+        """Return the base's side with the adapter of a stage, which the model has as `name`."""
+        need(self.folder / STAGES[stage]["makes"][0], stage)
+        return self.models.adapted(self.folder / ADAPTERS[stage], name)
 
-    def load(self, adapter: str, name: str) -> None:
-        """Load an adapter of the run into the model as `name`."""
-        stage = next(x for x in ADAPTERS if ADAPTERS[x] == adapter)
-        need(self.folder / MADE[stage][0], stage)
-        load_adapter(self.engine.model, self.folder / adapter, name)
-        self.engine.clear_cache()
-
-    @cached_property
-    def simulator(self) -> Side:
-        """The simulator's side: the run's own adapter, or the one that --simulator names."""
-        name = self.settings.data.simulator
-        return self.own_side("simulator") if name is None else self.models.side(name, "simulator")
-
-    def roles(self, adapter: str | None, judge: str | None = None) -> Roles:
-        """Return the roles, with an adapter of the run, or None, as the recommender's.
+    def roles(self, stage: str | None, judge: str | None = None) -> Roles:
+        """Return the roles, the recommender with the adapter of a stage, or None.
 
         `judge` names the external judge if that is not the simulator.
         """
         external = None if judge is None else self.models.side(judge, "judge")
-        return Roles(self.side(adapter), self.simulator, self.catalogue, external)
+        return Roles(self.side(stage), self.side("simulator"), self.catalogue, external)
 
     def results(self, name: str, label: str) -> Results:
         """Return a results file of the run; its facts are in its stage's note."""
@@ -118,28 +158,12 @@ class Work:
         options = replace(getattr(self.settings, stage), seed=seed)
         job = TrainingJob(options, folder / "training", stage, validation)
         trained = train(model, adapter, trees, objective, job)
-        kept = {folder: trained.best}
+        last = {folder / "last": trained.last} if validation else {}
         if validation:
-            kept = {folder / "last": trained.last, **kept}
             print(f"{stage}: its validation loss was lowest after step {trained.best_step}")
         base_name = self.settings.model.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
-        for place, weights in kept.items():
+        for place, weights in {**last, folder: trained.best}.items():
             put_weights(model, adapter, weights)
             if parallel.rank() == 0:
                 save_adapter(model, adapter, place, base_name)
         self.engine.clear_cache()
-
-
-def load_work(settings: Settings, folder: Path, find: Find, sharded: bool = False) -> Work:
-    """Return the shared state with the data loaded, and print the datasets' notes."""
-    o = settings.data
-    names = ("train", "valid", "test") if o.max_valid else ("train", "test")
-    splits = {name: load_split(o.data, name, o.data_dir) for name in names}
-    notes = [note for split in splits.values() for note in split.notes]
-    for note in notes:
-        print(f"note: {note}")
-    rows = {name: split.examples for name, split in splits.items()}
-    valid = pick_rows(rows.get("valid", []), o.max_valid, seed_for(o.seed, "valid"))
-    catalogue = load_catalogue(o.data, o.data_dir)
-    models = Models(settings.model, find, folder / "answers.jsonl", sharded)
-    return Work(settings, folder, catalogue, rows["train"], valid, rows["test"], notes, models)
