@@ -120,7 +120,8 @@ def adapted_linear(
 class Window(NamedTuple):
     """A window of attention: the queries `start` to `stop` over the keys at the places `keys`.
 
-    `hidden` (n, S) is 0 for a visible key and else -inf, and S is a multiple of KEY_ALIGNMENT.
+    `hidden` (n, S) is 0 for a visible key and else -inf. The places end with as many zeros as make
+    S a multiple of KEY_ALIGNMENT, and no query sees these.
     """
 
     start: int
@@ -138,10 +139,10 @@ def window_mask(visible: Tensor) -> list[Window]:
     n, windows = len(visible), []
     parts = math.ceil(n / WINDOW)
     for start, stop in itertools.pairwise([n * i // parts for i in range(parts + 1)]):
-        keys = visible[start:stop].any(0).nonzero()[:, 0]
-        S = -(-len(keys) // KEY_ALIGNMENT) * KEY_ALIGNMENT
-        hidden = torch.full((stop - start, S), -torch.inf)
-        hidden[:, : len(keys)].masked_fill_(visible[start:stop, keys], 0)
+        seen = visible[start:stop].any(0).nonzero()[:, 0]
+        keys = F.pad(seen, (0, -len(seen) % KEY_ALIGNMENT))
+        hidden = torch.full((stop - start, len(keys)), -torch.inf)
+        hidden[:, : len(seen)].masked_fill_(visible[start:stop, seen], 0)
         windows.append(Window(start, stop, keys, hidden))
     return windows
 
@@ -161,8 +162,8 @@ class WindowAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: Sequence[Window]) -> Tensor:
         out, kept = torch.empty_like(q), []
         for window in windows:
-            start, stop, _, hidden = window
-            own_k, own_v = own_keys(k, window), own_keys(v, window)
+            start, stop, keys, hidden = window
+            own_k, own_v = k[:, keys], v[:, keys]
             scores = torch.bmm(fold(q[start:stop] * q.shape[-1] ** -0.5, len(k)), own_k.mT)
             scores.unflatten(1, (-1, stop - start)).add_(hidden.to(q.dtype))
             probs = scores.softmax(-1)  # in fp32 inside, whatever the dtype
@@ -179,15 +180,14 @@ class WindowAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for window, probs in zip(ctx.windows, kept, strict=True):
             start, stop, keys, _ = window
-            seen = len(keys)
             grad = fold(grads[0][start:stop], H_kv)
-            grad_v.index_add_(1, keys, torch.bmm(probs.mT, grad)[:, :seen])
-            grad_probs = torch.bmm(grad, own_keys(v, window).mT)
+            grad_v.index_add_(1, keys, torch.bmm(probs.mT, grad))
+            grad_probs = torch.bmm(grad, v[:, keys].mT)
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            own = torch.bmm(grad_scores, own_keys(k, window))
+            own = torch.bmm(grad_scores, k[:, keys])
             grad_q[start:stop] = unfold(own, stop - start) * scale
             folded = fold(q[start:stop] * scale, H_kv)
-            grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, folded)[:, :seen])
+            grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, folded))
         return grad_q, grad_k, grad_v, None
 
 
@@ -207,9 +207,3 @@ def fold(x: Tensor, H_kv: int) -> Tensor:
 def unfold(x: Tensor, n: int) -> Tensor:
     """Return x with `fold` undone: (H_kv, g n, d) -> (n, H_kv g, d)."""
     return x.unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def own_keys(x: Tensor, window: Window) -> Tensor:
-    """Return the keys of a window, (H_kv, all, d) -> (H_kv, S, d), padded with zeros."""
-    own = x[:, window.keys]
-    return F.pad(own, (0, 0, 0, window.hidden.shape[1] - own.shape[1]))
