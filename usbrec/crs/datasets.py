@@ -213,7 +213,8 @@ def _take(row: Row, key: str, kind: type) -> Any:
     if key not in row:
         raise UserError(f"the row has no {key!r}")
     value = row[key]
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(x, str) for x in value)):
+    texts = value if kind is list and isinstance(value, list) else []
+    if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{key!r} must be {KINDS[kind]}, got {value!r:.60}")
     return value
 
