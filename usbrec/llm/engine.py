@@ -173,7 +173,7 @@ class Engine:
             sizes.append(len(prompt) + request.sampling.max_new_tokens)
         for batch in self.batches(sizes):
             self.decode(rows[batch])
-        return [Reply(x.text.text, tuple(x.text.ids), x.text.ended) for x in rows]
+        return [Reply(x.text.text, tuple(x.text.ids), x.text.ended, len(x.prompt)) for x in rows]
 
     @torch.inference_mode()
     def decode(self, rows: list[BatchRow]) -> None:
