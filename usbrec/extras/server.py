@@ -24,7 +24,6 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 from usbrec.answering import Recommender, ReplyOptions
@@ -158,9 +157,9 @@ class Api:
 
         Raises UserError as `read_job`, HTTPException (503) if too many wait already.
         """
-        loop, got = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        got, soon = asyncio.Queue[Any](), asyncio.get_running_loop().call_soon_threadsafe
         body = parse_json((await request.body()).decode(errors="replace"))
-        job = read_job(body, self.recommender, partial(loop.call_soon_threadsafe, got.put_nowait))
+        job = read_job(body, self.recommender, lambda x: soon(got.put_nowait, x))
         if len(self.waiting) >= WAITING:
             raise exceptions.HTTPException(503, f"{WAITING} requests wait", {"Retry-After": "1"})
         self.waiting.append(job)
