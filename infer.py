@@ -1,4 +1,4 @@
-"""One reply, a file of dialogues, a dataset's split, or a chat.
+"""One reply, a file of dialogues, a dataset's split, a chat, or a server.
 
 Without flags the newest run of train.py answers a test dialogue of its dataset.
 
@@ -8,6 +8,7 @@ Without flags the newest run of train.py answers a test dialogue of its dataset.
     python infer.py --data redial --limit 200      a split, with a results file
     python infer.py --limit 0 --rank 50            Recall@1, 10 and 50
     python infer.py --recommender URL#MODEL        a server's model
+    python infer.py --serve                        answer OpenAI's clients
     python infer.py --validate-simulator           the judges against the truth
 """
 
@@ -276,7 +277,10 @@ def build_parser() -> Parser:
     source = what.add_mutually_exclusive_group()
     source.add_argument("--dialogue", type=Path, metavar="FILE", help="dialogues, JSON or JSONL")
     source.add_argument("--chat", action="store_true", help="converse in the terminal")
+    source.add_argument("--serve", action="store_true", help="answer OpenAI's clients until Ctrl-C")
     source.add_argument("--validate-simulator", action="store_true", help="check the judges")
+    what.add_argument("--host", help="the address that --serve listens at (default: 127.0.0.1)")
+    what.add_argument("--port", type=int, metavar="N", help="0: any that is free (default: 8000)")
     what.add_argument("--data", help="sample, redial, opendialkg or a folder (default: the run's)")
     what.add_argument("--data-dir", help="the folder of a downloaded dataset")
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
@@ -302,8 +306,11 @@ def refuse_unread(flags: Namespace) -> None:
     if flags.limit is not None and flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     choosing = [name for name in ("split", "limit") if getattr(flags, name) is not None]
-    if choosing and (flags.chat or flags.dialogue is not None):
-        raise UserError(f"--{choosing[0]} chooses rows of a dataset: not with --chat, --dialogue")
+    if choosing and (flags.chat or flags.serve or flags.dialogue is not None):
+        raise UserError(f"--{choosing[0]} chooses rows: not with --chat, --serve, --dialogue")
+    idle = "out trace json judge ses ses_start_turn rank" if flags.serve else "host port"
+    if unread := [x.replace("_", "-") for x in idle.split() if getattr(flags, x, None)]:
+        raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and flags.out.is_dir():
@@ -315,9 +322,14 @@ def refuse_unread(flags: Namespace) -> None:
 
 
 def answer(flags: Namespace) -> None:
-    """Answer, converse or check the judges, as the flags say."""
+    """Answer, converse, serve or check the judges, as the flags say."""
     refuse_unread(flags)
     options, setup = from_flags(ReplyOptions, flags), set_up(flags)
+    if flags.serve:
+        from usbrec.extras.server import serve  # needs packages of its own
+
+        port = 8000 if flags.port is None else flags.port
+        return serve(assemble(setup, flags), flags.host or "127.0.0.1", port, tell)
     asked = [] if flags.chat or flags.validate_simulator else read_asked(flags, setup, options.seed)
     recommender = assemble(setup, flags)
     if options.ses:

@@ -79,11 +79,13 @@ class Reply:
     """A drawn reply: its text, its token ids without the end token, and whether it is `finished`.
 
     A finished reply ended by an end token or a stop string, not by the limit of tokens.
+    `prompt_tokens` counts the tokens that it answers, 0 where `token_ids` are not known either.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finished: bool
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)

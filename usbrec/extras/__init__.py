@@ -1,4 +1,4 @@
-"""Commands around the method (merge, export, pages), and the fetching and conversion of models.
+"""Commands around the method (merge, export, pages, the server); models fetched and converted.
 
 No other part of usbrec imports this package.
 """

@@ -195,7 +195,7 @@ class Engine:
         sizes = [len(row.prompt) + row.request.sampling.max_new_tokens for row in rows]
         for batch in self.batches(sizes):
             self.decode(rows[batch])
-        return [Reply(x.text, tuple(x.ids), x.ended) for x in rows]
+        return [Reply(x.text, tuple(x.ids), x.ended, len(x.prompt)) for x in rows]
 
     @torch.inference_mode()
     def decode(self, rows: list[BatchRow]) -> None:
