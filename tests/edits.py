@@ -23,9 +23,10 @@ import traceback
 from argparse import ArgumentParser, RawTextHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ import infer  # noqa: E402
 from usbrec import loading, runs  # noqa: E402
 from usbrec.chat import Message  # noqa: E402
 from usbrec.crs import agents, datasets, lessons, wishes  # noqa: E402
-from usbrec.crs.catalogue import Catalogue, Item, read_item  # noqa: E402
+from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, Item, read_item  # noqa: E402
 from usbrec.crs.dialogue import Example, format_dialogue  # noqa: E402
 from usbrec.crs.evaluation import gold_labels, titles_in  # noqa: E402
 from usbrec.crs.rewrite import describe, rewrite  # noqa: E402
@@ -52,8 +53,8 @@ from usbrec.llm.tokenizer import ChatTokenizer, fit_prompt  # noqa: E402
 from usbrec.options import UserError, seed_for  # noqa: E402
 
 Rng = random.Random
-PATIENCE = 5.0  # seconds of processor time for an edit, which takes milliseconds
-LONG = 10_000  # characters of a very long string
+PATIENCE = 20.0  # seconds of processor time for an edit, which takes milliseconds
+LONG = 100_000  # characters of a very long string
 LONGEST_SENTENCE = 1_000  # characters
 WORDS = (
     "", " ", "  ", "\n", "\r", "\t", "\0", "\x1b[31m", "\x85", "\u2028", "\ufeff", "\u200b",
@@ -178,7 +179,7 @@ def mutated(rng: Rng, content: bytes) -> bytes:
 def random_text(rng: Rng) -> str:
     """Return a text of a few words, or now and then a very long one."""
     words = [rng.choice(WORDS) for _ in range(rng.randrange(6))]
-    if rng.random() < 0.002:
+    if rng.random() < 0.0005:
         unit = "".join(words[:3]) or " "
         return unit * (rng.choice((LONG, LONG // 10)) // len(unit))
     return "".join(words)
@@ -290,7 +291,8 @@ def use_films(films: Catalogue, rng: Rng) -> None:
     """Ask all that a run asks of a catalogue about a random text."""
     text, told = random_talk(rng, films), random_talk(rng, films)
     item, other = (rng.choice(films.items) if films.items else Item(x, x) for x in "ab")
-    titles = [rng.choice((item.title, random_text(rng), told)), other.title]
+    title = rng.choice((item.title, random_text(rng), told))
+    titles = [title[:LONGEST_TITLE], other.title]  # rows with a longer one are refused
     found = films.find(text)
     assert all(0 <= x.start < x.end <= len(text) and x.items for x in found), "a span outside"
     titles_in(films, text)
@@ -362,7 +364,8 @@ class Place:
 
     def remake(self) -> list[Any]:
         """Return the rows of the results file: those that it has, the others made anew."""
-        return runs.run_chunks(self.known, MADE, lambda chunk: chunk)
+        with redirect_stderr(StringIO()):  # the bar
+            return runs.run_chunks(self.known, MADE, lambda chunk: chunk)
 
     # --- the readers, each with what follows it ---
 

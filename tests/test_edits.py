@@ -18,6 +18,7 @@ from usbrec.crs.spelling import names_of, split_title
 from usbrec.llm.adapter_files import linear_layers, lora_config, targeted
 from usbrec.llm.model_config import config_from
 from usbrec.llm.tokenizer import ChatTokenizer
+from usbrec.llm.vocabulary import TokenizersVocabulary
 from usbrec.options import UserError
 
 COUNT = 20_000
@@ -134,6 +135,12 @@ def long_text(unit: str) -> str:
     return unit * (edits.LONG // len(unit))
 
 
+@pytest.mark.parametrize("title", ["\u200b", "\u0301", "\ufeff (1999)"])
+def test_a_title_without_a_letter_hides_nothing(title: str) -> None:
+    text = "The Up is \u200b good, the end."
+    assert Catalogue([]).hide(text, [title]) == text
+
+
 def test_a_results_file_with_a_number_that_json_has_not_is_refused(place: edits.Place) -> None:
     path = place.folder / "rows.jsonl"
     before = path.read_text("utf-8")
@@ -157,6 +164,19 @@ def test_a_pattern_that_re_refuses_is_refused(place: edits.Place, pattern: str) 
         targeted(linear_layers(place.model), pattern, Path("x"))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "देव\u2028द", "x" * 5000])
+def test_a_key_of_a_file_stays_one_line_of_a_sentence(place: edits.Place, name: str) -> None:
+    note = place.folder / "note.json"
+    note.write_text(json.dumps({**place.noted, name: 1}), "utf-8")
+    for read in (
+        lambda: lora_config({"peft_type": "LORA", name: 1}, Path("x")),
+        lambda: runs.claim(note, place.noted, [note], "start over"),
+    ):
+        with pytest.raises(UserError) as error:
+            read()
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("size", ["x", None, [1], {}, 2.5, True])
 def test_a_vocabulary_size_that_is_no_number_is_named(place: edits.Place, size: Any) -> None:
     path = place.folder / "model" / "config.json"
@@ -167,6 +187,16 @@ def test_a_vocabulary_size_that_is_no_number_is_named(place: edits.Place, size: 
             ChatTokenizer.from_folder(path.parent)
     finally:
         path.write_text(before, "utf-8")
+
+
+def test_a_tokenizer_over_which_its_package_panics_is_refused(
+    place: edits.Place, tmp_path: Path
+) -> None:
+    content = json.loads((place.folder / "model" / "tokenizer.json").read_text("utf-8"))
+    content["model"]["continuing_subword_prefix"] = "longer than a piece"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError, match="not a tokenizer that can be read"):
+        TokenizersVocabulary(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("unit", [" ", ",", "; /", " (", "Up, ", "\t\n"])
@@ -185,7 +215,7 @@ def test_a_title_of_a_thousand_words_is_none(patient: None, tmp_path: Path) -> N
 
 
 def test_a_value_is_refused_at_every_depth(place: edits.Place) -> None:
-    """Python prints and compares fewer levels than it parses, if it is called a little deeper."""
+    """Whatever Python parses it can print, from where the readers stand."""
     row, note = place.folder / "deep.jsonl", place.folder / "deep.json"
     for depth in range(1, 1100):
         nested = "[" * depth + "]" * depth
