@@ -199,7 +199,7 @@ def read_row(row: Any) -> Example:
         raise UserError("'context' must end with a line of the seeker's")
     items, response = tuple(_take(row, "rec", list)), _take(row, "resp", str).strip()
     if not items or not all(x.strip() and len(x) <= LONGEST_TITLE for x in items) or not response:
-        told = f"at least one item (1 to {LONGEST_TITLE} characters), and 'resp' something"
+        told = f"at least one item of 1 to {LONGEST_TITLE} letters, 'resp' must say something"
         raise UserError(f"'rec' must name {told}, got {items!r:.60} and {response!r:.60}")
     extra = {key: _take(row, key, str) for key in ("profile", "explanation") if key in row}
     if "reactions" in row:
