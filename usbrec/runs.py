@@ -144,7 +144,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"duplicate key {name!r}")
+            raise ValueError(f"duplicate key {name!r:.60}")
         content[name] = value
     return content
 
@@ -173,8 +173,8 @@ def claim(note: Path, facts: Mapping[str, Any], made: Sequence[Path], remedy: st
     while isinstance(old, dict) and isinstance(new, dict):
         key = next(x for x in [*new, *old] if old.get(x, ...) != new.get(x, ...))
         name, old, new = f"{name}-{key}", old.get(key), new.get(key)
-    name = name.strip("-").replace("_", "-")
-    raise UserError(f"{there[0]} was made with {name} {old!r}, got {new!r}; {remedy}")
+    name = " ".join(name.strip("-").replace("_", "-").split())
+    raise UserError(f"{there[0]} was made with {name:.60} {old!r:.60}, got {new!r:.60}; {remedy}")
 
 
 # --- results files ----------------------------------------------------------------------------
@@ -240,8 +240,8 @@ def _whole_chunks(results: Results, items: int) -> list[Row]:
     claim(note, facts, made, "use the same options, another place, or move it away")
     rows = read_rows(path)
     for number, row in enumerate(rows):
-        place, check = row.pop("place", None), row.pop("check", None)
-        if place != number or check != _check(row) or number >= items:
+        place, check = repr(row.pop("place", None))[:60], row.pop("check", None)
+        if place != str(number) or check != _check(row) or number >= items:
             told = f"expected the row of item {number} of {items}, got that of {place}, or edited"
             raise UserError(f"{path}, line {number + 1}: {told}; restore it, or move it away")
     if len(rows) < items:
@@ -253,7 +253,8 @@ def _whole_chunks(results: Results, items: int) -> list[Row]:
 
 def _check(row: Row) -> str:
     """Return a checksum of a row, by which an edited one is noticed."""
-    return f"{crc32(_lines([row])):08x}"
+    line = json.dumps(row, ensure_ascii=False) + "\n"  # NaN, which `dump` refuses, is an edit
+    return f"{crc32(line.encode(errors='backslashreplace')):08x}"
 
 
 # --- run folders ------------------------------------------------------------------------------

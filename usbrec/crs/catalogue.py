@@ -21,6 +21,7 @@ from usbrec.options import UserError
 
 LISTS = ("genre", "director", "star", "actor", "mood")  # fields of an entry of items.json
 NEUTRAL = "that film"
+LONGEST_TITLE = 1000  # characters; every beginning of a name is kept
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def read_item(entry: Any, at: str = "the item") -> Item:
     Raises UserError naming the place `at` for an entry without a name, or a field of another type.
     """
     title = entry.get("name") if isinstance(entry, dict) else None
-    if not isinstance(title, str) or not title.strip():
-        raise UserError(f"{at} has no name")
+    if not isinstance(title, str) or not title.strip() or len(title) > LONGEST_TITLE:
+        raise UserError(f"{at} has no name of 1 to {LONGEST_TITLE} characters")
     name, year = split_title(title.strip())
     if year is None and re.fullmatch(r"\d{1,4}", str(entry.get("year") or "")):
         year = int(entry["year"])
@@ -143,7 +144,7 @@ class Catalogue:
         entries = parse_json(read_text(path), f"the catalogue {path} is ")
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"the catalogue {path} must be an object of items, each with a name")
-        places = (f"item {key!r} of the catalogue {path}" for key in entries)
+        places = (f"item {key!r:.60} of the catalogue {path}" for key in entries)
         return cls(map(read_item, entries.values(), places))
 
     def named(self, title: str) -> tuple[Item, ...]:

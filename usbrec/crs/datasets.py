@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from usbrec.chat import ROLES, Row
-from usbrec.crs.catalogue import Catalogue, parse_json, read_text
+from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.options import UserError
 
@@ -198,8 +198,8 @@ def read_row(row: Any) -> Example:
     if not history or history[-1].speaker != "seeker":
         raise UserError("'context' must end with a line of the seeker's")
     items, response = tuple(_take(row, "rec", list)), _take(row, "resp", str).strip()
-    if not items or not all(map(str.strip, items)) or not response:
-        told = "at least one item, none of them empty, and 'resp' must say something"
+    if not items or not all(x.strip() and len(x) <= LONGEST_TITLE for x in items) or not response:
+        told = f"at least one item of 1 to {LONGEST_TITLE} letters, 'resp' must say something"
         raise UserError(f"'rec' must name {told}, got {items!r:.60} and {response!r:.60}")
     extra = {key: _take(row, key, str) for key in ("profile", "explanation") if key in row}
     if "reactions" in row:

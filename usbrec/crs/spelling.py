@@ -38,11 +38,11 @@ WORD = re.compile(
 _CLUSTER = re.compile("(?s:.)[\u0300-\u036f\u1160-\u11ff\u3099\u309a\uff9e\uff9f]*")
 _SWAPS = str.maketrans({**dict.fromkeys("‘’ʼ′`´", "'"), "ß": "ss", "™": ""})
 YEAR = r"[(\[（](\d{4})(?i:/[ivx]+|[-–]\d{0,4}|(?: tv)? (?:film|series|novel))?\s?[年년]?[)\]）]"
-_TITLE_YEAR = re.compile(rf"\s*{YEAR}(?=\s*[(\[（]|\s*$)")
+_TITLE_YEAR = re.compile(rf"\s?{YEAR}(?=\s*[(\[（]|\s*$)")
 _ARTICLES, _EDITIONS, _KINDS = ("|".join(WORD_LISTS[x]) for x in ("articles", "editions", "kinds"))
 _ARTICLE_LAST = re.compile(rf"^([^(\[]+?),\s*({_ARTICLES})(?=$|\s*[:(\[]|\s[-–]\s)", re.I)
 _BRACKET = re.compile(r"(?<=.)(?:\s+[(\[]|[（【])([^()\[\]（）【】]*)[)\]）】]")
-_AKA = re.compile(r"[\s;,/]*\b(?:a\.\s?k\.\s?a\.|aka|also known as):?\s+", re.I)
+_AKA = re.compile(r"[\s;,/]{0,9}\b(?:a\.\s?k\.\s?a\.|aka|also known as):?\s+", re.I)
 _DESCRIBES = re.compile(rf"#|版$|\b(?:\d+|{_EDITIONS}|{_KINDS})\b|^\W*\w{{0,2}}\W*$|^u\.", re.I)
 _LAST_PART = re.compile(rf"\s#[\d.]+$|\s[-–]\s[^-–]*\b(?:{_EDITIONS})\b[^-–]*$", re.I)
 
@@ -102,7 +102,7 @@ def names_of(title: str) -> list[str]:
     "Postman, The (Postino, Il) (1994)" -> "The Postman", "Il Postino", and as written.
     A description stays in the own name: "Heat (Crime Film)" -> "Heat (Crime Film)", "Heat".
     """
-    written = _TITLE_YEAR.sub("", title, count=1).strip() or title.strip()
+    written = " ".join(_TITLE_YEAR.sub("", title, count=1).split()) or title.strip()
     first, *others = _AKA.split(_LAST_PART.sub("", _BRACKET.sub("", written)))
     own = written if _LAST_PART.search(written) else first
     for bracket in _BRACKET.findall(written):

@@ -182,7 +182,7 @@ def leaks(text: str, title: str) -> list[tuple[int, int]]:
     lower, pattern = shown.lower(), _leak_pattern(title)
     # without its Chinese letters a text has edges around "Heat" in "我看了Heat"
     views = (lower, _SPACELESS.sub(" ", lower))
-    found = {x.span(): x for view in views for x in pattern.finditer(view)}
+    found = {x.span(): x for view in views for x in pattern.finditer(view) if x["name"]}
     # a title that is written as in the catalogue is all `name`, its year included
     year, ordered = re.compile(YEAR), [x for _, x in sorted(found.items())]
     named = [x for x in ordered if not x["year"] and not year.search(x["name"])]

@@ -54,7 +54,7 @@ def _entries(text: str, catalogue: Catalogue) -> list[str]:
     """Return the parts between the commas; a title that holds commas is one part."""
     parts, found = text.split(", "), []
     while parts:
-        ends = range(len(parts), 1, -1)
+        ends = range(min(len(parts), 9), 1, -1)  # no title has more commas
         n = next((n for n in ends if catalogue.get(", ".join(parts[:n]))), 1)
         found.append(", ".join(parts[:n]))
         parts = parts[n:]

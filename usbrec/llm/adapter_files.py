@@ -19,7 +19,7 @@ from usbrec.llm.checkpoint import SafetensorsWeights, compare_shapes, stored_nam
 from usbrec.llm.lora import LoraConfig, LoraLinear, adapter_parameters, lora_layers, remove_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import OFF, CheckedSettings, file_in
-from usbrec.options import UserError
+from usbrec.options import LEAST, UserError
 from usbrec.runs import read_json, write_json, write_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,11 +121,11 @@ def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     settings.refuse_others(PEFT["honoured"])
     settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in PEFT["any"]})
     r, alpha, targets = settings.size("r"), values.get("lora_alpha"), values.get("target_modules")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-        raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r}")
+    if type(alpha) not in (int, float) or (alpha and not LEAST <= abs(alpha) < 1e9):
+        raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r:.60}")
     names: list[Any] = targets if isinstance(targets, list) else [targets]
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{source}: target_modules must be names, got {targets!r}")
+        raise UserError(f"{source}: target_modules must be names, got {targets!r:.60}")
     return LoraConfig(r, float(alpha), tuple(names), bool(values.get("use_rslora")))
 
 
@@ -138,9 +138,9 @@ def targeted(
     ends = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(x)}" for x in targets]
     try:
         found = {x: layer for x, layer in layers.items() if re.fullmatch("|".join(ends), x)}
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{source}: target_modules is no valid pattern: {error}") from error
     if not found:
         told = "names no linear layer of attention or MLP, which alone have adapters here"
-        raise UserError(f"{source}: target_modules {targets!r} {told}")
+        raise UserError(f"{source}: target_modules {targets!r:.60} {told}")
     return found

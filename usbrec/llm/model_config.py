@@ -77,7 +77,7 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
     """Return the ModelConfig of config.json's values; `source` is named in errors."""
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise UserError(f"{source}: model_type {model_type!r} is none of {', '.join(MODEL_TYPES)}")
+        raise UserError(f"{source}: model_type {model_type!r:.60}, not {', '.join(MODEL_TYPES)}")
     is_chatglm = model_type == "chatglm"
     settings = CheckedSettings(values, source, CHATGLM3["settings"] if is_chatglm else {})
     layers = settings.size("num_hidden_layers", limit=LAYER_LIMIT)
@@ -121,7 +121,7 @@ def rope_of(settings: "CheckedSettings") -> dict[str, Any]:
         return {"rope_theta": 10000.0 * settings.number("rope_ratio", 1.0)}
     found = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(found, dict):
-        raise UserError(f"{settings.source}: rope_scaling must be an object, got {found!r}")
+        raise UserError(f"{settings.source}: rope_scaling must be an object, got {found!r:.60}")
     kind = found.get("rope_type", found.get("type", "default"))
     merged = {"rope_theta": values.get("rope_theta"), **found, "rope_type": kind}
     rope = CheckedSettings(merged, settings.source)
@@ -149,7 +149,7 @@ class CheckedSettings(NamedTuple):
         """Raise UserError naming the first setting whose value is none of those honoured."""
         for name, choices in honoured.items():
             if (value := self.values.get(name)) not in choices:
-                raise UserError(f"{self.source}: the setting {name} = {value!r} is not supported")
+                raise UserError(f"{self.source}: {name!r:.60} = {value!r:.60} is not supported")
 
     def number(self, name: str, default: Any = None, limit: float = 1e18, kind: Any = float) -> Any:
         """Return a finite number above 0, at most `limit`."""
@@ -158,7 +158,7 @@ class CheckedSettings(NamedTuple):
         value = default if self.values.get(name) is None else self.values[name]
         if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value <= limit:
             what = f"a whole number from 1 to {limit}" if kind is int else "a number above 0"
-            raise UserError(f"{self.source}: {name} must be {what}, got {value!r}")
+            raise UserError(f"{self.source}: {name} must be {what}, got {value!r:.60}")
         return kind(value)
 
     def size(self, name: str, default: int | None = None, limit: int = SIZE_LIMIT) -> int:

@@ -120,8 +120,8 @@ class ChatTokenizer:
         used = {mark: vocabulary.control.get(mark, 0) for mark in style.marks}
         token, last = max([vocabulary.last_plain, *used.items()], key=lambda pair: pair[1])
         rows = config.get("padded_vocab_size", config.get("vocab_size", last + 1))
-        if last >= rows:
-            raise UserError(f"{folder}: token {token!r} has id {last}, but vocab_size is {rows}")
+        if not isinstance(rows, int) or last >= rows:
+            raise UserError(f"{folder}: {token!r} has id {last}, but vocab_size is {rows!r:.60}")
         return cls(vocabulary, style, end_ids, date)
 
     def render(
@@ -270,7 +270,7 @@ def end_ids_of(settings: dict[str, Any], source: Path) -> frozenset[int]:
     value = settings.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"{source}: eos_token_id must be token ids, got {value!r}")
+        raise UserError(f"{source}: eos_token_id must be token ids, got {value!r:.60}")
     return frozenset(ids)
 
 

@@ -31,7 +31,9 @@ class TokenizersVocabulary:
             plain["post_processor"] = None  # would put BOS before every piece
             self._plain = Tokenizer.from_str(json.dumps(plain))
             self._full = Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the package raises bare Exceptions for a malformed file
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of a malformed file: bare Exceptions, and panics in Rust
             raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
         self._control_ids = frozenset(self.control.values())
         own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
