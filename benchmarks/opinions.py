@@ -222,13 +222,16 @@ def repeated(rows: Sequence[Row], first: Mapping[str, list[Row]]) -> Row:
         "equal": sum(a == b for a, b in pairs),
         "same": sum(x < SAME for x in apart) + unread,
         "greatest_difference": max(apart, default=None),
+        "unparsed": fmean(b is None for _, b in pairs),
     }
 
 
 def against_first(talks: Mapping[str, Sequence[Row]], seed: int) -> Figures:
-    """Return each opinion's agreement with the first, over the talks that both could score."""
+    """Return the other opinions' agreement with the first, over talks that both could score."""
     found: Figures = {}
     for name, own in talks.items():
+        if name == FIRST:
+            continue
         unread = fmean(x["score"] is None for x in own)
         pairs = [
             (x, y)
@@ -404,6 +407,8 @@ def repetition(told: Row) -> str:
         counts += f", {told['same']} within {SAME}"
     if told["greatest_difference"]:
         counts += f"; the greatest difference is {told['greatest_difference']:.2g}"
+    if told["unparsed"]:
+        counts += f"; {told['unparsed']:.1%} could not be read"
     if told["same"] == told["n"]:
         return f"judged as the report did: {counts}"
     return f"NOT THE REPORT'S SCORES: {counts}. Is it the run's judge, model, dtype and device?"

@@ -101,6 +101,7 @@ def test_a_sheet_has_both_replies_unnamed_and_the_key_tells_the_sides(sheet: Pat
     rows, key = read(sheet), key_of(sheet)
     assert list(rows[0]) == ["number", "dialogue", "A", "B", "better"]
     assert {x["better"] for x in rows} == {""} and len(rows) == 10
+    assert sheet.read_bytes().startswith(b"\xef\xbb\xbfnumber")  # by which Excel knows UTF-8
     assert "RL" not in sheet.read_text("utf-8-sig")
     for cells, known in zip(rows, key["rows"], strict=True):
         i = number_of(known)
@@ -116,8 +117,9 @@ def test_a_sheet_has_both_replies_unnamed_and_the_key_tells_the_sides(sheet: Pat
 
 
 def test_equal_replies_are_left_out_and_counted(
-    sheet: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str], sheet: Path
 ) -> None:
+    """The output of the fixture that makes the sheet is read."""
     key = key_of(sheet)
     assert (key["equal"], key["dialogues"]) == (2, 12)
     assert {number_of(known) for known in key["rows"]}.isdisjoint({0, 6})
