@@ -192,11 +192,16 @@ def check(flags: Namespace) -> None:
         raise UserError("nothing or too much to try: give OPTION=VALUES, --ladder or --budgets")
     if flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
-    if flags.plot and flags.plot.suffix != ".png":
-        raise UserError(f"--plot must name a file that ends with .png, got {flags.plot}")
-    if flags.plot and not flags.plot.parent.is_dir():
-        raise UserError(f"--plot {flags.plot}: there is no folder {flags.plot.parent}")
-    if flags.plot and find_spec("matplotlib") is None:
+    check_plot(flags.plot)
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise UserError if a picture cannot be drawn into this file."""
+    if path and path.suffix != ".png":
+        raise UserError(f"--plot must name a file that ends with .png, got {path}")
+    if path and not path.parent.is_dir():
+        raise UserError(f"--plot {path}: there is no folder {path.parent}")
+    if path and find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
 
 

@@ -174,7 +174,7 @@ def claim(note: Path, facts: Mapping[str, Any], made: Sequence[Path], remedy: st
         key = next(x for x in [*new, *old] if old.get(x, ...) != new.get(x, ...))
         name, old, new = f"{name}-{key}", old.get(key), new.get(key)
     name = " ".join(name.strip("-").replace("_", "-").split())
-    raise UserError(f"{there[0]} was made with {name:.60} {old!r:.60}, got {new!r:.60}; {remedy}")
+    raise UserError(f"{there[0]} was made with {name:.60} {old!r:.200}, got {new!r:.200}; {remedy}")
 
 
 # --- results files ----------------------------------------------------------------------------
