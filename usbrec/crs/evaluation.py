@@ -5,19 +5,29 @@ so that differences are paired. Three figures besides the judge's score come fro
 Recall@1 (the first catalogue title of the first reply), hit (any gold title in any reply),
 and the grade of the last reply's first title. Baselines and upper marks need no model. Left out:
 the tables (extras/report.py), and intervals (extras/intervals.py).
+
+There are three protocols:
+
+    targets      the seeker and the judge know the target titles (USB-Rec, arXiv 2509.20381)
+    until-hit    the same, and a talk ends with the reply that names a target (iEvaLM, arXiv
+                 2305.13112, with five turns)
+    profile      both know a profile in place of the titles, and the reply is judged unexplained
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from usbrec.chat import Row, Sampling
-from usbrec.crs.agents import Roles, Votes
+from usbrec.crs import agents
+from usbrec.crs.agents import JudgeScore, Roles, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
+from usbrec.crs.lessons import profile_of
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.crs.spelling import key_of
 from usbrec.crs.wishes import fit, read_profile
@@ -29,13 +39,17 @@ METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 Guesses = Sequence[tuple[Item, ...]]
 # one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess
 Labels = list[Row]
+Talks = Sequence["Talk"]
 
 
 @dataclass(frozen=True)
 class EvaluationOptions(Options):
     """The turns of a talk, the temperatures, and the measures beside the talks."""
 
-    turns: int = option(1, "recommender turns of a talk, judged after the last", low=1)
+    protocol: Literal["targets", "until-hit", "profile"] = option(
+        "targets", "what the seeker and the judge know, and when a talk ends"
+    )
+    turns: int = option(1, "most recommender turns of a talk, judged after the last", low=1)
     temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
     seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
     votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
@@ -44,6 +58,25 @@ class EvaluationOptions(Options):
     ranked_dialogues: int = option(24, "dialogues whose best films are judged; 0: none", low=0)
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
     seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
+
+
+@dataclass
+class Talk:
+    """A talk in progress: its example and seed, its lines, and the recommender's part in them.
+
+    `profile` is what the seeker knows in the protocol of that name.
+    """
+
+    example: Example
+    key: int
+    profile: str
+    dialogue: Dialogue
+    replies: list[str] = field(default_factory=list)
+    searches: list[Row] = field(default_factory=list)
+
+    def is_hit(self, catalogue: Catalogue) -> bool:
+        """Return whether any reply names a gold title."""
+        return any(catalogue.mentions(reply, self.example.items) for reply in self.replies)
 
 
 def evaluate_method(
@@ -61,41 +94,73 @@ def evaluate_method(
     names none). `explanation` is of the last reply, and so is the score. `transcript` holds all
     lines. `searches` are the records of the searched turns, each as `checked` returns it.
     """
-    keys = [seed_for(seed, "ieval", example.dialog_id, example.turn_id) for example in examples]
-    catalogue, targets = roles.catalogue, [example.items for example in examples]
-    plain = Sampling(options.max_new_tokens, options.temperature)
-    warm = Sampling(options.max_new_tokens, options.seeker_temperature)
-    dialogues: list[Dialogue] = [example.history for example in examples]
-    replies: list[list[str]] = [[] for _ in examples]
-    searches: list[list[Row]] = [[] for _ in examples]
+    catalogue, talks, rows = roles.catalogue, [], []
+    for x in examples:
+        key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
+        talks.append(Talk(x, key, profile_of(x, catalogue), x.history))
     for turn in range(1, options.turns + 1):
-        if turn > 1:
-            dialogues = roles.seek(dialogues, targets, warm, keys, turn)
-        seeds = [seed_for(key, "recommender", turn) for key in keys]
-        if searching is not None and turn >= searching.start_turn:
-            results = search(roles, dialogues, seeds, searching)
-            said = [result.reply for result in results]
-            for own, example, result in zip(searches, examples, results, strict=True):
-                own.append({"turn": turn, **checked(catalogue, example, result.record())})
-        else:
-            said = roles.recommend(dialogues, plain, seeds)
-        dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, said, strict=True)]
-        for heard, reply in zip(replies, said, strict=True):
-            heard.append(reply)
-    votes = Votes(options.votes, options.vote_temperature)
-    judged = roles.explain_and_judge(dialogues, targets, keys, plain, votes)
-    rows = []
-    talks = zip(examples, dialogues, replies, searches, judged, strict=True)
-    for x, dialogue, heard, own, (explanation, score) in talks:
-        row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": heard}
-        row["items"] = [titles_in(catalogue, reply) for reply in heard]
-        row["labels"] = gold_labels(catalogue, x, [catalogue.first(heard[0])])
-        row["hit"] = any(catalogue.mentions(reply, x.items) for reply in heard)
-        row["grade"] = catalogue.grade_of(heard[-1], x.items)
-        lines = [[line.speaker, line.text] for line in dialogue]
-        row |= {"explanation": explanation, "transcript": lines, "searches": own}
+        ended = [options.protocol == "until-hit" and x.is_hit(catalogue) for x in talks]
+        going = [x for x, end in zip(talks, ended, strict=True) if not end]
+        take_turn(roles, going, turn, options, searching)
+    for talk, (explanation, score) in zip(talks, judge(roles, talks, options), strict=True):
+        x, replies = talk.example, talk.replies
+        row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": replies}
+        row["items"] = [titles_in(catalogue, reply) for reply in replies]
+        row["labels"] = gold_labels(catalogue, x, [catalogue.first(replies[0])])
+        row["hit"], row["grade"] = talk.is_hit(catalogue), catalogue.grade_of(replies[-1], x.items)
+        lines = [[line.speaker, line.text] for line in talk.dialogue]
+        row |= {"explanation": explanation, "transcript": lines, "searches": talk.searches}
         rows.append(row)
     return rows
+
+
+def take_turn(
+    roles: Roles,
+    talks: Talks,
+    turn: int,
+    options: EvaluationOptions,
+    searching: SearchOptions | None,
+) -> None:
+    """Add a turn to the talks: the seeker's line, from the second turn on, and the reply."""
+    dialogues, keys = [x.dialogue for x in talks], [x.key for x in talks]
+    if turn > 1:
+        warm = Sampling(options.max_new_tokens, options.seeker_temperature)
+        if options.protocol == "profile":
+            prompts = [agents.internal_seeker_prompt(x.dialogue, x.profile) for x in talks]
+            seeds = [seed_for(key, "seeker", turn) for key in keys]
+            lines = roles.complete(roles.simulator.requests(prompts, warm, seeds))
+            pairs = zip(dialogues, lines, strict=True)
+            dialogues = [add_turn(dialogue, "seeker", line) for dialogue, line in pairs]
+        else:
+            targets = [x.example.items for x in talks]
+            dialogues = roles.seek(dialogues, targets, warm, keys, turn)
+    seeds = [seed_for(key, "recommender", turn) for key in keys]
+    if searching is not None and turn >= searching.start_turn:
+        results = search(roles, dialogues, seeds, searching)
+        said = [result.reply for result in results]
+        for talk, result in zip(talks, results, strict=True):
+            record = checked(roles.catalogue, talk.example, result.record())
+            talk.searches.append({"turn": turn, **record})
+    else:
+        said = roles.recommend(dialogues, plain(options), seeds)
+    for talk, dialogue, reply in zip(talks, dialogues, said, strict=True):
+        talk.dialogue = add_turn(dialogue, "recommender", reply)
+        talk.replies.append(reply)
+
+
+def judge(roles: Roles, talks: Talks, options: EvaluationOptions) -> list[tuple[str, JudgeScore]]:
+    """Return per talk the explanation of its last reply, "" if none is asked for, and its score."""
+    votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
+    if options.protocol == "profile":
+        prompts = [agents.internal_judge_prompt(x.dialogue, x.profile) for x in talks]
+        return [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
+    dialogues, targets = [x.dialogue for x in talks], [x.example.items for x in talks]
+    return roles.explain_and_judge(dialogues, targets, keys, plain(options), votes)
+
+
+def plain(options: EvaluationOptions) -> Sampling:
+    """Return the sampling of plain replies and explanations."""
+    return Sampling(options.max_new_tokens, options.temperature)
 
 
 def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:
