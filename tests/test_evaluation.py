@@ -67,6 +67,51 @@ def test_a_talk_is_turns_then_an_explanation_then_one_score() -> None:
     assert judged[1:-1] == [text for _, text in rows[0]["transcript"]] + [EXPLAIN, "explainer line"]
 
 
+def test_a_talk_until_the_first_hit_takes_no_further_turn() -> None:
+    """The first dialogue's target is named in the second turn, the other one's in the first."""
+    options = EvaluationOptions(turns=3, protocol="until-hit")
+    llm = speaker("Red Loft (2001)?", "Dark Well (1999)!", "Later")
+    first, second = evaluate_method(cast(llm), EXAMPLES, 0, options)
+    assert first["replies"] == ["Red Loft (2001)?", "Dark Well (1999)!"] and first["grade"] == 2
+    assert second["replies"] == ["Red Loft (2001)?"] and len(second["transcript"]) == 4
+    assert (first["hit"], second["hit"]) == (True, True)
+    asked = [["recommender"] * 2, ["seeker"], ["recommender"], ["explainer"] * 2]
+    assert roles_of(llm.generated) == asked and roles_of(llm.scored) == [["judge"] * 2]
+    whole = evaluate_method(cast(speaker("a", "b", "c")), EXAMPLES, 0, options)
+    assert [len(row["replies"]) for row in whole] == [3, 3]
+
+
+def test_a_talk_ends_until_hit_as_it_does_for_its_dialogue_alone() -> None:
+    options = EvaluationOptions(turns=3, protocol="until-hit")
+    words, searching = ("Red Loft (2001)?", "x", "Dark Well (1999)!"), SearchOptions(turns=1)
+    for search in (None, searching):
+        both = evaluate_method(cast(speaker(*words)), EXAMPLES, 0, options, search)
+        alone = [evaluate_method(cast(speaker(*words)), [x], 0, options, search) for x in EXAMPLES]
+        assert both == [row for rows in alone for row in rows]
+
+
+def test_in_the_protocol_of_profiles_no_prompt_has_a_target() -> None:
+    """The seeker and the judge are told the profile, and nothing is explained."""
+    own = [replace(x, profile="Likes: horror. Dislikes: nothing said.") for x in EXAMPLES[:1]]
+    llm = speaker("Who knows?", "Red Loft (2001)!", seeker="Something scary.")
+
+    def reply(request: Request) -> str:
+        role = role_of(request)
+        return "Something scary." if role == "internal_seeker" else llm_reply(request)
+
+    llm_reply, llm.reply = llm.reply, reply
+    options = EvaluationOptions(turns=2, protocol="profile")
+    (row,) = evaluate_method(cast(llm), own, 0, options)
+    asked = [["recommender"], ["internal_seeker"], ["recommender"]]
+    assert roles_of(llm.generated) == asked and roles_of(llm.scored) == [["internal_judge"]]
+    requests = [x for found in llm.generated + llm.scored for x in found]
+    texts = [message.content for request in requests for message in request.messages]
+    assert not any("Dark Well" in text for text in texts)
+    assert any("horror" in text for text in texts)
+    assert row["explanation"] == "" and row["label"] == 2 and row["grade"] == 0
+    assert row["transcript"][2] == ["seeker", "Something scary."]
+
+
 def test_each_side_speaks_with_its_adapter_and_temperature() -> None:
     llm = speaker("a", "b")
     options = EvaluationOptions(turns=2, temperature=0.0, seeker_temperature=0.3)

@@ -102,7 +102,7 @@ def evaluate_method(
         ended = [options.protocol == "until-hit" and x.is_hit(catalogue) for x in talks]
         going = [x for x, end in zip(talks, ended, strict=True) if not end]
         take_turn(roles, going, turn, options, searching)
-    for talk, (explanation, score) in zip(talks, judge(roles, talks, options), strict=True):
+    for talk, (explanation, score) in zip(talks, judge_talks(roles, talks, options), strict=True):
         x, replies = talk.example, talk.replies
         row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": replies}
         row["items"] = [titles_in(catalogue, reply) for reply in replies]
@@ -142,23 +142,25 @@ def take_turn(
             record = checked(roles.catalogue, talk.example, result.record())
             talk.searches.append({"turn": turn, **record})
     else:
-        said = roles.recommend(dialogues, plain(options), seeds)
+        said = roles.recommend(dialogues, plain_sampling(options), seeds)
     for talk, dialogue, reply in zip(talks, dialogues, said, strict=True):
         talk.dialogue = add_turn(dialogue, "recommender", reply)
         talk.replies.append(reply)
 
 
-def judge(roles: Roles, talks: Talks, options: EvaluationOptions) -> list[tuple[str, JudgeScore]]:
+def judge_talks(
+    roles: Roles, talks: Talks, options: EvaluationOptions
+) -> list[tuple[str, JudgeScore]]:
     """Return per talk the explanation of its last reply, "" if none is asked for, and its score."""
     votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
     if options.protocol == "profile":
         prompts = [agents.internal_judge_prompt(x.dialogue, x.profile) for x in talks]
         return [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
     dialogues, targets = [x.dialogue for x in talks], [x.example.items for x in talks]
-    return roles.explain_and_judge(dialogues, targets, keys, plain(options), votes)
+    return roles.explain_and_judge(dialogues, targets, keys, plain_sampling(options), votes)
 
 
-def plain(options: EvaluationOptions) -> Sampling:
+def plain_sampling(options: EvaluationOptions) -> Sampling:
     """Return the sampling of plain replies and explanations."""
     return Sampling(options.max_new_tokens, options.temperature)
 
