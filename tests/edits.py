@@ -8,9 +8,10 @@ run, adapter_config.json, a model's config.json and tokenizer files, and results
 the structure of the JSON. The readers are called as train.py and infer.py call them, and what they
 return is put to use. Edit n of a run is drawn from seed + n alone.
 
-A sentence is a UserError, or an error of the system, as `run_together` prints both; it has one line
-of a bounded length. Everything else is a fault, and so is an edit without an end. test_edits.py
-runs some of the edits. Left out: the bytes of weights (test_hostile_files.py).
+A sentence is a UserError, or an error of the system, as `run_together` prints both. It has one
+line, and a UserError's is of a bounded length. Everything else is a fault, and so is an edit
+without an end. test_edits.py runs some of the edits. Left out: the bytes of weights
+(test_hostile_files.py).
 """
 
 import json
@@ -373,7 +374,7 @@ class Place:
         examples = datasets.read_examples(self.folder / "train.jsonl")
         for x in examples:
             use_example(x, self.films)
-        if rng.random() < 0.2:
+        if rng.random() < 0.05:
             options = lessons.LessonOptions()
             draws = lessons.Suggestions(self.films, {x["name"]: 1 for x in FILMS.values()})
             lessons.recommender_lessons(examples, self.films, options)
@@ -423,7 +424,7 @@ class Place:
             assert config.head_dim % 2 == 0 and config.num_hidden_layers > 0
             if config.num_hidden_layers < 8 and rng.random() < 0.05:
                 empty_decoder(config)
-        if rng.random() < 0.3:
+        if rng.random() < 0.1:
             load_model(self.folder / "model")
 
     def tokens(self, rng: Rng) -> None:
@@ -517,8 +518,9 @@ def try_edit(target: Target, folder: Path, rng: Rng, found: Found, seed: int) ->
         told = str(error)
         found.refusals[target.name] += 1
         found.kinds[f"{target.name}: {kind_of(told, folder)}"] += 1
-        if len(told.splitlines()) != 1 or len(told) > LONGEST_SENTENCE:
-            size = f"{len(told.splitlines())} lines" if len(told) < LONGEST_SENTENCE else "long"
+        is_long = len(told) > LONGEST_SENTENCE and isinstance(error, UserError)
+        if len(told.splitlines()) != 1 or is_long:
+            size = "long" if is_long else f"{len(told.splitlines())} lines"
             found.faults[f"no sentence ({size}) in {fault_of(error)}"].append(seed)
         elif path and target.name != "notes" and str(folder) not in told:
             found.faults[f"no place in {fault_of(error)}"].append(seed)

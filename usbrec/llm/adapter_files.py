@@ -128,7 +128,11 @@ def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     names: list[Any] = targets if isinstance(targets, list) else [targets]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{source}: target_modules must be names, got {targets!r:.60}")
+<<<<<<< HEAD
     return LoraConfig(r, float(number), tuple(names), bool(values.get("use_rslora")))
+=======
+    return LoraConfig(r, float(alpha or 0), tuple(names), bool(values.get("use_rslora")))
+>>>>>>> h8-d
 
 
 def targeted(

@@ -34,7 +34,7 @@ class TokenizersVocabulary:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # of a malformed file: bare Exceptions, and panics in Rust
-            raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
+            raise UserError(f"{path}: no tokenizer that can be read: {str(error)!r:.99}") from error
         self._control_ids = frozenset(self.control.values())
         own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
         self.last_plain = max(own, key=lambda pair: pair[1], default=("", 0))
