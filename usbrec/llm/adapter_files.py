@@ -6,7 +6,6 @@ not honoured here is refused by name. So is a tensor beside LoRA's, except a wei
 it is, which peft saves for `modules_to_save` and beside embeddings of another size.
 """
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -122,17 +121,12 @@ def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     settings.refuse_others(PEFT["honoured"])
     settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in PEFT["any"]})
     r, alpha, targets = settings.size("r"), values.get("lora_alpha"), values.get("target_modules")
-    number = alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else math.inf
-    if number and not LEAST <= abs(number) < 1e9:
+    if type(alpha) not in (int, float) or (alpha and not LEAST <= abs(alpha) < 1e9):
         raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r:.60}")
     names: list[Any] = targets if isinstance(targets, list) else [targets]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{source}: target_modules must be names, got {targets!r:.60}")
-<<<<<<< HEAD
-    return LoraConfig(r, float(number), tuple(names), bool(values.get("use_rslora")))
-=======
     return LoraConfig(r, float(alpha or 0), tuple(names), bool(values.get("use_rslora")))
->>>>>>> h8-d
 
 
 def targeted(
