@@ -252,7 +252,7 @@ def measure_known(arguments: Sequence[str] | None) -> None:
         raise UserError(f"the split valid of {setup.data} has no dialogues")
     recommender = infer.assemble(setup, flags)
     draws = Suggestions(recommender.roles.catalogue, popularity_of(setup.rows("train")))
-    folder = (setup.run or infer.RUNS) / "known"
+    folder = setup.folder / "known"
     rows, name = score_all(recommender, draws, asked, setup.facts(), folder)
     found = {"seed": seed, "limit": flags.limit, **measure(rows, seed_for(seed, "known"))}
     show_all(found)

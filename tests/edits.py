@@ -52,6 +52,7 @@ from usbrec.llm.model_config import load_config  # noqa: E402
 from usbrec.llm.packing import pair_tree  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer, fit_prompt  # noqa: E402
 from usbrec.options import UserError, seed_for  # noqa: E402
+from usbrec.settings import ADAPTERS  # noqa: E402
 
 Rng = random.Random
 PATIENCE = 20.0  # seconds of processor time for an edit, which takes milliseconds
@@ -357,7 +358,7 @@ class Place:
         """Write a run's notes, beside adapters that only seem to be there."""
         made = {"model": {"model": "small", "dtype": "float32", "device": "cpu"}, "data-dir": None}
         noted = {**made, "data": str(self.folder), "seed": 0, "lora": {"r": 8, "names": ["all"]}}
-        for stage, name in runs.ADAPTERS.items():
+        for stage, name in ADAPTERS.items():
             self.write(self.folder / "run" / "options", f"{stage}.json", noted)
             self.write(self.folder / "run" / name, "adapter_model.safetensors")
         self.noted = noted
@@ -446,7 +447,7 @@ class Place:
             Target("dialogues", 6, ("said.json",), partial(self.said, "said.json")),
             Target("dialogue lines", 6, ("said.jsonl",), partial(self.said, "said.jsonl")),
             Target("pairs", 6, ("pairs.jsonl",), self.pairs),
-            Target("notes", 8, tuple(f"run/options/{x}.json" for x in runs.ADAPTERS), self.notes),
+            Target("notes", 8, tuple(f"run/options/{x}.json" for x in ADAPTERS), self.notes),
             Target("claims", 3, ("run/options/simulator.json",), self.claims),
             Target("adapter", 8, ("adapter/adapter_config.json",), self.adapter),
             Target(
