@@ -37,7 +37,7 @@ from usbrec.crs.ses import SearchOptions, plan, search
 from usbrec.llm.engine import Engine, Usage
 
 TOKENS, VOTE_TOKENS, VOTES = 32, 2, 10
-MOST_LEAVES = 64
+GROWN_TOKENS, MOST_LEAVES = 16, 64  # of --grow: a text's tokens, a search's leaves
 SHAPES = {"chain": (1 + 3 + 3 + 3, 3), "tree": (1 + 3 + 3 + 9, 9)}  # texts, leaves
 REACH = {"chain": 10.0, "tree": 20.0, "over_plain": 5.0}
 
@@ -160,7 +160,7 @@ def main() -> None:
     agents.VOTE_TOKENS = VOTE_TOKENS
     engine = our_engine()
     if flags.grow:
-        grow(engine, tokens, rounds)
+        grow(engine, min(tokens, GROWN_TOKENS), 1)
         return
     serial = OneByOne(their_model(), engine)
     root = dialogue()
