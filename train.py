@@ -24,13 +24,10 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, end
 
 import shlex
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, TrainingDialogue
@@ -279,7 +276,6 @@ def work_through(arguments: Sequence[str] | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that the flags name; return 2 for a user's fault, 130 for Ctrl-C."""
-    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
     return parallel.run_together("train.py", lambda: work_through(arguments))
 
 

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from usbrec.options import UserError
 
@@ -39,9 +40,10 @@ def run_together(program: str, job: Callable[[], None]) -> int:
     A UserError or an error of the system (code 2) or Ctrl-C (130) in one process ends all; so does
     an output that its reader, as head, has closed (141). The first process to fail prints the
     reason; the others lose their connection and end with the same code. The streams replace what
-    their encoding lacks.
+    their encoding lacks, and a warning is one line.
     """
     store, code = _join(), 0
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
