@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 from contest import show
+from sweep import held_out, tell_end
 
 import infer
 from usbrec import loading, runs
@@ -247,9 +248,7 @@ def measure_known(arguments: Sequence[str] | None) -> None:
     if flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     setup, seed = infer.set_up(flags), from_flags(ReplyOptions, flags).seed
-    asked = loading.pick_rows(setup.rows("valid"), flags.limit, seed_for(seed, "known"), apart=True)
-    if not asked:
-        raise UserError(f"the split valid of {setup.data} has no dialogues")
+    asked = held_out(setup, flags.limit, seed_for(seed, "known"))
     recommender = infer.assemble(setup, flags)
     draws = Suggestions(recommender.roles.catalogue, popularity_of(setup.rows("train")))
     folder = setup.folder / "known"
@@ -257,9 +256,7 @@ def measure_known(arguments: Sequence[str] | None) -> None:
     found = {"seed": seed, "limit": flags.limit, **measure(rows, seed_for(seed, "known"))}
     show_all(found)
     runs.write_json(folder / f"{name}.json", found)
-    for told in loading.shortened_lines(recommender.engines):
-        infer.tell(told)
-    infer.tell(f"the same for programs: {folder / name}.json")
+    tell_end(recommender, folder / f"{name}.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 
 from contest import show
 from correlation import kappa, measured, pearson
-from sweep import check_plot
+from sweep import check_plot, tell_end
 
 import infer
 from usbrec import loading, runs
@@ -500,9 +500,7 @@ def compare_opinions(arguments: Sequence[str] | None) -> None:
     show_all(found)
     if flags.plot:
         save_plot(found["calibration"], flags.plot)
-    for notice in loading.shortened_lines(recommender.engines):
-        infer.tell(notice)
-    infer.tell(f"the same for programs: {path.with_suffix('.json')}")
+    tell_end(recommender, path.with_suffix(".json"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

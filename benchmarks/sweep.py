@@ -413,10 +413,7 @@ def sweep_all(arguments: Sequence[str] | None) -> None:
     cells = [] if flags.budgets else read_grid(flags)  # faults of the grid, before the work
     setup = infer.set_up(flags)
     seed, folder = from_flags(ReplyOptions, flags).seed, setup.folder / "sweep"
-    rows = setup.rows("valid")
-    asked = loading.pick_rows(rows, flags.limit, seed_for(seed, "sweep"), apart=True)
-    if not asked:
-        raise UserError(f"the split valid of {setup.data} has no dialogues")
+    asked = held_out(setup, flags.limit, seed_for(seed, "sweep"))
     cells = cells or read_grid(flags, asked)
     recommender = infer.assemble(setup, flags)
     found = run_sweep(recommender, cells, asked, setup.facts(), folder)
@@ -424,9 +421,22 @@ def sweep_all(arguments: Sequence[str] | None) -> None:
     show([line_of(found, cell) for cell in found["cells"]], header_of(found))
     if flags.plot:
         save_plot(found, flags.plot)
+    tell_end(recommender, folder / f"{found['name']}.json")
+
+
+def held_out(setup: infer.Setup, limit: int, seed: int) -> Examples:
+    """Return `limit` dialogues of the split valid (0: all); raises UserError if it has none."""
+    asked = loading.pick_rows(setup.rows("valid"), limit, seed, apart=True)
+    if not asked:
+        raise UserError(f"the split valid of {setup.data} has no dialogues")
+    return asked
+
+
+def tell_end(recommender: Recommender, path: Path) -> None:
+    """Tell how many prompts were shortened, and the file that holds the figures."""
     for told in loading.shortened_lines(recommender.engines):
         infer.tell(told)
-    infer.tell(f"the same for programs: {folder / found['name']}.json")
+    infer.tell(f"the same for programs: {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

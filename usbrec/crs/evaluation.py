@@ -62,14 +62,10 @@ class EvaluationOptions(Options):
 
 @dataclass
 class Talk:
-    """A talk in progress: its example and seed, its lines, and the recommender's part in them.
-
-    `profile` is what the seeker knows in the protocol of that name.
-    """
+    """A talk in progress: its example and seed, its lines, and the recommender's part in them."""
 
     example: Example
     key: int
-    profile: str
     dialogue: Dialogue
     replies: list[str] = field(default_factory=list)
     searches: list[Row] = field(default_factory=list)
@@ -97,10 +93,11 @@ def evaluate_method(
     catalogue, talks, rows = roles.catalogue, [], []
     for x in examples:
         key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
-        talks.append(Talk(x, key, profile_of(x, catalogue), x.history))
+        talks.append(Talk(x, key, x.history))
     for turn in range(1, options.turns + 1):
-        ended = [options.protocol == "until-hit" and x.is_hit(catalogue) for x in talks]
-        going = [x for x, end in zip(talks, ended, strict=True) if not end]
+        going = talks
+        if options.protocol == "until-hit":
+            going = [x for x in talks if not x.is_hit(catalogue)]
         take_turn(roles, going, turn, options, searching)
     for talk, (explanation, score) in zip(talks, judge_talks(roles, talks, options), strict=True):
         x, replies = talk.example, talk.replies
@@ -126,7 +123,8 @@ def take_turn(
     if turn > 1:
         warm = Sampling(options.max_new_tokens, options.seeker_temperature)
         if options.protocol == "profile":
-            prompts = [agents.internal_seeker_prompt(x.dialogue, x.profile) for x in talks]
+            told = [profile_of(x.example, roles.catalogue) for x in talks]
+            prompts = map(agents.internal_seeker_prompt, dialogues, told)
             seeds = [seed_for(key, "seeker", turn) for key in keys]
             lines = roles.complete(roles.simulator.requests(prompts, warm, seeds))
             pairs = zip(dialogues, lines, strict=True)
@@ -153,10 +151,12 @@ def judge_talks(
 ) -> list[tuple[str, JudgeScore]]:
     """Return per talk the explanation of its last reply, "" if none is asked for, and its score."""
     votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
+    dialogues = [x.dialogue for x in talks]
     if options.protocol == "profile":
-        prompts = [agents.internal_judge_prompt(x.dialogue, x.profile) for x in talks]
+        told = [profile_of(x.example, roles.catalogue) for x in talks]
+        prompts = list(map(agents.internal_judge_prompt, dialogues, told))
         return [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
-    dialogues, targets = [x.dialogue for x in talks], [x.example.items for x in talks]
+    targets = [x.example.items for x in talks]
     return roles.explain_and_judge(dialogues, targets, keys, plain_sampling(options), votes)
 
 
