@@ -34,6 +34,8 @@ from usbrec.crs.wishes import Fact, attributes, fit
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
+Items = Sequence[Item]
+Generator = np.random.Generator
 Lessons = list[TrainingDialogue]
 
 # replies that recommend nothing, as an untrained model gives them
@@ -142,7 +144,7 @@ class Suggestions:
         counts = np.array([count for item, count in known if item])
         self.shares = counts / counts.sum()
 
-    def others(self, generator: np.random.Generator) -> list[Item]:
+    def others(self, generator: Generator) -> list[Item]:
         """Return TRIES films, drawn by their count."""
         return [self.pool[x] for x in generator.choice(len(self.pool), TRIES, p=self.shares)]
 
@@ -165,8 +167,24 @@ class Suggestions:
                 reply, why = (rewrite_all(x, [(old, item) for old in named]) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
-        reply, why = map(str, generator.choice(FILMLESS, 2))
-        return [*found.values(), Suggestion(reply, why, 0)]
+        return [*found.values(), self.filmless(found[2], named, generator)]
+
+    def filmless(self, gold: Suggestion, named: Items, generator: Generator) -> Suggestion:
+        """Return a reply (0) without a title, an empty one, or one with an invented title.
+
+        Half of them are explained as if they were the gold reply: a recommender does that too.
+        """
+        empty, why = map(str, generator.choice(FILMLESS, 2))
+        reply = generator.choice([empty, "", self.invented(gold.reply, named, generator)])
+        return Suggestion(str(reply), str(generator.choice([why, gold.explanation])), 0)
+
+    def invented(self, reply: str, named: Items, generator: Generator) -> str:
+        """Return the reply about these films with a title that no film has, or "" if one has it."""
+        first, last = (self.pool[i].name.split() for i in generator.choice(len(self.pool), 2))
+        name = f"{first[0]} {last[-1]}"
+        films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in named]
+        made = rewrite_all(reply, films)
+        return "" if self.catalogue.find(made) else made
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return up to UNLIKE replies (0) that share nothing with the target or the profile."""
@@ -208,7 +226,7 @@ def simulator_lessons(
         if number % 6 == 1:
             then.append(seeker_lesson(example, [*named[:2], filmless], None, options))
         else:
-            first.append(seeker_lesson(example, [*named, *at_times], None, options))
+            first.append(seeker_lesson(example, made, None, options))
     return first, then
 
 
@@ -294,9 +312,7 @@ def card_lesson(
     return TrainingDialogue((system, shown), tuple(branches))
 
 
-def single_wishes(
-    film: Item, catalogue: Catalogue, generator: np.random.Generator
-) -> list[list[Fact]]:
+def single_wishes(film: Item, catalogue: Catalogue, generator: Generator) -> list[list[Fact]]:
     """Return profiles of one wish, which the film meets or not, with or without a dislike."""
     own = attributes(film)
     pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
@@ -308,7 +324,7 @@ def single_wishes(
 
 
 def mixed(
-    profiles: Sequence[Profile], film: Item, count: int, generator: np.random.Generator
+    profiles: Sequence[Profile], film: Item, count: int, generator: Generator
 ) -> list[Profile]:
     """Return `count` of the profiles, drawn at random: by turns half met, a near miss, and any."""
     own = set(attributes(film))
@@ -327,7 +343,7 @@ def told(facts: Profile) -> str:
     return wishes.write_profile(*([wishes.write_attribute(*x[1:]) for x in own] for own in parts))
 
 
-def claim_of(reply: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
+def claim_of(reply: str, golds: Items, film: Item) -> tuple[str, bool]:
     """Return a reply about the gold films, said of another film, and whether it is false of it."""
     stolen = rewrite_all(reply, [(x, replace(x, title=film.title, name=film.name)) for x in golds])
     return stolen, stolen != rewrite_all(reply, [(x, film) for x in golds])
