@@ -52,7 +52,7 @@ from usbrec.chat import Sampling
 from usbrec.crs.agents import Roles, Votes, external_judge_prompt, summary_prompt
 from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
-from usbrec.crs.lessons import FILMLESS, Suggestion, Suggestions, gold_items, popularity_of
+from usbrec.crs.lessons import FILMLESS, Suggestion, Suggestions, popularity_of
 from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.agreement import SUMMARY_TOKENS
@@ -84,8 +84,7 @@ def replies_of(draws: Suggestions, example: Example, key: int) -> list[Suggestio
         return []
     generator = np.random.default_rng(seed_for(key, "no film"))
     reply, why = map(str, generator.choice(FILMLESS, 2))
-    golds = gold_items(example, draws.catalogue)
-    invented = draws.invented(named[2].reply, golds, generator)
+    invented = draws.invented(example, generator)
     lesser = [(invented, named[2].explanation), (reply, why), ("", "")]
     return [named[2], named[1], named[0], *(Suggestion(*each, 0) for each in lesser)]
 

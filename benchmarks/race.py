@@ -20,6 +20,7 @@ from usbrec.llm.checkpoint import load_model  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.fast import accelerate  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
+from usbrec.loading import default_kv_bytes  # noqa: E402
 
 WORDS = [
     *("film", "comedy", "drama", "war", "love", "night", "star", "heat", "good"),
@@ -43,7 +44,7 @@ def our_engine() -> Engine:
     model = load_model(folder, torch.bfloat16)
     accelerate(model)
     tokenizer: Any = Endless(ChatTokenizer.from_folder(folder))
-    return Engine(model, tokenizer)
+    return Engine(model, tokenizer, default_kv_bytes(model))
 
 
 def their_model() -> Any:

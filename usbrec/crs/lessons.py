@@ -167,23 +167,26 @@ class Suggestions:
                 reply, why = (rewrite_all(x, [(old, item) for old in named]) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
-        return [*found.values(), self.filmless(found[2], named, generator)]
+        reply, why = map(str, generator.choice(FILMLESS, 2))
+        return [*found.values(), Suggestion(reply, why, 0)]
 
-    def filmless(self, gold: Suggestion, named: Items, generator: Generator) -> Suggestion:
-        """Return a reply (0) without a title, an empty one, or one with an invented title.
+    def amiss(self, example: Example, seed: int) -> Suggestion:
+        """Return a reply (0) with an invented title, without a title, or an empty one.
 
         Half of them are explained as if they were the gold reply: a recommender does that too.
         """
-        empty, why = map(str, generator.choice(FILMLESS, 2))
-        reply = generator.choice([empty, "", self.invented(gold.reply, named, generator)])
-        return Suggestion(str(reply), str(generator.choice([why, gold.explanation])), 0)
+        generator = np.random.default_rng(seed_for(seed, "amiss"))
+        filmless, why = map(str, generator.choice(FILMLESS, 2))
+        reply = generator.choice([self.invented(example, generator), filmless, ""])
+        told = generator.choice([why, explanation_of(example, self.catalogue)])
+        return Suggestion(str(reply), str(told), 0)
 
-    def invented(self, reply: str, named: Items, generator: Generator) -> str:
-        """Return the reply about these films with a title that no film has, or "" if one has it."""
+    def invented(self, example: Example, generator: Generator) -> str:
+        """Return the gold reply with a title that no film has, "" if a film happens to have it."""
         first, last = (self.pool[i].name.split() for i in generator.choice(len(self.pool), 2))
-        name = f"{first[0]} {last[-1]}"
-        films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in named]
-        made = rewrite_all(reply, films)
+        name, golds = f"{first[0]} {last[-1]}", gold_items(example, self.catalogue)
+        films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in golds]
+        made = rewrite_all(example.response, films)
         return "" if self.catalogue.find(made) else made
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
@@ -208,8 +211,9 @@ def simulator_lessons(
 
     The external judge of five examples in six comes first: finding the target's title in a reply is
     the easiest comparison. A small model that has learned it can learn to compare a reply with a
-    profile, which fails from the start. The internal seeker of every example follows, with the
-    external seeker of the sixth in between. Replies without a film are rarer still.
+    profile, which fails from the start. The internal seeker of every example follows, and of every
+    third the external one, who by then can learn that a reply without a film is worth nothing,
+    whatever its explanation says: taught from the start, that keeps it from finding titles.
     """
     first, then = [], []
     for number, example in enumerate(examples):
@@ -223,10 +227,11 @@ def simulator_lessons(
         kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
         then.append(seeker_lesson(example, judged, profile, options))
-        if number % 6 == 1:
-            then.append(seeker_lesson(example, [*named[:2], filmless], None, options))
-        else:
-            first.append(seeker_lesson(example, made, None, options))
+        if number % 3 == 1:
+            told = [*named[:2], draws.amiss(example, key)]
+            then.append(seeker_lesson(example, told, None, options))
+        if number % 6 != 1:
+            first.append(seeker_lesson(example, [*named, *at_times], None, options))
     return first, then
 
 
