@@ -161,8 +161,7 @@ class Engine:
         """
         positions = model.config.max_position_embeddings
         if not 0 <= max_length <= positions:
-            told = f"must lie in 0 (all) to the model's {positions}, got {max_length}"
-            raise UserError(f"--max-length {told}")
+            raise UserError(f"--max-length must lie in 0 (all) to {positions}, got {max_length}")
         self.model, self.tokenizer = model, tokenizer
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
