@@ -110,8 +110,7 @@ class SafetensorsWeights:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map")
-        files = {name: file_in(folder, str(file)) for name, file in weight_map.items()}
-        return cls(index, {name: files[name] for name in files if not name.endswith(COMPUTED)})
+        return cls(index, {name: file_in(folder, str(x)) for name, x in weight_map.items()})
 
     def load(self, name: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
         """Return a tensor in memory of its own; raises UserError if it is not finite."""
