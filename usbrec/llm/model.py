@@ -141,7 +141,6 @@ class SelfAttention(nn.Module):
             self.v_proj = LoraLinear(D, H_kv * d, bias)
             self.qkv = (self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = LoraLinear(H * d, D)
-        self.out = (self.o_proj,)
 
     def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
@@ -149,7 +148,7 @@ class SelfAttention(nn.Module):
         heads = ops.linear(self.qkv, x, spans).unflatten(-1, (-1, self.d))  # (T, H + 2 H_kv, d)
         qk, v = heads.split_with_sizes([self.H + self.H_kv, self.H_kv], 1)
         q, k = rotate(qk, *rotary).split_with_sizes([self.H, self.H_kv], 1)
-        return ops.linear(self.out, attention(layer, q, k, v).flatten(1), spans)
+        return ops.linear((self.o_proj,), attention(layer, q, k, v).flatten(1), spans)
 
 
 class MLP(nn.Module):
@@ -165,12 +164,11 @@ class MLP(nn.Module):
             self.gate_proj, self.up_proj = LoraLinear(D, inner), LoraLinear(D, inner)
             self.gate_up = (self.gate_proj, self.up_proj)
         self.down_proj = LoraLinear(inner, D)
-        self.down = (self.down_proj,)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
         gate, up = shared.ops.linear(self.gate_up, x, shared.spans).chunk(2, -1)
-        return shared.ops.linear(self.down, F.silu(gate) * up, shared.spans)
+        return shared.ops.linear((self.down_proj,), F.silu(gate) * up, shared.spans)
 
 
 class DecoderLayer(nn.Module):
@@ -212,7 +210,6 @@ class Decoder(nn.Module):
         self.inv_freq = rotary_frequencies(config.rope_theta, rotary_dim, config.rope_scaling)
         self.model = Transformer(config)
         self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, bias=False)
-        self.head = (self.lm_head,)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.requires_grad_(False)
@@ -250,4 +247,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, V), in the dtype of the base."""
-        return self.ops.linear(self.head, hidden, ())
+        return self.ops.linear((self.lm_head,), hidden, ())

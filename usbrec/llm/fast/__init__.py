@@ -29,10 +29,11 @@ def accelerate(model: Decoder) -> None:
     fused: Fused = {}
     adapters = cache(lay_out)
     if not model.sharded:  # sharded weights are here only while their layer computes
-        groups: list[Layers] = [model.head]
+        groups: list[Layers] = [(model.lm_head,)]
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer), "a decoder's layers"
-            groups += [layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down]
+            attention, mlp = layer.self_attn, layer.mlp
+            groups += [attention.qkv, (attention.o_proj,), mlp.gate_up, (mlp.down_proj,)]
         fused = {layers: FusedLinear(layers, adapters) for layers in groups}
     on_cpu = model.device.type == "cpu"
     model.ops = Ops(
