@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from usbrec.llm.lora import AdapterSpan, FrozenLinear, LoraLinear
+from usbrec.llm.lora import AdapterSpan, LoraLinear
 from usbrec.llm.model_config import ModelConfig
 
 Spans = Sequence[AdapterSpan]
@@ -50,7 +50,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def linear(layers: Sequence[FrozenLinear], x: Tensor, spans: Spans) -> Tensor:
+def linear(layers: Sequence[LoraLinear], x: Tensor, spans: Spans) -> Tensor:
     """Return the outputs, side by side, of layers that read one input: (T, in) -> (T, outs)."""
     outs = [layer(x, spans) for layer in layers]
     return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -77,7 +77,7 @@ class Ops:
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    linear: Callable[[Sequence[FrozenLinear], Tensor, Spans], Tensor] = linear
+    linear: Callable[[Sequence[LoraLinear], Tensor, Spans], Tensor] = linear
     mask: Callable[[Tensor], Any] = lambda visible: visible
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend
     clear: Callable[[], None] = lambda: None
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         rotary_dim = config.rotary_dim or config.head_dim
         self.inv_freq = rotary_frequencies(config.rope_theta, rotary_dim, config.rope_scaling)
         self.model = Transformer(config)
-        self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LoraLinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.requires_grad_(False)

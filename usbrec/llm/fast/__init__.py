@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from usbrec.llm.fast import kernels
-from usbrec.llm.lora import FrozenLinear, LoraLinear
+from usbrec.llm.lora import LoraLinear
 from usbrec.llm.model import Decoder, DecoderLayer, Ops, Spans, linear
 
-Layers = tuple[FrozenLinear, ...]
+Layers = tuple[LoraLinear, ...]
 Fused = dict[Layers, "FusedLinear"]
 
 
@@ -82,7 +82,7 @@ def lay_out(layers: Layers, name: str) -> tuple[Tensor, ...]:
     """
     A, B = [], []
     for layer in layers:
-        if isinstance(layer, LoraLinear) and name in layer.lora_A:
+        if name in layer.lora_A:
             A.append(layer.lora_A[name])
             B.append(layer.configs[name].scaling * layer.lora_B[name])
         else:
