@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec import loading, parallel, runs
-from usbrec.chat import Message, TrainingDialogue
+from usbrec.chat import Message, Row, TrainingDialogue
 from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
@@ -48,7 +48,6 @@ from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training_state import peak_memory
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import Parser, UserError, seed_for
-from usbrec.runs import RUNS, Row, need, read_rows, run_chunks
 from usbrec.settings import ADAPTERS, COMPARED, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work
 
@@ -98,7 +97,7 @@ def make_pairs(work: Work) -> None:
     """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter."""
     seed, options, roles = work.settings.data.seed, work.settings.pairs, work.roles("sft")
     rows, results = work.rows("pairs"), work.results("samples.jsonl", "pairs")
-    records = run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
+    records = runs.run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
     pairs = [record["pair"] for record in records if record["pair"]]
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
@@ -114,7 +113,7 @@ def train_simpo(work: Work) -> None:
     has learned from these dialogues: their loss shows when SimPO goes too far, not its result on
     new ones.
     """
-    settings, path = work.settings, need(work.folder / "pairs.jsonl", "pairs")
+    settings, path = work.settings, runs.need(work.folder / "pairs.jsonl", "pairs")
     rows, held_out = hold_out([pair for _, pair in read_pairs(path)], settings.data.max_valid)
     trees = lay_out_pairs(work, rows, "simpo")
     if not trees:
@@ -180,7 +179,7 @@ def evaluate(work: Work) -> None:
         # each list has the rows of the chunk's first dialogues
         return [{name: x[i] for name, x in found.items() if i < len(x)} for i in range(len(chunk))]
 
-    rows = run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
+    rows = runs.run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
     if parallel.rank() == 0:
         write_report(work, rows, baseline_labels(work.catalogue, talked, work.train, popularity))
 
@@ -253,7 +252,7 @@ def note_stage(work: Work, stage: str, seconds: float, spent: Mapping[str, int])
     row = {"stage": stage, "seconds": seconds, "peak_memory_bytes": peak, **spent}
     runs.append_rows(work.folder / "timings.jsonl", [row])
     paths = {x: work.folder / ADAPTERS[x] / "training" / "metrics.jsonl" for x in ADAPTERS}
-    found = {name: read_rows(path) for name, path in paths.items() if path.exists()}
+    found = {name: runs.read_rows(path) for name, path in paths.items() if path.exists()}
     rows = [{"stage": name, **metrics} for name in found for metrics in found[name]]
     runs.write_rows(work.folder / "metrics.jsonl", rows)
 
@@ -264,7 +263,7 @@ def work_through(arguments: Sequence[str] | None) -> None:
     settings = read_settings(flags)
     if flags.shard and parallel.world() == 1:
         raise UserError("--shard spreads weights over processes: torchrun --nproc-per-node N ...")
-    folder = flags.run_dir or RUNS / Path(settings.data.data).name
+    folder = flags.run_dir or runs.RUNS / Path(settings.data.data).name
     stages = [stage for stage in STAGES if stage in flags.stages]
     if settings.data.simulator is not None and "simulator" in stages:
         stages.remove("simulator")

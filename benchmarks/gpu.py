@@ -72,7 +72,7 @@ from usbrec.llm.checkpoint import load_model
 from usbrec.llm.decoding import prefill
 from usbrec.llm.engine import Engine
 from usbrec.llm.fast import accelerate
-from usbrec.llm.lora import FrozenLinear, LoraConfig, add_adapter, remove_adapter
+from usbrec.llm.lora import LoraConfig, LoraLinear, add_adapter, remove_adapter
 from usbrec.llm.loss import Sft, Simpo, SimpoOptions
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Tree, dialogue_tree
@@ -135,7 +135,7 @@ def decode(bench: Bench, adapter: str | None = None) -> Rows:
         peer = beside(partial(their_rate, batch))
         yield against(f"batch{batch}{end}", "tokens/s", batch * tokens / taken, peer)
         if batch == 1:
-            layers = [x for x in bench.model.modules() if isinstance(x, FrozenLinear)]
+            layers = [x for x in bench.model.modules() if isinstance(x, LoraLinear)]
             read = sum(layer.weight.nbytes for layer in layers) * tokens / taken
             yield figure(f"batch1{end}_share", "of a copy's bytes/s", read / bench.copy)
 

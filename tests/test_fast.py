@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, random_decoder
 
-from usbrec.llm.fast import FusedLinear, accelerate, prepack, product
+from usbrec.llm.fast import FusedLinear, accelerate, lay_out, prepack, product
 from usbrec.llm.fast.kernels import (
     WindowAttention,
     adapted_linear,
@@ -195,7 +195,7 @@ def test_fused_layers_give_the_same_as_each_by_itself(
     spans = [AdapterSpan("one", 2, rows + 2), AdapterSpan("two", rows + 5, rows + 9)]
     with torch.no_grad():
         plain = torch.cat([layer(x, spans) for layer in layers], -1)
-        fused = FusedLinear(layers, {})
+        fused = FusedLinear(layers, lay_out)
         tolerance = {"rtol": 1e-5, "atol": 1e-5}
         if dtype == torch.bfloat16:
             tolerance = {"rtol": 2**-6, "atol": 2**-4}
@@ -207,7 +207,7 @@ def test_fused_layers_give_the_same_as_each_by_itself(
 
 def test_fused_weights_lie_in_memory_once() -> None:
     layers = tuple(LoraLinear(32, out) for out in (48, 16))
-    fused = FusedLinear(layers, {})
+    fused = FusedLinear(layers, lay_out)
     assert layers[0].weight.data_ptr() == fused.weight.data_ptr()
     assert layers[1].weight.data_ptr() == fused.weight[48:].data_ptr()
 

@@ -136,7 +136,7 @@ def test_the_default_model_goes_through_all_stages_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The README's two commands on the real model with a handful of rows."""
-    monkeypatch.setattr(train, "RUNS", tmp_path)
+    monkeypatch.setattr(train.runs, "RUNS", tmp_path)
     monkeypatch.setattr(infer, "RUNS", tmp_path)
     few = STAGE_FLAGS | {"--max-simulator": 2, "--max-pairs": 3, "--max-eval": 2}
     few |= {"--simulator-steps": 8, "--pairs-max-new-tokens": 12}

@@ -135,8 +135,8 @@ class Models:
     def side(self, name: str, role: str) -> Side:
         """Return the side that a name stands for.
 
-        URL#MODEL is a server's model. An adapter is loaded into the base, as `role`. "none" is the
-        base alone, and any other name a separate model.
+        URL#MODEL is a server's model. An adapter is loaded into the base, as `role`, at its first
+        use. "none" is the base alone, and any other name a separate model.
         """
         if is_server(name):
             url, model = split_address(name)
@@ -147,15 +147,11 @@ class Models:
             return Side(self.engines[url], model)
         if name == "none" or not is_adapter(name):
             return Side(self.engine(name))
-        return self.adapted(Path(name), role)
-
-    def adapted(self, folder: Path, name: str) -> Side:
-        """Return the base's side with the adapter `name`, loaded from `folder` at its first use."""
         engine = self.engine("none")
-        if not adapter_parameters(engine.model, name):
-            load_adapter(engine.model, folder, name)
+        if not adapter_parameters(engine.model, role):
+            load_adapter(engine.model, Path(name), role)
             engine.clear_cache()
-        return Side(engine, name)
+        return Side(engine, role)
 
 
 def weights_digest(name: str, find: Find) -> str:

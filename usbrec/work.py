@@ -18,7 +18,6 @@ from usbrec.llm.training import TrainingJob, put_weights, train
 from usbrec.llm.training_state import digest
 from usbrec.loading import Find, Models, pick_rows, weights_digest
 from usbrec.options import seed_for
-from usbrec.runs import Results, need
 from usbrec.settings import ADAPTERS, STAGES, Settings
 
 
@@ -97,7 +96,7 @@ class Work:
         """
         needed = {x for stage in stages for x in STAGES[stage]["needs"]}.difference(stages)
         if "pairs" in needed:
-            list(read_pairs(need(self.folder / "pairs.jsonl", "pairs")))
+            list(read_pairs(runs.need(self.folder / "pairs.jsonl", "pairs")))
         if ADAPTERS.keys() & set(stages):
             self.models.engine("none")
         for stage in ADAPTERS:
@@ -130,8 +129,8 @@ class Work:
 
     def adapted(self, stage: str, name: str) -> Side:
         """Return the base's side with the adapter of a stage, which the model has as `name`."""
-        need(self.folder / STAGES[stage]["makes"][0], stage)
-        return self.models.adapted(self.folder / ADAPTERS[stage], name)
+        runs.need(self.folder / STAGES[stage]["makes"][0], stage)
+        return self.models.side(str(self.folder / ADAPTERS[stage]), name)
 
     def roles(self, stage: str | None, judge: str | None = None) -> Roles:
         """Return the roles, the recommender with the adapter of a stage, or None.
@@ -141,10 +140,10 @@ class Work:
         external = None if judge is None else self.models.side(judge, "judge")
         return Roles(self.side(stage), self.side("simulator"), self.catalogue, external)
 
-    def results(self, name: str, label: str) -> Results:
+    def results(self, name: str, label: str) -> runs.Results:
         """Return a results file of the run; its facts are in its stage's note."""
         size, engines = self.settings.data.chunk_size, list(self.models.engines.values())
-        return Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
+        return runs.Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
 
     def learn(
         self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective

@@ -11,6 +11,7 @@ as one rectangle. Each row also reads its own new tokens:
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -88,10 +89,9 @@ def run_pieces(model: Decoder, cache: PrefixCache, pieces: Sequence[Piece]) -> T
     counts = [len(piece.ids) for piece in pieces]
     written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(device)
     slots = [piece.slots.to(device) for piece in pieces]
-    masks = []  # of `Ops.mask`: each token sees its row up to itself
-    for piece in pieces:
-        ones = torch.ones(len(piece.ids), len(piece.slots), dtype=torch.bool, device=device)
-        masks.append(model.ops.mask(ones.tril(piece.start)))
+    ones = partial(torch.ones, dtype=torch.bool, device=device)
+    # each token sees its row up to itself
+    masks = [model.ops.mask(ones(len(x.ids), len(x.slots)).tril(x.start)) for x in pieces]
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.k[layer], cache.v[layer]  # (H_kv, slots, d)

@@ -125,14 +125,14 @@ class Batch:
             if not row.done:
                 row.append(token)
 
-    def drop_finished(self) -> bool:
-        """Drop the rows that have ended once they are many; return whether any row is left.
+    def drop_finished(self) -> None:
+        """Drop the rows that have ended once they are many.
 
         The keys and values of their tokens go to the cache, for later turns.
         """
         going = [i for i, row in enumerate(self.rows) if not row.done]
         if len(going) > (1 - LEAVE_SHARE) * len(self.rows):
-            return True
+            return
         known = max(len(row.tokens) for row in self.rows) - 1  # the newest have no keys yet
         slots = [torch.empty(0, dtype=torch.long)]
         places: list[tuple[int, int]] = []  # row and column of each slot
@@ -147,7 +147,6 @@ class Batch:
         self.rows = [self.rows[i] for i in going]
         if self.rows:
             self.lay_out()
-        return bool(self.rows)
 
 
 class Engine:
@@ -162,8 +161,7 @@ class Engine:
         """
         positions = model.config.max_position_embeddings
         if not 0 <= max_length <= positions:
-            told = f"must lie in 0 (all) to the model's {positions}, got {max_length}"
-            raise UserError(f"--max-length {told}")
+            raise UserError(f"--max-length must lie in 0 (all) to {positions}, got {max_length}")
         self.model, self.tokenizer = model, tokenizer
         self.max_length = max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
@@ -202,16 +200,13 @@ class Engine:
         """Draw the replies of rows that fit the cache together."""
         prompts = [(row.request.adapter, row.prompt) for row in rows]
         paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
-        batch = Batch(rows, paths, self.cache)
-        self.sample(batch, torch.cat(states))
-        while batch.drop_finished():
-            hidden = self.model(batch.last_ids, batch.positions, batch.attention, batch.spans)
-            self.sample(batch, hidden)
-
-    def sample(self, batch: Batch, hidden: Tensor) -> None:
-        """Draw the next token of each row from its hidden state, (B, D)."""
-        self.usage.decoded_tokens += sum(not row.done for row in batch.rows)
-        batch.append(self.agreed(batch.sampler.draw(self.model.logits(hidden))))
+        batch, hidden = Batch(rows, paths, self.cache), torch.cat(states)  # (B, D)
+        while batch.rows:
+            self.usage.decoded_tokens += sum(not row.done for row in batch.rows)
+            batch.append(self.agreed(batch.sampler.draw(self.model.logits(hidden))))
+            batch.drop_finished()
+            if batch.rows:
+                hidden = self.model(batch.last_ids, batch.positions, batch.attention, batch.spans)
 
     @torch.inference_mode()
     def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:

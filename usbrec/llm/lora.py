@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from usbrec.options import Options, UserError, option
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, HEAD = "all-linear", "lm_head"  # in peft too, all layers are those without the head
 
 
 class AdapterSpan(NamedTuple):
@@ -44,15 +44,7 @@ class LoraConfig(Options):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-class FrozenLinear(nn.Linear):
-    """A linear layer without adapters; the decoder freezes its weight."""
-
-    def forward(self, x: Tensor, spans: Sequence[AdapterSpan] = ()) -> Tensor:
-        """Return W x: (T, in) -> (T, out)."""
-        return F.linear(x, self.weight, self.bias)
-
-
-class LoraLinear(FrozenLinear):
+class LoraLinear(nn.Linear):
     """A frozen linear layer with any number of named adapters beside it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -80,8 +72,9 @@ class LoraLinear(FrozenLinear):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Return {module path: layer} of every layer that can have an adapter."""
-    return {path: x for path, x in model.named_modules() if isinstance(x, LoraLinear)}
+    """Return {module path: layer} of every layer that can have an adapter: all but the head."""
+    named = model.named_modules()
+    return {path: x for path, x in named if isinstance(x, LoraLinear) and path != HEAD}
 
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:

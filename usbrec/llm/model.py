@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from usbrec.llm.lora import AdapterSpan, FrozenLinear, LoraLinear
+from usbrec.llm.lora import AdapterSpan, LoraLinear
 from usbrec.llm.model_config import ModelConfig
 
 Spans = Sequence[AdapterSpan]
@@ -50,7 +50,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def linear(layers: Sequence[FrozenLinear], x: Tensor, spans: Spans) -> Tensor:
+def linear(layers: Sequence[LoraLinear], x: Tensor, spans: Spans) -> Tensor:
     """Return the outputs, side by side, of layers that read one input: (T, in) -> (T, outs)."""
     outs = [layer(x, spans) for layer in layers]
     return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -77,7 +77,7 @@ class Ops:
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    linear: Callable[[Sequence[FrozenLinear], Tensor, Spans], Tensor] = linear
+    linear: Callable[[Sequence[LoraLinear], Tensor, Spans], Tensor] = linear
     mask: Callable[[Tensor], Any] = lambda visible: visible
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend
     clear: Callable[[], None] = lambda: None
@@ -141,7 +141,6 @@ class SelfAttention(nn.Module):
             self.v_proj = LoraLinear(D, H_kv * d, bias)
             self.qkv = (self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = LoraLinear(H * d, D)
-        self.out = (self.o_proj,)
 
     def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
@@ -149,7 +148,7 @@ class SelfAttention(nn.Module):
         heads = ops.linear(self.qkv, x, spans).unflatten(-1, (-1, self.d))  # (T, H + 2 H_kv, d)
         qk, v = heads.split_with_sizes([self.H + self.H_kv, self.H_kv], 1)
         q, k = rotate(qk, *rotary).split_with_sizes([self.H, self.H_kv], 1)
-        return ops.linear(self.out, attention(layer, q, k, v).flatten(1), spans)
+        return ops.linear((self.o_proj,), attention(layer, q, k, v).flatten(1), spans)
 
 
 class MLP(nn.Module):
@@ -165,12 +164,11 @@ class MLP(nn.Module):
             self.gate_proj, self.up_proj = LoraLinear(D, inner), LoraLinear(D, inner)
             self.gate_up = (self.gate_proj, self.up_proj)
         self.down_proj = LoraLinear(inner, D)
-        self.down = (self.down_proj,)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
         gate, up = shared.ops.linear(self.gate_up, x, shared.spans).chunk(2, -1)
-        return shared.ops.linear(self.down, F.silu(gate) * up, shared.spans)
+        return shared.ops.linear((self.down_proj,), F.silu(gate) * up, shared.spans)
 
 
 class DecoderLayer(nn.Module):
@@ -211,8 +209,7 @@ class Decoder(nn.Module):
         rotary_dim = config.rotary_dim or config.head_dim
         self.inv_freq = rotary_frequencies(config.rope_theta, rotary_dim, config.rope_scaling)
         self.model = Transformer(config)
-        self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, bias=False)
-        self.head = (self.lm_head,)
+        self.lm_head = LoraLinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.requires_grad_(False)
@@ -250,4 +247,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, V), in the dtype of the base."""
-        return self.ops.linear(self.head, hidden, ())
+        return self.ops.linear((self.lm_head,), hidden, ())

@@ -80,16 +80,15 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
         raise UserError(f"{source}: model_type {model_type!r:.60}, not {', '.join(MODEL_TYPES)}")
     is_chatglm = model_type == "chatglm"
     settings = CheckedSettings(values, source, CHATGLM3["settings"] if is_chatglm else {})
-    layers = settings.size("num_hidden_layers", limit=LAYER_LIMIT)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     sizes: dict[str, Any] = {name: settings.size(name) for name in names}
+    sizes["num_hidden_layers"] = layers = settings.size("num_hidden_layers", limit=LAYER_LIMIT)
     heads = sizes["num_attention_heads"]
-    kv_heads = settings.size("num_key_value_heads", heads)
+    sizes["num_key_value_heads"] = kv_heads = settings.size("num_key_value_heads", heads)
     if heads % kv_heads:
-        told = f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads"
-        raise UserError(f"{source}: {told} ({kv_heads})")
-    head_dim = settings.size("head_dim", sizes["hidden_size"] // heads)
-    context = settings.size("max_position_embeddings", 2048)
+        raise UserError(f"{source}: num_key_value_heads must divide {heads} heads, got {kv_heads}")
+    sizes["head_dim"] = head_dim = settings.size("head_dim", sizes["hidden_size"] // heads)
+    context = sizes["max_position_embeddings"] = settings.size("max_position_embeddings", 2048)
     layer_types: tuple[Any, ...] = (None, [], ["full_attention"] * layers)
     settings.refuse_others({**HONOURED["all"], "layer_types": layer_types, **HONOURED[model_type]})
     if model_type in ("llama", "mistral") and settings.size("sliding_window", SIZE_LIMIT) < context:
@@ -100,12 +99,8 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
     return ModelConfig(
         model_type=model_type,
         **sizes,
-        num_hidden_layers=layers,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         rms_norm_eps=settings.number("rms_norm_eps"),
         **rope_of(settings),
-        max_position_embeddings=context,
         tie_word_embeddings=bool(values.get("tie_word_embeddings")),
         attention_bias=model_type in ("qwen2", "chatglm"),
         rotary_dim=rotary_dim,

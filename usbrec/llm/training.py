@@ -112,11 +112,10 @@ def train(
             state.warn()
         if last or state.step % options.save_every == 0:
             state.save()
-    final = copies(parameters)
     model.requires_grad_(False)
-    best = state.best or final
-    put_weights(model, adapter, best)
-    return Trained(final, best, state.best_step or steps)
+    final = copies(parameters)
+    put_weights(model, adapter, state.best or final)
+    return Trained(final, state.best or final, state.best_step or steps)
 
 
 def measure(

@@ -109,8 +109,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = json.loads(file.metadata()["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        told = f"{path} is no whole training state ({error})"
-        raise UserError(f"{told}; delete it to train from the beginning") from error
+        raise UserError(f"{path} is no whole training state ({error}); delete it") from error
 
 
 def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,8 +127,7 @@ def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
 
     found, fall, rise = [], -change("logps/chosen"), change("repetition")
     if fall > FALL_OF_CHOSEN:
-        told = f"the chosen log-probability a token fell by {fall:.2f}"
-        found.append(f"{told}: learn slower, add NLL")
+        found.append(f"chosen log-probability a token fell by {fall:.2f}: learn slower, add NLL")
     if rise > RISE_OF_REPETITION:
         found.append(f"predictions that repeat a recent token grew by {rise:.2f}: learn slower")
     return found

@@ -10,29 +10,30 @@ Without this folder, and without the line that calls `accelerate`, a program is 
 results are the same to rounding (tests/test_fast.py).
 """
 
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
 
 from usbrec.llm.fast import kernels
-from usbrec.llm.lora import FrozenLinear, LoraLinear
+from usbrec.llm.lora import LoraLinear
 from usbrec.llm.model import Decoder, DecoderLayer, Ops, Spans, linear
 
-Layers = tuple[FrozenLinear, ...]
+Layers = tuple[LoraLinear, ...]
 Fused = dict[Layers, "FusedLinear"]
-Adapters = dict[tuple[Layers, str], tuple[Tensor, ...]]  # laid out, by layers and name
 
 
 def accelerate(model: Decoder) -> None:
     """Replace the model's operations by quicker equals; the model is on its device already."""
     fused: Fused = {}
-    adapters: Adapters = {}
+    adapters = cache(lay_out)
     if not model.sharded:  # sharded weights are here only while their layer computes
-        groups: list[Layers] = [model.head]
+        groups: list[Layers] = [(model.lm_head,)]
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer), "a decoder's layers"
-            groups += [layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down]
+            attention, mlp = layer.self_attn, layer.mlp
+            groups += [attention.qkv, (attention.o_proj,), mlp.gate_up, (mlp.down_proj,)]
         fused = {layers: FusedLinear(layers, adapters) for layers in groups}
     on_cpu = model.device.type == "cpu"
     model.ops = Ops(
@@ -40,15 +41,15 @@ def accelerate(model: Decoder) -> None:
         linear=partial(fused_linear, fused),
         mask=kernels.window_mask if on_cpu else lambda visible: visible,
         attend=kernels.WindowAttention.apply if on_cpu else kernels.attend_on_gpu,
-        clear=adapters.clear,
+        clear=adapters.cache_clear,
     )
 
 
 class FusedLinear:
-    """Layers that read the same input, as one product; `adapters` holds those of all layers."""
+    """Layers that read the same input, as one product; `adapters` is a cached `lay_out`."""
 
     @torch.no_grad()
-    def __init__(self, layers: Layers, adapters: Adapters) -> None:
+    def __init__(self, layers: Layers, adapters: Callable[..., tuple[Tensor, ...]]) -> None:
         self.layers, self.adapters = layers, adapters
         self.rows: Tensor = layers[0].weight.detach()
         if len(layers) > 1:  # one storage: each layer's own weight becomes a view of it
@@ -64,32 +65,31 @@ class FusedLinear:
         """The weight in `prepack`'s order: made when it is first used, since training does not."""
         return prepack(self.rows)
 
-    @torch.no_grad()
-    def lay_out(self, name: str) -> tuple[Tensor, ...]:
-        """Return an adapter's A (R, in), stacked, and its scaled B (out, R), block-diagonal.
-
-        R is the sum of the ranks. The result is () if the adapter covers none of the layers.
-        """
-        A, B = [], []
-        for layer in self.layers:
-            if isinstance(layer, LoraLinear) and name in layer.lora_A:
-                A.append(layer.lora_A[name])
-                B.append(layer.configs[name].scaling * layer.lora_B[name])
-            else:
-                B.append(torch.zeros(layer.out_features, 0, device=layer.weight.device))
-        dtype = self.layers[0].weight.dtype
-        both = (torch.cat(A).to(dtype), torch.block_diag(*B).to(dtype)) if A else ()
-        return tuple(map(prepack, both))
-
     def __call__(self, x: Tensor, spans: Spans) -> Tensor:
         """Return the layers' outputs side by side, (T, in) -> (T, outs)."""
         out = product(x, self.weight, self.bias)
         for name, start, stop in spans:
-            if (self.layers, name) not in self.adapters:
-                self.adapters[self.layers, name] = self.lay_out(name)
-            if adapter := self.adapters[self.layers, name]:
+            if adapter := self.adapters(self.layers, name):
                 out[start:stop] += product(product(x[start:stop], adapter[0]), adapter[1])
         return out
+
+
+@torch.no_grad()
+def lay_out(layers: Layers, name: str) -> tuple[Tensor, ...]:
+    """Return an adapter's A (R, in), stacked, and its scaled B (out, R), block-diagonal.
+
+    R is the sum of the ranks. The result is () if the adapter covers none of the layers.
+    """
+    A, B = [], []
+    for layer in layers:
+        if name in layer.lora_A:
+            A.append(layer.lora_A[name])
+            B.append(layer.configs[name].scaling * layer.lora_B[name])
+        else:
+            B.append(torch.zeros(layer.out_features, 0, device=layer.weight.device))
+    dtype = layers[0].weight.dtype
+    both = (torch.cat(A).to(dtype), torch.block_diag(*B).to(dtype)) if A else ()
+    return tuple(map(prepack, both))
 
 
 def fused_linear(fused: Fused, layers: Layers, x: Tensor, spans: Spans) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usbrec.llm import model as plain
-from usbrec.llm.lora import FrozenLinear, LoraLinear
+from usbrec.llm.lora import LoraLinear
 from usbrec.llm.model import Spans
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
@@ -97,7 +97,7 @@ def joined(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def adapted_linear(
-    layers: Sequence[FrozenLinear], weights: Sequence[Tensor], x: Tensor, spans: Spans
+    layers: Sequence[LoraLinear], weights: Sequence[Tensor], x: Tensor, spans: Spans
 ) -> Tensor:
     """Return `model.linear`, (T, in) -> (T, outs), with gradients for x and the adapter.
 
@@ -107,7 +107,7 @@ def adapted_linear(
     name, start, stop = spans[0] if len(spans) == 1 else ("", 0, 0)
     parts, adapters, at = [], [], 0
     for layer in layers:
-        if isinstance(layer, LoraLinear) and name in layer.lora_A and (start, stop) == (0, len(x)):
+        if name in layer.lora_A and (start, stop) == (0, len(x)):
             parts.append((slice(at, at + layer.out_features), layer.configs[name].scaling))
             adapters += [layer.lora_A[name], layer.lora_B[name]]
         at += layer.out_features
