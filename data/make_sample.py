@@ -94,11 +94,8 @@ def noun_phrase(rng: Random, wishes: Sequence[Wish], form: str = "free") -> str:
     before = [*wished["mood"], *genre_words(wished["genre"])]
     if form != "plain":
         wished["decade"] = [form_of(rng, decade) for decade in wished["decade"]]
-    after = [
-        rng.choice(PHRASES[f"film {kind}"]).format(" and ".join(wished[kind]))
-        for kind in ("decade", "director", "lead")
-        if wished[kind]
-    ]
+    kinds = [kind for kind in ("decade", "director", "lead") if wished[kind]]
+    after = [rng.choice(PHRASES[f"film {x}"]).format(" and ".join(wished[x])) for x in kinds]
     rng.shuffle(after)
     if form == "free" and not before and rng.random() < 0.4:
         return " ".join(["something", *after])
