@@ -100,8 +100,7 @@ def evaluate_method(
     plain = Sampling(options.max_new_tokens, options.temperature)
     seeking = Sampling(options.max_new_tokens, options.seeker_temperature)
     for turn in range(1, options.turns + 1):
-        ended = options.protocol == "until-hit"
-        going = [x for x in talks if not (ended and x.is_hit(catalogue))]
+        going = [x for x in talks if options.protocol != "until-hit" or not x.is_hit(catalogue)]
         dialogues = [x.dialogue for x in going]
         if turn > 1:
             seeds = [seed_for(x.key, "seeker", turn) for x in going]
