@@ -30,6 +30,9 @@ from usbrec.crs.wishes import FACT_KINDS, attributes, write_attribute, write_pro
 from usbrec.options import seed_for  # noqa: E402
 from usbrec.runs import write_rows  # noqa: E402
 
+# act -> the phrases of phrases.txt
+_SECTIONS = Path(__file__).with_name("phrases.txt").read_text("utf-8").split("\n[")[1:]
+PHRASES = {act: lines.strip().split("\n") for act, lines in (x.split("]\n") for x in _SECTIONS)}
 FOLDER = Path(__file__).resolve().with_name("sample")
 SEED = 7
 DIALOGUES = {"train": 3840, "valid": 600, "test": 340}
@@ -76,14 +79,6 @@ def parted(wishes: Sequence[Wish]) -> tuple[list[Wish], list[Wish]]:
     return wanted, [wish for wish in wishes if wish.kind == "dislike"]
 
 
-@cache
-def phrases() -> dict[str, list[str]]:
-    """Return the phrases of phrases.txt, by act."""
-    text = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8")
-    sections = [section.split("]\n") for section in text.split("\n[")[1:]]
-    return {act: lines.strip().split("\n") for act, lines in sections}
-
-
 def form_of(rng: Random, decade: str) -> str:
     """Return a form of the decade: "1990s", "90s", "nineties", the first most often."""
     return rng.choice([decade, *decade_forms(decade)])
@@ -99,16 +94,13 @@ def noun_phrase(rng: Random, wishes: Sequence[Wish], form: str = "free") -> str:
     before = [*wished["mood"], *genre_words(wished["genre"])]
     if form != "plain":
         wished["decade"] = [form_of(rng, decade) for decade in wished["decade"]]
-    after = [
-        rng.choice(phrases()[f"film {kind}"]).format(" and ".join(wished[kind]))
-        for kind in ("decade", "director", "lead")
-        if wished[kind]
-    ]
+    kinds = [kind for kind in ("decade", "director", "lead") if wished[kind]]
+    after = [rng.choice(PHRASES[f"film {x}"]).format(" and ".join(wished[x])) for x in kinds]
     rng.shuffle(after)
     if form == "free" and not before and rng.random() < 0.4:
         return " ".join(["something", *after])
     heads = [rng.choice(["film", "movie"]) + ("s" if form == "plural" else "")]
-    if form == "free" and before and before[-1] in phrases()["nouns"] and rng.random() < 0.5:
+    if form == "free" and before and before[-1] in PHRASES["nouns"] and rng.random() < 0.5:
         heads = []  # "a crime thriller"
     words = " ".join([*before, *heads, *after])
     return words if form == "plural" else with_article(words)
@@ -119,11 +111,11 @@ def phrase(rng: Random, act: str, wishes: Sequence[Wish] = (), **slots: str) -> 
 
     Each sentence begins with a capital.
     """
-    text = rng.choice(phrases()[act])
+    text = rng.choice(PHRASES[act])
     if "{np" in text:
         slots["np"] = noun_phrase(rng, wishes, "plain" if act.startswith("recommends") else "free")
         slots["np_short"] = noun_phrase(rng, wishes, "plural")
-        slots["It_is"] = rng.choice(phrases()["it is"])
+        slots["It_is"] = rng.choice(PHRASES["it is"])
     return re.sub("(^|[.!?] )[a-z]", lambda start: start[0].upper(), text.format(**slots))
 
 
@@ -135,7 +127,7 @@ def state(rng: Random, wishes: Sequence[Wish], act: str = "seeker says", **slots
     """
     wanted, alone = parted(wishes)
     parts = []
-    if not any("{np" in text for text in phrases()[act]):
+    if not any("{np" in text for text in PHRASES[act]):
         parts, act = [phrase(rng, act)], "seeker says"
     if len(wanted) == 1 and act == "seeker says" and rng.random() < 0.6:
         alone = [*wanted, *alone]
@@ -404,7 +396,7 @@ def make_sample() -> dict[str, list[Row]]:
     def shuffled(name: str) -> list[Item]:
         return sorted(films, key=lambda film: seed_for(name, SEED, film.title))
 
-    ranked = [films.get(title) for title in phrases()["famous films"]]
+    ranked = [films.get(title) for title in PHRASES["famous films"]]
     ranked += [film for film in shuffled("popularity") if film not in ranked]
     weights = {film: 1 / (ranked.index(film) + 2) for film in films}
     # in train every third long dialogue takes a film in turn, and every other short one

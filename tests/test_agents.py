@@ -117,7 +117,7 @@ def test_an_empty_reply_leaves_a_line_of_silence() -> None:
 def test_only_the_cleaned_words_of_the_seeker_enter_the_dialogue() -> None:
     llm = Scripted(lambda request: "I want Red Loft (2001), and no DARK WELL.")
     ended = add_turn(DIALOGUE, "recommender", "What else?")
-    (after,) = cast(llm).seek([ended], [["Red Loft (2001)"]], Sampling(), [1], 2)
+    (after,) = cast(llm).seek([ended], [["Red Loft (2001)"]], Sampling(), [1])
     assert after[:-1] == ended and after[-1].speaker == "seeker"
     assert "Red Loft" not in after[-1].text and "DARK WELL" in after[-1].text
     assert llm.generated[0][0].adapter == "simulator"

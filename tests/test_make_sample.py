@@ -13,7 +13,7 @@ from usbrec.crs.titles import GENRE_FORMS
 
 sys.path.insert(0, str(ROOT))
 import make_sample as sample  # noqa: E402
-from make_sample import FOLDER, Wish, facts_of, phrases  # noqa: E402
+from make_sample import FOLDER, PHRASES, Wish, facts_of  # noqa: E402
 
 Rows = dict[str, list[dict]]
 
@@ -161,7 +161,7 @@ def test_language_varies(rows: Rows) -> None:
     seeker = [line for row in train for line in row["context"][::-2] if line]
     assert len(set(seeker)) > 1500
     assert len({row["resp"] for row in train}) > 0.95 * len(train)
-    assert len(phrases()) > 30 and sum(map(len, phrases().values())) > 250
+    assert len(PHRASES) > 30 and sum(map(len, PHRASES.values())) > 250
     openers = Counter(row["context"][0] == "" for row in train)
     assert min(openers.values()) / len(train) > 0.25
 

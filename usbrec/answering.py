@@ -1,9 +1,8 @@
 """The recommender's answers as JSON rows: plain or searched replies, and catalogue rankings."""
 
-import math
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,17 +66,15 @@ class Recommender:
         dialogues = [x.history for x in asked]
         seeds = [seed_for(o.seed, "reply", format_dialogue(dialogue)) for dialogue in dialogues]
         turns = [sum(x.speaker == "recommender" for x in dialogue) + 1 for dialogue in dialogues]
-        start_turn = self.searching.start_turn if o.ses else math.inf
-        searched = [i for i, turn in enumerate(turns) if turn >= start_turn]
-        plain = [i for i in range(len(asked)) if i not in searched]
+        searched = [o.ses and turn >= self.searching.start_turn for turn in turns]
 
-        def calls(places: Sequence[int]) -> tuple[list[Dialogue], list[int]]:
+        def calls(kind: bool) -> tuple[list[Dialogue], list[int]]:
+            places = [i for i, is_searched in enumerate(searched) if is_searched == kind]
             return [dialogues[i] for i in places], [seeds[i] for i in places]
 
-        results = search(roles, *calls(searched), self.searching, profile)
-        found = dict(zip(searched, results, strict=True))
-        awaited, drawn = calls(plain)
-        said = dict(zip(plain, roles.recommend(awaited, self.sampling, drawn), strict=True))
+        results = iter(search(roles, *calls(True), self.searching, profile))
+        awaited, drawn = calls(False)
+        said = iter(roles.recommend(awaited, self.sampling, drawn))
         ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
         items = roles.catalogue.items
         seconds = round((time.perf_counter() - start) / len(asked), 3)
@@ -86,14 +83,15 @@ class Recommender:
         for i, x in enumerate(asked):
             named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}
             row: Row = named if x.items else {}
-            row["reply"] = reply = found[i].reply if i in found else said[i]
+            found = next(results) if searched[i] else None
+            row["reply"] = reply = found.reply if found else next(said)
             row["items"] = titles_in(roles.catalogue, reply)
             if o.rank:
                 best, row["proven"] = ranked[i].texts, ranked[i].proven
                 row["ranked"] = [{"title": items[j].title, "logprob": x} for j, x in best]
             row["seconds"], row["tokens"] = seconds, tokens
             if o.ses:
-                row["search"] = found[i].record() if i in found else None
+                row["search"] = found.record() if found else None
             rows.append(row)
         return rows
 

@@ -24,6 +24,7 @@ VOTE_TOKENS = 16  # a sampled vote may be a short sentence around its number
 Messages = tuple[Message, ...]
 Seeds = Sequence[int]
 Titles = Sequence[Sequence[str]]  # one or more titles per dialogue
+Told = str | Sequence[str]  # what a seeker knows: a profile, or the target titles
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Side:
     llm: LanguageModel
     adapter: str | None = None
 
-    def requests(
-        self, prompts: Iterable[Messages], sampling: Sampling, seeds: Seeds
-    ) -> "list[tuple[Side, Request]]":
-        """Return one (side, request) pair per prompt, the input of `Roles.complete`."""
+    def requests(self, prompts: Iterable[Messages], sampling: Sampling, seeds: Seeds) -> "Asked":
+        """Return one request per prompt, each beside this side: the input of `Roles.complete`."""
         rows = zip(prompts, seeds, strict=True)
         return [(self, Request(x, sampling, seed, self.adapter)) for x, seed in rows]
+
+
+Asked = list[tuple[Side, Request]]  # who is asked, and what
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Roles:
     catalogue: Catalogue
     external: Side | None = None
 
-    def complete(self, asked: Sequence[tuple[Side, Request]]) -> list[str]:
+    def complete(self, asked: Asked) -> list[str]:
         """Return the stripped text of one reply per request, in order.
 
         Each language model gets all of its requests in one `generate` call. So there is one call in
@@ -95,15 +97,13 @@ class Roles:
         """Return the items' announcements that the recommender is likeliest to make, per dialogue.
 
         `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
-        texts, and for an empty catalogue.
+        texts.
         """
         side = self.recommender
         if not isinstance(side.llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
-        if not texts:
-            raise UserError("the catalogue has no titles to rank: sample the candidates instead")
         return side.llm.best_texts(requests, texts, count, tokens)
 
     def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
@@ -111,21 +111,23 @@ class Roles:
         ranked = self.rank(dialogues, count)
         return [[self.catalogue.items[i] for i, _ in row.texts] for row in ranked]
 
+    def summaries(self, dialogues: Dialogues, tokens: int, seeds: Seeds) -> Asked:
+        """Return the requests for the dialogues' summaries, of so many tokens at most."""
+        prompts = map(summary_prompt, dialogues)
+        return self.simulator.requests(prompts, Sampling(tokens, temperature=0.0), seeds)
+
     def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:
         """Return the recommender's next line per dialogue."""
         prompts = map(recommender_prompt, dialogues)
         return self.complete(self.recommender.requests(prompts, sampling, seeds))
 
     def seek(
-        self, dialogues: Dialogues, targets: Titles, sampling: Sampling, keys: Seeds, turn: int
+        self, dialogues: Dialogues, told: Sequence[Told], sampling: Sampling, seeds: Seeds
     ) -> list[Dialogue]:
-        """Return the dialogues plus the external seeker's next lines, with target titles hidden.
-
-        The seeds of the lines are derived from `keys` and the turn.
-        """
-        seeds = [seed_for(key, "seeker", turn) for key in keys]
-        prompts = map(seeker_prompt, dialogues, targets)
+        """Return the dialogues plus the seeker's next lines, in which target titles are hidden."""
+        prompts = map(seeker_prompt, dialogues, told)
         lines = self.complete(self.simulator.requests(prompts, sampling, seeds))
+        targets = (() if isinstance(x, str) else x for x in told)
         hidden = map(self.catalogue.hide, lines, targets)
         return [add_turn(d, "seeker", x) for d, x in zip(dialogues, hidden, strict=True)]
 
@@ -179,9 +181,14 @@ def recommender_prompt(dialogue: Dialogue) -> Messages:
     return (Message("system", prompt_text("recommender")), *from_viewpoint(dialogue, "recommender"))
 
 
-def seeker_prompt(dialogue: Dialogue, targets: Sequence[str]) -> Messages:
-    """Return the external seeker's prompt, whose instructions name the target titles."""
-    persona = prompt_text("seeker").replace("{targets}", "; ".join(targets))
+def seeker_prompt(dialogue: Dialogue, told: Told) -> Messages:
+    """Return the external seeker's prompt, whose instructions name the target titles.
+
+    A seeker who is told a profile has the internal one's.
+    """
+    if isinstance(told, str):
+        return internal_seeker_prompt(dialogue, told)
+    persona = prompt_text("seeker").replace("{targets}", "; ".join(told))
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 

@@ -23,8 +23,7 @@ from typing import Literal
 import numpy as np
 
 from usbrec.chat import Row, Sampling
-from usbrec.crs import agents
-from usbrec.crs.agents import JudgeScore, Roles, Votes
+from usbrec.crs.agents import JudgeScore, Roles, Told, Votes, internal_judge_prompt
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.lessons import profile_of
@@ -39,7 +38,6 @@ METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 Guesses = Sequence[tuple[Item, ...]]
 # one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess
 Labels = list[Row]
-Talks = Sequence["Talk"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,14 @@ class EvaluationOptions(Options):
 
 @dataclass
 class Talk:
-    """A talk in progress: its example and seed, its lines, and the recommender's part in them."""
+    """A talk in progress: its example and seed, its lines, and the recommender's part in them.
+
+    `told` is what the seeker and the judge know.
+    """
 
     example: Example
     key: int
+    told: Told
     dialogue: Dialogue
     replies: list[str] = field(default_factory=list)
     searches: list[Row] = field(default_factory=list)
@@ -93,13 +95,30 @@ def evaluate_method(
     catalogue, talks, rows = roles.catalogue, [], []
     for x in examples:
         key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
-        talks.append(Talk(x, key, x.history))
+        told = profile_of(x, catalogue) if options.protocol == "profile" else x.items
+        talks.append(Talk(x, key, told, x.history))
+    plain = Sampling(options.max_new_tokens, options.temperature)
+    seeking = Sampling(options.max_new_tokens, options.seeker_temperature)
     for turn in range(1, options.turns + 1):
-        going = talks
-        if options.protocol == "until-hit":
-            going = [x for x in talks if not x.is_hit(catalogue)]
-        take_turn(roles, going, turn, options, searching)
-    for talk, (explanation, score) in zip(talks, judge_talks(roles, talks, options), strict=True):
+        going = [x for x in talks if options.protocol != "until-hit" or not x.is_hit(catalogue)]
+        dialogues = [x.dialogue for x in going]
+        if turn > 1:
+            seeds = [seed_for(x.key, "seeker", turn) for x in going]
+            dialogues = roles.seek(dialogues, [x.told for x in going], seeking, seeds)
+        seeds = [seed_for(x.key, "recommender", turn) for x in going]
+        if searching is not None and turn >= searching.start_turn:
+            results = search(roles, dialogues, seeds, searching)
+            said = [result.reply for result in results]
+            for talk, result in zip(going, results, strict=True):
+                record = checked(catalogue, talk.example, result.record())
+                talk.searches.append({"turn": turn, **record})
+        else:
+            said = roles.recommend(dialogues, plain, seeds)
+        for talk, dialogue, reply in zip(going, dialogues, said, strict=True):
+            talk.dialogue = add_turn(dialogue, "recommender", reply)
+            talk.replies.append(reply)
+    scores = judge_talks(roles, talks, plain, options)
+    for talk, (explanation, score) in zip(talks, scores, strict=True):
         x, replies = talk.example, talk.replies
         row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": replies}
         row["items"] = [titles_in(catalogue, reply) for reply in replies]
@@ -111,58 +130,16 @@ def evaluate_method(
     return rows
 
 
-def take_turn(
-    roles: Roles,
-    talks: Talks,
-    turn: int,
-    options: EvaluationOptions,
-    searching: SearchOptions | None,
-) -> None:
-    """Add a turn to the talks: the seeker's line, from the second turn on, and the reply."""
-    dialogues, keys = [x.dialogue for x in talks], [x.key for x in talks]
-    if turn > 1:
-        warm = Sampling(options.max_new_tokens, options.seeker_temperature)
-        if options.protocol == "profile":
-            told = [profile_of(x.example, roles.catalogue) for x in talks]
-            prompts = map(agents.internal_seeker_prompt, dialogues, told)
-            seeds = [seed_for(key, "seeker", turn) for key in keys]
-            lines = roles.complete(roles.simulator.requests(prompts, warm, seeds))
-            pairs = zip(dialogues, lines, strict=True)
-            dialogues = [add_turn(dialogue, "seeker", line) for dialogue, line in pairs]
-        else:
-            targets = [x.example.items for x in talks]
-            dialogues = roles.seek(dialogues, targets, warm, keys, turn)
-    seeds = [seed_for(key, "recommender", turn) for key in keys]
-    if searching is not None and turn >= searching.start_turn:
-        results = search(roles, dialogues, seeds, searching)
-        said = [result.reply for result in results]
-        for talk, result in zip(talks, results, strict=True):
-            record = checked(roles.catalogue, talk.example, result.record())
-            talk.searches.append({"turn": turn, **record})
-    else:
-        said = roles.recommend(dialogues, plain_sampling(options), seeds)
-    for talk, dialogue, reply in zip(talks, dialogues, said, strict=True):
-        talk.dialogue = add_turn(dialogue, "recommender", reply)
-        talk.replies.append(reply)
-
-
 def judge_talks(
-    roles: Roles, talks: Talks, options: EvaluationOptions
+    roles: Roles, talks: Sequence[Talk], plain: Sampling, options: EvaluationOptions
 ) -> list[tuple[str, JudgeScore]]:
     """Return per talk the explanation of its last reply, "" if none is asked for, and its score."""
     votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
-    dialogues = [x.dialogue for x in talks]
     if options.protocol == "profile":
-        told = [profile_of(x.example, roles.catalogue) for x in talks]
-        prompts = list(map(agents.internal_judge_prompt, dialogues, told))
+        prompts = [internal_judge_prompt(x.dialogue, str(x.told)) for x in talks]
         return [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
-    targets = [x.example.items for x in talks]
-    return roles.explain_and_judge(dialogues, targets, keys, plain_sampling(options), votes)
-
-
-def plain_sampling(options: EvaluationOptions) -> Sampling:
-    """Return the sampling of plain replies and explanations."""
-    return Sampling(options.max_new_tokens, options.temperature)
+    dialogues, targets = [x.dialogue for x in talks], [x.told for x in talks]
+    return roles.explain_and_judge(dialogues, targets, keys, plain, votes)
 
 
 def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:

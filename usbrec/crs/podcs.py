@@ -75,7 +75,8 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
     targets, keys = [example.items for example, _, _ in cases], [key for _, _, key in cases]
     dialogues = [add_turn(example.history, "recommender", reply) for example, reply, _ in cases]
     for turn in range(2, options.turns + 1):
-        dialogues = roles.seek(dialogues, targets, sampling, keys, turn)
+        seeds = [seed_for(key, "seeker", turn) for key in keys]
+        dialogues = roles.seek(dialogues, targets, sampling, seeds)
         seeds = [seed_for(key, "recommender", turn) for key in keys]
         replies = roles.recommend(dialogues, sampling, seeds)
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
@@ -104,12 +105,10 @@ def choose_pair(example: Example, samples: Sequence[Row], worst: str) -> tuple[R
         return None, "all samples scored 1"
     rank = itemgetter("label", "score")
     best, last = max(read, key=rank), min(read, key=rank)  # the first of equals
-    gold = (example.response.strip(), None, "gold")
+    gold = (example.response, None, "gold")
     text, score, origin = _side(samples, best) if best["label"] == 2 else gold
     bound = 0 if worst == "zero" else 1
     other, other_score, other_origin = _side(samples, last) if last["label"] <= bound else gold
-    if "" in (text, other):
-        return None, "gold response empty"
     if text == other:
         return None, "chosen and rejected are equal"
     prompt = recommender_prompt(example.history)

@@ -39,9 +39,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from usbrec.chat import Request, Sampling
+from usbrec.chat import Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import JudgeScore, Roles, Seeds, Side, Votes
+from usbrec.crs.agents import Asked, JudgeScore, Roles, Seeds, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn
 from usbrec.crs.wishes import card, fit, read_profile
@@ -146,13 +146,14 @@ class Candidate:
 
 @dataclass
 class SearchResult:
-    """One dialogue's search: the dialogue, its profile, all candidates, the index of the best.
+    """One dialogue's search: the dialogue, its seed and profile, candidates, the best one's index.
 
     `widths` are the candidates that a budget keeps at each turn, none if it keeps all. `late` is
     the turn before which the clock ended the search.
     """
 
     root: Dialogue
+    seed: int
     profile: str
     candidates: list[Candidate] = field(default_factory=list)
     best: int = 0
@@ -202,7 +203,7 @@ def search(
             candidate.value = value_of(candidate.paths, options.value)
         result.best = select(result.candidates)
     if options.candidates == "ranked":
-        write_out(roles, results, seeds, options)
+        write_out(roles, results, options)
     return results
 
 
@@ -232,23 +233,22 @@ def begin(
     ranked = options.candidates == "ranked"
     likeliest = roles.likeliest(dialogues, options.samples) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
-    summary = Sampling(options.summary_tokens, temperature=0.0)
-    prompts = map(agents.summary_prompt, dialogues)
-    asked = [] if given else roles.simulator.requests(prompts, summary, seeds)
-    results = [SearchResult(root, given, widths=plan(root, options)) for root in dialogues]
+    asked = [] if given else roles.summaries(dialogues, options.summary_tokens, seeds)
+    pairs = zip(dialogues, seeds, strict=True)
+    results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
     firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
-    for root, seed, numbers in zip(dialogues, seeds, firsts, strict=True):
-        asked += first_responses(roles, root, seed, options, numbers)
+    for result, numbers in zip(results, firsts, strict=True):
+        asked += first_responses(roles, result, options, numbers)
     texts = iter(roles.complete(asked))
     for result in results:
         result.profile = given or next(texts)
     drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
     if options.candidates == "distinct":
-        drawn = draw_distinct(roles, dialogues, seeds, drawn, options)
-    for x, seed, replies in zip(results, seeds, drawn, strict=True):
+        drawn = draw_distinct(roles, results, drawn, options)
+    for x, replies in zip(results, drawn, strict=True):
         nodes = {}  # equal replies are searched once, empty ones not at all
         for reply in filter(None, replies):
-            said, key = add_turn(x.root, "recommender", reply), seed_for(seed, "root", reply)
+            said, key = add_turn(x.root, "recommender", reply), seed_for(x.seed, "root", reply)
             nodes[reply] = Node(said, x.profile, key)
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
     return results
@@ -280,27 +280,27 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
 
 
 def first_responses(
-    roles: Roles, dialogue: Dialogue, seed: int, options: SearchOptions, numbers: Sequence[int]
-) -> list[tuple[Side, Request]]:
+    roles: Roles, result: SearchResult, options: SearchOptions, numbers: Sequence[int]
+) -> Asked:
     """Return the requests for the first responses of these numbers."""
-    prompts = [agents.recommender_prompt(dialogue)] * len(numbers)
-    keys = [seed_for(seed, "candidate", n) for n in numbers]
+    prompts = [agents.recommender_prompt(result.root)] * len(numbers)
+    keys = [seed_for(result.seed, "candidate", n) for n in numbers]
     sampling = Sampling(options.max_new_tokens, options.temperature)
     return roles.recommender.requests(prompts, sampling, keys)
 
 
-def write_out(roles: Roles, results: Searches, seeds: Seeds, options: SearchOptions) -> None:
+def write_out(roles: Roles, results: Searches, options: SearchOptions) -> None:
     """Replace the chosen announcements by whole replies that begin with them."""
     asked = []
-    for result, seed in zip(results, seeds, strict=True):
-        opened = first_responses(roles, result.root, seed, options, [result.best])
-        asked += [(side, replace(request, begin=result.reply)) for side, request in opened]
+    for result in results:
+        [(side, request)] = first_responses(roles, result, options, [result.best])
+        asked.append((side, replace(request, begin=result.reply)))
     for result, text in zip(results, roles.complete(asked), strict=True):
         result.candidates[result.best].reply = text
 
 
 def draw_distinct(
-    roles: Roles, dialogues: Dialogues, seeds: Seeds, drawn: list[list[str]], options: SearchOptions
+    roles: Roles, results: Searches, drawn: list[list[str]], options: SearchOptions
 ) -> list[list[str]]:
     """Return per dialogue the first reply of each title, `samples` of them or as many as are drawn.
 
@@ -312,8 +312,8 @@ def draw_distinct(
     for start in range(width, options.draws, width):
         numbers = range(start, min(start + width, options.draws))
         short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < enough[i]]
-        asked = [first_responses(roles, dialogues[i], seeds[i], options, numbers) for i in short]
-        texts = iter(roles.complete([request for own in asked for request in own]))
+        asked = [x for i in short for x in first_responses(roles, results[i], options, numbers)]
+        texts = iter(roles.complete(asked))
         for i in short:
             drawn[i].extend(next(texts) for _ in numbers)
     return [list(by_title(roles.catalogue, x).values())[:width] for x in drawn]
@@ -348,10 +348,9 @@ def keep(result: SearchResult, level: int, catalogue: Catalogue, options: Search
 def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[Node]:
     """Return the children of all nodes, each longer by a line of the inner seeker and a reply."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
-    prompts = [agents.internal_seeker_prompt(node.dialogue, node.profile) for node in nodes]
     seeds = [seed_for(node.seed, "seeker") for node in nodes]
-    lines = roles.complete(roles.simulator.requests(prompts, sampling, seeds))
-    asked = [add_turn(node.dialogue, "seeker", x) for node, x in zip(nodes, lines, strict=True)]
+    profiles = [node.profile for node in nodes]
+    asked = roles.seek([node.dialogue for node in nodes], profiles, sampling, seeds)
     width = range(options.samples if options.mode == "tree" else 1)
     seeds = [seed_for(node.seed, "recommender", n) for node in nodes for n in width]
     texts = iter(roles.recommend([d for d in asked for _ in width], sampling, seeds))

@@ -43,11 +43,9 @@ def write_profile(likes: Sequence[str], dislikes: Sequence[str], seen: Sequence[
 
 def read_profile(text: str, catalogue: Catalogue) -> frozenset[Fact]:
     """Return the facts of a profile, none for a text of another form."""
-    facts = []
-    for section, entries in _SECTION.findall(" ".join(text.split())):
-        for entry in _entries(entries, catalogue):
-            facts.append(Fact(SECTIONS[section], *read_attribute(entry, catalogue)))
-    return frozenset(facts)
+    sections = _SECTION.findall(" ".join(text.split()))
+    entries = ((SECTIONS[x], entry) for x, own in sections for entry in _entries(own, catalogue))
+    return frozenset(Fact(like, *read_attribute(entry, catalogue)) for like, entry in entries)
 
 
 def _entries(text: str, catalogue: Catalogue) -> list[str]:

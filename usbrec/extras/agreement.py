@@ -38,9 +38,8 @@ def judge_agreement(
     pairs = zip(examples, keys, strict=True)
     rows = [contrast(roles.catalogue, x, popularity, key) for x, key in pairs]
     used = [x for x in zip(examples, keys, rows, strict=True) if x[2]["skipped"] is None]
-    summaries = [agents.summary_prompt(x.history) for x, _, _ in used]
     seeds = [seed_for(key, "summary") for _, key, _ in used]
-    asked = roles.simulator.requests(summaries, Sampling(SUMMARY_TOKENS, temperature=0.0), seeds)
+    asked = roles.summaries([x.history for x, _, _ in used], SUMMARY_TOKENS, seeds)
     plain = Sampling(options.max_new_tokens, options.temperature)
     for x, key, row in used:
         if not row["explanations"]:

