@@ -119,3 +119,15 @@ def test_the_default_memory_is_a_share_of_the_machine(monkeypatch: pytest.Monkey
     assert default_kv_bytes(large) == max(machine // 24, 256 * 1024**2)
     monkeypatch.delattr(os, "sysconf")  # as on Windows
     assert default_kv_bytes(large) == 256 * 1024**2
+
+
+def test_an_adapter_without_its_settings_is_told_as_one_that_lacks_them(
+    options: ModelOptions, tmp_path: Path
+) -> None:
+    engine = load_engine(options, find_model)
+    add_adapter(engine.model, "one", LoraConfig(r=2), seed=1)
+    save_adapter(engine.model, "one", tmp_path / "adapter", "base")
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    models = Models(options, find_model, tmp_path / "answers.jsonl", engines={"none": engine})
+    with pytest.raises(UserError, match="adapter_config.json"):
+        models.side(str(tmp_path / "adapter"), "simulator")

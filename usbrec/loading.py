@@ -20,7 +20,7 @@ import torch
 from usbrec import parallel
 from usbrec.crs.agents import Side
 from usbrec.crs.dialogue import Example, Examples
-from usbrec.llm.adapter_files import WEIGHTS_FILE, load_adapter
+from usbrec.llm.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from usbrec.llm.cache import token_bytes
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.endpoint import Endpoint, is_server, split_address
@@ -110,8 +110,8 @@ def default_kv_bytes(model: Decoder) -> int:
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether a path is an adapter's folder."""
-    return (Path(name) / "adapter_config.json").is_file()
+    """Return whether a path is an adapter's folder, if only by one of its two files."""
+    return any((Path(name) / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 @dataclass
