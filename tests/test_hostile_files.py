@@ -110,7 +110,7 @@ def test_a_missing_shard_is_named(folder):
 def test_a_tensor_in_another_shard_than_the_index_says_is_named(folder):
     other = shard_of(folder, "model.embed_tokens.weight").name
     point_index(folder, other)
-    with pytest.raises(UserError, match=f"holds the tensor model.norm.weight, against .*{INDEX}"):
+    with pytest.raises(UserError, match="lacks the tensor model.norm.weight"):
         load_model(folder)
 
 

@@ -107,6 +107,8 @@ def test_equal_texts_and_empty_ones_make_no_pair_and_say_why() -> None:
     assert sides(pair) == ("a", G)
     unread = choose_pair(EXAMPLES[0], [sample("a", None)], "zero")
     assert unread == (None, "no sample's score could be read")
+    silent = Example("d", 1, talk("Hi"), " ", ("X",))
+    assert choose_pair(silent, [sample("a", 0)], "zero") == (None, "gold response empty")
 
 
 def distinct(request: Request) -> str:

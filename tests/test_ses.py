@@ -308,6 +308,8 @@ def test_ranked_candidates_are_announced_and_the_chosen_one_is_written_out() -> 
     assert [role_of(x) for call in llm.generated for x in call] == ["summariser", "recommender"]
     judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
     assert judged == ["I recommend Up (2009).", "I recommend Alien (1979)."]
+    with pytest.raises(UserError, match="no titles to rank"):
+        search(replace(of_films(llm), catalogue=Catalogue([])), ROOTS[:1], [1], options)
     with pytest.raises(UserError, match="cannot rank"):
         search(of_films(Scripted(drawing("x"))), ROOTS[:1], [1], options)
 

@@ -97,13 +97,15 @@ class Roles:
         """Return the items' announcements that the recommender is likeliest to make, per dialogue.
 
         `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
-        texts.
+        texts, and for an empty catalogue.
         """
         side = self.recommender
         if not isinstance(side.llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
+        if not texts:
+            raise UserError("the catalogue has no titles to rank: sample the candidates instead")
         return side.llm.best_texts(requests, texts, count, tokens)
 
     def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
@@ -182,10 +184,7 @@ def recommender_prompt(dialogue: Dialogue) -> Messages:
 
 
 def seeker_prompt(dialogue: Dialogue, told: Told) -> Messages:
-    """Return the external seeker's prompt, whose instructions name the target titles.
-
-    A seeker who is told a profile has the internal one's.
-    """
+    """Return the prompt of a seeker who is told the target titles, or a profile alone."""
     if isinstance(told, str):
         return internal_seeker_prompt(dialogue, told)
     persona = prompt_text("seeker").replace("{targets}", "; ".join(told))

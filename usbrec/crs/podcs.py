@@ -105,10 +105,12 @@ def choose_pair(example: Example, samples: Sequence[Row], worst: str) -> tuple[R
         return None, "all samples scored 1"
     rank = itemgetter("label", "score")
     best, last = max(read, key=rank), min(read, key=rank)  # the first of equals
-    gold = (example.response, None, "gold")
+    gold = (example.response.strip(), None, "gold")
     text, score, origin = _side(samples, best) if best["label"] == 2 else gold
     bound = 0 if worst == "zero" else 1
     other, other_score, other_origin = _side(samples, last) if last["label"] <= bound else gold
+    if "" in (text, other):
+        return None, "gold response empty"
     if text == other:
         return None, "chosen and rejected are equal"
     prompt = recommender_prompt(example.history)

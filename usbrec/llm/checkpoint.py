@@ -80,12 +80,13 @@ def parameter_names(model: Decoder, weights: "SafetensorsWeights") -> dict[str, 
     names = {name: stored_name(model.config, name) for name, _ in model.named_parameters()}
     expected = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
     compare_shapes(expected, weights)
-    path, tensors = weights.path, weights.tensors
-    for name in sorted(tensors.keys() - expected.keys()):
-        if name != stored_name(model.config, "lm_head.weight"):
-            raise UserError(f"{path} holds the tensor {name}, which this model does not have")
-        if not torch.equal(tensors[name], tensors[names["model.embed_tokens.weight"]]):
-            raise UserError(f"{path}: tie_word_embeddings is on, {name} another matrix")
+    head = stored_name(model.config, "lm_head.weight")  # the embeddings' equal if they are tied
+    for name in sorted(weights.tensors.keys() - expected.keys() - {head}):
+        raise UserError(f"{weights.path} holds the tensor {name}, which this model does not have")
+    if head in weights.tensors.keys() - expected.keys():
+        embeddings = stored_name(model.config, "model.embed_tokens.weight")
+        if not torch.equal(weights.tensors[head], weights.tensors[embeddings]):
+            raise UserError(f"{weights.path}: tie_word_embeddings is on, {head} another matrix")
     return names
 
 
@@ -93,13 +94,16 @@ class SafetensorsWeights:
     """The tensors of a safetensors file, or of the shards that an index names, as mapped views."""
 
     def __init__(self, path: Path, index: Mapping[str, Path] | None = None) -> None:
-        """`index` maps tensors to files; raises UserError for one that is in another file."""
-        self.path, self.tensors = path, dict[str, Tensor]()
-        for file in sorted(set(index.values())) if index else [path]:
-            for name, tensor in mapped_tensors(file).items():
-                if index and index.get(name) != file:
-                    raise UserError(f"{file} holds the tensor {name}, against {path}")
-                self.tensors[name] = tensor
+        """`index` maps tensors to files; raises UserError unless each is in its file alone."""
+        self.path = path
+        files = sorted(set(index.values())) if index else [path]
+        found = {(name, file): x for file in files for name, x in mapped_tensors(file).items()}
+        index = index or {name: path for name, _ in found}
+        for name, file in sorted(index.items() - found.keys()):
+            raise UserError(f"{file} lacks the tensor {name} that the index promises")
+        for name, file in sorted(found.keys() - index.items()):
+            raise UserError(f"{file} holds the tensor {name}, which the index does not put there")
+        self.tensors = {name: found[name, file] for name, file in index.items()}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "SafetensorsWeights":
@@ -110,7 +114,8 @@ class SafetensorsWeights:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map")
-        return cls(index, {name: file_in(folder, str(x)) for name, x in weight_map.items()})
+        files = {name: file_in(folder, str(file)) for name, file in weight_map.items()}
+        return cls(index, {name: files[name] for name in files if not name.endswith(COMPUTED)})
 
     def load(self, name: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
         """Return a tensor in memory of its own; raises UserError if it is not finite."""
