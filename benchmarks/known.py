@@ -48,7 +48,7 @@ import infer
 from usbrec import loading, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs.agents import Roles, Votes, external_judge_prompt, summary_prompt
+from usbrec.crs.agents import Roles, Votes, external_judge_prompt
 from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import Suggestion, Suggestions, popularity_of
@@ -91,10 +91,8 @@ def score_chunk(roles: Roles, draws: Suggestions, seed: int, chunk: Examples) ->
     """
     keys = [seed_for(seed, "known", x.dialog_id, x.turn_id) for x in chunk]
     found = [replies_of(draws, x, key) for x, key in zip(chunk, keys, strict=True)]
-    prompts = [summary_prompt(x.history) for x, own in zip(chunk, found, strict=True) if own]
-    short = Sampling(SUMMARY_TOKENS, temperature=0.0)
-    asked = roles.simulator.requests(prompts, short, [0] * len(prompts))
-    profiles = iter(roles.complete(asked))
+    heard = [x.history for x, own in zip(chunk, found, strict=True) if own]
+    profiles = iter(roles.complete(roles.summaries(heard, SUMMARY_TOKENS, [0] * len(heard))))
     rows: list[Row] = []
     told: list[tuple[Example, int, str, Suggestion, Scores]] = []
     for x, key, own in zip(chunk, keys, found, strict=True):

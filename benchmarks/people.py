@@ -49,9 +49,8 @@ from correlation import (
 import infer
 from usbrec import loading, runs
 from usbrec.answering import Recommender, ReplyOptions
-from usbrec.chat import Sampling
 from usbrec.crs import datasets
-from usbrec.crs.agents import Roles, summary_prompt
+from usbrec.crs.agents import Roles
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Utterance, add_turn
 from usbrec.crs.evaluation import METHOD_NAMES
@@ -204,9 +203,8 @@ def judge_chunk(roles: Roles, turns: RatedTurns) -> list[Row]:
 
     A title that leaves the year open fits as the worst of its readings, no title as 0.
     """
-    short, unseeded = Sampling(SUMMARY_TOKENS, temperature=0.0), [0] * len(turns)
-    prompts = [summary_prompt(x.history) for x in turns]
-    profiles = roles.complete(roles.simulator.requests(prompts, short, unseeded))
+    histories, unseeded = [x.history for x in turns], [0] * len(turns)
+    profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, unseeded))
     dialogues = [add_turn(x.history, "recommender", x.reply) for x in turns]
     judged: list[dict[str, Any]] = [{} for _ in turns]
     for name, options in JUDGES.items():

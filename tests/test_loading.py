@@ -63,13 +63,19 @@ def test_the_memory_for_keys_and_values_is_no_fact_of_a_result() -> None:
         ModelOptions(kv_memory=-1.0)
 
 
-def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
-    options: ModelOptions, tmp_path: Path
-) -> None:
+@pytest.fixture
+def models(options: ModelOptions, tmp_path: Path) -> Models:
+    """Return models whose base is loaded, beside an adapter of it in the folder `adapter`."""
     engine = load_engine(options, find_model)
     add_adapter(engine.model, "one", LoraConfig(r=2), seed=1)
     save_adapter(engine.model, "one", tmp_path / "adapter", "base")
-    models = Models(options, find_model, tmp_path / "answers.jsonl", engines={"none": engine})
+    return Models(options, find_model, tmp_path / "answers.jsonl", engines={"none": engine})
+
+
+def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
+    models: Models, tmp_path: Path
+) -> None:
+    engine = models.engines["none"]
     base = models.side("none", "simulator")
     assert base.llm is engine and base.adapter is None
     beside = models.side(str(tmp_path / "adapter"), "simulator")
@@ -122,12 +128,8 @@ def test_the_default_memory_is_a_share_of_the_machine(monkeypatch: pytest.Monkey
 
 
 def test_an_adapter_without_its_settings_is_told_as_one_that_lacks_them(
-    options: ModelOptions, tmp_path: Path
+    models: Models, tmp_path: Path
 ) -> None:
-    engine = load_engine(options, find_model)
-    add_adapter(engine.model, "one", LoraConfig(r=2), seed=1)
-    save_adapter(engine.model, "one", tmp_path / "adapter", "base")
     (tmp_path / "adapter" / "adapter_config.json").unlink()
-    models = Models(options, find_model, tmp_path / "answers.jsonl", engines={"none": engine})
     with pytest.raises(UserError, match="adapter_config.json"):
         models.side(str(tmp_path / "adapter"), "simulator")

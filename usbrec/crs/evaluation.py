@@ -84,15 +84,8 @@ def evaluate_method(
     options: EvaluationOptions,
     searching: SearchOptions | None = None,
 ) -> list[Row]:
-    """Return one row per example; `searching` turns SES on from its `start_turn`.
-
-    A row has the fields of its `JudgeScore`, its ids, and these. `replies` are the recommender's,
-    `items` the catalogue titles of each, `labels` those of the first. `hit` tells whether any reply
-    names a gold title. `grade` is the rules' 0, 1 or 2 for the last reply's first title (0 if it
-    names none). `explanation` is of the last reply, and so is the score. `transcript` holds all
-    lines. `searches` are the records of the searched turns, each as `checked` returns it.
-    """
-    catalogue, talks, rows = roles.catalogue, [], []
+    """Return the `row_of` each example; `searching` turns SES on from its `start_turn`."""
+    catalogue, talks = roles.catalogue, []
     for x in examples:
         key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
         told = profile_of(x, catalogue) if options.protocol == "profile" else x.items
@@ -117,17 +110,26 @@ def evaluate_method(
         for talk, dialogue, reply in zip(going, dialogues, said, strict=True):
             talk.dialogue = add_turn(dialogue, "recommender", reply)
             talk.replies.append(reply)
-    scores = judge_talks(roles, talks, plain, options)
-    for talk, (explanation, score) in zip(talks, scores, strict=True):
-        x, replies = talk.example, talk.replies
-        row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": replies}
-        row["items"] = [titles_in(catalogue, reply) for reply in replies]
-        row["labels"] = gold_labels(catalogue, x, [catalogue.first(replies[0])])
-        row["hit"], row["grade"] = talk.is_hit(catalogue), catalogue.grade_of(replies[-1], x.items)
-        lines = [[line.speaker, line.text] for line in talk.dialogue]
-        row |= {"explanation": explanation, "transcript": lines, "searches": talk.searches}
-        rows.append(row)
-    return rows
+    judged = judge_talks(roles, talks, plain, options)
+    return [row_of(talk, catalogue, *each) for talk, each in zip(talks, judged, strict=True)]
+
+
+def row_of(talk: Talk, catalogue: Catalogue, explanation: str, score: JudgeScore) -> Row:
+    """Return the row of a talk that has been judged, in JSON's own types.
+
+    It has the fields of its `JudgeScore`, its ids, and these. `replies` are the recommender's,
+    `items` the catalogue titles of each, `labels` those of the first. `hit` tells whether any reply
+    names a gold title. `grade` is the rules' 0, 1 or 2 for the last reply's first title (0 if it
+    names none). `explanation` is of the last reply, and so is the score. `transcript` holds all
+    lines. `searches` are the records of the searched turns, each as `checked` returns it.
+    """
+    x, replies = talk.example, talk.replies
+    row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": replies}
+    row["items"] = [titles_in(catalogue, reply) for reply in replies]
+    row["labels"] = gold_labels(catalogue, x, [catalogue.first(replies[0])])
+    row["hit"], row["grade"] = talk.is_hit(catalogue), catalogue.grade_of(replies[-1], x.items)
+    lines = [[line.speaker, line.text] for line in talk.dialogue]
+    return row | {"explanation": explanation, "transcript": lines, "searches": talk.searches}
 
 
 def judge_talks(

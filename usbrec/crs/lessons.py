@@ -224,10 +224,9 @@ def seeker_lesson(
     """
     if profile is None:
         met, question = judged[0], agents.external_question(example.items)
-        prompt = agents.seeker_prompt(example.history, example.items)
     else:
         met, question = judged[-1], agents.internal_question(profile)
-        prompt = agents.internal_seeker_prompt(example.history, profile)
+    prompt = agents.seeker_prompt(example.history, example.items if profile is None else profile)
     explain, weight = Message("assistant", agents.EXPLAIN), options.line_weight
     prefix = (replace(m, weight=weight) if m.role == "assistant" else m for m in prompt)
     branches: list[tuple[Message, ...]] = []
