@@ -2,16 +2,17 @@
 
     python benchmarks/known.py [--run-dir RUN] [--limit 100] [--seed N]
 
-Five recommenders answer the same dialogues of `valid`, from the best to the worst:
+Six recommenders answer the same dialogues of `valid`, from the best to the worst:
 
     gold           the dataset's own reply
     kindred film   the same, rewritten for a film of grade 1 (`Catalogue.grade`)
     other film     the same, rewritten for a film of grade 0
+    invented film  the same with a title that no film has
     no film        a reply that recommends nothing
     empty          nothing at all
 
 The films are drawn as for the simulator's lessons (`Suggestions.draw`), the dialogues are not among
-the lessons. A dialogue counts if it has all five replies. Each reply is scored, 0 to 2, by
+the lessons. A dialogue counts if it has all six replies. Each reply is scored, 0 to 2, by
 
     iEval                    the external judge, as the report asks it: the recommender explains
                              the reply first, though it is not its own
@@ -24,7 +25,7 @@ the lessons. A dialogue counts if it has all five replies. Each reply is scored,
 
 The first table has the means, the second how often the better of two neighbours scores higher in a
 dialogue, ties half. "in order" is the share of bootstrap draws of dialogues in which the means of
-all five fall strictly; "films in order" is that of the first three.
+all six fall strictly; "films in order" is that of the first three.
 
 Rows are in known/ in the run folder: the same command goes on from there. The figures are kept
 beside them as known/NAME.json, without a sentence of the data.
@@ -51,7 +52,7 @@ from usbrec.chat import Sampling
 from usbrec.crs.agents import Roles, Votes, external_judge_prompt
 from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
-from usbrec.crs.lessons import Suggestion, Suggestions, popularity_of
+from usbrec.crs.lessons import FILMLESS, Suggestion, Suggestions, popularity_of
 from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.agreement import SUMMARY_TOKENS
@@ -62,7 +63,7 @@ from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
 
-ORDER = ("gold", "kindred film", "other film", "no film", "empty")  # best first
+ORDER = ("gold", "kindred film", "other film", "invented film", "no film", "empty")  # best first
 FILMS = 3  # the first of them, which name a film
 JUDGES = {"internal judge": SearchOptions(), "judge with cards": SearchOptions(**CARDS)}
 SCORERS = ("iEval", "given explanation", *JUDGES, "rule on the summary", "rule grade")
@@ -81,13 +82,17 @@ def replies_of(draws: Suggestions, example: Example, key: int) -> list[Suggestio
     named = {x.score: x for x in made[:-1]}  # the last names no film
     if len(named) < FILMS:
         return []
-    return [named[2], named[1], named[0], made[-1], Suggestion("", "", 0)]
+    generator = np.random.default_rng(seed_for(key, "no film"))
+    reply, why = map(str, generator.choice(FILMLESS, 2))
+    invented = draws.invented(example, generator)
+    lesser = [(invented, named[2].explanation), (reply, why), ("", "")]
+    return [named[2], named[1], named[0], *(Suggestion(*each, 0) for each in lesser)]
 
 
 def score_chunk(roles: Roles, draws: Suggestions, seed: int, chunk: Examples) -> list[Row]:
     """Return one row per dialogue: the summary, and the replies of ORDER with their scores.
 
-    A dialogue without all five has no replies. The draws of its five are those of one key.
+    A dialogue without all six has no replies. The draws of its six are those of one key.
     """
     keys = [seed_for(seed, "known", x.dialog_id, x.turn_id) for x in chunk]
     found = [replies_of(draws, x, key) for x, key in zip(chunk, keys, strict=True)]

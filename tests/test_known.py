@@ -1,7 +1,8 @@
-"""benchmarks/known.py: five replies a dialogue, who is asked what, figures by hand, the command."""
+"""benchmarks/known.py: six replies a dialogue, who is asked what, figures by hand, the command."""
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,8 +55,9 @@ def scored(
 
 
 def by_film(shown: str) -> int:
-    """Mark the harbour 2, the garden 1, all else 0."""
-    return 2 if "Harbour" in shown else int("Garden" in shown)
+    """Mark the harbour 2, the garden 1, all else 0, an invented title too."""
+    reply = shown.splitlines()[0]
+    return 2 if "Brass Harbour" in reply else int("Glass Garden" in reply)
 
 
 def scores_of(row: dict[str, Any], scorer: str) -> list[float]:
@@ -65,7 +67,7 @@ def scores_of(row: dict[str, Any], scorer: str) -> list[float]:
 # --- the replies ------------------------------------------------------------------------------
 
 
-def test_the_five_replies_are_in_their_order() -> None:
+def test_the_six_replies_are_in_their_order() -> None:
     made = known.replies_of(DRAWS, ASKED, 3)
     assert [x.reply for x in made[:3]] == [
         "Try Brass Harbour (1991), by Ada Prow.",
@@ -73,14 +75,16 @@ def test_the_five_replies_are_in_their_order() -> None:
         "Try Velvet Orchard (2004), by Ida Lund.",
     ]
     assert made[1].explanation == "Glass Garden is a 1995 war film."
-    assert made[3].reply in FILMLESS and made[4].reply == made[4].explanation == ""
-    assert [FILMS.grade_of(x.reply, ASKED.items) for x in made] == [2, 1, 0, 0, 0]
+    assert re.fullmatch(r"Try \w+ \w+ \(1991\), by Ada Prow\.", made[3].reply)
+    assert not FILMS.find(made[3].reply) and made[3].explanation == made[0].explanation
+    assert made[4].reply in FILMLESS and made[5].reply == made[5].explanation == ""
+    assert [FILMS.grade_of(x.reply, ASKED.items) for x in made] == [2, 1, 0, 0, 0, 0]
 
 
-def test_a_dialogue_without_all_five_is_skipped() -> None:
+def test_a_dialogue_without_all_six_is_skipped() -> None:
     silent = replace(ASKED, response="Try that one.")  # names no gold film
     llm, rows = scored(by_film, silent, ASKED)
-    assert [len(x["replies"]) for x in rows] == [0, 5] and rows[0]["profile"] is None
+    assert [len(x["replies"]) for x in rows] == [0, 6] and rows[0]["profile"] is None
     assert [role_of(x) for x in llm.generated[0]] == ["summariser"]
     found = known.measure(rows, 0)
     assert (found["dialogues"], found["skipped"]) == (1, 1)
@@ -97,41 +101,44 @@ def test_each_judge_is_asked_as_the_report_and_the_search_ask_it() -> None:
     llm, [row] = scored(by_film)
     summaries, explained = llm.generated
     assert [role_of(x) for x in summaries] == ["summariser"]
-    assert [role_of(x) for x in explained] == ["explainer"] * 5
+    assert [role_of(x) for x in explained] == ["explainer"] * 6
     assert {x.adapter for x in explained} == {"rl"}
     own, given, plain, cards = llm.scored
     for calls, role in ((own, "judge"), (given, "judge"), (plain, "internal_judge")):
-        assert [role_of(x) for x in calls] == [role] * 5
+        assert [role_of(x) for x in calls] == [role] * 6
     assert {x.adapter for x in own + given + plain + cards} == {"simulator"}
-    assert [role_of(x) for x in cards] == ["card_judge"] * 3  # two replies name no film
-    assert [x.messages[-2].content for x in own] == ["Told by the model."] * 5
+    assert [role_of(x) for x in cards] == ["card_judge"] * 3  # three replies name no film
+    assert [x.messages[-2].content for x in own] == ["Told by the model."] * 6
     told = [x.messages[-2].content for x in given]
     assert told[:2] == ["Brass Harbour is a 1991 horror film.", "Glass Garden is a 1995 war film."]
-    assert told[3] in FILMLESS and told[4] == "..."
+    assert told[3] == told[0] and told[4] in FILMLESS and told[5] == "..."
     assert row["profile"] == "Likes: horror."
 
 
 def test_every_scorer_has_a_score_of_each_reply() -> None:
     _, [row] = scored(by_film)
     for scorer in ("iEval", "given explanation", "internal judge", "judge with cards"):
-        a, b, c, d, e = scores_of(row, scorer)
+        a, b, c, *lesser = scores_of(row, scorer)
         assert a > b > c == pytest.approx(scores_of(row, "internal judge")[2])
-        assert (d, e) == ((0, 0) if scorer == "judge with cards" else (c, c))
-    assert scores_of(row, "rule on the summary") == [2, 0, 0, 0, 0]  # only the harbour is horror
-    assert scores_of(row, "rule grade") == [2, 1, 0, 0, 0]
+        assert lesser == ([0, 0, 0] if scorer == "judge with cards" else [c, c, c])
+    assert scores_of(row, "rule on the summary") == [2, 0, 0, 0, 0, 0]  # only one is horror
+    assert scores_of(row, "rule grade") == [2, 1, 0, 0, 0, 0]
 
 
 def test_a_score_that_cannot_be_read_enters_nothing_and_is_counted() -> None:
     other = replace(ASKED, dialog_id="d2")
-    _, rows = scored(lambda shown: None if "Garden" in shown else by_film(shown), ASKED, other)
+    _, rows = scored(
+        lambda shown: None if "Glass Garden" in shown else by_film(shown), ASKED, other
+    )
     own = known.measure(rows, 0)["scorers"]["iEval"]
     assert own["unparsed"] == {
-        "gold": 0, "kindred film": 1, "other film": 0, "no film": 0, "empty": 0
+        "gold": 0, "kindred film": 1, "other film": 0,
+        "invented film": 0, "no film": 0, "empty": 0,
     }  # fmt: skip
     assert own["means"]["kindred film"] == {"mean": None, "low": None, "high": None, "n": 0}
     assert own["pairs"]["gold > kindred film"]["n"] == 0
-    assert own["pairs"]["other film > no film"] == {
-        **own["pairs"]["other film > no film"], "mean": 0.5, "n": 2
+    assert own["pairs"]["other film > invented film"] == {
+        **own["pairs"]["other film > invented film"], "mean": 0.5, "n": 2
     }  # fmt: skip
     assert own["in_order"] == own["films_in_order"] == 0
 
@@ -166,7 +173,7 @@ def test_a_judge_that_knows_the_order_shows_it() -> None:
     assert own["iEval"]["pairs"]["no film > empty"]["mean"] == 0.5
     assert (own["iEval"]["films_in_order"], own["iEval"]["in_order"]) == (1, 0)
     means = own["rule grade"]["means"]
-    assert [means[name]["mean"] for name in known.ORDER] == [2, 1, 0, 0, 0]
+    assert [means[name]["mean"] for name in known.ORDER] == [2, 1, 0, 0, 0, 0]
     assert means["gold"]["low"] < 2  # four dialogues that agree say little
 
 

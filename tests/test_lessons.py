@@ -12,6 +12,7 @@ from usbrec.crs.agents import (
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.crs.lessons import (
+    FILMLESS,
     LessonOptions,
     Suggestions,
     card_lessons,
@@ -27,6 +28,7 @@ from usbrec.crs.lessons import (
     woven,
 )
 from usbrec.crs.wishes import card, fit, read_profile
+from usbrec.options import seed_for
 
 CATALOGUE = load_catalogue("sample")
 TRAIN = load_split("sample", "train").examples[:60]
@@ -72,6 +74,33 @@ def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> No
             item = CATALOGUE.find(other.reply)[0].items[0]
             assert CATALOGUE.grade(item, example.items) == other.score < 2
             assert not CATALOGUE.mentions(other.reply, example.items)
+
+
+def test_replies_amiss_name_no_film_and_are_worth_nothing_whatever_they_explain() -> None:
+    made = [DRAWS.amiss(example, seed) for example in TRAIN for seed in range(4)]
+    kinds = {"empty": 0, "filmless": 0, "invented": 0, "as if it were gold": 0}
+    for example, each in zip([x for x in TRAIN for _ in range(4)], made, strict=True):
+        assert each.score == 0 and not CATALOGUE.find(each.reply)
+        kind = "filmless" if each.reply in FILMLESS else "invented" if each.reply else "empty"
+        kinds[kind] += 1
+        kinds["as if it were gold"] += each.explanation == example.explanation
+        if kind == "invented":  # all but the title is the gold reply's
+            assert len(set(each.reply.split()) & set(example.response.split())) > 1
+    assert min(kinds.values()) > len(made) / 6
+
+
+def test_such_replies_come_after_the_titles_to_find() -> None:
+    """Taught from the start they keep a small judge from finding titles."""
+    first, then = simulator_lessons(TRAIN[:12], DRAWS, 0, OPTIONS)
+
+    def replies_of(lessons: list[TrainingDialogue]) -> list[str]:
+        external = [x for x in lessons if "Your targets" in x.prefix[0].content]
+        return [branch[0].content for lesson in external for branch in scored(lesson)]
+
+    keys = [(x, seed_for(0, "lesson", x.dialog_id, x.turn_id)) for x in TRAIN[1:12:3]]
+    amiss = [DRAWS.amiss(x, key).reply for x, key in keys]
+    assert len(set(amiss)) > 2 and [x for x in replies_of(then) if x in amiss] == amiss
+    assert not set(replies_of(first)) & set(amiss) - set(FILMLESS)
 
 
 def test_unlike_suggestions_have_nothing_of_the_profile() -> None:

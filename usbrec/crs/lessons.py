@@ -34,6 +34,8 @@ from usbrec.crs.wishes import Fact, attributes, fit
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
+Items = Sequence[Item]
+Generator = np.random.Generator
 Lessons = list[TrainingDialogue]
 
 # replies that recommend nothing, as an untrained model gives them
@@ -142,7 +144,7 @@ class Suggestions:
         counts = np.array([count for item, count in known if item])
         self.shares = counts / counts.sum()
 
-    def others(self, generator: np.random.Generator) -> list[Item]:
+    def others(self, generator: Generator) -> list[Item]:
         """Return TRIES films, drawn by their count."""
         return [self.pool[x] for x in generator.choice(len(self.pool), TRIES, p=self.shares)]
 
@@ -168,6 +170,25 @@ class Suggestions:
         reply, why = map(str, generator.choice(FILMLESS, 2))
         return [*found.values(), Suggestion(reply, why, 0)]
 
+    def amiss(self, example: Example, seed: int) -> Suggestion:
+        """Return a reply (0) with an invented title, without a title, or an empty one.
+
+        Half of them are explained as if they were the gold reply: a recommender does that too.
+        """
+        generator = np.random.default_rng(seed_for(seed, "amiss"))
+        filmless, why = map(str, generator.choice(FILMLESS, 2))
+        reply = generator.choice([self.invented(example, generator), filmless, ""])
+        told = generator.choice([why, explanation_of(example, self.catalogue)])
+        return Suggestion(str(reply), str(told), 0)
+
+    def invented(self, example: Example, generator: Generator) -> str:
+        """Return the gold reply with a title that no film has, "" if a film happens to have it."""
+        first, last = (self.pool[i].name.split() for i in generator.choice(len(self.pool), 2))
+        name, golds = f"{first[0]} {last[-1]}", gold_items(example, self.catalogue)
+        films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in golds]
+        made = rewrite_all(example.response, films)
+        return "" if self.catalogue.find(made) else made
+
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return up to UNLIKE replies (0) that share nothing with the target or the profile."""
         generator = np.random.default_rng(seed_for(seed, "unlike"))
@@ -190,8 +211,9 @@ def simulator_lessons(
 
     The external judge of five examples in six comes first: finding the target's title in a reply is
     the easiest comparison. A small model that has learned it can learn to compare a reply with a
-    profile, which fails from the start. The internal seeker of every example follows, with the
-    external seeker of the sixth in between. Replies without a film are rarer still.
+    profile, which fails from the start. The internal seeker of every example follows, and of every
+    third the external one, who by then can learn that a reply without a film is worth nothing,
+    whatever its explanation says: taught from the start, that keeps it from finding titles.
     """
     first, then = [], []
     for number, example in enumerate(examples):
@@ -205,9 +227,10 @@ def simulator_lessons(
         kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
         then.append(seeker_lesson(example, judged, profile, options))
-        if number % 6 == 1:
-            then.append(seeker_lesson(example, [*named[:2], filmless], None, options))
-        else:
+        if number % 3 == 1:
+            told = [*named[:2], draws.amiss(example, key)]
+            then.append(seeker_lesson(example, told, None, options))
+        if number % 6 != 1:
             first.append(seeker_lesson(example, [*named, *at_times], None, options))
     return first, then
 
@@ -293,9 +316,7 @@ def card_lesson(
     return TrainingDialogue((system, shown), tuple(branches))
 
 
-def single_wishes(
-    film: Item, catalogue: Catalogue, generator: np.random.Generator
-) -> list[list[Fact]]:
+def single_wishes(film: Item, catalogue: Catalogue, generator: Generator) -> list[list[Fact]]:
     """Return profiles of one wish, which the film meets or not, with or without a dislike."""
     own = attributes(film)
     pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
@@ -307,7 +328,7 @@ def single_wishes(
 
 
 def mixed(
-    profiles: Sequence[Profile], film: Item, count: int, generator: np.random.Generator
+    profiles: Sequence[Profile], film: Item, count: int, generator: Generator
 ) -> list[Profile]:
     """Return `count` of the profiles, drawn at random: by turns half met, a near miss, and any."""
     own = set(attributes(film))
@@ -326,7 +347,7 @@ def told(facts: Profile) -> str:
     return wishes.write_profile(*([wishes.write_attribute(*x[1:]) for x in own] for own in parts))
 
 
-def claim_of(reply: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
+def claim_of(reply: str, golds: Items, film: Item) -> tuple[str, bool]:
     """Return a reply about the gold films, said of another film, and whether it is false of it."""
     stolen = rewrite_all(reply, [(x, replace(x, title=film.title, name=film.name)) for x in golds])
     return stolen, stolen != rewrite_all(reply, [(x, film) for x in golds])
