@@ -215,7 +215,7 @@ def simulator_lessons(
     third the external one, who by then can learn that a reply without a film is worth nothing,
     whatever its explanation says: taught from the start, that keeps it from finding titles.
     """
-    first, then = [], []
+    first, between, then = [], [], []
     for number, example in enumerate(examples):
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
         made = draws.draw(example, key)
@@ -227,12 +227,14 @@ def simulator_lessons(
         kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
         then.append(seeker_lesson(example, judged, profile, options))
-        if number % 3 == 1:
-            told = [*named[:2], draws.amiss(example, key)]
-            then.append(seeker_lesson(example, told, None, options))
-        if number % 6 != 1:
+        lesson = seeker_lesson(example, [*named[:2], draws.amiss(example, key)], None, options)
+        if number % 6 == 1:
+            then.append(lesson)
+        else:
             first.append(seeker_lesson(example, [*named, *at_times], None, options))
-    return first, then
+        if number % 6 == 4:
+            between.append(lesson)
+    return first + between, then
 
 
 def seeker_lesson(
