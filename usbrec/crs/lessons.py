@@ -210,12 +210,12 @@ def simulator_lessons(
     """Return two lists of the simulator's training dialogues: what it learns first, and then.
 
     The external judge of five examples in six comes first: finding the target's title in a reply is
-    the easiest comparison. A small model that has learned it can learn to compare a reply with a
-    profile, which fails from the start. The internal seeker of every example follows, and of every
-    third the external one, who by then can learn that a reply without a film is worth nothing,
-    whatever its explanation says: taught from the start, that keeps it from finding titles.
+    the easiest comparison. A small model that has learned it can learn that a reply without a film
+    is worth nothing, whatever its explanation says, which taught from the start keeps it from
+    finding titles: half of those lessons end the first list, half are in the second. It can also
+    learn to compare a reply with a profile: the internal seeker of every example follows.
     """
-    first, between, then = [], [], []
+    first, last, then = [], [], []
     for number, example in enumerate(examples):
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
         made = draws.draw(example, key)
@@ -227,14 +227,14 @@ def simulator_lessons(
         kindred = [each for each in named if each.score == 1]
         judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
         then.append(seeker_lesson(example, judged, profile, options))
-        lesson = seeker_lesson(example, [*named[:2], draws.amiss(example, key)], None, options)
+        silent = seeker_lesson(example, [*named[:2], draws.amiss(example, key)], None, options)
         if number % 6 == 1:
-            then.append(lesson)
+            then.append(silent)
         else:
             first.append(seeker_lesson(example, [*named, *at_times], None, options))
         if number % 6 == 4:
-            between.append(lesson)
-    return first + between, then
+            last.append(silent)
+    return first + last, then
 
 
 def seeker_lesson(
