@@ -98,7 +98,7 @@ def make_pairs(work: Work) -> None:
     seed, options, roles = work.settings.data.seed, work.settings.pairs, work.roles("sft")
     rows, results = work.rows("pairs"), work.results("samples.jsonl", "pairs")
     records = runs.run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
-    pairs = [record["pair"] for record in records if record["pair"]]
+    pairs = [pair for record in records for pair in record["pairs"]]
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
     print_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))

@@ -46,10 +46,11 @@ CONTROLS = ("gold", "chosen")
 
 
 def gold_replies(work: Work, count: int) -> list[str]:
-    """Return the gold reply of each of the `count` rows that gave a pair, in their order."""
+    """Return the gold reply beside each of the `count` pairs, in their order."""
     rows = work.rows("pairs")
     records = runs.read_rows(runs.need(work.folder / "samples.jsonl", "pairs"))
-    found = [x.response for x, row in zip(rows, records, strict=True) if row["pair"]]
+    made = zip(rows, records, strict=True)
+    found = [x.response for x, record in made for _ in record["pairs"]]
     if len(found) != count:
         raise UserError(f"{work.folder}: pairs.jsonl has {count} pairs, samples.jsonl {len(found)}")
     return found

@@ -75,9 +75,12 @@ def test_a_talk_until_the_first_hit_takes_no_further_turn() -> None:
     assert first["replies"] == ["Red Loft (2001)?", "Dark Well (1999)!"] and first["grade"] == 2
     assert second["replies"] == ["Red Loft (2001)?"] and len(second["transcript"]) == 4
     assert (first["hit"], second["hit"]) == (True, True)
+    assert (first["end"], second["end"]) == ("hit", "hit")
     asked = [["recommender"] * 2, ["seeker"], ["recommender"], ["explainer"] * 2]
     assert roles_of(llm.generated) == asked and roles_of(llm.scored) == [["judge"] * 2]
     whole = evaluate_method(cast(speaker("a", "b", "c")), EXAMPLES, 0, options)
+    assert [row["end"] for row in whole] == ["turns", "turns"]
+    assert whole[0]["adapters"] == {"recommender": "rl", "seeker": "simulator"}
     assert [len(row["replies"]) for row in whole] == [3, 3]
 
 

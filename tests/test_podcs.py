@@ -15,7 +15,7 @@ from usbrec.crs.dialogue import Example
 from usbrec.crs.podcs import (
     PairOptions,
     build_pairs,
-    choose_pair,
+    choose_pairs,
     count_reasons,
     count_wins,
 )
@@ -40,10 +40,8 @@ def sample(text: str, label: int | None, score: float | None = None) -> Row:
     return {"reply": text, "score": value, "label": label}
 
 
-def sides(pair: dict[str, Any] | None) -> tuple[str | None, str | None]:
+def sides(pair: dict[str, Any]) -> tuple[str, str]:
     """Return the texts of both sides of a pair."""
-    if pair is None:
-        return None, None
     return pair["chosen"][0]["content"], pair["rejected"][0]["content"]
 
 
@@ -73,14 +71,15 @@ def test_the_rules_decide_both_sides(
     labels: Sequence[int | None], worst: str, chosen: str | None, rejected: str | None
 ) -> None:
     samples = [sample(text, label) for text, label in zip("abc", labels, strict=True)]
-    pair, reason = choose_pair(EXAMPLES[0], samples, worst)
+    pairs, reason = choose_pairs(EXAMPLES[0], samples, PairOptions(worst=worst))
     assert reason
-    assert sides(pair) == (chosen, rejected)
+    assert [sides(pair) for pair in pairs] == [(chosen, rejected)] * (chosen is not None)
 
 
 def test_sides_carry_their_scores_and_origins_and_gold_is_unscored() -> None:
-    pair, reason = choose_pair(EXAMPLES[0], [sample("a", 1), sample("b", 0, 0.4)], "zero")
-    assert pair is not None and reason == "gold over samples"
+    samples = [sample("a", 1), sample("b", 0, 0.4)]
+    (pair,), reason = choose_pairs(EXAMPLES[0], samples, PairOptions())
+    assert reason == "gold over samples"
     assert (pair["chosen_from"], pair["chosen_score"]) == ("gold", None)
     assert (pair["rejected_from"], pair["rejected_score"]) == ("samples[1]", 0.0)
     said = [(m.role, m.content) for m in recommender_prompt(EXAMPLES[0].history)]
@@ -89,26 +88,39 @@ def test_sides_carry_their_scores_and_origins_and_gold_is_unscored() -> None:
 
 def test_within_a_class_the_expectation_decides_then_the_order() -> None:
     both = [sample("a", 2, 1.6), sample("b", 2, 1.9), sample("c", 0, 0.3), sample("d", 0, 0.1)]
-    pair, _ = choose_pair(EXAMPLES[0], both, "zero")
+    (pair,), _ = choose_pairs(EXAMPLES[0], both, PairOptions())
     assert sides(pair) == ("b", "d")
     tied = [sample(text, label) for text, label in (("a", 2), ("b", 2), ("c", 0), ("d", 0))]
-    pair, _ = choose_pair(EXAMPLES[0], tied, "zero")
+    (pair,), _ = choose_pairs(EXAMPLES[0], tied, PairOptions())
     assert sides(pair) == ("a", "c")
 
 
+def test_one_chosen_side_may_stand_against_several_rejected_ones() -> None:
+    said = (("a", 2), ("b", 0), ("c", 0), ("b", 0), ("d", 1), ("e", 0))
+    samples = [sample(text, label) for text, label in said]
+    samples[2]["score"] = -0.1  # the worst
+    several, _ = choose_pairs(EXAMPLES[0], samples, PairOptions(rejected=2))
+    assert [sides(pair) for pair in several] == [("a", "c"), ("a", "b")]
+    assert [pair["rejected_from"] for pair in several] == ["samples[2]", "samples[1]"]
+    every, _ = choose_pairs(EXAMPLES[0], samples, PairOptions(rejected=9, worst="below-two"))
+    assert [sides(pair)[1] for pair in every] == ["c", "b", "e", "d"]
+    without, _ = choose_pairs(EXAMPLES[0], [sample(G, 0), sample("a", 0)], PairOptions(rejected=2))
+    assert [sides(pair) for pair in without] == [(G, "a")]
+
+
 def test_equal_texts_and_empty_ones_make_no_pair_and_say_why() -> None:
-    assert choose_pair(EXAMPLES[0], [sample(G, 2)], "zero") == (
-        None,
+    assert choose_pairs(EXAMPLES[0], [sample(G, 2)], PairOptions()) == (
+        [],
         "chosen and rejected are equal",
     )
     empty = [sample("", None), sample("", None)]
-    assert choose_pair(EXAMPLES[0], empty, "zero") == (None, "all samples empty")
-    pair, _ = choose_pair(EXAMPLES[0], [sample("", 0), sample("a", 2)], "zero")
+    assert choose_pairs(EXAMPLES[0], empty, PairOptions()) == ([], "all samples empty")
+    (pair,), _ = choose_pairs(EXAMPLES[0], [sample("", 0), sample("a", 2)], PairOptions())
     assert sides(pair) == ("a", G)
-    unread = choose_pair(EXAMPLES[0], [sample("a", None)], "zero")
-    assert unread == (None, "no sample's score could be read")
+    unread = choose_pairs(EXAMPLES[0], [sample("a", None)], PairOptions())
+    assert unread == ([], "no sample's score could be read")
     silent = Example("d", 1, talk("Hi"), " ", ("X",))
-    assert choose_pair(silent, [sample("a", 0)], "zero") == (None, "gold response empty")
+    assert choose_pairs(silent, [sample("a", 0)], PairOptions()) == ([], "gold response empty")
 
 
 def distinct(request: Request) -> str:
@@ -181,7 +193,7 @@ def test_the_recommender_sees_neither_the_gold_response_nor_a_target_from_the_se
 def test_an_unread_score_is_no_zero() -> None:
     llm = Scripted(distinct, lambda request: [-math.inf] * 3)
     (row,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions())
-    assert row["pair"] is None and row["reason"] == "no sample's score could be read"
+    assert row["pairs"] == [] and row["reason"] == "no sample's score could be read"
     assert {s["label"] for s in row["samples"]} == {None}
 
 
@@ -210,8 +222,10 @@ def test_records_are_json_and_a_pair_is_a_conversational_preference_row() -> Non
         "digit_probability": pytest.approx(1.0),
         "parse_rate": None,
         "explanation": "explainer says Dark Well (1999)",
+        "end": "turns",
     }
-    pair, _ = choose_pair(EXAMPLES[0], [sample("a", 0)], "zero")
+    assert rows[0]["adapters"] == {"recommender": "sft", "seeker": "simulator"}
+    (pair,), _ = choose_pairs(EXAMPLES[0], [sample("a", 0)], PairOptions())
     assert pair == {
         "prompt": [
             {"role": "system", "content": recommender_prompt(())[0].content},
@@ -238,10 +252,10 @@ def test_wrong_options_are_named(wrong: dict[str, object]) -> None:
 
 
 def test_pairs_are_counted_by_the_grades_of_their_titles() -> None:
-    def record(chosen: str, rejected: str) -> dict[str, Any]:
-        return {"pair": {"chosen": [{"content": chosen}], "rejected": [{"content": rejected}]}}
+    def pair(chosen: str, rejected: str) -> dict[str, Any]:
+        return {"chosen": [{"content": chosen}], "rejected": [{"content": rejected}]}
 
     hit, miss, none = "Dark Well (1999)!", "Red Loft (2001)?", "What else?"
-    records = [record(hit, miss), record(miss, none), record(none, hit), {"pair": None}]
-    found = count_wins(FILMS, [EXAMPLES[0]] * 4, records)
+    pairs = [[pair(hit, miss), pair(miss, none)], [pair(none, hit)], []]
+    found = count_wins(FILMS, [EXAMPLES[0]] * 3, [{"pairs": own} for own in pairs])
     assert found == {"better": 1, "equal": 1, "worse": 1}

@@ -80,6 +80,10 @@ class Roles:
     catalogue: Catalogue
     external: Side | None = None
 
+    def adapters(self) -> dict[str, str | None]:
+        """Return the adapter that speaks for each side, None where it is the base model."""
+        return {"recommender": self.recommender.adapter, "seeker": self.simulator.adapter}
+
     def complete(self, asked: Asked) -> list[str]:
         """Return the stripped text of one reply per request, in order.
 

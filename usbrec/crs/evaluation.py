@@ -84,7 +84,11 @@ def evaluate_method(
     options: EvaluationOptions,
     searching: SearchOptions | None = None,
 ) -> list[Row]:
-    """Return the `row_of` each example; `searching` turns SES on from its `start_turn`."""
+    """Return the `row_of` each example; `searching` turns SES on from its `start_turn`.
+
+    `end` tells why the talk ended: "hit", a reply named a target, or "turns", as many as it may
+    have. `adapters` are those that spoke.
+    """
     catalogue, talks = roles.catalogue, []
     for x in examples:
         key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
@@ -111,7 +115,12 @@ def evaluate_method(
             talk.dialogue = add_turn(dialogue, "recommender", reply)
             talk.replies.append(reply)
     judged = judge_talks(roles, talks, plain, options)
-    return [row_of(talk, catalogue, *each) for talk, each in zip(talks, judged, strict=True)]
+    rows = [row_of(talk, catalogue, *each) for talk, each in zip(talks, judged, strict=True)]
+    ended_by_hit = options.protocol == "until-hit"
+    for row in rows:
+        row["end"] = "hit" if ended_by_hit and row["hit"] else "turns"
+        row["adapters"] = roles.adapters()
+    return rows
 
 
 def row_of(talk: Talk, catalogue: Catalogue, explanation: str, score: JudgeScore) -> Row:

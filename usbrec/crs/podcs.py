@@ -41,14 +41,15 @@ class PairOptions(Options):
     votes: int = option(0, "sampled votes a score; 0 takes the most probable digit", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     worst: Literal["zero", "below-two"] = option("zero", "scores that a rejected sample may have")
+    rejected: int = option(1, "most rejected samples for one chosen, each a pair", low=1)
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
 
 def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOptions) -> list[Row]:
-    """Return one row of samples.jsonl per example: its pair or None, the reason, all roll-outs.
+    """Return one row of samples.jsonl per example: its pairs, the reason, and all roll-outs.
 
     A row depends on its example and the run's seed alone. `samples` are in order of draw. An empty
-    one is neither rolled out nor scored.
+    one is neither rolled out nor scored. `adapters` tells who speaks for each side.
     """
     keys = [seed_for(seed, "pairs", example.dialog_id, example.turn_id) for example in examples]
     k, first = options.samples, Sampling(options.max_new_tokens, options.temperature)
@@ -59,18 +60,22 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
     drawn = dict.fromkeys((i // k, text) for i, text in enumerate(texts) if text)
     cases = [(examples[i], text, seed_for(keys[i], "rollout", text)) for i, text in drawn]
     tried = dict(zip(drawn, roll_out(roles, cases, options), strict=True))
-    empty = {"reply": "", **asdict(JudgeScore()), "explanation": "", "lines": []}
+    empty = {"reply": "", **asdict(JudgeScore()), "explanation": "", "lines": [], "end": "empty"}
     rows = []
     for i, example in enumerate(examples):
         samples = [tried.get((i, text), empty) for text in texts[i * k : (i + 1) * k]]
-        pair, reason = choose_pair(example, samples, options.worst)
+        pairs, reason = choose_pairs(example, samples, options)
         ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
-        rows.append({**ids, "reason": reason, "pair": pair, "samples": samples})
+        made = {"reason": reason, "pairs": pairs, "samples": samples}
+        rows.append({**ids, **made, "adapters": roles.adapters()})
     return rows
 
 
 def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
-    """Return one roll-out per case: the reply, the score, the explanation, the lines from it on."""
+    """Return one roll-out per case: the reply, the score, the explanation, the lines from it on.
+
+    `end` tells why it ended: "turns", all that it may have.
+    """
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
     targets, keys = [example.items for example, _, _ in cases], [key for _, _, key in cases]
     dialogues = [add_turn(example.history, "recommender", reply) for example, reply, _ in cases]
@@ -85,45 +90,52 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
     rows = []
     for (example, reply, _), said, (told, score) in zip(cases, dialogues, judged, strict=True):
         lines = [[line.speaker, line.text] for line in said[len(example.history) :]]
-        rows.append({"reply": reply, **asdict(score), "explanation": told, "lines": lines})
+        told_lines = {"explanation": told, "lines": lines, "end": "turns"}
+        rows.append({"reply": reply, **asdict(score), **told_lines})
     return rows
 
 
-def choose_pair(example: Example, samples: Sequence[Row], worst: str) -> tuple[Row | None, str]:
-    """Return the row of pairs.jsonl and the origins of its sides, or None and the reason.
+def choose_pairs(
+    example: Example, samples: Sequence[Row], options: PairOptions
+) -> tuple[list[Row], str]:
+    """Return the rows of pairs.jsonl and the origins of the first one's sides, or the reason.
 
-    The row is trl's conversational preference format, with scores (None: gold) and origins. Samples
-    are ordered by the class of the score, then by the score.
+    A row is trl's conversational preference format, with scores (None: gold) and origins. Samples
+    are ordered by the class of the score, then by the score; the worst is rejected first.
     Classes of the samples -> (chosen, rejected), under `worst` zero; G is the gold response:
     2 2 2 -> 2 G;  2 1 0 -> 2 0;  2 1 1 -> 2 G;  1 1 0 -> G 0;  0 0 0 -> G 0;  1 1 1 -> none.
     """
     read = [x for x in samples if x["reply"] and x["label"] is not None]
     if not read:
         empty = not any(x["reply"] for x in samples)
-        return None, "all samples empty" if empty else "no sample's score could be read"
+        return [], "all samples empty" if empty else "no sample's score could be read"
     if all(x["label"] == 1 for x in read):
-        return None, "all samples scored 1"
-    rank = itemgetter("label", "score")
-    best, last = max(read, key=rank), min(read, key=rank)  # the first of equals
+        return [], "all samples scored 1"
+    rank, bound = itemgetter("label", "score"), 0 if options.worst == "zero" else 1
     gold = (example.response.strip(), None, "gold")
+    best, order = max(read, key=rank), sorted(read, key=rank)  # the first of equals
     text, score, origin = _side(samples, best) if best["label"] == 2 else gold
-    bound = 0 if worst == "zero" else 1
-    other, other_score, other_origin = _side(samples, last) if last["label"] <= bound else gold
-    if "" in (text, other):
-        return None, "gold response empty"
-    if text == other:
-        return None, "chosen and rejected are equal"
-    prompt = recommender_prompt(example.history)
-    pair = {
-        "prompt": [{"role": x.role, "content": x.content} for x in prompt],
-        "chosen": [{"role": "assistant", "content": text}],
-        "rejected": [{"role": "assistant", "content": other}],
-        "chosen_score": score,
-        "rejected_score": other_score,
-        "chosen_from": origin,
-        "rejected_from": other_origin,
-    }
-    return pair, " over ".join(name.split("[")[0] for name in (origin, other_origin))
+    worst = {x["reply"]: _side(samples, x) for x in order if x["label"] <= bound}
+    rejected = list(worst.values())[: options.rejected] or [gold]
+    if "" in (text, rejected[0][0]):
+        return [], "gold response empty"
+    prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]
+    pairs = [
+        {
+            "prompt": prompt,
+            "chosen": [{"role": "assistant", "content": text}],
+            "rejected": [{"role": "assistant", "content": other}],
+            "chosen_score": score,
+            "rejected_score": other_score,
+            "chosen_from": origin,
+            "rejected_from": other_origin,
+        }
+        for other, other_score, other_origin in rejected
+        if other != text
+    ]
+    if not pairs:
+        return [], "chosen and rejected are equal"
+    return pairs, " over ".join(name.split("[")[0] for name in (origin, rejected[0][2]))
 
 
 def _side(samples: Sequence[Row], own: Row) -> tuple[str, float | None, str]:
@@ -143,7 +155,7 @@ def count_wins(catalogue: Catalogue, examples: Examples, records: Sequence[Row])
     """
     wins = {"better": 0, "equal": 0, "worse": 0}
     for example, record in zip(examples, records, strict=True):
-        if pair := record["pair"]:
+        for pair in record["pairs"]:
             texts = (pair[side][0]["content"] for side in ("chosen", "rejected"))
             first, second = (catalogue.grade_of(text, example.items) for text in texts)
             wins["better" if first > second else "worse" if first < second else "equal"] += 1
