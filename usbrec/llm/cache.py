@@ -55,11 +55,7 @@ class PrefixCache:
         """Drop every cached token."""
         self.roots: dict[Hashable, TreeNode] = {}
         self.free = torch.arange(self.capacity - 1, -1, -1)  # a stack: the next slot is its last
-        self.clock = 0
-
-    def tick(self) -> None:
-        """Begin a new call: all tokens used from now on stay until the next tick."""
-        self.clock += 1
+        self.clock = 0  # the number of the present call
 
     def insert(self, adapter: Hashable, ids: list[int]) -> SlotPath:
         """Return the slots of the row `ids`; missing tokens get new slots, still without content.

@@ -59,8 +59,9 @@ def prefill(
     D) of a row begin at its position `first_hidden`. The cache holds keys and values alone, so a
     cached token is computed again if its hidden state is wanted.
     """
+    cache.clock += 1  # a new call: no token that it uses is evicted
     for adapter, ids in rows:
-        cache.find(adapter, ids)  # marks it as used: no row may evict the prefix of a later one
+        cache.find(adapter, ids)  # marks it as used: an earlier row may not evict it
     paths = [cache.insert(adapter, ids) for adapter, ids in rows]
     passes: list[list[Piece]] = [[]]
     place: dict[int, int] = {}  # slot -> its token's place among all tokens computed

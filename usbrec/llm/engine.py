@@ -278,7 +278,6 @@ class Engine:
 
     def prefill(self, rows: Rows, firsts: Sequence[int]) -> tuple[list[SlotPath], list[Tensor]]:
         """Return the paths and hidden states of `decoding.prefill`; count its tokens."""
-        self.cache.tick()
         paths, states, computed = prefill(self.model, self.cache, rows, firsts)
         self.usage.prompt_tokens += sum(len(ids) for _, ids in rows)
         self.usage.computed_tokens += computed
