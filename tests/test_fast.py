@@ -26,7 +26,7 @@ from usbrec.llm.lora import (
 )
 from usbrec.llm.model import Decoder, ModelConfig, attend, linear, rms_norm
 
-CHATGLM = replace(TINY, attention_bias=True, rotary_dim=4, chatglm=True)
+CHATGLM = replace(TINY, attention_bias=True, chatglm=True)
 CONFIGS = {
     "llama": TINY,
     "qwen2": replace(TINY, attention_bias=True),

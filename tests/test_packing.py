@@ -74,13 +74,13 @@ def test_a_window_holds_the_keys_that_it_sees_alone():
     In a tree of prompt and two branches the second branch's window skips the first branch.
     """
     tree = Tree([Branch([1] * 128, [0] * 128), Branch([2] * 128, [0] * 128)])
-    first, second = window_mask(visibility(tree))
-    assert (first.start, first.stop, first.keys.tolist()) == (0, 128, [*range(128)])
-    assert (second.start, second.stop, second.keys.tolist()) == (128, 256, [*range(128, 256)])
-    assert torch.equal(first.hidden == 0, torch.ones(128, 128).tril().bool())
+    (start, stop, keys, hidden), second = window_mask(visibility(tree))
+    assert (start, stop, keys.tolist()) == (0, 128, [*range(128)])
+    assert (*second[:2], second[2].tolist()) == (128, 256, [*range(128, 256)])
+    assert torch.equal(hidden == 0, torch.ones(128, 128).tril().bool())
     parts = [Branch([1] * 128, [0] * 128, parent) for parent in (None, 0, 0)]
-    third = window_mask(visibility(Tree(parts)))[2]
-    assert third.keys.tolist() == [*range(128), *range(256, 384)]
+    _, _, keys, _ = window_mask(visibility(Tree(parts)))[2]
+    assert keys.tolist() == [*range(128), *range(256, 384)]
 
 
 def test_an_empty_branch_is_passed_over():

@@ -34,7 +34,6 @@ from usbrec.crs.wishes import Fact, attributes, fit
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
-Items = Sequence[Item]
 Generator = np.random.Generator
 Lessons = list[TrainingDialogue]
 
@@ -363,7 +362,7 @@ def told(facts: Profile) -> str:
     return wishes.write_profile(*([wishes.write_attribute(*x[1:]) for x in own] for own in parts))
 
 
-def claim_of(reply: str, golds: Items, film: Item) -> tuple[str, bool]:
+def claim_of(reply: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
     """Return a reply about the gold films, said of another film, and whether it is false of it."""
     stolen = rewrite_all(reply, [(x, replace(x, title=film.title, name=film.name)) for x in golds])
     return stolen, stolen != rewrite_all(reply, [(x, film) for x in golds])

@@ -364,30 +364,29 @@ def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[
 
 def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> None:
     """Set the inner judge's score of the last reply of each node."""
-    prompts, asked = [], []
-    for node in nodes:
-        if not options.cards:
-            prompts.append(agents.internal_judge_prompt(node.dialogue, node.profile))
-        elif item := worth_judging(node, roles.catalogue, options.veto):
-            prompts.append(agents.card_prompt(node.dialogue[-1].text, card(item), node.profile))
-        else:
-            node.score = JudgeScore() if node.children else JudgeScore(0.0, 0)
-            continue
-        asked.append(node)
+    prompts = [judge_prompt(node, roles, options) for node in nodes]
+    seeds = [seed_for(node.seed, "judge") for node, x in zip(nodes, prompts, strict=True) if x]
     votes = Votes(options.votes, options.vote_temperature)
-    scores = roles.judge(prompts, votes, [seed_for(node.seed, "judge") for node in asked])
-    for node, score in zip(asked, scores, strict=True):
-        node.score = score
+    scores = iter(roles.judge(list(filter(None, prompts)), votes, seeds))
+    for node, prompt in zip(nodes, prompts, strict=True):
+        unjudged = JudgeScore() if node.children else JudgeScore(0.0, 0)
+        node.score = next(scores) if prompt else unjudged
 
 
-def worth_judging(node: Node, catalogue: Catalogue, veto: bool) -> Item | None:
-    """Return the film of the last reply, or None without one that the catalogue has.
+def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> agents.Messages | None:
+    """Return the inner judge's prompt, or None for a last reply that is not worth judging.
 
-    With `veto` a film that the profile calls refused or seen is None too.
+    With cards that is one without a title of the catalogue and, with `veto`, one whose film the
+    profile calls refused or seen.
     """
-    item = next(iter(catalogue.first(node.dialogue[-1].text)), None)
-    known = {x.value for x in read_profile(node.profile, catalogue) if x.attitude != "like"}
-    return None if item is None or (veto and item.title in known) else item
+    if not options.cards:
+        return agents.internal_judge_prompt(node.dialogue, node.profile)
+    reply = node.dialogue[-1].text
+    item = next(iter(roles.catalogue.first(reply)), None)
+    known = {x.value for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"}
+    if item is None or (options.veto and item.title in known):
+        return None
+    return agents.card_prompt(reply, card(item), node.profile)
 
 
 def value_of(paths: Sequence[Sequence[Node]], value: str) -> float | None:

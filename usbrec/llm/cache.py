@@ -31,14 +31,6 @@ class TreeNode:
     last_used: int = 0
 
 
-@dataclass(frozen=True)
-class SlotPath:
-    """The slots of a row's tokens; the first `num_cached` tokens were cached before."""
-
-    slots: Tensor  # (n,) on the CPU
-    num_cached: int
-
-
 class PrefixCache:
     """The arena of keys and values, (layers, H_kv, slots, d) each, and the trees over it."""
 
@@ -55,15 +47,12 @@ class PrefixCache:
         """Drop every cached token."""
         self.roots: dict[Hashable, TreeNode] = {}
         self.free = torch.arange(self.capacity - 1, -1, -1)  # a stack: the next slot is its last
-        self.clock = 0
+        self.clock = 0  # the number of the present call
 
-    def tick(self) -> None:
-        """Begin a new call: all tokens used from now on stay until the next tick."""
-        self.clock += 1
+    def insert(self, adapter: Hashable, ids: list[int]) -> tuple[Tensor, int]:
+        """Return the slots (n,) of the row `ids`, on the CPU, and how many tokens were cached.
 
-    def insert(self, adapter: Hashable, ids: list[int]) -> SlotPath:
-        """Return the slots of the row `ids`; missing tokens get new slots, still without content.
-
+        Missing tokens get new slots, still without content.
         Raises UserError if the arena cannot hold all tokens of the present call.
         """
         node, found, num_cached = self.find(adapter, ids)
@@ -71,7 +60,7 @@ class PrefixCache:
             found.append(self.allocate(len(ids) - num_cached))
             rest = TreeNode(ids[num_cached:], found[-1], last_used=self.clock)
             node.children[ids[num_cached]] = rest
-        return SlotPath(torch.cat(found), num_cached)
+        return torch.cat(found), num_cached
 
     def find(self, adapter: Hashable, ids: list[int]) -> tuple[TreeNode, list[Tensor], int]:
         """Return the last node, slots and length of a row's cached prefix; mark it as used."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.llm.cache import PrefixCache, SlotPath
+from usbrec.llm.cache import PrefixCache
 from usbrec.llm.lora import AdapterSpan
 from usbrec.llm.model import Decoder
 
@@ -52,34 +52,37 @@ class Piece(NamedTuple):
 @torch.inference_mode()
 def prefill(
     model: Decoder, cache: PrefixCache, rows: Rows, first_hidden: Sequence[int]
-) -> tuple[list[SlotPath], list[Tensor], int]:
-    """Return the paths of the rows, their hidden states, and the number of tokens computed.
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Return the rows' paths, their hidden states, and the number of tokens computed.
 
-    Missing tokens are computed, those of a shared prefix once. The hidden states (n - first_hidden,
-    D) of a row begin at its position `first_hidden`. The cache holds keys and values alone, so a
-    cached token is computed again if its hidden state is wanted.
+    A path holds the slots (n,) of a row's tokens, on the CPU. Missing tokens are computed,
+    those of a shared prefix once. The hidden states (n - first_hidden, D) of a row begin at its
+    position `first_hidden`. The cache holds keys and values alone, so a cached token is computed
+    again if its hidden state is wanted.
     """
+    cache.clock += 1  # a new call: no token that it uses is evicted
     for adapter, ids in rows:
-        cache.find(adapter, ids)  # marks it as used: no row may evict the prefix of a later one
-    paths = [cache.insert(adapter, ids) for adapter, ids in rows]
+        cache.find(adapter, ids)  # marks it as used: an earlier row may not evict it
+    found = [cache.insert(adapter, ids) for adapter, ids in rows]
+    paths = [path for path, _ in found]
     passes: list[list[Piece]] = [[]]
     place: dict[int, int] = {}  # slot -> its token's place among all tokens computed
     total = 0
     for i in sorted(range(len(rows)), key=lambda i: rows[i][0] or ""):  # by adapter, for few spans
-        (adapter, ids), slots = rows[i], paths[i].slots.tolist()
-        start = min(paths[i].num_cached, first_hidden[i])
+        (adapter, ids), (path, num_cached) = rows[i], found[i]
+        slots, start = path.tolist(), min(num_cached, first_hidden[i])
         while start < len(ids) and slots[start] in place:
             start += 1  # an earlier row of this call computes it
         place |= {slot: total + n for n, slot in enumerate(slots[start:])}
         total += len(ids) - start
         for at in range(start, len(ids), TOKENS_PER_PASS):
             stop = at + TOKENS_PER_PASS
-            piece = Piece(adapter, ids[at:stop], at, paths[i].slots[:stop])
+            piece = Piece(adapter, ids[at:stop], at, path[:stop])
             if sum(len(p.ids) for p in [*passes[-1], piece]) > TOKENS_PER_PASS:
                 passes.append([])
             passes[-1].append(piece)
     hidden = torch.cat([run_pieces(model, cache, pieces) for pieces in passes])  # (N, D)
-    wanted = [path.slots[n:].tolist() for path, n in zip(paths, first_hidden, strict=True)]
+    wanted = [path[n:].tolist() for path, n in zip(paths, first_hidden, strict=True)]
     return paths, [hidden[[place[slot] for slot in slots]] for slots in wanted], total
 
 
@@ -114,8 +117,8 @@ class DecodeAttention:
     instead.
     """
 
-    def __init__(self, cache: PrefixCache, prompts: Sequence[SlotPath]) -> None:
-        self.cache, self.paths = cache, [path.slots for path in prompts]
+    def __init__(self, cache: PrefixCache, prompts: Sequence[Tensor]) -> None:
+        self.cache, self.paths = cache, list(prompts)
         lengths = torch.tensor([len(path) for path in self.paths])
         self.P = int(lengths.max())
         self.copied = int(lengths.sum()) <= COPIED_TOKENS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from usbrec.chat import Ranked, Reply, Request, Requests
-from usbrec.llm.cache import PrefixCache, SlotPath
+from usbrec.llm.cache import PrefixCache
 from usbrec.llm.decoding import DecodeAttention, Rows, adapter_spans, prefill
 from usbrec.llm.model import Decoder
 from usbrec.llm.ranking import Ranking
@@ -100,7 +100,7 @@ class Batch:
     ignored.
     """
 
-    def __init__(self, rows: list[BatchRow], prompts: list[SlotPath], cache: PrefixCache) -> None:
+    def __init__(self, rows: list[BatchRow], prompts: list[Tensor], cache: PrefixCache) -> None:
         self.rows, self.cache = rows, cache
         self.attention = DecodeAttention(cache, prompts)
         self.lay_out()
@@ -139,9 +139,9 @@ class Batch:
         for i, row in enumerate(self.rows):
             if row.done:
                 computed = row.prompt + row.tokens[:known]
-                path = self.cache.insert(row.request.adapter, computed)
-                slots.append(path.slots[path.num_cached :])
-                first = path.num_cached - len(row.prompt)
+                path, num_cached = self.cache.insert(row.request.adapter, computed)
+                slots.append(path[num_cached:])
+                first = num_cached - len(row.prompt)
                 places += [(i, column) for column in range(first, len(computed) - len(row.prompt))]
         self.attention.compact(going, torch.tensor(places), torch.cat(slots))
         self.rows = [self.rows[i] for i in going]
@@ -276,9 +276,8 @@ class Engine:
             yield slice(start, start + count)
             start += count
 
-    def prefill(self, rows: Rows, firsts: Sequence[int]) -> tuple[list[SlotPath], list[Tensor]]:
+    def prefill(self, rows: Rows, firsts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the paths and hidden states of `decoding.prefill`; count its tokens."""
-        self.cache.tick()
         paths, states, computed = prefill(self.model, self.cache, rows, firsts)
         self.usage.prompt_tokens += sum(len(ids) for _, ids in rows)
         self.usage.computed_tokens += computed

@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         self.ops = Ops()
         self.checkpointing = False  # in training: recompute the activations inside layers
         self.sharded = False  # each process holds a part of every layer: they compute together
-        rotary_dim = config.rotary_dim or config.head_dim
+        rotary_dim = config.head_dim // 2 if config.chatglm else config.head_dim
         self.inv_freq = rotary_frequencies(config.rope_theta, rotary_dim, config.rope_scaling)
         self.model = Transformer(config)
         self.lm_head = LoraLinear(config.hidden_size, config.vocab_size)

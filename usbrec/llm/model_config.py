@@ -42,8 +42,8 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v
-    rotary_dim: int = 0  # rotated dimensions of a head; 0: all
-    chatglm: bool = False  # q, k, v and gate, up as one product; rotary pairs (0, 1), (2, 3)...
+    # q, k, v and gate, up as one product; half a head is rotated, in pairs (0, 1), (2, 3)...
+    chatglm: bool = False
     merged_base: str | None = None  # the base of the adapter that is merged into the weights
 
 
@@ -93,8 +93,7 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
     settings.refuse_others({**HONOURED["all"], "layer_types": layer_types, **HONOURED[model_type]})
     if model_type in ("llama", "mistral") and settings.size("sliding_window", SIZE_LIMIT) < context:
         settings.refuse_others({"sliding_window": (None,)})  # Qwen2 has a switch beside it
-    rotary_dim = head_dim // 2 if is_chatglm else head_dim
-    if head_dim % 2 or rotary_dim % 2:  # dimensions are rotated in pairs
+    if head_dim % (4 if is_chatglm else 2):  # dimensions are rotated in pairs
         raise UserError(f"{source}: a head's width must be even, got {head_dim}")
     return ModelConfig(
         model_type=model_type,
@@ -103,7 +102,6 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
         **rope_of(settings),
         tie_word_embeddings=bool(values.get("tie_word_embeddings")),
         attention_bias=model_type in ("qwen2", "chatglm"),
-        rotary_dim=rotary_dim,
         chatglm=is_chatglm,
         merged_base=values.get(MERGED_BASE),
     )

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usbrec.chat import Ranked, Requests
-from usbrec.llm.cache import SlotPath, shared_length
+from usbrec.llm.cache import shared_length
 from usbrec.llm.decoding import adapter_spans
 from usbrec.llm.sampler import finite
 
@@ -153,10 +153,10 @@ class Search:
     """
 
     def __init__(
-        self, engine: "Engine", adapter: str | None, prompt: SlotPath, k: int, tokens: int
+        self, engine: "Engine", adapter: str | None, prompt: Tensor, k: int, tokens: int
     ) -> None:
         self.engine, self.adapter, self.tokens = engine, adapter, tokens or math.inf
-        slots = prompt.slots.to(engine.model.device)
+        slots = prompt.to(engine.model.device)
         self.k, self.v = engine.cache.k[:, :, slots], engine.cache.v[:, :, slots]
         self.used, self.prompt_length = 0, len(slots)
         self.open: list[Open] = []

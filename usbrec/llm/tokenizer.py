@@ -243,26 +243,25 @@ def shorten(tokenizer: ChatTokenizer, messages: Sequence[Message], limit: int) -
     starts = [n for n, message in enumerate(rest) if n == 0 or message.role == "user"]
     if not starts:
         return head
-    opening, *following = rest[starts[-1] :]
-    text, begins = opening.content, [0]  # where the kept part of the text may begin
-    begins += [match.end() for match in re.finditer("\n", text)]
-    most = len(starts) + len(begins) - 2
-    begins += range(begins[-1] + 1, len(text) + 1)
+    last, text = starts[-1], rest[starts[-1]].content
+    # where the kept part may begin: a message, and a place in its text
+    cuts = [(start, 0) for start in starts]
+    cuts += [(last, match.end()) for match in re.finditer("\n", text)]
+    whole = len(cuts) - 1  # the last cut between lines; the others are within the last line
+    cuts += [(last, place) for place in range(cuts[-1][1] + 1, len(text) + 1)]
 
-    def without(dropped: int) -> list[Message]:
-        """Return the messages without `dropped` turns, then lines, then characters."""
-        if dropped < len(starts):
-            return [*head, *rest[starts[dropped] :]]
-        kept = text[begins[dropped - len(starts) + 1] :]
-        return [*head, replace(opening, content=kept), *following]
+    def after(cut: int) -> list[Message]:
+        start, place = cuts[cut]
+        opening = replace(rest[start], content=rest[start].content[place:])
+        return [*head, opening, *rest[start + 1 :]]
 
-    def fits(dropped: int) -> bool:
-        return len(tokenizer.prompt(without(dropped))) <= limit
+    def fits(cut: int) -> bool:
+        return len(tokenizer.prompt(after(cut))) <= limit
 
-    dropped = bisect_left(range(most), True, key=fits)
-    if dropped == most and not fits(most):
-        dropped = bisect_left(range(len(starts) + len(begins) - 2), True, most, key=fits)
-    return without(dropped)
+    cut = bisect_left(range(whole), True, key=fits)
+    if cut == whole and not fits(whole):
+        cut = bisect_left(range(len(cuts) - 1), True, whole, key=fits)
+    return after(cut)
 
 
 def end_ids_of(settings: dict[str, Any], source: Path) -> frozenset[int]:

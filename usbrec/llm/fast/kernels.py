@@ -9,7 +9,7 @@ gradients to its trainable inputs alone.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from usbrec.llm.model import Spans
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
 WINDOW = 128  # queries that attend at once; with 256 a pass of 250-token trees took 10% longer
+
+# The queries `start` to `stop`, the places (S,) of their keys, and what hides these (stop - start,
+# S): 0 for a visible key, else -inf. The places end with as many zeros as make S a multiple of
+# KEY_ALIGNMENT, and no query sees these.
+Window = tuple[int, int, Tensor, Tensor]
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -117,33 +122,20 @@ def adapted_linear(
     return _AdaptedLinear.apply(x, weights, joined(biases) if biases else None, parts, *adapters)
 
 
-class Window(NamedTuple):
-    """A window of attention: the queries `start` to `stop` over the keys at the places `keys`.
-
-    `hidden` (n, S) is 0 for a visible key and else -inf. The places end with as many zeros as make
-    S a multiple of KEY_ALIGNMENT, and no query sees these.
-    """
-
-    start: int
-    stop: int
-    keys: Tensor
-    hidden: Tensor
-
-
 def window_mask(visible: Tensor) -> list[Window]:
     """Return a visibility (n, S) as windows of at most WINDOW queries.
 
     A window takes the keys that any of its queries sees, so that other keys cost nothing: in a tree
     of many branches most of them belong to other branches.
     """
-    n, windows = len(visible), []
+    n, windows = len(visible), list[Window]()
     parts = math.ceil(n / WINDOW)
     for start, stop in itertools.pairwise([n * i // parts for i in range(parts + 1)]):
         seen = visible[start:stop].any(0).nonzero()[:, 0]
         keys = F.pad(seen, (0, -len(seen) % KEY_ALIGNMENT))
         hidden = torch.full((stop - start, len(keys)), -torch.inf)
         hidden[:, : len(seen)].masked_fill_(visible[start:stop, seen], 0)
-        windows.append(Window(start, stop, keys, hidden))
+        windows.append((start, stop, keys, hidden))
     return windows
 
 
@@ -161,8 +153,7 @@ class WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: Sequence[Window]) -> Tensor:
         out, kept = torch.empty_like(q), []
-        for window in windows:
-            start, stop, keys, hidden = window
+        for start, stop, keys, hidden in windows:
             own_k, own_v = k[:, keys], v[:, keys]
             scores = torch.bmm(fold(q[start:stop] * q.shape[-1] ** -0.5, len(k)), own_k.mT)
             scores.unflatten(1, (-1, stop - start)).add_(hidden.to(q.dtype))
@@ -178,8 +169,7 @@ class WindowAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         H_kv, scale = len(k), q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for window, probs in zip(ctx.windows, kept, strict=True):
-            start, stop, keys, _ = window
+        for (start, stop, keys, _), probs in zip(ctx.windows, kept, strict=True):
             grad = fold(grads[0][start:stop], H_kv)
             grad_v.index_add_(1, keys, torch.bmm(probs.mT, grad))
             grad_probs = torch.bmm(grad, v[:, keys].mT)
