@@ -15,7 +15,6 @@ from usbrec.crs.lessons import (
     FILMLESS,
     LessonOptions,
     Suggestions,
-    by_titles,
     card_lessons,
     claim_of,
     popularity_of,
@@ -137,22 +136,6 @@ def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> Non
     (asked, told) = lessons[1].branches[0]
     assert (*lessons[1].prefix, asked) == summary_prompt(TRAIN[2].history)
     assert told == Message("assistant", str(TRAIN[2].profile), 1.0)
-
-
-def test_opinions_of_titles_take_turns_in_what_a_summariser_learns() -> None:
-    """They are rare in the rows: one in ten tells of a film that the user has seen."""
-
-    def opinion(example: Example) -> str:
-        facts = read_profile(str(example.profile), CATALOGUE)
-        told = {x.attitude for x in facts if x.kind == "title"}
-        return next((x for x in ("seen", "dislike", "like") if x in told), "none")
-
-    order = by_titles(TRAIN, CATALOGUE)
-    assert sorted(order, key=TRAIN.index) == TRAIN
-    met = [opinion(x) for x in order]
-    fewest = min(map(met.count, set(met)))
-    assert fewest > 2 and met[: 4 * fewest] == ["seen", "dislike", "like", "none"] * fewest
-    assert [x for x in order if opinion(x) == "none"] == [x for x in TRAIN if opinion(x) == "none"]
 
 
 def test_a_card_lesson_is_scored_by_rule_as_it_is_asked_later() -> None:

@@ -10,7 +10,6 @@ from usbrec import parallel, runs
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import load_catalogue, load_split, read_pairs
 from usbrec.crs.dialogue import Example
-from usbrec.crs.lessons import by_titles
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.loss import Objective
@@ -112,10 +111,7 @@ class Work:
         """
         data, whole = self.settings.data, stage in ("simulator", "summaries")
         reacting = [x for x in self.train if x.accept is not None] if whole else []
-        order = pick_rows(reacting or self.train, 0, seed_for(data.seed, stage))
-        if stage == "summaries":
-            order = by_titles(order, self.catalogue)
-        return order[: data.rows(stage) or None]
+        return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
 
     def side(self, stage: str | None) -> Side:
         """Return the side that speaks with the adapter of a stage, None: the recommender's base.

@@ -269,20 +269,6 @@ def woven(*lists: Sequence[TrainingDialogue]) -> Lessons:
     return [lists[n][i] for _, n, i in sorted(placed)]
 
 
-def by_titles(examples: Examples, catalogue: Catalogue) -> list[Example]:
-    """Return the examples by turns: with a seen title in the profile, a refused one, a liked, none.
-
-    Titles that are merely mentioned are common and opinions of them rare: from dialogues as they
-    come a small summariser never learns to tell a film that the user has seen.
-    """
-    groups: dict[str, list[Example]] = {x: [] for x in ("seen", "dislike", "like", "")}
-    for example in examples:
-        facts = wishes.read_profile(profile_of(example, catalogue), catalogue)
-        told = {x.attitude for x in facts if x.kind == "title"}
-        groups[next((x for x in groups if x in told), "")].append(example)
-    return [x for turn in zip_longest(*groups.values()) for x in turn if x is not None]
-
-
 def summary_lessons(examples: Examples, catalogue: Catalogue, options: LessonOptions) -> Lessons:
     """Return training dialogues of summaries, `dialogues_per_lesson` chats in each."""
     profiles = [Message("assistant", profile_of(x, catalogue), 1.0) for x in examples]
