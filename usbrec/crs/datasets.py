@@ -1,23 +1,30 @@
 """Readers: the sample set, iEvaLM's ReDial and OpenDialKG rows, one's own rows, plain dialogues.
 
 `load_split("redial", "train")` returns a split's examples and the notes that belong beside every
-number made with them. A dataset is `sample`, `redial`, `opendialkg` or a folder that holds
-{train,valid,test}.jsonl and items.json in the same format. The user downloads the datasets: the
-error for a missing folder names the source.
+number made with them. A dataset is `sample`, `redial`, `opendialkg`, a folder that holds
+{train,valid,test}.jsonl and items.json in the same format, or a JSONL file of chats: its catalogue
+is made of the titles that they name.
+
+    python -m usbrec.crs.datasets fetch redial      see fetching.py; convert and check:
+    python -m usbrec.crs.datasets check redial      conversion.py
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from usbrec.chat import ROLES, Row
-from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_text
-from usbrec.crs.dialogue import Dialogue, Example, Utterance
-from usbrec.options import UserError
+from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_item, read_text
+from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
+from usbrec.crs.spelling import key_of
+from usbrec.crs.titles import written_titles
+from usbrec.options import UserError, seed_for
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
 DATASETS = ("sample", "redial", "opendialkg")
@@ -29,6 +36,18 @@ KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an 
 Value = TypeVar("Value")
 
 
+@dataclass
+class Line:
+    """A line of a whole dialogue: its speaker, its text, and the titles that it names."""
+
+    speaker: Speaker
+    text: str
+    titles: list[str]
+
+
+Talk = tuple[str, list[Line]]  # a whole dialogue: its id and its lines
+
+
 class Split(NamedTuple):
     """The examples of one split, and the notes that belong beside numbers made with them."""
 
@@ -37,8 +56,13 @@ class Split(NamedTuple):
 
 
 def placed(name: str) -> str:
-    """Return a dataset's name, or the full path of a folder of one's own rows."""
+    """Return a dataset's name, or the full path of one's own folder or file."""
     return name if name in DATASETS else os.path.abspath(name)
+
+
+def is_file_of_chats(name: str) -> bool:
+    """Return whether a dataset's name is the path of a file: whole chats, a JSON line each."""
+    return name not in DATASETS and Path(name).is_file()
 
 
 def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Split:
@@ -52,6 +76,8 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     """
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
+    if is_file_of_chats(name):
+        return _chats_split(Path(name), split)
     folder = _folder(name, data_dir)
     if name == "redial" and split != "test" and not _existing(folder, _files_of("train")):
         return _divide_valid(_read_split(folder, "valid"), split)
@@ -69,6 +95,8 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
     Raises:
         UserError: the folder or its items.json (or id2info.json) is missing or malformed.
     """
+    if is_file_of_chats(name):
+        return read_chats(_read_values(Path(name)))[1]
     return Catalogue.load(_find(_folder(name, data_dir), ITEMS))
 
 
@@ -83,11 +111,11 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     if folder.is_dir():
         return folder
     if name in ("redial", "opendialkg"):
-        source = f"data/{name}_eval and data/{name}/id2info.json of GitHub RUCAIBox/iEvaLM-CRS"
-        raise UserError(f"no folder {folder}: take {source} and name it with --data-dir FOLDER")
+        source = f"iEvaLM-CRS's files with `python -m usbrec.crs.datasets fetch {name}`"
+        raise UserError(f"no folder {folder}: fetch {source}, or name it with --data-dir FOLDER")
     if data_dir or name in DATASETS:
         raise UserError(f"no folder {folder} for {name}: name it with --data-dir FOLDER")
-    raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)} or an existing folder")
+    raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)}, a folder or a file")
 
 
 def _files_of(split: str) -> tuple[str, str]:
@@ -159,13 +187,13 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         UserError: it is missing, not UTF-8, malformed (with the line's number), or has no rows.
     """
-    examples = [_at(where, read_row, row) for where, row in _read_jsonl(path)]
+    examples = [_at(where, read_row, row) for where, row in read_jsonl(path)]
     if not examples:
         raise UserError(f"{path} has no rows")
     return examples
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each line's place ("FILE, line 3") and value; blank lines are skipped."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -230,7 +258,7 @@ def take_turns(lines: Sequence[str]) -> Dialogue:
     return _joined([Utterance("seeker" if n % 2 else "recommender", line) for n, line in numbered])
 
 
-def _joined(lines: Sequence[Utterance]) -> Dialogue:
+def _joined(lines: Sequence[Utterance | Line]) -> Dialogue:
     """Return the dialogue of the lines that are not empty; neighbours of one speaker are joined."""
     said = [Utterance(x.speaker, x.text.strip()) for x in lines if x.text.strip()]
     turns = groupby(said, lambda line: line.speaker)
@@ -250,17 +278,22 @@ def read_dialogues(path: Path) -> list[Dialogue]:
     Raises:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
+    return [_at(where, read_messages, value) for where, value in _read_values(path)]
+
+
+def _read_values(path: Path) -> list[tuple[str, Any]]:
+    """Return each dialogue's place and value in a file of `read_dialogues`."""
     try:
         value = parse_json(read_text(path))
         values = value if isinstance(value, list) and any(map(_is_dialogue, value)) else [value]
         found = [(f"{path}, dialogue {n}", value) for n, value in enumerate(values, 1)]
     except UserError:
-        found = list(_read_jsonl(path))
+        found = list(read_jsonl(path))
         if not found:
             raise UserError(f"{path} has no dialogue") from None
     if all(isinstance(value, dict) and not _is_dialogue(value) for _, value in found):
         found = [(str(path), [value for _, value in found])]  # the messages of one dialogue
-    return [_at(where, read_messages, value) for where, value in found]
+    return found
 
 
 def _is_dialogue(value: Any) -> bool:
@@ -269,23 +302,110 @@ def _is_dialogue(value: Any) -> bool:
 
 def read_messages(value: Any) -> Dialogue:
     """Return the dialogue of a list of messages or of {"messages": [...]}, as `read_dialogues`."""
+    dialogue = _joined(read_lines(value))
+    if not dialogue or dialogue[-1].speaker != "seeker":
+        raise UserError("the dialogue must end with a line of the seeker's (role user)")
+    return dialogue
+
+
+def read_lines(value: Any) -> list[Line]:
+    """Return the lines of a list of messages, each with the titles that its `items` list, if any.
+
+    Raises UserError for a message of another form.
+    """
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise UserError('expected a list of messages or {"messages": [...]}')
-    lines: list[Utterance] = []
+    lines = []
     for message in messages:
         if not isinstance(message, dict):
             raise UserError(f"a message must be an object, got {message!r:.60}")
         role = str(message.get("role", message.get("speaker"))).strip().lower()
+        if role == "system":  # an instruction to a model, which nobody said
+            continue
         text = message.get("content", message.get("text"))
         if role not in SPEAKER_NAMES or not isinstance(text, str):
             names = ", ".join(SPEAKER_NAMES)
             raise UserError(f"a message needs a role ({names}) and content, got {message!r:.80}")
-        lines.append(Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text))
-    dialogue = _joined(lines)
-    if not dialogue or dialogue[-1].speaker != "seeker":
-        raise UserError("the dialogue must end with a line of the seeker's (role user)")
-    return dialogue
+        titles = _take({"items": [], **message}, "items", list)
+        speaker: Speaker = "seeker" if role in SPEAKER_NAMES[:2] else "recommender"
+        lines.append(Line(speaker, text, titles))
+    return lines
+
+
+# --- whole dialogues --------------------------------------------------------------------------
+
+
+def rows_of(dialog_id: str, lines: Sequence[Line]) -> Iterator[Row]:
+    """Yield the rows of a whole dialogue: one per turn of the recommender that has titles.
+
+    Lines of one speaker in a row are joined. A first turn is no row: no seeker's line precedes it.
+    """
+    said: list[str] = []
+    for speaker, group in groupby((x for x in lines if x.text.strip()), lambda x: x.speaker):
+        turn = list(group)
+        titles = list(dict.fromkeys(title for line in turn for title in line.titles))
+        text = " ".join(line.text.strip() for line in turn)
+        if speaker == "recommender" and said and titles:
+            place = {"dialog_id": dialog_id, "turn_id": len(said), "context": [*said]}
+            yield {**place, "rec": titles, "resp": text}
+        said.append(text)
+
+
+def divide(dialogues: Iterable[str], splits: Sequence[str], seed: int) -> dict[str, str]:
+    """Return the split of each dialogue: a tenth (at least one) in each of `splits`, else train.
+
+    The order of a seeded hash of their ids decides. Raises UserError for too few dialogues.
+    """
+    order = sorted(set(dialogues), key=lambda x: (seed_for(seed, "divide", x), x))
+    if len(order) <= len(splits):
+        told = f"expected at least {len(splits) + 1}"
+        raise UserError(f"{len(order)} dialogues with a title for the recommender to name: {told}")
+    size = max(len(order) // 10, 1)
+    held_out = [split for split in splits for _ in range(size)]
+    return dict(zip(order, held_out + ["train"] * (len(order) - len(held_out)), strict=True))
+
+
+def catalogue_of(titles: Iterable[str]) -> Catalogue:
+    """Return a catalogue of bare titles, once each; "Heat" is left out beside "Heat (1995)"."""
+    items = [read_item({"name": title}) for title in titles]
+    unique = {(key_of(x.name), x.year): x for x in reversed(items)}
+    dated = {name for name, year in unique if year}
+    kept = [x for (name, year), x in unique.items() if year or name not in dated]
+    return Catalogue(sorted(kept, key=lambda x: x.title))
+
+
+def read_chats(
+    chats: Iterable[tuple[str, Any]], catalogue: Catalogue | None = None
+) -> tuple[list[Talk], Catalogue]:
+    """Return whole dialogues with the titles of their lines, and the catalogue of the titles.
+
+    They are read from ("FILE, line 3", value); a value is {"messages": [...]}, with an `id` if it
+    has one, or the list. Messages mark the titles that they name as `items`. If none does, titles
+    are found in the text: the catalogue's, or without one those in quotes or before a year.
+    """
+    talks: list[Talk] = []
+    for number, (place, value) in enumerate(chats, 1):
+        name = value.get("id", number) if isinstance(value, dict) else number
+        talks.append((str(name), _at(place, read_lines, value)))
+    said = [line for _, lines in talks for line in lines]
+    marked = [title for line in said for title in line.titles]
+    written = marked or [title for line in said for title in written_titles(line.text)]
+    known = catalogue or catalogue_of(written)
+    for line in () if marked else said:
+        found = [mention.items for mention in known.find(line.text)]
+        line.titles = [x[0].name if len(x) > 1 else x[0].title for x in found]
+    return talks, known
+
+
+def _chats_split(path: Path, split: str) -> Split:
+    """Return a split of a file of chats, whose dialogues are divided by a hash of their ids."""
+    talks, catalogue = read_chats(_read_values(path))
+    rows = [_at(str(path), read_row, row) for talk in talks for row in rows_of(*talk)]
+    splits = divide((x.dialog_id for x in rows), ("test", "valid"), 0)
+    told = f"{len(splits)} of {len(talks)} dialogues of {path} have a turn that names a title"
+    told += f", of {len(catalogue.items)}, such as {catalogue.items[0].title!r}"
+    return Split([x for x in rows if splits[x.dialog_id] == split], [told])
 
 
 # --- preference pairs -------------------------------------------------------------------------
@@ -293,7 +413,7 @@ def read_messages(value: Any) -> Dialogue:
 
 def read_pairs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
-    for place, pair in _read_jsonl(path):
+    for place, pair in read_jsonl(path):
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
             if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
@@ -305,3 +425,9 @@ def is_message(value: Any) -> bool:
     """Return whether a value is a message of a chat."""
     content = value.get("content") if isinstance(value, dict) else None
     return isinstance(content, str) and value.get("role") in ROLES
+
+
+if __name__ == "__main__":
+    from usbrec.crs.conversion import main
+
+    sys.exit(main())
