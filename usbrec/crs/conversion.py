@@ -24,13 +24,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import chain, combinations, groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from urllib.parse import unquote
 
 from usbrec.chat import Row
 from usbrec.crs import datasets
-from usbrec.crs.catalogue import LISTS, Catalogue, parse_json, read_item, read_text
+from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.datasets import SPLITS
 from usbrec.crs.fetching import SOURCES, fetch
 from usbrec.crs.spelling import SPACELESS, key_of
@@ -99,22 +99,6 @@ def read_table(path: Path) -> Iterator[Row]:
     return csv.DictReader(io.StringIO(read_text(path), newline=""), dialect=dialect)
 
 
-def read_entries(path: Path) -> dict[str, Row]:
-    """Return the entries of an items.json or of a table with a column `name` or `title`.
-
-    In a table a field's values stand between commas, and its name may end in "s", as in "actors".
-    """
-    if path.suffix == ".json":
-        return parse_json(read_text(path))
-    entries = {}
-    for number, line in enumerate(read_table(path), 1):
-        fields = {x: line.get(x) or line.get(f"{x}s") for x in chain(*LISTS)}
-        lists = {x: values.split(", ") for x, values in fields.items() if values}
-        name = line.get("name") or line["title"]
-        entries[str(number)] = {"name": name, "year": line.get("year"), **lists}
-    return entries
-
-
 # format -> the reader of a file, and the file's name by split
 FORMATS = {
     "redial": (read_redial, "{}_data.jsonl"),
@@ -133,36 +117,23 @@ def convert(form: str, source: Path, folder: Path, items: Path | None, seed: int
     read, name = FORMATS[form]
     names = [(x, name.format(x)) for x in SPLITS] + [("valid", name.format("dev"))]
     paths = {split: path for split, file in names for path in sorted(source.rglob(file))}
-    paths = paths or {"train": source}
     try:
-        entries = read_entries(items) if items else {}
-        placed = [(split, chat) for split, path in paths.items() for chat in read(path)]
+        chats = {split: list(read(path)) for split, path in paths.items()}
+        chats = chats or {"train": list(read(source))}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source} is not in the format {form}: {error!r}") from error
-    known = Catalogue(map(read_item, entries.values())) if entries else None
-    talks, known = datasets.read_chats((chat for _, chat in placed), known)
-    rows = [
-        (split, row)
-        for (split, _), talk in zip(placed, talks, strict=True)
-        for row in datasets.rows_of(*talk)
-    ]
-    lost = [row for _, row in rows if not any(map(known.named, row["rec"]))]
-    kept = [(split, row) for split, row in rows if row not in lost]
-    missing = [split for split in ("test", "valid") if split not in paths]
-    parts = datasets.divide((row["dialog_id"] for x, row in kept if x == "train"), missing, seed)
+    known = Catalogue.load(items) if items else None
+    made, catalogue, notes = datasets.rows_of_chats(chats, known, seed)
     folder.mkdir(parents=True)
-    for split in SPLITS:
-        own = [row for x, row in kept if (parts[row["dialog_id"]] if x == "train" else x) == split]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
+    for split, rows in made.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_bytes(lines.encode())
-        yield f"{split}: {len(own)} rows of {len({row['dialog_id'] for row in own})} dialogues"
-    entries = entries or {str(n): {"name": x.title} for n, x in enumerate(known, 1)}
-    text = json.dumps(entries, indent=1, ensure_ascii=False)
+        yield f"{split}: {len(rows)} rows of {len({row['dialog_id'] for row in rows})} dialogues"
+    entries = {number: {"name": x.title} for number, x in enumerate(catalogue, 1)}
+    text = read_text(items) if items else json.dumps(entries, indent=1, ensure_ascii=False)
     (folder / "items.json").write_bytes(text.encode())
-    yield f"items: {len(entries)}"
-    if lost:
-        told = f"none of their titles is in {items}, such as {lost[0]['rec']}"
-        yield f"{len(lost)} of {len(rows)} rows left out: {told}"
+    yield f"items: {len(catalogue.items)}"
+    yield from notes
 
 
 def check(name: str, data_dir: str | None) -> Iterator[str]:

@@ -13,8 +13,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -36,16 +35,12 @@ KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an 
 Value = TypeVar("Value")
 
 
-@dataclass
-class Line:
+class Line(NamedTuple):
     """A line of a whole dialogue: its speaker, its text, and the titles that it names."""
 
     speaker: Speaker
     text: str
     titles: list[str]
-
-
-Talk = tuple[str, list[Line]]  # a whole dialogue: its id and its lines
 
 
 class Split(NamedTuple):
@@ -61,7 +56,7 @@ def placed(name: str) -> str:
 
 
 def is_file_of_chats(name: str) -> bool:
-    """Return whether a dataset's name is the path of a file: whole chats, a JSON line each."""
+    """Return whether a dataset's name is the path of a file of whole chats."""
     return name not in DATASETS and Path(name).is_file()
 
 
@@ -77,7 +72,8 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
     if is_file_of_chats(name):
-        return _chats_split(Path(name), split)
+        rows, _, notes = rows_of_chats({"train": _read_values(Path(name))})
+        return Split(list(map(read_row, rows[split])), notes)
     folder = _folder(name, data_dir)
     if name == "redial" and split != "test" and not _existing(folder, _files_of("train")):
         return _divide_valid(_read_split(folder, "valid"), split)
@@ -96,7 +92,7 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
         UserError: the folder or its items.json (or id2info.json) is missing or malformed.
     """
     if is_file_of_chats(name):
-        return read_chats(_read_values(Path(name)))[1]
+        return rows_of_chats({"train": _read_values(Path(name))})[1]
     return Catalogue.load(_find(_folder(name, data_dir), ITEMS))
 
 
@@ -336,20 +332,57 @@ def read_lines(value: Any) -> list[Line]:
 # --- whole dialogues --------------------------------------------------------------------------
 
 
-def rows_of(dialog_id: str, lines: Sequence[Line]) -> Iterator[Row]:
+def rows_of_chats(
+    chats: Mapping[str, Sequence[tuple[str, Any]]], known: Catalogue | None = None, seed: int = 0
+) -> tuple[dict[str, list[Row]], Catalogue, list[str]]:
+    """Return the rows of whole dialogues by split, the catalogue of their titles, and notes.
+
+    `chats` has the dialogues of train, and of other splits, as ("FILE, line 3", value). A split
+    that it lacks is a tenth of train's dialogues. A value is {"messages": [...]}, with an `id` if
+    it has one, or the list. Messages mark the titles that they name as `items`. If none does, the
+    titles are found in the text: those of the catalogue, or without one those in quotes or before a
+    year. A row none of whose titles the catalogue has is left out.
+    """
+    talks: list[tuple[str, str, list[Line]]] = []
+    for split, values in chats.items():
+        for number, (place, value) in enumerate(values, 1):
+            name = value.get("id", number) if isinstance(value, dict) else number
+            talks.append((split, str(name), _at(place, read_lines, value)))
+    said = [line for *_, lines in talks for line in lines]
+    marked = [title for line in said for title in line.titles]
+    named = marked or [title for line in said for title in written_titles(line.text)]
+    catalogue = known or catalogue_of(named)
+    for line in () if marked else said:
+        found = [mention.items for mention in catalogue.find(line.text)]
+        line.titles.extend(x[0].name if len(x) > 1 else x[0].title for x in found)
+    rows = [(split, row) for split, *talk in talks for row in _rows_of(*talk)]
+    lost = [row["rec"] for _, row in rows if not any(map(catalogue.named, row["rec"]))]
+    kept = [(split, row) for split, row in rows if row["rec"] not in lost]
+    missing = [split for split in ("test", "valid") if split not in chats]
+    parts = divide((row["dialog_id"] for split, row in kept if split == "train"), missing, seed)
+    made: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for split, row in kept:
+        made[parts[row["dialog_id"]] if split == "train" else split].append(row)
+    notes = [f"{len(talks)} dialogues have {len(kept)} turns that recommend a title"]
+    if lost:
+        notes.append(f"{len(lost)} more name only titles that the items lack, such as {lost[0]}")
+    return made, catalogue, notes
+
+
+def _rows_of(dialog_id: str, lines: Sequence[Line]) -> Iterator[Row]:
     """Yield the rows of a whole dialogue: one per turn of the recommender that has titles.
 
     Lines of one speaker in a row are joined. A first turn is no row: no seeker's line precedes it.
     """
-    said: list[str] = []
+    context: list[str] = []
     for speaker, group in groupby((x for x in lines if x.text.strip()), lambda x: x.speaker):
         turn = list(group)
         titles = list(dict.fromkeys(title for line in turn for title in line.titles))
         text = " ".join(line.text.strip() for line in turn)
-        if speaker == "recommender" and said and titles:
-            place = {"dialog_id": dialog_id, "turn_id": len(said), "context": [*said]}
+        if speaker == "recommender" and context and titles:
+            place = {"dialog_id": dialog_id, "turn_id": len(context), "context": [*context]}
             yield {**place, "rec": titles, "resp": text}
-        said.append(text)
+        context.append(text)
 
 
 def divide(dialogues: Iterable[str], splits: Sequence[str], seed: int) -> dict[str, str]:
@@ -360,10 +393,10 @@ def divide(dialogues: Iterable[str], splits: Sequence[str], seed: int) -> dict[s
     order = sorted(set(dialogues), key=lambda x: (seed_for(seed, "divide", x), x))
     if len(order) <= len(splits):
         told = f"expected at least {len(splits) + 1}"
-        raise UserError(f"{len(order)} dialogues with a title for the recommender to name: {told}")
+        raise UserError(f"{len(order)} dialogues recommend a title: {told}")
     size = max(len(order) // 10, 1)
-    held_out = [split for split in splits for _ in range(size)]
-    return dict(zip(order, held_out + ["train"] * (len(order) - len(held_out)), strict=True))
+    held_out = dict(zip(order, [x for x in splits for _ in range(size)], strict=False))
+    return dict.fromkeys(order, "train") | held_out
 
 
 def catalogue_of(titles: Iterable[str]) -> Catalogue:
@@ -373,39 +406,6 @@ def catalogue_of(titles: Iterable[str]) -> Catalogue:
     dated = {name for name, year in unique if year}
     kept = [x for (name, year), x in unique.items() if year or name not in dated]
     return Catalogue(sorted(kept, key=lambda x: x.title))
-
-
-def read_chats(
-    chats: Iterable[tuple[str, Any]], catalogue: Catalogue | None = None
-) -> tuple[list[Talk], Catalogue]:
-    """Return whole dialogues with the titles of their lines, and the catalogue of the titles.
-
-    They are read from ("FILE, line 3", value); a value is {"messages": [...]}, with an `id` if it
-    has one, or the list. Messages mark the titles that they name as `items`. If none does, titles
-    are found in the text: the catalogue's, or without one those in quotes or before a year.
-    """
-    talks: list[Talk] = []
-    for number, (place, value) in enumerate(chats, 1):
-        name = value.get("id", number) if isinstance(value, dict) else number
-        talks.append((str(name), _at(place, read_lines, value)))
-    said = [line for _, lines in talks for line in lines]
-    marked = [title for line in said for title in line.titles]
-    written = marked or [title for line in said for title in written_titles(line.text)]
-    known = catalogue or catalogue_of(written)
-    for line in () if marked else said:
-        found = [mention.items for mention in known.find(line.text)]
-        line.titles = [x[0].name if len(x) > 1 else x[0].title for x in found]
-    return talks, known
-
-
-def _chats_split(path: Path, split: str) -> Split:
-    """Return a split of a file of chats, whose dialogues are divided by a hash of their ids."""
-    talks, catalogue = read_chats(_read_values(path))
-    rows = [_at(str(path), read_row, row) for talk in talks for row in rows_of(*talk)]
-    splits = divide((x.dialog_id for x in rows), ("test", "valid"), 0)
-    told = f"{len(splits)} of {len(talks)} dialogues of {path} have a turn that names a title"
-    told += f", of {len(catalogue.items)}, such as {catalogue.items[0].title!r}"
-    return Split([x for x in rows if splits[x.dialog_id] == split], [told])
 
 
 # --- preference pairs -------------------------------------------------------------------------
