@@ -21,12 +21,7 @@ from usbrec.options import UserError
 
 # The keys of an entry of items.json for genres, makers, stars and moods, of films, books, music and
 # products; of several the first that has a value counts.
-LISTS = (
-    ("genre", "category"),
-    ("director", "author", "artist", "brand"),
-    ("star", "actor"),
-    ("mood",),
-)
+LISTS = ("genre category", "director author artist brand", "star actor", "mood")
 NEUTRAL = "that film"
 LONGEST_TITLE = 1000  # characters; every beginning of a name is kept
 
@@ -107,7 +102,7 @@ def read_item(entry: Any, at: str = "the item") -> Item:
     name, year = split_title(title.strip())
     if year is None and re.fullmatch(r"\d{1,4}", str(entry.get("year") or "")):
         year = int(entry["year"])
-    lists = ([_texts(entry, key, at) for key in keys] for keys in LISTS)
+    lists = ([_texts(entry, key, at) for key in keys.split()] for keys in LISTS)
     genres, *others = (next(filter(None, found), ()) for found in lists)
     return Item(title.strip(), name, year, tuple(dict.fromkeys(map(_read_genre, genres))), *others)
 

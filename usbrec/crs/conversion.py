@@ -16,28 +16,79 @@ that it lacks is a tenth of its training dialogues. Equal input gives equal byte
 """
 
 import csv
+import hashlib
 import html
 import io
 import json
+import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
+from http.client import HTTPException
 from itertools import combinations, groupby
 from pathlib import Path
 from urllib.parse import unquote
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
 
 from usbrec.chat import Row
-from usbrec.crs import datasets
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
-from usbrec.crs.datasets import SPLITS
-from usbrec.crs.fetching import SOURCES, fetch
+from usbrec.crs.datasets import ROOT, SPLITS, load_catalogue, load_split, read_jsonl, rows_of_chats
 from usbrec.crs.spelling import SPACELESS, key_of
 from usbrec.crs.titles import GENRE_WORDS
 from usbrec.options import Parser, UserError
 
 Chats = Iterator[tuple[str, Row]]  # the place of each chat in the source, and the chat
+# the commands and their arguments; the formats and the names of their files by split; the sources:
+# dataset -> file -> its address, which holds a commit, and git's checksum of it, which the commit
+# lists: SHA-1 of "blob SIZE\0" and the bytes
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+
+
+# --- downloads --------------------------------------------------------------------------------
+
+
+def fetch(name: str, data_dir: str | None) -> Iterator[str]:
+    """Fetch a dataset's missing files into its folder; yield a sentence for each of its files.
+
+    Raises UserError for a file that cannot be fetched or written, and for a wrong checksum.
+    """
+    folder = Path(data_dir or ROOT / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, (url, checksum) in TABLES["sources"][name].items():
+        path, part = folder / file, folder / f"{file}.part"
+        arrived = path if path.exists() else download(url, part)
+        content = arrived.read_bytes()
+        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != checksum:
+            part.unlink(missing_ok=True)
+            raise UserError(f"{arrived} has not the checksum of {url}: remove it and fetch again")
+        os.replace(arrived, path)
+        yield f"{path}: {len(content)} bytes, the checksum is right"
+
+
+def download(url: str, part: Path) -> Path:
+    """Return `part` with the whole file, of which it may hold a beginning.
+
+    Raises UserError; what has arrived stays in `part`.
+    """
+    try:
+        with part.open("ab") as file:
+            start = max(file.tell() - 1, 0)  # the last byte again: no server sends none
+            with urlopen(Request(url, headers={"Range": f"bytes={start}-"}), timeout=60) as answer:
+                start = start if answer.status == 206 else 0
+                size = start + int(answer.headers["Content-Length"] or 0)
+                file.truncate(start)
+                with tqdm(None, part.stem, size, initial=start, unit="B", unit_scale=True) as bar:
+                    while block := answer.read(1 << 16):
+                        bar.update(file.write(block))
+        if (got := part.stat().st_size) < size:
+            raise HTTPException(f"the answer ended after {got} of {size} bytes")
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{url} to {part}: {error}; the same command goes on from here") from error
+    return part
 
 
 # --- formats ----------------------------------------------------------------------------------
@@ -45,17 +96,15 @@ Chats = Iterator[tuple[str, Row]]  # the place of each chat in the source, and t
 
 def read_redial(path: Path) -> Chats:
     """Yield ReDial's dialogues: "@123" in a text is a film, which `movieMentions` names."""
-    for place, value in datasets.read_jsonl(path):
+    for place, value in read_jsonl(path):
         roles = {value["initiatorWorkerId"]: "seeker", value["respondentWorkerId"]: "recommender"}
         names = {f"@{x}": " ".join(y.split()) for x, y in dict(value["movieMentions"]).items() if y}
         said = []
         for message in value["messages"]:
-            parts = re.split(r"(@\d+)", html.unescape(message["text"]))
-            text = "".join(names.get(part, part) for part in parts)
-            items = [names[part] for part in parts if part in names]
-            said.append(
-                {"role": roles.get(message["senderWorkerId"]), "text": text, "items": items}
-            )
+            role, parts = roles.get(message["senderWorkerId"]), re.split(r"(@\d+)", message["text"])
+            text = html.unescape("".join(names.get(part, part) for part in parts))
+            items = [html.unescape(names[part]) for part in parts if part in names]
+            said.append({"role": role, "text": text, "items": items})
         yield place, {"id": value["conversationId"], "messages": said}
 
 
@@ -99,41 +148,34 @@ def read_table(path: Path) -> Iterator[Row]:
     return csv.DictReader(io.StringIO(read_text(path), newline=""), dialect=dialect)
 
 
-# format -> the reader of a file, and the file's name by split
-FORMATS = {
-    "redial": (read_redial, "{}_data.jsonl"),
-    "inspired": (read_inspired, "{}.tsv"),
-    "opendialkg": (read_opendialkg, "{}.csv"),
-    "crslab": (read_crslab, "{}_data.json"),
-    "chats": (datasets.read_jsonl, "{}.jsonl"),
-}
+_READERS = (read_redial, read_inspired, read_opendialkg, read_crslab, read_jsonl)
+READERS = dict(zip(TABLES["formats"], _READERS, strict=True))
 
 
 # --- commands ---------------------------------------------------------------------------------
 
 
-def convert(form: str, source: Path, folder: Path, items: Path | None, seed: int) -> Iterator[str]:
+def convert(form: str, source: str, folder: str, items: str | None, seed: str) -> Iterator[str]:
     """Write a source's rows and items to a new folder; yield what was written and left out."""
-    read, name = FORMATS[form]
+    read, name, out = READERS[form], TABLES["formats"][form], Path(folder)
     names = [(x, name.format(x)) for x in SPLITS] + [("valid", name.format("dev"))]
-    paths = {split: path for split, file in names for path in sorted(source.rglob(file))}
+    paths = {split: path for split, file in names for path in sorted(Path(source).rglob(file))}
     try:
+        paths = paths or {"train": Path(source)}
         chats = {split: list(read(path)) for split, path in paths.items()}
-        chats = chats or {"train": list(read(source))}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source} is not in the format {form}: {error!r}") from error
-    known = Catalogue.load(items) if items else None
-    made, catalogue, notes = datasets.rows_of_chats(chats, known, seed)
-    folder.mkdir(parents=True)
+    known = Catalogue.load(Path(items)) if items else None
+    made, catalogue, note = rows_of_chats(chats, known, seed)
+    out.mkdir(parents=True)
     for split, rows in made.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_bytes(lines.encode())
+        (out / f"{split}.jsonl").write_bytes(lines.encode())
         yield f"{split}: {len(rows)} rows of {len({row['dialog_id'] for row in rows})} dialogues"
     entries = {number: {"name": x.title} for number, x in enumerate(catalogue, 1)}
-    text = read_text(items) if items else json.dumps(entries, indent=1, ensure_ascii=False)
-    (folder / "items.json").write_bytes(text.encode())
-    yield f"items: {len(catalogue.items)}"
-    yield from notes
+    text = read_text(Path(items)) if items else json.dumps(entries, indent=1, ensure_ascii=False)
+    (out / "items.json").write_bytes(text.encode())
+    yield f"items: {len(catalogue.items)}; {note}"
 
 
 def check(name: str, data_dir: str | None) -> Iterator[str]:
@@ -141,10 +183,10 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
 
     Raises UserError if it cannot be used.
     """
-    catalogue, dialogues = datasets.load_catalogue(name, data_dir), dict[str, set[str]]()
+    catalogue, dialogues = load_catalogue(name, data_dir), dict[str, set[str]]()
     mentioned = cache(lambda text: [mention.items for mention in catalogue.find(text)])
     for split in SPLITS:
-        examples, notes = datasets.load_split(name, split, data_dir)
+        examples, notes = load_split(name, split, data_dir)
         dialogues[split], found = {x.dialog_id for x in examples}, defaultdict(list)
         for x in examples:
             seen = [items for line in x.history for items in mentioned(line.text)]
@@ -159,8 +201,7 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
                 }
                 for fault in filter(odd.get, odd):
                     found[fault].append(f"{title!r} in dialogue {x.dialog_id}")
-        labels = sum(len(x.items) for x in examples)
-        yield f"{split}: {len(examples)} rows of {len(dialogues[split])} dialogues, {labels} labels"
+        yield f"{split}: {len(examples)} rows of {len(dialogues[split])} dialogues"
         yield from notes
         for fault, cases in found.items():
             yield f"{split}: {len(cases)} labels {fault}, such as {cases[0]}"
@@ -169,30 +210,21 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
             yield f"{one} and {other} share {len(shared)} dialogues, such as {shared[0]}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch, convert or check as the arguments say; return 2 for a user's fault."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Fetch, convert or check as the words of the command say; return 2 for a user's fault."""
     parser = Parser(prog="datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    fetching = commands.add_parser("fetch", help="download a dataset")
-    fetching.add_argument("name", choices=SOURCES)
-    converting = commands.add_parser("convert", help="write another dataset in our row format")
-    converting.add_argument("form", choices=FORMATS)
-    for place in ("source", "folder", "--items"):
-        converting.add_argument(place, type=Path)
-    converting.add_argument("--seed", type=int, default=0, help="divides what has no splits")
-    checking = commands.add_parser("check", help="tell what a dataset holds, and what is odd in it")
-    checking.add_argument("name", help="sample, redial, opendialkg, a folder or a file of chats")
-    for command in (fetching, checking):
-        command.add_argument("--data-dir", help="the folder of redial or opendialkg")
+    for name, (told, arguments) in TABLES["commands"].items():
+        command = commands.add_parser(name, help=told, description=told)
+        for argument, settings in arguments.items():
+            command.add_argument(argument, **settings)
     try:
-        flags = vars(parser.parse_args(arguments))
-        run = {"fetch": fetch, "convert": convert, "check": check}[flags.pop("command")]
-        for told in run(**flags):
+        flags = vars(parser.parse_args(words))
+        for told in {"fetch": fetch, "convert": convert, "check": check}[flags.pop("command")](
+            **flags
+        ):
             print(told, flush=True)
-    except (OSError, UserError) as error:
-        print(f"datasets: {error}", file=sys.stderr)
+    except (OSError, UserError, KeyboardInterrupt) as error:
+        print(f"datasets: {str(error) or 'stopped'}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ndatasets: stopped", file=sys.stderr)
-        return 130
     return 0

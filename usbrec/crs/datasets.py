@@ -5,14 +5,14 @@ number made with them. A dataset is `sample`, `redial`, `opendialkg`, a folder t
 {train,valid,test}.jsonl and items.json in the same format, or a JSONL file of chats: its catalogue
 is made of the titles that they name.
 
-    python -m usbrec.crs.datasets fetch redial      see fetching.py; convert and check:
-    python -m usbrec.crs.datasets check redial      conversion.py
+conversion.py has the commands of this module:
+
+    python -m usbrec.crs.datasets fetch redial
 """
 
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from usbrec.chat import ROLES, Row
 from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_item, read_text
-from usbrec.crs.dialogue import Dialogue, Example, Speaker, Utterance
+from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.crs.spelling import key_of
 from usbrec.crs.titles import written_titles
 from usbrec.options import UserError, seed_for
@@ -35,12 +35,7 @@ KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an 
 Value = TypeVar("Value")
 
 
-class Line(NamedTuple):
-    """A line of a whole dialogue: its speaker, its text, and the titles that it names."""
-
-    speaker: Speaker
-    text: str
-    titles: list[str]
+Marked = tuple[Utterance, list[str]]  # a line, and the titles that it names
 
 
 class Split(NamedTuple):
@@ -72,8 +67,8 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
     if is_file_of_chats(name):
-        rows, _, notes = rows_of_chats({"train": _read_values(Path(name))})
-        return Split(list(map(read_row, rows[split])), notes)
+        rows, _, note = rows_of_chats({"train": [*read_jsonl(Path(name))]})
+        return Split([_at(name, read_row, row) for row in rows[split]], [note])
     folder = _folder(name, data_dir)
     if name == "redial" and split != "test" and not _existing(folder, _files_of("train")):
         return _divide_valid(_read_split(folder, "valid"), split)
@@ -92,7 +87,7 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
         UserError: the folder or its items.json (or id2info.json) is missing or malformed.
     """
     if is_file_of_chats(name):
-        return rows_of_chats({"train": _read_values(Path(name))})[1]
+        return rows_of_chats({"train": [*read_jsonl(Path(name))]})[1]
     return Catalogue.load(_find(_folder(name, data_dir), ITEMS))
 
 
@@ -106,12 +101,10 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     folder = Path(os.path.abspath(given))  # `.` gets the name by which its neighbours are found
     if folder.is_dir():
         return folder
-    if name in ("redial", "opendialkg"):
-        source = f"iEvaLM-CRS's files with `python -m usbrec.crs.datasets fetch {name}`"
-        raise UserError(f"no folder {folder}: fetch {source}, or name it with --data-dir FOLDER")
-    if data_dir or name in DATASETS:
-        raise UserError(f"no folder {folder} for {name}: name it with --data-dir FOLDER")
-    raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)}, a folder or a file")
+    if not data_dir and name not in DATASETS:
+        raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)}, a folder or a file")
+    fetch = "" if name not in DATASETS[1:] else f"`python -m usbrec.crs.datasets fetch {name}`, or "
+    raise UserError(f"no folder {folder} for {name}: {fetch}name it with --data-dir FOLDER")
 
 
 def _files_of(split: str) -> tuple[str, str]:
@@ -254,7 +247,7 @@ def take_turns(lines: Sequence[str]) -> Dialogue:
     return _joined([Utterance("seeker" if n % 2 else "recommender", line) for n, line in numbered])
 
 
-def _joined(lines: Sequence[Utterance | Line]) -> Dialogue:
+def _joined(lines: Sequence[Utterance]) -> Dialogue:
     """Return the dialogue of the lines that are not empty; neighbours of one speaker are joined."""
     said = [Utterance(x.speaker, x.text.strip()) for x in lines if x.text.strip()]
     turns = groupby(said, lambda line: line.speaker)
@@ -274,11 +267,6 @@ def read_dialogues(path: Path) -> list[Dialogue]:
     Raises:
         UserError: the file is missing or malformed, or a dialogue does not end with the seeker.
     """
-    return [_at(where, read_messages, value) for where, value in _read_values(path)]
-
-
-def _read_values(path: Path) -> list[tuple[str, Any]]:
-    """Return each dialogue's place and value in a file of `read_dialogues`."""
     try:
         value = parse_json(read_text(path))
         values = value if isinstance(value, list) and any(map(_is_dialogue, value)) else [value]
@@ -289,7 +277,7 @@ def _read_values(path: Path) -> list[tuple[str, Any]]:
             raise UserError(f"{path} has no dialogue") from None
     if all(isinstance(value, dict) and not _is_dialogue(value) for _, value in found):
         found = [(str(path), [value for _, value in found])]  # the messages of one dialogue
-    return found
+    return [_at(where, read_messages, value) for where, value in found]
 
 
 def _is_dialogue(value: Any) -> bool:
@@ -298,16 +286,17 @@ def _is_dialogue(value: Any) -> bool:
 
 def read_messages(value: Any) -> Dialogue:
     """Return the dialogue of a list of messages or of {"messages": [...]}, as `read_dialogues`."""
-    dialogue = _joined(read_lines(value))
+    dialogue = _joined([line for line, _ in read_lines(value)])
     if not dialogue or dialogue[-1].speaker != "seeker":
         raise UserError("the dialogue must end with a line of the seeker's (role user)")
     return dialogue
 
 
-def read_lines(value: Any) -> list[Line]:
-    """Return the lines of a list of messages, each with the titles that its `items` list, if any.
+def read_lines(value: Any) -> list[Marked]:
+    """Return the lines of a list of messages, each with the titles in its `items`.
 
-    Raises UserError for a message of another form.
+    Instructions to a model (role system) and empty lines are left out. Raises UserError for other
+    messages than those of `read_dialogues`.
     """
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
@@ -317,15 +306,13 @@ def read_lines(value: Any) -> list[Line]:
         if not isinstance(message, dict):
             raise UserError(f"a message must be an object, got {message!r:.60}")
         role = str(message.get("role", message.get("speaker"))).strip().lower()
-        if role == "system":  # an instruction to a model, which nobody said
-            continue
         text = message.get("content", message.get("text"))
-        if role not in SPEAKER_NAMES or not isinstance(text, str):
+        if role not in (*SPEAKER_NAMES, "system") or not isinstance(text, str):
             names = ", ".join(SPEAKER_NAMES)
             raise UserError(f"a message needs a role ({names}) and content, got {message!r:.80}")
-        titles = _take({"items": [], **message}, "items", list)
-        speaker: Speaker = "seeker" if role in SPEAKER_NAMES[:2] else "recommender"
-        lines.append(Line(speaker, text, titles))
+        line = Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text)
+        if role != "system" and text.strip():
+            lines.append((line, list(_take({"items": [], **message}, "items", list))))
     return lines
 
 
@@ -333,70 +320,58 @@ def read_lines(value: Any) -> list[Line]:
 
 
 def rows_of_chats(
-    chats: Mapping[str, Sequence[tuple[str, Any]]], known: Catalogue | None = None, seed: int = 0
-) -> tuple[dict[str, list[Row]], Catalogue, list[str]]:
-    """Return the rows of whole dialogues by split, the catalogue of their titles, and notes.
+    chats: Mapping[str, Sequence[tuple[str, Any]]], known: Catalogue | None = None, seed: str = "0"
+) -> tuple[dict[str, list[Row]], Catalogue, str]:
+    """Return the rows of whole dialogues by split, the catalogue of their titles, and a note.
 
-    `chats` has the dialogues of train, and of other splits, as ("FILE, line 3", value). A split
-    that it lacks is a tenth of train's dialogues. A value is {"messages": [...]}, with an `id` if
-    it has one, or the list. Messages mark the titles that they name as `items`. If none does, the
-    titles are found in the text: those of the catalogue, or without one those in quotes or before a
-    year. A row none of whose titles the catalogue has is left out.
+    `chats` has each split's dialogues as ("FILE, line 3", value). A value is {"messages": [...]},
+    with an `id` if it has one, or the list. Messages mark the titles that they name as `items`. If
+    none does, titles are found in the text: the catalogue's, or without one those in quotes or
+    before a year. A row is left out if the catalogue has none of its titles. Each missing split
+    gets a tenth (at least one) of train's dialogues, by a seeded hash of their ids.
     """
-    talks: list[tuple[str, str, list[Line]]] = []
+    talks: list[tuple[str, str, list[Marked]]] = []
     for split, values in chats.items():
         for number, (place, value) in enumerate(values, 1):
             name = value.get("id", number) if isinstance(value, dict) else number
             talks.append((split, str(name), _at(place, read_lines, value)))
-    said = [line for *_, lines in talks for line in lines]
-    marked = [title for line in said for title in line.titles]
-    named = marked or [title for line in said for title in written_titles(line.text)]
+    lines = [line for *_, said in talks for line in said]
+    marked = [title for _, titles in lines for title in titles]
+    named = marked or [title for line, _ in lines for title in written_titles(line.text)]
     catalogue = known or catalogue_of(named)
-    for line in () if marked else said:
+    for line, titles in () if marked else lines:
         found = [mention.items for mention in catalogue.find(line.text)]
-        line.titles.extend(x[0].name if len(x) > 1 else x[0].title for x in found)
-    rows = [(split, row) for split, *talk in talks for row in _rows_of(*talk)]
-    lost = [row["rec"] for _, row in rows if not any(map(catalogue.named, row["rec"]))]
-    kept = [(split, row) for split, row in rows if row["rec"] not in lost]
-    missing = [split for split in ("test", "valid") if split not in chats]
-    parts = divide((row["dialog_id"] for split, row in kept if split == "train"), missing, seed)
-    made: dict[str, list[Row]] = {split: [] for split in SPLITS}
+        titles += [items[0].name if len(items) > 1 else items[0].title for items in found]
+    rows = [(split, row) for split, name, said in talks for row in _rows_of(name, said)]
+    kept = [(split, row) for split, row in rows if any(map(catalogue.named, row["rec"]))]
+    note = f"{len(talks)} dialogues have {len(rows)} turns that recommend a title"
+    note += f"; {len(rows) - len(kept)} of them are left out: the items lack their titles"
+    own = {row["dialog_id"] for split, row in kept if split == "train"}
+    order = sorted(own, key=lambda name: (seed_for(seed, "divide", name), name))
+    parts = [split for split in ("test", "valid") if split not in chats] + ["train"]
+    if len(order) < len(parts):
+        raise UserError(f"{note}: expected {len(parts)} dialogues with one at least")
+    tenth, made = max(len(order) // 10, 1), {split: list[Row]() for split in SPLITS}
+    place_of = {name: parts[min(n // tenth, len(parts) - 1)] for n, name in enumerate(order)}
     for split, row in kept:
-        made[parts[row["dialog_id"]] if split == "train" else split].append(row)
-    notes = [f"{len(talks)} dialogues have {len(kept)} turns that recommend a title"]
-    if lost:
-        notes.append(f"{len(lost)} more name only titles that the items lack, such as {lost[0]}")
-    return made, catalogue, notes
+        made[place_of[row["dialog_id"]] if split == "train" else split].append(row)
+    return made, catalogue, note
 
 
-def _rows_of(dialog_id: str, lines: Sequence[Line]) -> Iterator[Row]:
+def _rows_of(dialog_id: str, lines: Sequence[Marked]) -> Iterator[Row]:
     """Yield the rows of a whole dialogue: one per turn of the recommender that has titles.
 
     Lines of one speaker in a row are joined. A first turn is no row: no seeker's line precedes it.
     """
     context: list[str] = []
-    for speaker, group in groupby((x for x in lines if x.text.strip()), lambda x: x.speaker):
+    for speaker, group in groupby(lines, lambda line: line[0].speaker):
         turn = list(group)
-        titles = list(dict.fromkeys(title for line in turn for title in line.titles))
-        text = " ".join(line.text.strip() for line in turn)
+        titles = list(dict.fromkeys(title for _, titles in turn for title in titles))
+        text = " ".join(line.text.strip() for line, _ in turn)
         if speaker == "recommender" and context and titles:
             place = {"dialog_id": dialog_id, "turn_id": len(context), "context": [*context]}
             yield {**place, "rec": titles, "resp": text}
         context.append(text)
-
-
-def divide(dialogues: Iterable[str], splits: Sequence[str], seed: int) -> dict[str, str]:
-    """Return the split of each dialogue: a tenth (at least one) in each of `splits`, else train.
-
-    The order of a seeded hash of their ids decides. Raises UserError for too few dialogues.
-    """
-    order = sorted(set(dialogues), key=lambda x: (seed_for(seed, "divide", x), x))
-    if len(order) <= len(splits):
-        told = f"expected at least {len(splits) + 1}"
-        raise UserError(f"{len(order)} dialogues recommend a title: {told}")
-    size = max(len(order) // 10, 1)
-    held_out = dict(zip(order, [x for x in splits for _ in range(size)], strict=False))
-    return dict.fromkeys(order, "train") | held_out
 
 
 def catalogue_of(titles: Iterable[str]) -> Catalogue:
@@ -430,4 +405,4 @@ def is_message(value: Any) -> bool:
 if __name__ == "__main__":
     from usbrec.crs.conversion import main
 
-    sys.exit(main())
+    raise SystemExit(main())
