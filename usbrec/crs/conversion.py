@@ -29,38 +29,38 @@ from functools import cache
 from http.client import HTTPException
 from itertools import combinations, groupby
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from usbrec.chat import Row
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.datasets import ROOT, SPLITS, load_catalogue, load_split, read_jsonl, rows_of_chats
 from usbrec.crs.spelling import SPACELESS, key_of
 from usbrec.crs.titles import GENRE_WORDS
 from usbrec.options import Parser, UserError
 
-Chats = Iterator[tuple[str, Row]]  # the place of each chat in the source, and the chat
+Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat
 # the commands and their arguments; the formats and the names of their files by split; the sources:
 # dataset -> file -> its address, which holds a commit, and git's checksum of it, which the commit
 # lists: SHA-1 of "blob SIZE\0" and the bytes
-TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
 # --- downloads --------------------------------------------------------------------------------
 
 
-def fetch(name: str, data_dir: str | None) -> Iterator[str]:
+def fetch_files(name: str, data_dir: str | None) -> Iterator[str]:
     """Fetch a dataset's missing files into its folder; yield a sentence for each of its files.
 
     Raises UserError for a file that cannot be fetched or written, and for a wrong checksum.
     """
     folder = Path(data_dir or ROOT / name)
     folder.mkdir(parents=True, exist_ok=True)
-    for file, (url, checksum) in TABLES["sources"][name].items():
+    for file, (url, checksum) in KNOWN["sources"][name].items():
         path, part = folder / file, folder / f"{file}.part"
-        arrived = path if path.exists() else download(url, part)
+        arrived = path if path.exists() else fetch_file(url, part)
         content = arrived.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != checksum:
             part.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def fetch(name: str, data_dir: str | None) -> Iterator[str]:
         yield f"{path}: {len(content)} bytes, the checksum is right"
 
 
-def download(url: str, part: Path) -> Path:
+def fetch_file(url: str, part: Path) -> Path:
     """Return `part` with the whole file, of which it may hold a beginning.
 
     Raises UserError; what has arrived stays in `part`.
@@ -136,20 +136,24 @@ def read_crslab(path: Path) -> Chats:
             items = [unquote(re.sub(r"<http.*/|>$", "", x)).replace("_", " ") for x in links]
             words = line["text"] if isinstance(line["text"], str) else " ".join(line["text"])
             text = re.sub(rf" (?=[.,!?;:]|'\w|n't)|(?<=[{SPACELESS}]) (?=[{SPACELESS}])", "", words)
-            unnamed = iter(items)
-            text = re.sub(r"@\d+", lambda found, rest=unnamed: next(rest, found[0]), text)
-            said.append({"role": line["role"], "text": text, "items": items})
+            said.append({"role": line["role"], "text": filled(text, items), "items": items})
         yield f"{path}, dialogue {number}", {"id": number, "messages": said}
 
 
-def read_table(path: Path) -> Iterator[Row]:
+def filled(text: str, names: Sequence[str]) -> str:
+    """Return a text with the names in the places of its "@123", as far as they go."""
+    rest = iter(names)
+    return re.sub(r"@\d+", lambda found: next(rest, found[0]), text)
+
+
+def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the lines of a .tsv or .csv file by the names of its columns."""
     dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
     return csv.DictReader(io.StringIO(read_text(path), newline=""), dialect=dialect)
 
 
 _READERS = (read_redial, read_inspired, read_opendialkg, read_crslab, read_jsonl)
-READERS = dict(zip(TABLES["formats"], _READERS, strict=True))
+READERS = dict(zip(KNOWN["formats"], _READERS, strict=True))
 
 
 # --- commands ---------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ READERS = dict(zip(TABLES["formats"], _READERS, strict=True))
 
 def convert(form: str, source: str, folder: str, items: str | None, seed: str) -> Iterator[str]:
     """Write a source's rows and items to a new folder; yield what was written and left out."""
-    read, name, out = READERS[form], TABLES["formats"][form], Path(folder)
+    read, name, out = READERS[form], KNOWN["formats"][form], Path(folder)
     names = [(x, name.format(x)) for x in SPLITS] + [("valid", name.format("dev"))]
     paths = {split: path for split, file in names for path in sorted(Path(source).rglob(file))}
     try:
@@ -193,36 +197,34 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
             for title in x.items:
                 meant = set(catalogue.named(title))
                 odd = {
-                    "are not in the catalogue": not meant,
-                    "may mean several items": len(meant) > 1,
-                    "are the name of a genre": key_of(title) in GENRE_WORDS,
-                    "stand in the context already": any(map(meant.issuperset, seen)),
-                    "are of dialogues that the recommender opens": len(x.history) % 2 == 0,
+                    "labels that the catalogue lacks": not meant,
+                    "labels that may mean several items": len(meant) > 1,
+                    "labels that are the name of a genre": key_of(title) in GENRE_WORDS,
+                    "labels that the context names already": any(map(meant.issuperset, seen)),
+                    "labels where the recommender opens": len(x.history) % 2 == 0,
                 }
                 for fault in filter(odd.get, odd):
                     found[fault].append(f"{title!r} in dialogue {x.dialog_id}")
-        yield f"{split}: {len(examples)} rows of {len(dialogues[split])} dialogues"
-        yield from notes
+        yield from [f"{split}: {len(examples)} rows of {len(dialogues[split])} dialogues", *notes]
         for fault, cases in found.items():
-            yield f"{split}: {len(cases)} labels {fault}, such as {cases[0]}"
+            yield f"{split}, {fault}: {len(cases)}, such as {cases[0]}"
     for one, other in combinations(SPLITS, 2):
         if shared := sorted(dialogues[one] & dialogues[other]):
-            yield f"{one} and {other} share {len(shared)} dialogues, such as {shared[0]}"
+            yield f"dialogues of both {one} and {other}: {len(shared)}, such as {shared[0]}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Fetch, convert or check as the words of the command say; return 2 for a user's fault."""
     parser = Parser(prog="datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (told, arguments) in TABLES["commands"].items():
+    for name, (told, arguments) in KNOWN["commands"].items():
         command = commands.add_parser(name, help=told, description=told)
         for argument, settings in arguments.items():
             command.add_argument(argument, **settings)
     try:
         flags = vars(parser.parse_args(words))
-        for told in {"fetch": fetch, "convert": convert, "check": check}[flags.pop("command")](
-            **flags
-        ):
+        run: Any = {"fetch": fetch_files, "convert": convert, "check": check}[flags.pop("command")]
+        for told in run(**flags):
             print(told, flush=True)
     except (OSError, UserError, KeyboardInterrupt) as error:
         print(f"datasets: {str(error) or 'stopped'}", file=sys.stderr)
