@@ -203,7 +203,7 @@ def test_the_checksums_are_those_of_the_files() -> None:
 def redial(number: int, **changed: Any) -> dict[str, Any]:
     """A dialogue in the shape of ReDial's release: the seeker is the initiator."""
     lines = [
-        (5, "Hi! Any wishes?"),
+        (5, "Hi! Is it @13?"),
         (7, "I &amp; my cat like @11"),
         (5, "Try @12"),
         (5, "and @13!"),
@@ -239,7 +239,7 @@ def test_redials_release_becomes_rows(tmp_path: Path, capsys: pytest.CaptureFixt
         {
             "dialog_id": "50",
             "turn_id": 2,
-            "context": ["Hi! Any wishes?", "I & my cat like Alien (1979)"],
+            "context": ["Hi! Is it Up (2009)?", "I & my cat like Alien (1979)"],
             "rec": ["Heat (1995)", "Up (2009)"],
             "resp": "Try Heat (1995) and Up (2009)!",
         }
@@ -501,7 +501,7 @@ def test_ten_chats_go_through_train_and_infer_with_one_flag(
     ("entry", "told"),
     [
         ({"author": "J. Austen", "genre": ["satire"], "year": 1815}, "satire, 1810s, by J. Austen"),
-        ({"artist": ["Nick Drake"], "category": ["folk", "folk"]}, "folk, by Nick Drake"),
+        ({"artist": ["Sun Ra"], "category": ["Science Fiction", "Sci-Fi"]}, "sci-fi, by Sun Ra"),
         ({"brand": "Bialetti", "category": "coffee maker"}, "coffee maker, by Bialetti"),
         ({"director": [], "author": ["A"], "star": [], "actor": ["B"]}, "by A, with B"),
         ({"director": ["A"], "author": ["B"], "star": ["C"], "actor": ["D"]}, "by A, with C"),

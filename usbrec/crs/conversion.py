@@ -149,7 +149,7 @@ def filled(text: str, names: Sequence[str]) -> str:
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the lines of a .tsv or .csv file by the names of its columns."""
     dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
-    return csv.DictReader(io.StringIO(read_text(path), newline=""), dialect=dialect)
+    return csv.DictReader(io.StringIO(read_text(path)), dialect=dialect)
 
 
 _READERS = (read_redial, read_inspired, read_opendialkg, read_crslab, read_jsonl)
