@@ -281,7 +281,7 @@ def build_parser() -> Parser:
     source.add_argument("--validate-simulator", action="store_true", help="check the judges")
     what.add_argument("--host", help="the address that --serve listens at (default: 127.0.0.1)")
     what.add_argument("--port", type=int, metavar="N", help="0: any that is free (default: 8000)")
-    what.add_argument("--data", help="sample, redial, opendialkg or a folder (default: the run's)")
+    what.add_argument("--data", help="as in train.py: a name, folder or file (default: the run's)")
     what.add_argument("--data-dir", help="the folder of a downloaded dataset")
     what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
     what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")

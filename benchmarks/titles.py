@@ -299,7 +299,7 @@ def measure(name: str, split: str, data_dir: str | None, limit: int | None) -> d
     """
     catalogue, folder = datasets.load_catalogue(name, data_dir), datasets._folder(name, data_dir)
     path = datasets._find(folder, datasets._files_of(split))
-    rows = read_rows((value for _, value in datasets._read_jsonl(path)), catalogue)
+    rows = read_rows((value for _, value in datasets.read_jsonl(path)), catalogue)
     if limit is not None and limit < len(rows):
         rows = random.Random(0).sample(rows, limit)
     lines = lines_of(rows)

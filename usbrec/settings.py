@@ -40,7 +40,7 @@ PREFIXES = {"data": "", "model": "", "ses_cards": "ses"}  # of flags; a group's 
 class DataOptions(Options):
     """The dataset, the rows that each stage takes (0: all), and the simulated user."""
 
-    data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
+    data: str = option("sample", "sample, redial, opendialkg, a folder of rows, a file of chats")
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run", low=0)
     recommender: str | None = option(None, "server that recommends in pairs, report: URL#MODEL")
