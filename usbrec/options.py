@@ -17,6 +17,7 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
 from math import inf
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -106,6 +107,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the fault and the flag for help."""
         raise UserError(f"{message} (see {self.prog} --help{'-all' if self.shown else ''})")
+
+
+def add_table(parser: Any, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the arguments of a table to a parser or a group: name -> argparse's keywords.
+
+    Their `type` is "path" or "int", where it is not text.
+    """
+    for name, keywords in table.items():
+        kind = {"type": {"path": Path, "int": int}[keywords["type"]]} if "type" in keywords else {}
+        parser.add_argument(name, **{**keywords, **kind})
 
 
 def add_flags(

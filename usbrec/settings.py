@@ -18,6 +18,8 @@ from usbrec.loading import ModelOptions
 from usbrec.options import Options, Parser, add_flags, from_flags, option
 
 TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
+# group -> flag -> argparse's keywords: train.py's job, and what infer.py answers with whom
+FLAGS: dict[str, dict[str, Any]] = TABLES["flags"]
 # script -> the flags in its --help; --help-all lists every flag
 SHOWN: dict[str, str] = {script: " ".join(words) for script, words in TABLES["shown"].items()}
 # name -> `options` (option groups and row limits that decide the result), `sides` (flags of other

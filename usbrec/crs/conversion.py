@@ -20,7 +20,6 @@ import hashlib
 import html
 import io
 import json
-import os
 import re
 import sys
 from collections import defaultdict
@@ -39,7 +38,7 @@ from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.datasets import ROOT, SPLITS, load_catalogue, load_split, read_jsonl, rows_of_chats
 from usbrec.crs.spelling import SPACELESS, key_of
 from usbrec.crs.titles import GENRE_WORDS
-from usbrec.options import Parser, UserError
+from usbrec.options import Parser, UserError, add_table
 
 Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat
 # the commands and their arguments; the formats and the names of their files by split; the sources:
@@ -65,7 +64,7 @@ def fetch_files(name: str, data_dir: str | None) -> Iterator[str]:
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != checksum:
             part.unlink(missing_ok=True)
             raise UserError(f"{arrived} has not the checksum of {url}: remove it and fetch again")
-        os.replace(arrived, path)
+        arrived.replace(path)
         yield f"{path}: {len(content)} bytes, the checksum is right"
 
 
@@ -218,9 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(prog="datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (told, arguments) in KNOWN["commands"].items():
-        command = commands.add_parser(name, help=told, description=told)
-        for argument, settings in arguments.items():
-            command.add_argument(argument, **settings)
+        add_table(commands.add_parser(name, help=told, description=told), arguments)
     try:
         flags = vars(parser.parse_args(words))
         run: Any = {"fetch": fetch_files, "convert": convert, "check": check}[flags.pop("command")]
