@@ -141,11 +141,10 @@ class Roles:
         In closed form, votes are sampled only for the prompts whose log-probabilities the language
         model does not tell.
         """
-        if not prompts:
-            return []
         side, n = by or self.simulator, votes.count or STAND_INS
         asked = [Request(prompt, adapter=side.adapter) for prompt in prompts]
-        table = [[]] * len(asked) if votes.count else side.llm.choice_logprobs(asked, SCORES)
+        closed = asked and not votes.count
+        table = side.llm.choice_logprobs(asked, SCORES) if closed else [[]] * len(asked)
         untold = [i for i, row in enumerate(table) if not row]
         ballots = [prompts[i] for i in untold for _ in range(n)]
         keys = [seed_for(seeds[i], vote) for i in untold for vote in range(n)]
@@ -165,8 +164,7 @@ class Roles:
         told = self.recommend(asked, sampling, [seed_for(key, "explain") for key in keys])
         prompts = list(map(external_judge_prompt, dialogues, told, targets))
         seeds = [seed_for(key, "judge") for key in keys]
-        scores = self.judge(prompts, votes, seeds, self.external)
-        return list(zip(told, scores, strict=True))
+        return list(zip(told, self.judge(prompts, votes, seeds, self.external), strict=True))
 
 
 @cache

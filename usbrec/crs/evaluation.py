@@ -87,9 +87,8 @@ def evaluate_method(
     """Return the `row_of` each example; `searching` turns SES on from its `start_turn`."""
     catalogue, talks = roles.catalogue, []
     for x in examples:
-        key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
         told = profile_of(x, catalogue) if options.protocol == "profile" else x.items
-        talks.append(Talk(x, key, told, x.history))
+        talks.append(Talk(x, seed_for(seed, "ieval", x.dialog_id, x.turn_id), told, x.history))
     plain = Sampling(options.max_new_tokens, options.temperature)
     seeking = Sampling(options.max_new_tokens, options.seeker_temperature)
     for turn in range(1, options.turns + 1):
@@ -110,7 +109,13 @@ def evaluate_method(
         for talk, dialogue, reply in zip(going, dialogues, said, strict=True):
             talk.dialogue = add_turn(dialogue, "recommender", reply)
             talk.replies.append(reply)
-    judged = judge_talks(roles, talks, plain, options)
+    votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
+    dialogues, known = [x.dialogue for x in talks], [x.told for x in talks]
+    if options.protocol == "profile":  # unexplained
+        prompts = list(map(internal_judge_prompt, dialogues, map(str, known)))
+        judged = [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
+    else:
+        judged = roles.explain_and_judge(dialogues, known, keys, plain, votes)
     return [row_of(talk, catalogue, *each) for talk, each in zip(talks, judged, strict=True)]
 
 
@@ -130,18 +135,6 @@ def row_of(talk: Talk, catalogue: Catalogue, explanation: str, score: JudgeScore
     row["hit"], row["grade"] = talk.is_hit(catalogue), catalogue.grade_of(replies[-1], x.items)
     lines = [[line.speaker, line.text] for line in talk.dialogue]
     return row | {"explanation": explanation, "transcript": lines, "searches": talk.searches}
-
-
-def judge_talks(
-    roles: Roles, talks: Sequence[Talk], plain: Sampling, options: EvaluationOptions
-) -> list[tuple[str, JudgeScore]]:
-    """Return per talk the explanation of its last reply, "" if none is asked for, and its score."""
-    votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
-    if options.protocol == "profile":
-        prompts = [internal_judge_prompt(x.dialogue, str(x.told)) for x in talks]
-        return [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
-    dialogues, targets = [x.dialogue for x in talks], [x.told for x in talks]
-    return roles.explain_and_judge(dialogues, targets, keys, plain, votes)
 
 
 def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:
