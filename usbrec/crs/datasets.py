@@ -28,7 +28,9 @@ from usbrec.options import UserError, seed_for
 ROOT = Path(__file__).resolve().parents[2] / "data"
 DATASETS = ("sample", "redial", "opendialkg")
 SPLITS = ("train", "valid", "test")
-ITEMS = ("items.json", "id2info.json")
+# split or items -> its file in a dataset's folder, by our name and by iEvaLM's
+FILES = {x: (f"{x}.jsonl", f"{x}_data_processed.jsonl") for x in SPLITS}
+FILES["items"] = ("items.json", "id2info.json")
 SPEAKER_NAMES = ("user", "seeker", "assistant", "recommender")
 VALID_SHARE = 10  # without ReDial's train.jsonl, one in so many valid dialogues stays valid
 KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an object"}
@@ -70,7 +72,7 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
         rows, _, note = rows_of_chats({"train": [*read_jsonl(Path(name))]})
         return Split([_at(name, read_row, row) for row in rows[split]], [note])
     folder = _folder(name, data_dir)
-    if name == "redial" and split != "test" and not _existing(folder, _files_of("train")):
+    if name == "redial" and split != "test" and not _existing(folder, "train"):
         return _divide_valid(_read_split(folder, "valid"), split)
     examples = _read_split(folder, split)
     if name != "opendialkg" or split != "train":
@@ -88,7 +90,7 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
     """
     if is_file_of_chats(name):
         return rows_of_chats({"train": [*read_jsonl(Path(name))]})[1]
-    return Catalogue.load(_find(_folder(name, data_dir), ITEMS))
+    return Catalogue.load(_find(_folder(name, data_dir), "items"))
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:
@@ -107,26 +109,23 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     raise UserError(f"no folder {folder} for {name}: {fetch}name it with --data-dir FOLDER")
 
 
-def _files_of(split: str) -> tuple[str, str]:
-    return f"{split}.jsonl", f"{split}_data_processed.jsonl"
-
-
 def _read_split(folder: Path, split: str) -> list[Example]:
-    return read_examples(_find(folder, _files_of(split)))
+    return read_examples(_find(folder, split))
 
 
-def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the existing files of these names, in the folder or (iEvaLM's layout) beside it."""
+def _existing(folder: Path, content: str) -> list[Path]:
+    """Return the existing FILES of a split or of the items, in the folder or beside it (iEvaLM)."""
     stem = folder.name.removesuffix("_eval")
     places = (folder, folder.parent / stem, folder.parent / f"{stem}_eval")
-    return [place / name for place in places for name in names if (place / name).is_file()]
+    return [place / name for place in places for name in FILES[content] if (place / name).is_file()]
 
 
-def _find(folder: Path, names: tuple[str, str]) -> Path:
-    """Return the first existing file of these names; raises UserError if there is none."""
-    if found := _existing(folder, names):
+def _find(folder: Path, content: str) -> Path:
+    """Return the first of the existing files of `content`; raises UserError if there is none."""
+    if found := _existing(folder, content):
         return found[0]
-    raise UserError(f"{folder} has no {names[0]} (nor {names[1]}): name it with --data-dir FOLDER")
+    told = "{} has no {} (nor {}): name it with --data-dir FOLDER"
+    raise UserError(told.format(folder, *FILES[content]))
 
 
 def _divide_valid(examples: Sequence[Example], split: str) -> Split:
@@ -144,14 +143,14 @@ def _divide_valid(examples: Sequence[Example], split: str) -> Split:
 
 def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> list[str]:
     """Return the notes on a split of one's own rows: unknown gold titles, rows shared with test."""
-    known, notes = Catalogue.load(_find(folder, ITEMS)), []
+    known, notes = Catalogue.load(_find(folder, "items")), []
     titles = [title for x in examples for title in x.items]
     if unknown := [title for title in titles if not known.named(title)]:
         told = f"{len(unknown)} of {len(titles)} gold titles of {split} are not in the items"
         rows = sum(not any(map(known.named, x.items)) for x in examples)
         told += f", such as {unknown[0]!r}: no reply to {rows} of {len(examples)} rows can be right"
         notes.append(f"{told}, and they teach the simulator little")
-    if split == "train" and _existing(folder, _files_of("test")):
+    if split == "train" and _existing(folder, "test"):
         tests = {(x.history, x.response) for x in _read_split(folder, "test")}
         shared = sum((x.history, x.response) in tests for x in examples)
         told = f"{shared} of {len(examples)} training rows are test rows too"
