@@ -182,16 +182,11 @@ def recommender_prompt(dialogue: Dialogue) -> Messages:
 
 
 def seeker_prompt(dialogue: Dialogue, told: Told) -> Messages:
-    """Return the prompt of a seeker who is told the target titles, or a profile alone."""
+    """Return the prompt of the seeker, told the target titles, or the inner one, told a profile."""
     if isinstance(told, str):
-        return internal_seeker_prompt(dialogue, told)
-    persona = prompt_text("seeker").replace("{targets}", "; ".join(told))
-    return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
-
-
-def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
-    """Return the internal seeker's prompt, whose instructions give the profile alone."""
-    persona = prompt_text("internal_seeker").replace("{profile}", known(profile))
+        persona = prompt_text("internal_seeker").replace("{profile}", known(told))
+    else:
+        persona = prompt_text("seeker").replace("{targets}", "; ".join(told))
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 
@@ -238,7 +233,7 @@ def external_judge_prompt(dialogue: Dialogue, explanation: str, targets: Sequenc
 
 def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
     """Return the internal judge's prompt: the internal seeker's chat, then the question."""
-    return (*internal_seeker_prompt(dialogue, profile), internal_question(profile))
+    return (*seeker_prompt(dialogue, profile), internal_question(profile))
 
 
 def card_prompt(reply: str, card: str, profile: str) -> Messages:
