@@ -22,9 +22,10 @@ TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
 FLAGS: dict[str, dict[str, Any]] = TABLES["flags"]
 # script -> the flags in its --help; --help-all lists every flag
 SHOWN: dict[str, str] = {script: " ".join(words) for script, words in TABLES["shown"].items()}
-# name -> `options` (option groups and row limits that decide the result), `sides` (flags of other
-# models that decide it too), the earlier stages that it `needs`, the files that it `makes`, first
-# the one that it ends with, and its `adapter`, if it trains one
+# name -> `options` (option groups and row limits that decide the result), further options of the
+# group `data` that do, `sides` (flags of other models that decide it too), the earlier stages that
+# it `needs`, the files that it `makes`, first the one that it ends with, and its `adapter`, if it
+# trains one
 STAGES: dict[str, dict[str, Any]] = TABLES["stages"]
 ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter" in STAGES[x]}
 # what --full has in place of the defaults, which were found on the sample set's validation
