@@ -105,29 +105,22 @@ def choose_pair(example: Example, samples: Sequence[Row], worst: str) -> tuple[R
         return None, "all samples scored 1"
     rank = itemgetter("label", "score")
     best, last = max(read, key=rank), min(read, key=rank)  # the first of equals
-    gold = (example.response.strip(), None, "gold")
-    text, score, origin = _side(samples, best) if best["label"] == 2 else gold
+    gold = {"reply": example.response.strip()}
+    chosen = best if best["label"] == 2 else gold
     bound = 0 if worst == "zero" else 1
-    other, other_score, other_origin = _side(samples, last) if last["label"] <= bound else gold
-    if "" in (text, other):
+    rejected = last if last["label"] <= bound else gold
+    if not (chosen["reply"] and rejected["reply"]):
         return None, "gold response empty"
-    if text == other:
+    if chosen["reply"] == rejected["reply"]:
         return None, "chosen and rejected are equal"
-    prompt = recommender_prompt(example.history)
-    pair = {
-        "prompt": [{"role": x.role, "content": x.content} for x in prompt],
-        "chosen": [{"role": "assistant", "content": text}],
-        "rejected": [{"role": "assistant", "content": other}],
-        "chosen_score": score,
-        "rejected_score": other_score,
-        "chosen_from": origin,
-        "rejected_from": other_origin,
-    }
-    return pair, " over ".join(name.split("[")[0] for name in (origin, other_origin))
-
-
-def _side(samples: Sequence[Row], own: Row) -> tuple[str, float | None, str]:
-    return own["reply"], float(own["label"]), f"samples[{samples.index(own)}]"
+    prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]
+    pair: Row = {"prompt": prompt}
+    sides = {"chosen": chosen, "rejected": rejected}
+    pair |= {x: [{"role": "assistant", "content": y["reply"]}] for x, y in sides.items()}
+    pair |= {f"{x}_score": None if y is gold else float(y["label"]) for x, y in sides.items()}
+    origins = ["gold" if x is gold else f"samples[{samples.index(x)}]" for x in sides.values()]
+    pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
+    return pair, " over ".join(name.split("[")[0] for name in origins)
 
 
 def count_reasons(records: Sequence[Row]) -> dict[str, int]:
