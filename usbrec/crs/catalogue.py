@@ -158,11 +158,11 @@ class Catalogue:
         """
         if exact := self._by_title.get(plain(title)[0].lower()):
             return tuple(exact)
-        keys = [key for key in map(key_of, names_of(title)) if key in self._by_name]
-        year = split_title(title)[1]
-        if not keys or year is None:
-            return self._by_name[keys[0]].owners() if keys else ()
-        return tuple(x for x in self._by_name[keys[0]].items if x.year in (None, year))
+        found = (self._by_name[x] for x in map(key_of, names_of(title)) if x in self._by_name)
+        own, year = next(found, Named("", [])), split_title(title)[1]
+        if year is None:
+            return own.owners()
+        return tuple(x for x in own.items if x.year in (None, year))
 
     def get(self, title: str) -> Item | None:
         """Return the item that the title names, or None if there is none or more than one."""

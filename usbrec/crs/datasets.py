@@ -362,15 +362,13 @@ def _rows_of(dialog_id: str, lines: Sequence[Marked]) -> Iterator[Row]:
 
     Lines of one speaker in a row are joined. A first turn is no row: no seeker's line precedes it.
     """
-    context: list[str] = []
-    for speaker, group in groupby(lines, lambda line: line[0].speaker):
-        turn = list(group)
+    turns = [[*turn] for _, turn in groupby(lines, lambda line: line[0].speaker)]
+    texts = [" ".join(line.text.strip() for line, _ in turn) for turn in turns]
+    for n, turn in enumerate(turns):
         titles = list(dict.fromkeys(title for _, titles in turn for title in titles))
-        text = " ".join(line.text.strip() for line, _ in turn)
-        if speaker == "recommender" and context and titles:
-            place = {"dialog_id": dialog_id, "turn_id": len(context), "context": [*context]}
-            yield {**place, "rec": titles, "resp": text}
-        context.append(text)
+        if turn[0][0].speaker == "recommender" and n and titles:
+            place = {"dialog_id": dialog_id, "turn_id": n, "context": texts[:n]}
+            yield {**place, "rec": titles, "resp": texts[n]}
 
 
 def catalogue_of(titles: Iterable[str]) -> Catalogue:
