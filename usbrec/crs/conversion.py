@@ -22,7 +22,6 @@ import io
 import json
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
 from http.client import HTTPException
@@ -190,7 +189,7 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
     mentioned = cache(lambda text: [mention.items for mention in catalogue.find(text)])
     for split in SPLITS:
         examples, notes = load_split(name, split, data_dir)
-        dialogues[split], found = {x.dialog_id for x in examples}, defaultdict(list)
+        dialogues[split], found = {x.dialog_id for x in examples}, dict[str, list[str]]()
         for x in examples:
             seen = [items for line in x.history for items in mentioned(line.text)]
             for title in x.items:
@@ -203,7 +202,7 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
                     "labels where the recommender opens": len(x.history) % 2 == 0,
                 }
                 for fault in filter(odd.get, odd):
-                    found[fault].append(f"{title!r} in dialogue {x.dialog_id}")
+                    found.setdefault(fault, []).append(f"{title!r} in dialogue {x.dialog_id}")
         yield from [f"{split}: {len(examples)} rows of {len(dialogues[split])} dialogues", *notes]
         for fault, cases in found.items():
             yield f"{split}, {fault}: {len(cases)}, such as {cases[0]}"
