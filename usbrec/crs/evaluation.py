@@ -16,7 +16,7 @@ There are three protocols:
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -200,8 +200,8 @@ def popular(catalogue: Catalogue, popularity: Popularity) -> Guesses:
     return [(item,) for title in order if (item := catalogue.get(title))]
 
 
-def nearest(examples: Examples, train: Examples) -> list[Example]:
-    """Return per example the nearest training example, ties to the first.
+def nearest(examples: Examples, train: Examples) -> Iterator[Example]:
+    """Yield per example the nearest training example, ties to the first.
 
     Nearest by the cosine of the words that the seeker has said, each weighted by log(N / n): n of
     the N training examples have it.
@@ -218,13 +218,11 @@ def nearest(examples: Examples, train: Examples) -> list[Example]:
     places = {word: np.array(found) for word, found in having.items()}
     weights = {word: math.log(len(train) / len(found)) ** 2 for word, found in having.items()}
     lengths = np.sqrt([sum(weights[word] for word in own) or 1.0 for own in said])
-    chosen = []
     for example in examples:
         products = np.zeros(len(train))
         for word in filter(places.__contains__, words(example)):
             products[places[word]] += weights[word]
-        chosen.append(train[int((products / lengths).argmax())])
-    return chosen
+        yield train[int((products / lengths).argmax())]
 
 
 def baseline_labels(

@@ -16,7 +16,7 @@ Only the first response enters a pair; the roll-out with the external seeker sco
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Literal
@@ -69,8 +69,8 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
     return rows
 
 
-def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
-    """Return one roll-out per case: the reply, the score, the explanation, the lines from it on."""
+def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
+    """Yield one roll-out per case: the reply, the score, the explanation, the lines from it on."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
     targets, keys = [example.items for example, _, _ in cases], [key for _, _, key in cases]
     dialogues = [add_turn(example.history, "recommender", reply) for example, reply, _ in cases]
@@ -82,11 +82,9 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
     votes = Votes(options.votes, options.vote_temperature)
     judged = roles.explain_and_judge(dialogues, targets, keys, sampling, votes)
-    rows = []
     for (example, reply, _), said, (told, score) in zip(cases, dialogues, judged, strict=True):
         lines = [[line.speaker, line.text] for line in said[len(example.history) :]]
-        rows.append({"reply": reply, **asdict(score), "explanation": told, "lines": lines})
-    return rows
+        yield {"reply": reply, **asdict(score), "explanation": told, "lines": lines}
 
 
 def choose_pair(example: Example, samples: Sequence[Row], worst: str) -> tuple[Row | None, str]:

@@ -288,10 +288,9 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
 
 def write_out(roles: Roles, results: Searches, options: SearchOptions) -> None:
     """Replace the chosen announcements by whole replies that begin with them."""
-    asked = []
-    for result in results:
-        [(side, request)] = result.firsts(roles.recommender, options, [result.best])
-        asked.append((side, replace(request, begin=result.reply)))
+    firsts = [x.firsts(roles.recommender, options, [x.best])[0] for x in results]
+    pairs = zip(firsts, results, strict=True)
+    asked = [(side, replace(request, begin=x.reply)) for (side, request), x in pairs]
     for result, text in zip(results, roles.complete(asked), strict=True):
         result.candidates[result.best].reply = text
 
