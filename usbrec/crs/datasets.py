@@ -76,7 +76,7 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
         return _divide_valid(_read_split(folder, "valid"), split)
     examples = _read_split(folder, split)
     if name != "opendialkg" or split != "train":
-        return Split(examples, [] if name in DATASETS else own_notes(folder, split, examples))
+        return Split(examples, [] if name in DATASETS else [*own_notes(folder, split, examples)])
     kept = drop_overlap(examples, _read_split(folder, "test"))
     dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped"
     return Split(kept, [f"{dropped}: their dialogue, or a test response, occurs in test"])
@@ -141,21 +141,20 @@ def _divide_valid(examples: Sequence[Example], split: str) -> Split:
     return Split(kept, [f"no ReDial train.jsonl: {split} is {count} of {source}"])
 
 
-def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> list[str]:
-    """Return the notes on a split of one's own rows: unknown gold titles, rows shared with test."""
-    known, notes = Catalogue.load(_find(folder, "items")), []
+def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator[str]:
+    """Yield the notes on a split of one's own rows: unknown gold titles, rows shared with test."""
+    known = Catalogue.load(_find(folder, "items"))
     titles = [title for x in examples for title in x.items]
     if unknown := [title for title in titles if not known.named(title)]:
         told = f"{len(unknown)} of {len(titles)} gold titles of {split} are not in the items"
         rows = sum(not any(map(known.named, x.items)) for x in examples)
         told += f", such as {unknown[0]!r}: no reply to {rows} of {len(examples)} rows can be right"
-        notes.append(f"{told}, and they teach the simulator little")
+        yield f"{told}, and they teach the simulator little"
     if split == "train" and _existing(folder, "test"):
         tests = {(x.history, x.response) for x in _read_split(folder, "test")}
-        shared = sum((x.history, x.response) in tests for x in examples)
-        told = f"{shared} of {len(examples)} training rows are test rows too"
-        notes += [f"{told}: results on them say nothing of new dialogues"] if shared else []
-    return notes
+        if shared := sum((x.history, x.response) in tests for x in examples):
+            told = f"{shared} of {len(examples)} training rows are test rows too"
+            yield f"{told}: results on them say nothing of new dialogues"
 
 
 def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
