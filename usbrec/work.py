@@ -98,9 +98,8 @@ class Work:
             list(read_pairs(runs.need(self.folder / "pairs.jsonl", "pairs")))
         if ADAPTERS.keys() & set(stages):
             self.models.engine("none")
-        for stage in ADAPTERS:
-            if stage in needed:
-                self.side(stage)
+        for stage in (x for x in ADAPTERS if x in needed):
+            self.side(stage)
 
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
