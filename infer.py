@@ -28,7 +28,7 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.chatting import Answered, Chat, printer, tell
+from usbrec.chatting import Answered, Chat, printer
 from usbrec.crs.agents import Roles
 from usbrec.crs.datasets import load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, Examples, format_dialogue
@@ -40,7 +40,7 @@ from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.training_state import digest
-from usbrec.options import Parser, UserError, add_flags, add_table, from_flags, seed_for
+from usbrec.options import Parser, UserError, add_flags, add_table, from_flags, seed_for, tell
 from usbrec.runs import RUNS, Results, Row, run_chunks
 from usbrec.settings import ADAPTERS, FLAGS, SHOWN, DataOptions
 

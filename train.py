@@ -46,7 +46,7 @@ from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training_state import peak_memory
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
-from usbrec.options import Parser, UserError, add_table, seed_for
+from usbrec.options import Parser, UserError, add_table, seed_for, tell
 from usbrec.settings import ADAPTERS, COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work
 
@@ -232,7 +232,7 @@ def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
         if parallel.rank() == 0:
             note_stage(work, stage, round(time.perf_counter() - start, 1), spent)
             if flags.verbose:
-                print(f"{stage}: {loading.costs(spent)}", file=sys.stderr)
+                tell(f"{stage}: {loading.costs(spent)}")
         loading.give_back_memory()
         parallel.meet()  # the next stage reads what the first process has written
     for told in loading.shortened_lines(work.models.engines.values()):

@@ -13,6 +13,7 @@ dataclass's. So a stage's flag can override the flag that all stages share.
 
 import argparse
 import hashlib
+import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
@@ -180,6 +181,11 @@ def from_flags(
 def _flag(prefix: str, name: str) -> str:
     own = name.removeprefix(f"{prefix}_")  # --lora-alpha
     return "--" + f"{prefix}-{own}".strip("-").replace("_", "-")
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, apart from the results."""
+    print(text, file=sys.stderr)
 
 
 def seed_for(*parts: str | int) -> int:

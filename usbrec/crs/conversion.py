@@ -21,7 +21,6 @@ import html
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from http.client import HTTPException
@@ -37,7 +36,7 @@ from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.datasets import ROOT, SPLITS, load_catalogue, load_split, read_jsonl, rows_of_chats
 from usbrec.crs.spelling import SPACELESS, key_of
 from usbrec.crs.titles import GENRE_WORDS
-from usbrec.options import Parser, UserError, add_table
+from usbrec.options import Parser, UserError, add_table, tell
 
 Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat
 # the commands and their arguments; the formats and the names of their files by split; the sources:
@@ -223,6 +222,6 @@ def main(words: Sequence[str] | None = None) -> int:
         for told in run(**flags):
             print(told, flush=True)
     except (OSError, UserError, KeyboardInterrupt) as error:
-        print(f"datasets: {str(error) or 'stopped'}", file=sys.stderr)
+        tell(f"datasets: {str(error) or 'stopped'}")
         return 2
     return 0
