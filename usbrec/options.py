@@ -7,6 +7,8 @@ class SearchOptions(Options):
 add_flags(parser, SearchOptions, "ses")            # --ses-samples
 options = from_flags(SearchOptions, arguments, "ses")
 
+Flags that belong to no dataclass stand in tables of JSON (`add_table`).
+
 A flag that is not given sets no value: `from_flags` takes the caller's default, else the
 dataclass's. So a stage's flag can override the flag that all stages share.
 """

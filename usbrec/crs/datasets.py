@@ -35,8 +35,6 @@ SPEAKER_NAMES = ("user", "seeker", "assistant", "recommender")
 VALID_SHARE = 10  # without ReDial's train.jsonl, one in so many valid dialogues stays valid
 KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an object"}
 Value = TypeVar("Value")
-
-
 Marked = tuple[Utterance, list[str]]  # a line, and the titles that it names
 
 
