@@ -31,10 +31,11 @@ from typing import Any
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, Row, TrainingDialogue
-from usbrec.crs import lessons, podcs
+from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
+from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
 from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import judge_ranked
@@ -96,12 +97,12 @@ def make_pairs(work: Work) -> None:
     """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter."""
     seed, options, roles = work.settings.data.seed, work.settings.pairs, work.roles("sft")
     rows, results = work.rows("pairs"), work.results("samples.jsonl", "pairs")
-    records = runs.run_chunks(results, rows, lambda x: podcs.build_pairs(roles, x, seed, options))
+    records = runs.run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
     pairs = [record["pair"] for record in records if record["pair"]]
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
-    print_counts(f"pairs: {len(pairs)} of {len(records)} rows", podcs.count_reasons(records))
-    wins = podcs.count_wins(work.catalogue, rows, records)
+    print_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
+    wins = count_wins(work.catalogue, rows, records)
     print_counts("pairs, the chosen side against the rejected by rule", wins)
 
 
