@@ -612,7 +612,8 @@ def test_the_tables_of_the_stages_name_what_is_there() -> None:
     groups, data = get_type_hints(Settings), get_type_hints(DataOptions)
     earlier: list[str] = []
     for name, stage in STAGES.items():
-        assert set(stage) - {"adapter"} == {"options", "sides", "needs", "makes"}
+        assert set(stage) - {"adapter", "data"} == {"options", "sides", "needs", "makes"}
+        assert set(stage.get("data", ())) <= set(data)
         assert all(x in groups or f"max_{x}" in data for x in stage["options"])
         assert set(stage["sides"]) <= set(data) and set(stage["needs"]) <= set(earlier)
         if adapter := stage.get("adapter"):
