@@ -19,7 +19,7 @@ import sys
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +28,9 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.chatting import Answered, Chat, printer, tell
+from usbrec.chatting import Answered, Chat, printer
 from usbrec.crs.agents import Roles
-from usbrec.crs.datasets import SPLITS, load_catalogue, load_split, read_dialogues
+from usbrec.crs.datasets import load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, Examples, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
@@ -40,9 +40,9 @@ from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.training_state import digest
-from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
+from usbrec.options import Parser, UserError, add_flags, add_table, from_flags, seed_for, tell
 from usbrec.runs import RUNS, Results, Row, run_chunks
-from usbrec.settings import ADAPTERS, SHOWN, DataOptions
+from usbrec.settings import ADAPTERS, FLAGS, SHOWN, DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
 
@@ -274,26 +274,9 @@ def build_parser() -> Parser:
     """Return the parser: flags for the dialogues, for the models, and for the replies."""
     parser = Parser(SHOWN["infer"], prog="infer.py", description=__doc__, usage="infer.py [FLAGS]")
     what = parser.add_argument_group("what to answer (default: a test row of the run's dataset)")
-    source = what.add_mutually_exclusive_group()
-    source.add_argument("--dialogue", type=Path, metavar="FILE", help="dialogues, JSON or JSONL")
-    source.add_argument("--chat", action="store_true", help="converse in the terminal")
-    source.add_argument("--serve", action="store_true", help="answer OpenAI's clients until Ctrl-C")
-    source.add_argument("--validate-simulator", action="store_true", help="check the judges")
-    what.add_argument("--host", help="the address that --serve listens at (default: 127.0.0.1)")
-    what.add_argument("--port", type=int, metavar="N", help="0: any that is free (default: 8000)")
-    what.add_argument("--data", help="sample, redial, opendialkg or a folder (default: the run's)")
-    what.add_argument("--data-dir", help="the folder of a downloaded dataset")
-    what.add_argument("--split", choices=SPLITS, help="default: test; valid for the judges")
-    what.add_argument("--limit", type=int, help="rows of the split, 0 for all (default: 1)")
-    what.add_argument("--out", type=Path, metavar="FILE", help="results file; goes on from there")
-    what.add_argument("--trace", type=Path, metavar="FILE", help="the searches, as .html or .json")
-    what.add_argument("--verbose", action="store_true", help="tell the tokens of every call")
-    what.add_argument("--json", action="store_true", help="one JSON object a dialogue")
-    who = parser.add_argument_group("who answers")
-    who.add_argument("--run-dir", type=Path, help="a run of train.py (default: the newest)")
-    who.add_argument("--recommender", help="adapter, model, server's URL#MODEL, or none")
-    who.add_argument("--simulator", help="the same, playing the user")
-    who.add_argument("--judge", default=SUPPRESS, help="the same, as the external judge")
+    add_table(what.add_mutually_exclusive_group(), FLAGS["one of these"])
+    add_table(what, FLAGS["what to answer"])
+    add_table(parser.add_argument_group("who answers"), FLAGS["who answers"])
     add_flags(parser, loading.ModelOptions)
     add_flags(parser, ReplyOptions)
     add_flags(parser, Sampling, defaults=PLAIN, skip=("stop",))
@@ -335,7 +318,8 @@ def answer(flags: Namespace) -> None:
     if options.ses:
         tell(f"search: up to {sum(recommender.searching.levels)} replies per dialogue are tried")
         tell(report.SEARCH_LEGEND)
-    for told in recommender.unread(vars(flags), flags.validate_simulator):
+    given = [name for name, value in vars(flags).items() if value is not None]
+    for told in recommender.unread(given, flags.validate_simulator):
         tell(f"note: {told}")
     if flags.validate_simulator:
         validate_simulator(recommender, flags, setup)

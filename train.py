@@ -47,8 +47,8 @@ from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training_state import peak_memory
 from usbrec.llm.usable import dialogue_fault, pair_fault, usable
-from usbrec.options import Parser, UserError, seed_for
-from usbrec.settings import ADAPTERS, COMPARED, SHOWN, STAGES, add_settings, read_settings
+from usbrec.options import Parser, UserError, add_table, seed_for, tell
+from usbrec.settings import ADAPTERS, COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work
 
 RowsOf = Callable[[str], Examples]  # the name of a limit (--max-NAME) -> rows
@@ -212,13 +212,7 @@ DOES = dict(zip(STAGES, _DOES, strict=True))
 def build_parser() -> Parser:
     """Return the parser: the flags of the job, and one group per options dataclass."""
     parser = Parser(SHOWN["train"], prog="train.py", description=__doc__, usage="train.py [FLAGS]")
-    told = f"which of {', '.join(STAGES)} (default: all)"
-    job = parser.add_argument_group("job")
-    job.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="S", help=told)
-    job.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/DATA)")
-    job.add_argument("--fresh", action="store_true", help="start the chosen stages over")
-    job.add_argument("--verbose", action="store_true", help="tell the tokens of every stage")
-    job.add_argument("--shard", action="store_true", help="spread what one GPU cannot hold")
+    add_table(parser.add_argument_group("job"), FLAGS["job"])
     add_settings(parser)
     return parser
 
@@ -239,7 +233,7 @@ def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
         if parallel.rank() == 0:
             note_stage(work, stage, round(time.perf_counter() - start, 1), spent)
             if flags.verbose:
-                print(f"{stage}: {loading.costs(spent)}", file=sys.stderr)
+                tell(f"{stage}: {loading.costs(spent)}")
         loading.give_back_memory()
         parallel.meet()  # the next stage reads what the first process has written
     for told in loading.shortened_lines(work.models.engines.values()):

@@ -154,7 +154,7 @@ def read_liked(path: Path) -> list[RatedTurn]:
     was marked by the seeker. Neighbouring messages of a speaker are one line. Raises UserError.
     """
     found: list[RatedTurn] = []
-    for place, value in datasets._read_jsonl(path):
+    for place, value in datasets.read_jsonl(path):
         try:
             found += liked_turns(value)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

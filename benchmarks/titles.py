@@ -298,8 +298,8 @@ def measure(name: str, split: str, data_dir: str | None, limit: int | None) -> d
         UserError: the dataset or a file is missing or malformed.
     """
     catalogue, folder = datasets.load_catalogue(name, data_dir), datasets._folder(name, data_dir)
-    path = datasets._find(folder, datasets._files_of(split))
-    rows = read_rows((value for _, value in datasets._read_jsonl(path)), catalogue)
+    path = datasets._find(folder, split)
+    rows = read_rows((value for _, value in datasets.read_jsonl(path)), catalogue)
     if limit is not None and limit < len(rows):
         rows = random.Random(0).sample(rows, limit)
     lines = lines_of(rows)

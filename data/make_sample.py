@@ -58,8 +58,7 @@ class Wish(NamedTuple):
 
     def fits(self, item: Item) -> bool:
         """Return whether the film meets the wish."""
-        avoided = self.kind == "dislike"
-        return self.value not in item.genres if avoided else self in facts_of(item)
+        return self in facts_of(item) if self.kind != "dislike" else self.value not in item.genres
 
 
 @cache

@@ -17,7 +17,6 @@ from usbrec.crs.agents import (
     count_votes,
     external_judge_prompt,
     internal_judge_prompt,
-    internal_seeker_prompt,
     prompt_text,
     recommender_prompt,
     seeker_prompt,
@@ -46,7 +45,7 @@ def roles(messages: tuple[Message, ...]) -> list[str]:
 def test_each_speaker_sees_its_own_lines_as_assistant() -> None:
     assert roles(recommender_prompt(DIALOGUE)) == ["system", "user", "assistant", "user"]
     assert roles(seeker_prompt(DIALOGUE, ["X"])) == ["system", "assistant", "user", "assistant"]
-    assert roles(internal_seeker_prompt(DIALOGUE, "p")) == roles(seeker_prompt(DIALOGUE, ["X"]))
+    assert roles(seeker_prompt(DIALOGUE, "p")) == roles(seeker_prompt(DIALOGUE, ["X"]))
 
 
 def test_the_seeker_knows_all_targets_and_the_recommender_none() -> None:
@@ -57,8 +56,8 @@ def test_the_seeker_knows_all_targets_and_the_recommender_none() -> None:
 
 def test_the_internal_seeker_knows_the_profile_with_one_full_stop() -> None:
     for profile in ("likes horror", "likes horror.", " likes horror. "):
-        assert "preference: likes horror. Accept" in internal_seeker_prompt((), profile)[0].content
-    assert "preference: unknown. Accept" in internal_seeker_prompt((), " ")[0].content
+        assert "preference: likes horror. Accept" in seeker_prompt((), profile)[0].content
+    assert "preference: unknown. Accept" in seeker_prompt((), " ")[0].content
 
 
 def test_braces_in_data_stay_as_they_are() -> None:
@@ -91,7 +90,7 @@ def test_the_external_judge_continues_the_seekers_chat_and_is_asked_in_a_voice_o
 def test_the_internal_judge_is_asked_right_after_the_reply() -> None:
     ended = add_turn(DIALOGUE, "recommender", "Try Red Loft.")
     prompt = internal_judge_prompt(ended, "horror")
-    assert prompt[:-1] == internal_seeker_prompt(ended, "horror")
+    assert prompt[:-1] == seeker_prompt(ended, "horror")
     assert prompt[-1].role == "system" and "horror" in prompt[-1].content
 
 

@@ -176,7 +176,7 @@ def test_a_missing_dataset_tells_where_from_and_which_flag(
 ) -> None:
     monkeypatch.setattr(datasets, "ROOT", tmp_path)
     for name in ("redial", "opendialkg"):
-        with pytest.raises(UserError, match="iEvaLM-CRS.*--data-dir FOLDER") as error:
+        with pytest.raises(UserError, match=f"fetch {name}`, or .*--data-dir FOLDER") as error:
             load_examples(name, "test")
         assert str(tmp_path / name) in str(error.value)
     with pytest.raises(UserError, match="no dataset 'redail'"):
@@ -405,7 +405,8 @@ def test_messages_of_one_speaker_in_a_row_are_joined(tmp_path: Path) -> None:
         ("{", "line 1: not JSON"),
         ("[]", "must end with a line of the seeker's"),
         (json.dumps(MESSAGES[:1]), "must end with a line of the seeker's"),
-        (json.dumps([{"role": "system", "content": "x"}]), "needs a role"),
+        (json.dumps([{"role": "critic", "content": "x"}]), "needs a role"),
+        (json.dumps([{"role": "system", "content": "x"}]), "must end with a line of the seeker's"),
         (json.dumps([{"role": "user"}]), "needs a role"),
         (json.dumps([{"role": ["user"], "content": "x"}]), "needs a role"),
         (json.dumps(["Hi"]), "a message must be an object"),

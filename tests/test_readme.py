@@ -31,6 +31,7 @@ COMMAND = re.compile(
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 TREE = re.compile(r"^ {6,}(\w+\.py) ", re.MULTILINE)
+DATA_COMMANDS = (ROOT / "usbrec" / "crs" / "conversion.json").read_text("utf-8")
 LONG = ("python train.py", "torchrun", "python benchmarks", "python -m pytest")
 TIME = re.compile(r"# .*\b(?:\d+|an?|half an) (?:s|min|h|minutes?|hours?)\b")
 
@@ -69,7 +70,7 @@ def test_every_command_has_the_flags_that_it_is_given(page: str, job: str, words
         with suppress(SystemExit):  # --help ends so; a wrong flag is a UserError
             SCRIPTS[job].build_parser().parse_args(shlex.split(words))
     elif job != "-m pytest":
-        source = source_of(job)
+        source = DATA_COMMANDS if job == "-m usbrec.crs.datasets" else source_of(job)
         assert [flag for flag in FLAG.findall(words) if f'"{flag}"' not in source] == []
 
 
@@ -82,6 +83,7 @@ def test_both_of_the_two_commands_are_among_them() -> None:
 def test_every_flag_in_the_text_exists(page: str) -> None:
     known = {"--nproc-per-node", "--cov", "--cov-branch"}  # torchrun's and pytest-cov's
     known |= {"--generation-config", "--enable-lora", "--max-lora-rank", "--lora-modules"}  # vLLM's
+    known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', DATA_COMMANDS))
     for script in SCRIPTS.values():
         known |= {f for action in script.build_parser()._actions for f in action.option_strings}
     for path in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "usbrec" / "extras").glob("*.py")):

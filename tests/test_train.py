@@ -21,10 +21,11 @@ import infer
 import train
 from usbrec import loading
 from usbrec.chat import Message
+from usbrec.crs.datasets import SPLITS
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 from usbrec.runs import locked, read_json, read_rows
-from usbrec.settings import ADAPTERS, DEFAULTS, SHOWN, STAGES, DataOptions, Settings
+from usbrec.settings import ADAPTERS, DEFAULTS, FLAGS, SHOWN, STAGES, DataOptions, Settings
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
@@ -611,7 +612,8 @@ def test_the_tables_of_the_stages_name_what_is_there() -> None:
     groups, data = get_type_hints(Settings), get_type_hints(DataOptions)
     earlier: list[str] = []
     for name, stage in STAGES.items():
-        assert set(stage) - {"adapter"} == {"options", "sides", "needs", "makes"}
+        assert set(stage) - {"adapter", "data"} == {"options", "sides", "needs", "makes"}
+        assert set(stage.get("data", ())) <= set(data)
         assert all(x in groups or f"max_{x}" in data for x in stage["options"])
         assert set(stage["sides"]) <= set(data) and set(stage["needs"]) <= set(earlier)
         if adapter := stage.get("adapter"):
@@ -685,6 +687,13 @@ def test_help_is_short_and_help_all_tells_of_every_flag(
     listed = {flag for x in parser._actions if x.help != SUPPRESS for flag in x.option_strings}
     assert all(flag in whole for flag in listed)
     assert "--sft-epochs" in known - listed or script is infer
+
+
+def test_the_flags_of_the_table_offer_what_there_is() -> None:
+    stages = FLAGS["job"]["--stages"]
+    assert stages["choices"] == stages["default"] == list(STAGES)
+    assert FLAGS["what to answer"]["--split"]["choices"] == list(SPLITS)
+    assert ", ".join(STAGES) in stages["help"]
 
 
 def test_a_wrong_flag_says_where_every_flag_is(capsys: pytest.CaptureFixture[str]) -> None:

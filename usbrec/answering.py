@@ -1,6 +1,5 @@
 """The recommender's answers as JSON rows: plain or searched replies, and catalogue rankings."""
 
-import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from usbrec.crs.ses import SearchOptions, search
 from usbrec.llm.engine import Usage
 from usbrec.llm.ranking import TOKENS
 from usbrec.loading import costs, usage_of
-from usbrec.options import Options, option, seed_for
+from usbrec.options import Options, option, seed_for, tell
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Recommender:
         now = usage_of(self.engines)
         spent, self.told = now.since(self.told), now
         if self.verbose:
-            print(costs(spent), file=sys.stderr)
+            tell(costs(spent))
         return spent
 
     def answer_one(self, dialogue: Dialogue, profile: str = "") -> Row:

@@ -23,7 +23,7 @@ from pathlib import Path
 from usbrec.answering import Recommender
 from usbrec.chat import Row
 from usbrec.crs.dialogue import Dialogue, add_turn
-from usbrec.options import UserError
+from usbrec.options import UserError, tell
 from usbrec.runs import write_json
 
 Answered = list[tuple[Dialogue, Row]]  # dialogues that awaited a reply, and their rows
@@ -111,11 +111,6 @@ class Chat:
             raise UserError(f"{path} is there already: name another file")
         dialogue, row = self.turns[-1]
         write_json(path, {"messages": [asdict(x) for x in dialogue], "reply": row["reply"]})
-
-
-def tell(text: str) -> None:
-    """Print a line on stderr, apart from the results."""
-    print(text, file=sys.stderr)
 
 
 def printer() -> Callable[[str], None]:

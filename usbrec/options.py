@@ -7,16 +7,20 @@ class SearchOptions(Options):
 add_flags(parser, SearchOptions, "ses")            # --ses-samples
 options = from_flags(SearchOptions, arguments, "ses")
 
+Flags that belong to no dataclass stand in tables of JSON (`add_table`).
+
 A flag that is not given sets no value: `from_flags` takes the caller's default, else the
 dataclass's. So a stage's flag can override the flag that all stages share.
 """
 
 import argparse
 import hashlib
+import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
 from math import inf
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -108,6 +112,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help{'-all' if self.shown else ''})")
 
 
+def add_table(parser: Any, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the arguments of a table to a parser or a group: name -> argparse's keywords.
+
+    Their `type` is "path" or "int", where it is not text.
+    """
+    for name, keywords in table.items():
+        kind = {"type": {"path": Path, "int": int}[keywords["type"]]} if "type" in keywords else {}
+        parser.add_argument(name, **{**keywords, **kind})
+
+
 def add_flags(
     parser: Parser,
     options: type,
@@ -169,6 +183,11 @@ def from_flags(
 def _flag(prefix: str, name: str) -> str:
     own = name.removeprefix(f"{prefix}_")  # --lora-alpha
     return "--" + f"{prefix}-{own}".strip("-").replace("_", "-")
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, apart from the results."""
+    print(text, file=sys.stderr)
 
 
 def seed_for(*parts: str | int) -> int:

@@ -23,7 +23,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -260,13 +260,11 @@ def _check(row: Row) -> str:
 # --- run folders ------------------------------------------------------------------------------
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """Create a run folder and lock it against other runs; a kill releases the lock."""
     with _writing(folder):
         folder.mkdir(exist_ok=True)
-    with _alone(folder, "another train.py: wait for it, or give --run-dir"):
-        yield
+    return _alone(folder, "another train.py: wait for it, or give --run-dir")
 
 
 @contextmanager

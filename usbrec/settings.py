@@ -18,11 +18,14 @@ from usbrec.loading import ModelOptions
 from usbrec.options import Options, Parser, add_flags, from_flags, option
 
 TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
+# group -> flag -> argparse's keywords: train.py's job, and what infer.py answers with whom
+FLAGS: dict[str, dict[str, Any]] = TABLES["flags"]
 # script -> the flags in its --help; --help-all lists every flag
 SHOWN: dict[str, str] = {script: " ".join(words) for script, words in TABLES["shown"].items()}
-# name -> `options` (option groups and row limits that decide the result), `sides` (flags of other
-# models that decide it too), the earlier stages that it `needs`, the files that it `makes`, first
-# the one that it ends with, and its `adapter`, if it trains one
+# name -> `options` (option groups and row limits that decide the result), further options of the
+# group `data` that do, `sides` (flags of other models that decide it too), the earlier stages that
+# it `needs`, the files that it `makes`, first the one that it ends with, and its `adapter`, if it
+# trains one
 STAGES: dict[str, dict[str, Any]] = TABLES["stages"]
 ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter" in STAGES[x]}
 # what --full has in place of the defaults, which were found on the sample set's validation
@@ -40,7 +43,7 @@ PREFIXES = {"data": "", "model": "", "ses_cards": "ses"}  # of flags; a group's 
 class DataOptions(Options):
     """The dataset, the rows that each stage takes (0: all), and the simulated user."""
 
-    data: str = option("sample", "sample, redial, opendialkg, or a folder of one's own rows")
+    data: str = option("sample", "sample, redial, opendialkg, a folder of rows, a file of chats")
     data_dir: str | None = option(None, "the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run", low=0)
     recommender: str | None = option(None, "server that recommends in pairs, report: URL#MODEL")

@@ -66,8 +66,7 @@ class Work:
                 continue
             own = STAGES[name]["options"]
             facts |= {f"max-{x}": o.rows(x) for x in own if hasattr(o, f"max_{x}")}
-            facts |= {"chunk-size": o.chunk_size} if name == "pairs" else {}
-            facts |= {"methods": o.methods} if name == "report" else {}
+            facts |= {x.replace("_", "-"): getattr(o, x) for x in STAGES[name].get("data", ())}
             facts |= {x: groups[x] for x in own if x in groups}
         sides = STAGES[stage]["sides"]
         facts |= {f"other-{x}": other for x, other in self.others.items() if x in sides}
@@ -99,9 +98,8 @@ class Work:
             list(read_pairs(runs.need(self.folder / "pairs.jsonl", "pairs")))
         if ADAPTERS.keys() & set(stages):
             self.models.engine("none")
-        for stage in ADAPTERS:
-            if stage in needed:
-                self.side(stage)
+        for stage in (x for x in ADAPTERS if x in needed):
+            self.side(stage)
 
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.

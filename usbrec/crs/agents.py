@@ -145,11 +145,10 @@ class Roles:
         In closed form, votes are sampled only for the prompts whose log-probabilities the language
         model does not tell.
         """
-        if not prompts:
-            return []
         side, n = by or self.simulator, votes.count or STAND_INS
         asked = [Request(prompt, adapter=side.adapter) for prompt in prompts]
-        table = [[]] * len(asked) if votes.count else side.llm.choice_logprobs(asked, SCORES)
+        closed = asked and not votes.count
+        table = side.llm.choice_logprobs(asked, SCORES) if closed else [[]] * len(asked)
         untold = [i for i, row in enumerate(table) if not row]
         ballots = [prompts[i] for i in untold for _ in range(n)]
         keys = [seed_for(seeds[i], vote) for i in untold for vote in range(n)]
@@ -169,8 +168,7 @@ class Roles:
         told = self.recommend(asked, sampling, [seed_for(key, "explain") for key in keys])
         prompts = list(map(external_judge_prompt, dialogues, told, targets))
         seeds = [seed_for(key, "judge") for key in keys]
-        scores = self.judge(prompts, votes, seeds, self.external)
-        return list(zip(told, scores, strict=True))
+        return list(zip(told, self.judge(prompts, votes, seeds, self.external), strict=True))
 
 
 @cache
@@ -188,16 +186,11 @@ def recommender_prompt(dialogue: Dialogue) -> Messages:
 
 
 def seeker_prompt(dialogue: Dialogue, told: Told) -> Messages:
-    """Return the prompt of a seeker who is told the target titles, or a profile alone."""
+    """Return the prompt of the seeker, told the target titles, or the inner one, told a profile."""
     if isinstance(told, str):
-        return internal_seeker_prompt(dialogue, told)
-    persona = prompt_text("seeker").replace("{targets}", "; ".join(told))
-    return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
-
-
-def internal_seeker_prompt(dialogue: Dialogue, profile: str) -> Messages:
-    """Return the internal seeker's prompt, whose instructions give the profile alone."""
-    persona = prompt_text("internal_seeker").replace("{profile}", known(profile))
+        persona = prompt_text("internal_seeker").replace("{profile}", known(told))
+    else:
+        persona = prompt_text("seeker").replace("{targets}", "; ".join(told))
     return (Message("system", persona), *from_viewpoint(dialogue, "seeker"))
 
 
@@ -244,7 +237,7 @@ def external_judge_prompt(dialogue: Dialogue, explanation: str, targets: Sequenc
 
 def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
     """Return the internal judge's prompt: the internal seeker's chat, then the question."""
-    return (*internal_seeker_prompt(dialogue, profile), internal_question(profile))
+    return (*seeker_prompt(dialogue, profile), internal_question(profile))
 
 
 def card_prompt(reply: str, card: str, profile: str) -> Messages:

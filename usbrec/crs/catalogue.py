@@ -9,7 +9,7 @@ Left out: misspellings, translated titles, and abbreviations such as "LOTR".
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -19,7 +19,9 @@ from usbrec.crs import titles as rules
 from usbrec.crs.spelling import Word, key_of, names_of, plain, split_title, words_of
 from usbrec.options import UserError
 
-LISTS = ("genre", "director", "star", "actor", "mood")  # fields of an entry of items.json
+# The keys of an entry of items.json for genres, makers, stars and moods, of films, books, music and
+# products; of several the first that has a value counts.
+LISTS = ("genre category", "director author artist brand", "star actor", "mood")
 NEUTRAL = "that film"
 LONGEST_TITLE = 1000  # characters; every beginning of a name is kept
 
@@ -90,7 +92,7 @@ def parse_json(text: str, told: str = "") -> Any:
 
 
 def read_item(entry: Any, at: str = "the item") -> Item:
-    """Return the item of an entry of ReDial's, OpenDialKG's or our items.json (other keys each).
+    """Return the item of an entry of an items.json: its makers, as authors, count as directors.
 
     Raises UserError naming the place `at` for an entry without a name, or a field of another type.
     """
@@ -100,16 +102,18 @@ def read_item(entry: Any, at: str = "the item") -> Item:
     name, year = split_title(title.strip())
     if year is None and re.fullmatch(r"\d{1,4}", str(entry.get("year") or "")):
         year = int(entry["year"])
-    found = []
-    for field in LISTS:
-        values = entry.get(field) or []
-        values = [values] if isinstance(values, str) else values
-        if not (isinstance(values, list) and all(isinstance(x, str) for x in values)):
-            raise UserError(f"{at}: {field!r} must be a list of strings")
-        texts = [x.strip() for x in values if x.strip()]
-        found.append(tuple(dict.fromkeys(map(_read_genre, texts) if field == "genre" else texts)))
-    genres, directors, stars, actors, moods = found
-    return Item(title.strip(), name, year, genres, directors, stars or actors, moods)
+    lists = ([_texts(entry, key, at) for key in keys.split()] for keys in LISTS)
+    genres, *others = (next(filter(None, found), ()) for found in lists)
+    return Item(title.strip(), name, year, tuple(dict.fromkeys(map(_read_genre, genres))), *others)
+
+
+def _texts(entry: Mapping[str, Any], key: str, at: str) -> tuple[str, ...]:
+    """Return the different texts of an entry's field, a text or a list of texts."""
+    values = entry.get(key) or []
+    values = [values] if isinstance(values, str) else values
+    if not (isinstance(values, list) and all(isinstance(x, str) for x in values)):
+        raise UserError(f"{at}: {key!r} must be a list of strings")
+    return tuple(dict.fromkeys(x.strip() for x in values if x.strip()))
 
 
 def _read_genre(text: str) -> str:
@@ -154,11 +158,11 @@ class Catalogue:
         """
         if exact := self._by_title.get(plain(title)[0].lower()):
             return tuple(exact)
-        keys = [key for key in map(key_of, names_of(title)) if key in self._by_name]
-        year = split_title(title)[1]
-        if not keys or year is None:
-            return self._by_name[keys[0]].owners() if keys else ()
-        return tuple(x for x in self._by_name[keys[0]].items if x.year in (None, year))
+        found = (self._by_name[x] for x in map(key_of, names_of(title)) if x in self._by_name)
+        own, year = next(found, Named("", [])), split_title(title)[1]
+        if year is None:
+            return own.owners()
+        return tuple(x for x in own.items if x.year in (None, year))
 
     def get(self, title: str) -> Item | None:
         """Return the item that the title names, or None if there is none or more than one."""

@@ -1,32 +1,41 @@
 """Readers: the sample set, iEvaLM's ReDial and OpenDialKG rows, one's own rows, plain dialogues.
 
 `load_split("redial", "train")` returns a split's examples and the notes that belong beside every
-number made with them. A dataset is `sample`, `redial`, `opendialkg` or a folder that holds
-{train,valid,test}.jsonl and items.json in the same format. The user downloads the datasets: the
-error for a missing folder names the source.
+number made with them. A dataset is `sample`, `redial`, `opendialkg`, a folder that holds
+{train,valid,test}.jsonl and items.json in the same format, or a JSONL file of chats: its catalogue
+is made of the titles that they name.
+
+conversion.py has the commands of this module:
+
+    python -m usbrec.crs.datasets fetch redial
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from usbrec.chat import ROLES, Row
-from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_text
+from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_item, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
-from usbrec.options import UserError
+from usbrec.crs.spelling import key_of
+from usbrec.crs.titles import written_titles
+from usbrec.options import UserError, seed_for
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
 DATASETS = ("sample", "redial", "opendialkg")
 SPLITS = ("train", "valid", "test")
-ITEMS = ("items.json", "id2info.json")
+# split or items -> its file in a dataset's folder, by our name and by iEvaLM's
+FILES = {x: (f"{x}.jsonl", f"{x}_data_processed.jsonl") for x in SPLITS}
+FILES["items"] = ("items.json", "id2info.json")
 SPEAKER_NAMES = ("user", "seeker", "assistant", "recommender")
 VALID_SHARE = 10  # without ReDial's train.jsonl, one in so many valid dialogues stays valid
 KINDS: dict[type, str] = {str: "a string", list: "a list of strings", dict: "an object"}
 Value = TypeVar("Value")
+Marked = tuple[Utterance, list[str]]  # a line, and the titles that it names
 
 
 class Split(NamedTuple):
@@ -37,8 +46,13 @@ class Split(NamedTuple):
 
 
 def placed(name: str) -> str:
-    """Return a dataset's name, or the full path of a folder of one's own rows."""
+    """Return a dataset's name, or the full path of one's own folder or file."""
     return name if name in DATASETS else os.path.abspath(name)
+
+
+def is_file_of_chats(name: str) -> bool:
+    """Return whether a dataset's name is the path of a file of whole chats."""
+    return name not in DATASETS and Path(name).is_file()
 
 
 def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Split:
@@ -52,12 +66,15 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     """
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
+    if is_file_of_chats(name):
+        rows, _, note = rows_of_chats({"train": [*read_jsonl(Path(name))]})
+        return Split([_at(name, read_row, row) for row in rows[split]], [note])
     folder = _folder(name, data_dir)
-    if name == "redial" and split != "test" and not _existing(folder, _files_of("train")):
+    if name == "redial" and split != "test" and not _existing(folder, "train"):
         return _divide_valid(_read_split(folder, "valid"), split)
     examples = _read_split(folder, split)
     if name != "opendialkg" or split != "train":
-        return Split(examples, [] if name in DATASETS else own_notes(folder, split, examples))
+        return Split(examples, [] if name in DATASETS else [*own_notes(folder, split, examples)])
     kept = drop_overlap(examples, _read_split(folder, "test"))
     dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped"
     return Split(kept, [f"{dropped}: their dialogue, or a test response, occurs in test"])
@@ -69,7 +86,9 @@ def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
     Raises:
         UserError: the folder or its items.json (or id2info.json) is missing or malformed.
     """
-    return Catalogue.load(_find(_folder(name, data_dir), ITEMS))
+    if is_file_of_chats(name):
+        return rows_of_chats({"train": [*read_jsonl(Path(name))]})[1]
+    return Catalogue.load(_find(_folder(name, data_dir), "items"))
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:
@@ -82,34 +101,29 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     folder = Path(os.path.abspath(given))  # `.` gets the name by which its neighbours are found
     if folder.is_dir():
         return folder
-    if name in ("redial", "opendialkg"):
-        source = f"data/{name}_eval and data/{name}/id2info.json of GitHub RUCAIBox/iEvaLM-CRS"
-        raise UserError(f"no folder {folder}: take {source} and name it with --data-dir FOLDER")
-    if data_dir or name in DATASETS:
-        raise UserError(f"no folder {folder} for {name}: name it with --data-dir FOLDER")
-    raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)} or an existing folder")
-
-
-def _files_of(split: str) -> tuple[str, str]:
-    return f"{split}.jsonl", f"{split}_data_processed.jsonl"
+    if not data_dir and name not in DATASETS:
+        raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)}, a folder or a file")
+    fetch = "" if name not in DATASETS[1:] else f"`python -m usbrec.crs.datasets fetch {name}`, or "
+    raise UserError(f"no folder {folder} for {name}: {fetch}name it with --data-dir FOLDER")
 
 
 def _read_split(folder: Path, split: str) -> list[Example]:
-    return read_examples(_find(folder, _files_of(split)))
+    return read_examples(_find(folder, split))
 
 
-def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the existing files of these names, in the folder or (iEvaLM's layout) beside it."""
+def _existing(folder: Path, content: str) -> list[Path]:
+    """Return the existing FILES of a split or of the items, in the folder or beside it (iEvaLM)."""
     stem = folder.name.removesuffix("_eval")
     places = (folder, folder.parent / stem, folder.parent / f"{stem}_eval")
-    return [place / name for place in places for name in names if (place / name).is_file()]
+    return [place / name for place in places for name in FILES[content] if (place / name).is_file()]
 
 
-def _find(folder: Path, names: tuple[str, str]) -> Path:
-    """Return the first existing file of these names; raises UserError if there is none."""
-    if found := _existing(folder, names):
+def _find(folder: Path, content: str) -> Path:
+    """Return the first of the existing files of `content`; raises UserError if there is none."""
+    if found := _existing(folder, content):
         return found[0]
-    raise UserError(f"{folder} has no {names[0]} (nor {names[1]}): name it with --data-dir FOLDER")
+    told = "{} has no {} (nor {}): name it with --data-dir FOLDER"
+    raise UserError(told.format(folder, *FILES[content]))
 
 
 def _divide_valid(examples: Sequence[Example], split: str) -> Split:
@@ -125,21 +139,20 @@ def _divide_valid(examples: Sequence[Example], split: str) -> Split:
     return Split(kept, [f"no ReDial train.jsonl: {split} is {count} of {source}"])
 
 
-def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> list[str]:
-    """Return the notes on a split of one's own rows: unknown gold titles, rows shared with test."""
-    known, notes = Catalogue.load(_find(folder, ITEMS)), []
+def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator[str]:
+    """Yield the notes on a split of one's own rows: unknown gold titles, rows shared with test."""
+    known = Catalogue.load(_find(folder, "items"))
     titles = [title for x in examples for title in x.items]
     if unknown := [title for title in titles if not known.named(title)]:
         told = f"{len(unknown)} of {len(titles)} gold titles of {split} are not in the items"
         rows = sum(not any(map(known.named, x.items)) for x in examples)
         told += f", such as {unknown[0]!r}: no reply to {rows} of {len(examples)} rows can be right"
-        notes.append(f"{told}, and they teach the simulator little")
-    if split == "train" and _existing(folder, _files_of("test")):
+        yield f"{told}, and they teach the simulator little"
+    if split == "train" and _existing(folder, "test"):
         tests = {(x.history, x.response) for x in _read_split(folder, "test")}
-        shared = sum((x.history, x.response) in tests for x in examples)
-        told = f"{shared} of {len(examples)} training rows are test rows too"
-        notes += [f"{told}: results on them say nothing of new dialogues"] if shared else []
-    return notes
+        if shared := sum((x.history, x.response) in tests for x in examples):
+            told = f"{shared} of {len(examples)} training rows are test rows too"
+            yield f"{told}: results on them say nothing of new dialogues"
 
 
 def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
@@ -159,13 +172,13 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         UserError: it is missing, not UTF-8, malformed (with the line's number), or has no rows.
     """
-    examples = [_at(where, read_row, row) for where, row in _read_jsonl(path)]
+    examples = [_at(where, read_row, row) for where, row in read_jsonl(path)]
     if not examples:
         raise UserError(f"{path} has no rows")
     return examples
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each line's place ("FILE, line 3") and value; blank lines are skipped."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -255,7 +268,7 @@ def read_dialogues(path: Path) -> list[Dialogue]:
         values = value if isinstance(value, list) and any(map(_is_dialogue, value)) else [value]
         found = [(f"{path}, dialogue {n}", value) for n, value in enumerate(values, 1)]
     except UserError:
-        found = list(_read_jsonl(path))
+        found = list(read_jsonl(path))
         if not found:
             raise UserError(f"{path} has no dialogue") from None
     if all(isinstance(value, dict) and not _is_dialogue(value) for _, value in found):
@@ -269,23 +282,99 @@ def _is_dialogue(value: Any) -> bool:
 
 def read_messages(value: Any) -> Dialogue:
     """Return the dialogue of a list of messages or of {"messages": [...]}, as `read_dialogues`."""
+    dialogue = _joined([line for line, _ in read_lines(value)])
+    if not dialogue or dialogue[-1].speaker != "seeker":
+        raise UserError("the dialogue must end with a line of the seeker's (role user)")
+    return dialogue
+
+
+def read_lines(value: Any) -> list[Marked]:
+    """Return the lines of a list of messages, each with the titles in its `items`.
+
+    Instructions to a model (role system) and empty lines are left out. Raises UserError for other
+    messages than those of `read_dialogues`.
+    """
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise UserError('expected a list of messages or {"messages": [...]}')
-    lines: list[Utterance] = []
+    lines = []
     for message in messages:
         if not isinstance(message, dict):
             raise UserError(f"a message must be an object, got {message!r:.60}")
         role = str(message.get("role", message.get("speaker"))).strip().lower()
         text = message.get("content", message.get("text"))
-        if role not in SPEAKER_NAMES or not isinstance(text, str):
+        if role not in (*SPEAKER_NAMES, "system") or not isinstance(text, str):
             names = ", ".join(SPEAKER_NAMES)
             raise UserError(f"a message needs a role ({names}) and content, got {message!r:.80}")
-        lines.append(Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text))
-    dialogue = _joined(lines)
-    if not dialogue or dialogue[-1].speaker != "seeker":
-        raise UserError("the dialogue must end with a line of the seeker's (role user)")
-    return dialogue
+        line = Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text)
+        if role != "system" and text.strip():
+            lines.append((line, list(_take({"items": [], **message}, "items", list))))
+    return lines
+
+
+# --- whole dialogues --------------------------------------------------------------------------
+
+
+def rows_of_chats(
+    chats: Mapping[str, Sequence[tuple[str, Any]]], known: Catalogue | None = None, seed: str = "0"
+) -> tuple[dict[str, list[Row]], Catalogue, str]:
+    """Return the rows of whole dialogues by split, the catalogue of their titles, and a note.
+
+    `chats` has each split's dialogues as ("FILE, line 3", value). A value is {"messages": [...]},
+    with an `id` if it has one, or the list. Messages mark the titles that they name as `items`. If
+    none does, titles are found in the text: the catalogue's, or without one those in quotes or
+    before a year. A row is left out if the catalogue has none of its titles. Each missing split
+    gets a tenth (at least one) of train's dialogues, by a seeded hash of their ids.
+    """
+    talks: list[tuple[str, str, list[Marked]]] = []
+    for split, values in chats.items():
+        for number, (place, value) in enumerate(values, 1):
+            name = value.get("id", number) if isinstance(value, dict) else number
+            talks.append((split, str(name), _at(place, read_lines, value)))
+    lines = [line for *_, said in talks for line in said]
+    marked = [title for _, titles in lines for title in titles]
+    named = marked or [title for line, _ in lines for title in written_titles(line.text)]
+    catalogue = known or catalogue_of(named)
+    for line, titles in () if marked else lines:
+        found = [mention.items for mention in catalogue.find(line.text)]
+        titles += [items[0].name if len(items) > 1 else items[0].title for items in found]
+    rows = [(split, row) for split, name, said in talks for row in _rows_of(name, said)]
+    kept = [(split, row) for split, row in rows if any(map(catalogue.named, row["rec"]))]
+    note = f"{len(talks)} dialogues have {len(rows)} turns that recommend a title"
+    note += f"; {len(rows) - len(kept)} of them are left out: the items lack their titles"
+    own = {row["dialog_id"] for split, row in kept if split == "train"}
+    order = sorted(own, key=lambda name: (seed_for(seed, "divide", name), name))
+    parts = [split for split in ("test", "valid") if split not in chats] + ["train"]
+    if len(order) < len(parts):
+        raise UserError(f"{note}: expected {len(parts)} dialogues with one at least")
+    tenth, made = max(len(order) // 10, 1), {split: list[Row]() for split in SPLITS}
+    place_of = {name: parts[min(n // tenth, len(parts) - 1)] for n, name in enumerate(order)}
+    for split, row in kept:
+        made[place_of[row["dialog_id"]] if split == "train" else split].append(row)
+    return made, catalogue, note
+
+
+def _rows_of(dialog_id: str, lines: Sequence[Marked]) -> Iterator[Row]:
+    """Yield the rows of a whole dialogue: one per turn of the recommender that has titles.
+
+    Lines of one speaker in a row are joined. A first turn is no row: no seeker's line precedes it.
+    """
+    turns = [[*turn] for _, turn in groupby(lines, lambda line: line[0].speaker)]
+    texts = [" ".join(line.text.strip() for line, _ in turn) for turn in turns]
+    for n, turn in enumerate(turns):
+        titles = list(dict.fromkeys(title for _, titles in turn for title in titles))
+        if turn[0][0].speaker == "recommender" and n and titles:
+            place = {"dialog_id": dialog_id, "turn_id": n, "context": texts[:n]}
+            yield {**place, "rec": titles, "resp": texts[n]}
+
+
+def catalogue_of(titles: Iterable[str]) -> Catalogue:
+    """Return a catalogue of bare titles, once each; "Heat" is left out beside "Heat (1995)"."""
+    items = [read_item({"name": title}) for title in titles]
+    unique = {(key_of(x.name), x.year): x for x in reversed(items)}
+    dated = {name for name, year in unique if year}
+    kept = [x for (name, year), x in unique.items() if year or name not in dated]
+    return Catalogue(sorted(kept, key=lambda x: x.title))
 
 
 # --- preference pairs -------------------------------------------------------------------------
@@ -293,7 +382,7 @@ def read_messages(value: Any) -> Dialogue:
 
 def read_pairs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield ("file, line N", pair) of a pairs.jsonl; raises UserError naming file and line."""
-    for place, pair in _read_jsonl(path):
+    for place, pair in read_jsonl(path):
         for side in ("prompt", "chosen", "rejected"):
             messages = pair.get(side) if isinstance(pair, dict) else None
             if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
@@ -305,3 +394,9 @@ def is_message(value: Any) -> bool:
     """Return whether a value is a message of a chat."""
     content = value.get("content") if isinstance(value, dict) else None
     return isinstance(content, str) and value.get("role") in ROLES
+
+
+if __name__ == "__main__":
+    from usbrec.crs.conversion import main
+
+    raise SystemExit(main())

@@ -16,7 +16,7 @@ There are three protocols:
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -91,9 +91,8 @@ def evaluate_method(
     """
     catalogue, talks = roles.catalogue, []
     for x in examples:
-        key = seed_for(seed, "ieval", x.dialog_id, x.turn_id)
         told = profile_of(x, catalogue) if options.protocol == "profile" else x.items
-        talks.append(Talk(x, key, told, x.history))
+        talks.append(Talk(x, seed_for(seed, "ieval", x.dialog_id, x.turn_id), told, x.history))
     plain = Sampling(options.max_new_tokens, options.temperature)
     seeking = Sampling(options.max_new_tokens, options.seeker_temperature)
     for turn in range(1, options.turns + 1):
@@ -114,11 +113,16 @@ def evaluate_method(
         for talk, dialogue, reply in zip(going, dialogues, said, strict=True):
             talk.dialogue = add_turn(dialogue, "recommender", reply)
             talk.replies.append(reply)
-    judged = judge_talks(roles, talks, plain, options)
+    votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
+    dialogues, known = [x.dialogue for x in talks], [x.told for x in talks]
+    if options.protocol == "profile":  # unexplained
+        prompts = list(map(internal_judge_prompt, dialogues, map(str, known)))
+        judged = [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
+    else:
+        judged = roles.explain_and_judge(dialogues, known, keys, plain, votes)
     rows = [row_of(talk, catalogue, *each) for talk, each in zip(talks, judged, strict=True)]
-    ended_by_hit = options.protocol == "until-hit"
     for row in rows:
-        row["end"] = "hit" if ended_by_hit and row["hit"] else "turns"
+        row["end"] = "hit" if options.protocol == "until-hit" and row["hit"] else "turns"
         row["adapters"] = roles.adapters()
     return rows
 
@@ -139,18 +143,6 @@ def row_of(talk: Talk, catalogue: Catalogue, explanation: str, score: JudgeScore
     row["hit"], row["grade"] = talk.is_hit(catalogue), catalogue.grade_of(replies[-1], x.items)
     lines = [[line.speaker, line.text] for line in talk.dialogue]
     return row | {"explanation": explanation, "transcript": lines, "searches": talk.searches}
-
-
-def judge_talks(
-    roles: Roles, talks: Sequence[Talk], plain: Sampling, options: EvaluationOptions
-) -> list[tuple[str, JudgeScore]]:
-    """Return per talk the explanation of its last reply, "" if none is asked for, and its score."""
-    votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
-    if options.protocol == "profile":
-        prompts = [internal_judge_prompt(x.dialogue, str(x.told)) for x in talks]
-        return [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
-    dialogues, targets = [x.dialogue for x in talks], [x.told for x in talks]
-    return roles.explain_and_judge(dialogues, targets, keys, plain, votes)
 
 
 def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:
@@ -216,8 +208,8 @@ def popular(catalogue: Catalogue, popularity: Popularity) -> Guesses:
     return [(item,) for title in order if (item := catalogue.get(title))]
 
 
-def nearest(examples: Examples, train: Examples) -> list[Example]:
-    """Return per example the nearest training example, ties to the first.
+def nearest(examples: Examples, train: Examples) -> Iterator[Example]:
+    """Yield per example the nearest training example, ties to the first.
 
     Nearest by the cosine of the words that the seeker has said, each weighted by log(N / n): n of
     the N training examples have it.
@@ -234,13 +226,11 @@ def nearest(examples: Examples, train: Examples) -> list[Example]:
     places = {word: np.array(found) for word, found in having.items()}
     weights = {word: math.log(len(train) / len(found)) ** 2 for word, found in having.items()}
     lengths = np.sqrt([sum(weights[word] for word in own) or 1.0 for own in said])
-    chosen = []
     for example in examples:
         products = np.zeros(len(train))
         for word in filter(places.__contains__, words(example)):
             products[places[word]] += weights[word]
-        chosen.append(train[int((products / lengths).argmax())])
-    return chosen
+        yield train[int((products / lengths).argmax())]
 
 
 def baseline_labels(

@@ -16,7 +16,7 @@ Only the first response enters a pair; the roll-out with the external seeker sco
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Literal
@@ -71,8 +71,8 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
     return rows
 
 
-def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
-    """Return one roll-out per case: the reply, the score, the explanation, the lines from it on.
+def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
+    """Yield one roll-out per case: the reply, the score, the explanation, the lines from it on.
 
     `end` tells why it ended: "turns", all that it may have.
     """
@@ -87,12 +87,10 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> list[Row]:
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
     votes = Votes(options.votes, options.vote_temperature)
     judged = roles.explain_and_judge(dialogues, targets, keys, sampling, votes)
-    rows = []
     for (example, reply, _), said, (told, score) in zip(cases, dialogues, judged, strict=True):
         lines = [[line.speaker, line.text] for line in said[len(example.history) :]]
-        told_lines = {"explanation": told, "lines": lines, "end": "turns"}
-        rows.append({"reply": reply, **asdict(score), **told_lines})
-    return rows
+        row = {"reply": reply, **asdict(score), "explanation": told}
+        yield {**row, "lines": lines, "end": "turns"}
 
 
 def choose_pairs(
@@ -112,34 +110,27 @@ def choose_pairs(
     if all(x["label"] == 1 for x in read):
         return [], "all samples scored 1"
     rank, bound = itemgetter("label", "score"), 0 if options.worst == "zero" else 1
-    gold = (example.response.strip(), None, "gold")
-    best, order = max(read, key=rank), sorted(read, key=rank)  # the first of equals
-    text, score, origin = _side(samples, best) if best["label"] == 2 else gold
-    worst = {x["reply"]: _side(samples, x) for x in order if x["label"] <= bound}
+    gold, best = {"reply": example.response.strip()}, max(read, key=rank)  # the first of equals
+    chosen = best if best["label"] == 2 else gold
+    worst = {x["reply"]: x for x in sorted(read, key=rank) if x["label"] <= bound}
     rejected = list(worst.values())[: options.rejected] or [gold]
-    if "" in (text, rejected[0][0]):
+    if not (chosen["reply"] and rejected[0]["reply"]):
         return [], "gold response empty"
     prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]
-    pairs = [
-        {
-            "prompt": prompt,
-            "chosen": [{"role": "assistant", "content": text}],
-            "rejected": [{"role": "assistant", "content": other}],
-            "chosen_score": score,
-            "rejected_score": other_score,
-            "chosen_from": origin,
-            "rejected_from": other_origin,
-        }
-        for other, other_score, other_origin in rejected
-        if other != text
-    ]
+    pairs = []
+    for other in rejected:
+        pair: Row = {"prompt": prompt}
+        sides = {"chosen": chosen, "rejected": other}
+        pair |= {x: [{"role": "assistant", "content": y["reply"]}] for x, y in sides.items()}
+        pair |= {f"{x}_score": None if y is gold else float(y["label"]) for x, y in sides.items()}
+        origins = ["gold" if x is gold else f"samples[{samples.index(x)}]" for x in sides.values()]
+        pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
+        if chosen["reply"] != other["reply"]:
+            pairs.append(pair)
     if not pairs:
         return [], "chosen and rejected are equal"
-    return pairs, " over ".join(name.split("[")[0] for name in (origin, rejected[0][2]))
-
-
-def _side(samples: Sequence[Row], own: Row) -> tuple[str, float | None, str]:
-    return own["reply"], float(own["label"]), f"samples[{samples.index(own)}]"
+    first = (pairs[0]["chosen_from"], pairs[0]["rejected_from"])
+    return pairs, " over ".join(name.split("[")[0] for name in first)
 
 
 def count_reasons(records: Sequence[Row]) -> dict[str, int]:

@@ -10,9 +10,8 @@ from functools import partial
 from usbrec.crs.catalogue import Item
 from usbrec.crs.titles import GENRE_FORMS, leaks
 
-DECADE_NAMES = {
-    "50s": "fifties", "60s": "sixties", "70s": "seventies", "80s": "eighties", "90s": "nineties"
-}  # fmt: skip
+_NAMES = ["fifties", "sixties", "seventies", "eighties", "nineties"]
+DECADE_NAMES = {f"{n}0s": name for n, name in enumerate(_NAMES, 5)}  # "50s" -> "fifties"
 
 
 def genre_word(genre: str) -> str:

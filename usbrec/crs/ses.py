@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from usbrec.chat import Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import Asked, JudgeScore, Roles, Seeds, Votes
+from usbrec.crs.agents import Asked, JudgeScore, Roles, Seeds, Side, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn
 from usbrec.crs.wishes import card, fit, read_profile
@@ -160,6 +160,13 @@ class SearchResult:
     widths: list[int] = field(default_factory=list)
     late: int | None = None
 
+    def firsts(self, recommender: Side, options: SearchOptions, numbers: Sequence[int]) -> Asked:
+        """Return the requests for the first responses of these numbers."""
+        prompts = [agents.recommender_prompt(self.root)] * len(numbers)
+        keys = [seed_for(self.seed, "candidate", n) for n in numbers]
+        sampling = Sampling(options.max_new_tokens, options.temperature)
+        return recommender.requests(prompts, sampling, keys)
+
     @property
     def reply(self) -> str:
         """The chosen first response."""
@@ -238,7 +245,7 @@ def begin(
     results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
     firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
     for result, numbers in zip(results, firsts, strict=True):
-        asked += first_responses(roles, result, options, numbers)
+        asked += result.firsts(roles.recommender, options, numbers)
     texts = iter(roles.complete(asked))
     for result in results:
         result.profile = given or next(texts)
@@ -279,22 +286,11 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     return [] if fits else [width for width in widths[1:] if width > 1] or [1]
 
 
-def first_responses(
-    roles: Roles, result: SearchResult, options: SearchOptions, numbers: Sequence[int]
-) -> Asked:
-    """Return the requests for the first responses of these numbers."""
-    prompts = [agents.recommender_prompt(result.root)] * len(numbers)
-    keys = [seed_for(result.seed, "candidate", n) for n in numbers]
-    sampling = Sampling(options.max_new_tokens, options.temperature)
-    return roles.recommender.requests(prompts, sampling, keys)
-
-
 def write_out(roles: Roles, results: Searches, options: SearchOptions) -> None:
     """Replace the chosen announcements by whole replies that begin with them."""
-    asked = []
-    for result in results:
-        [(side, request)] = first_responses(roles, result, options, [result.best])
-        asked.append((side, replace(request, begin=result.reply)))
+    firsts = [x.firsts(roles.recommender, options, [x.best])[0] for x in results]
+    pairs = zip(firsts, results, strict=True)
+    asked = [(side, replace(request, begin=x.reply)) for (side, request), x in pairs]
     for result, text in zip(results, roles.complete(asked), strict=True):
         result.candidates[result.best].reply = text
 
@@ -312,7 +308,7 @@ def draw_distinct(
     for start in range(width, options.draws, width):
         numbers = range(start, min(start + width, options.draws))
         short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < enough[i]]
-        asked = [x for i in short for x in first_responses(roles, results[i], options, numbers)]
+        asked = [x for i in short for x in results[i].firsts(roles.recommender, options, numbers)]
         texts = iter(roles.complete(asked))
         for i in short:
             drawn[i].extend(next(texts) for _ in numbers)

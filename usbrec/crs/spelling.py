@@ -70,12 +70,9 @@ def plain(text: str) -> tuple[str, Sequence[int]]:
     """
     if text.isascii():
         return text, range(len(text) + 1)
-    chars, places = "", list[int]()
-    for match in _CLUSTER.finditer(text):
-        part = _plain_cluster(match[0])
-        chars += part
-        places += [match.start()] * len(part)
-    return chars, [*places, len(text)]
+    parts = [(_plain_cluster(match[0]), match.start()) for match in _CLUSTER.finditer(text)]
+    places = [place for part, place in parts for _ in part]
+    return "".join(part for part, _ in parts), [*places, len(text)]
 
 
 def words_of(text: str) -> list[Word]:

@@ -73,10 +73,27 @@ _BEFORE = re.compile(
 )
 _OPENED = re.compile(r"(?:(?<!\w)[\"“«„「*]|[《〈『][^》〉』]*)$")
 _CLOSED = re.compile(rf"([^{QUOTES}\n.,!?;()]{{0,60}})[{QUOTES[1:]}]")
+# A title that no catalogue tells: in quotes or title marks, or in title case before its year.
+_INITIAL = rf"[A-ZÀ-ÞΑ-ΩЀ-Я\d{SPACELESS}]"
+_PART = (
+    rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:of|the|an?|to|in|on|for|and|from|by)(?!\w))"
+)
+_WRITTEN = re.compile(
+    rf"(?<![a-zA-Z\d])[\"“«*_《〈『]+({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
+    rf"[\"”»*_》〉』]+(?![a-zA-Z\d])(?: ?{YEAR})?"
+    rf"|(?<!\w)(?!(?i:{'|'.join(CUES)})\b)((?={_INITIAL}){_PART}(?:(?: |: | [-–] ){_PART})*[!?]*)"
+    rf" ?{YEAR}"
+)
 _SPACELESS = re.compile(f"[{SPACELESS}]")
 # In scripts without spaces a short name stands alone: after "watch", before particles.
 _ALONE_BEFORE = re.compile(rf"(?:[^{SPACELESS}]|[看過过了荐薦欢歡叫]|^)$")
 _ALONE_AFTER = re.compile(rf"(?:{'|'.join(spelling.WORD_LISTS['particles'])})*(?![{SPACELESS}])")
+
+
+def written_titles(text: str) -> list[str]:
+    """Return what a text marks as titles: 'Try Heat (1995) or "Up"' -> ["Heat (1995)", "Up"]."""
+    found = ((m[1] or m[3], m[2] or m[4]) for m in _WRITTEN.finditer(text))
+    return [f"{name} ({year})" if year else name for name, year in found]
 
 
 @lru_cache(maxsize=4096)
