@@ -208,6 +208,13 @@ def test_intervals_are_drawn_on_one_scale_per_column(tmp_path: Path, report: Any
     assert "8.000 [7.000, 9.000]" not in styles
 
 
+def test_a_page_tells_when_a_budget_dropped_a_candidate(tmp_path: Path) -> None:
+    row = searched()
+    row["search"]["candidates"][1]["dropped"] = 2
+    told = [text(x) for x in page(tmp_path, row).of("span", "value")]
+    assert [x for x in told if "dropped" in x] == ["1.00, dropped at turn 2"]
+
+
 @pytest.mark.parametrize(("turn", "before"), [(1, 1), (2, 3)])
 def test_a_report_shows_one_search_of_its_last_method(
     tmp_path: Path, report: dict[str, Any], turn: int, before: int

@@ -253,6 +253,12 @@ def test_a_search_is_drawn_as_a_tree() -> None:
         {"reply": "", "value": None, "leaves": []},
         {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
         {"reply": "Try\nWell.", "value": 1.0, "leaves": leaves},
+        {
+            "reply": "Loft?",
+            "value": None,
+            "dropped": 1,
+            "leaves": [{**leaves[0], "lines": lines[:1]}],
+        },
     ]
     record = {"profile": "likes dark films", "best": 1, "candidates": candidates}
     text = format_search(root, record)
@@ -267,6 +273,7 @@ def test_a_search_is_drawn_as_a_tree() -> None:
         "    │        Recommender: It is dark.",
         "    └─ 0.50 x2  Seeker: Why?",
         "                Recommender: It is dark.",
+        "  none, dropped at turn 1  Loft?",
     ]
 
 

@@ -257,9 +257,12 @@ PROFILE = "Likes: crime. Dislikes: Alien (1979)."
 class Ranking(Scripted):
     """A scripted model that ranks the texts from the last to the first."""
 
+    granted: int | None = None  # the tokens of its last ranking
+
     def best_texts(
         self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
     ) -> list[Ranked]:
+        self.granted = tokens
         best = [(i, -1.0) for i in reversed(range(len(texts)))]
         return [Ranked(best[:k], k) for _ in requests]
 
@@ -356,7 +359,7 @@ def counted(llm: Scripted) -> int:
     """Return the tokens of all calls by the search's estimate, replies at their longest."""
     drawn = [x for call in llm.generated for x in call]
     prompts = [x.messages for x in drawn] + [x.messages for call in llm.scored for x in call]
-    sizes = [sum(len(x.content.encode()) for x in messages) // 4 for messages in prompts]
+    sizes = [6 + len(x.content.encode()) // 4 for messages in prompts for x in messages]
     return sum(sizes) + sum(x.sampling.max_new_tokens for x in drawn) + sum(map(len, llm.scored))
 
 
@@ -432,7 +435,8 @@ def test_the_first_responses_are_judged_at_once_and_the_better_half_is_rolled_ou
     assert roles_of(llm.generated)[1:] == [["internal_seeker"] * 2, ["recommender"] * 2]
     assert [len(x) for x in llm.scored] == [4, 2]
     record = json.loads(json.dumps(result.record()))
-    assert record["budget"] == {"widths": [4, 2], "late": None, "dropped": [2, 2, None, None]}
+    assert record["budget"] == {"widths": [4, 2], "late": None}
+    assert [x.get("dropped") for x in record["candidates"]] == [2, 2, None, None]
 
 
 def test_a_dropped_candidate_is_not_chosen_whatever_its_value() -> None:
@@ -491,7 +495,8 @@ def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
     (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, budget))
     judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
     assert judged == ["I recommend Up (2009).", "I recommend Heat (1995)."]
-    assert [x.dropped for x in result.candidates] == [None, 1, None] and counted(llm) <= budget
+    assert [x.dropped for x in result.candidates] == [None, 1, None]
+    assert llm.granted == 180 and counted(llm) + 180 <= budget
     llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
     (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, 1))
     assert result.reply == "I recommend Heat (1995). Good." and llm.scored == []

@@ -112,9 +112,11 @@ class Roles:
             raise UserError("the catalogue has no titles to rank: sample the candidates instead")
         return side.llm.best_texts(requests, texts, count, tokens)
 
-    def likeliest(self, dialogues: Dialogues, count: int) -> list[list[Item]]:
+    def likeliest(
+        self, dialogues: Dialogues, count: int, tokens: int | None = None
+    ) -> list[list[Item]]:
         """Return the items that the recommender is likeliest to name, best first, by `rank`."""
-        ranked = self.rank(dialogues, count)
+        ranked = self.rank(dialogues, count, tokens)
         return [[self.catalogue.items[i] for i, _ in row.texts] for row in ranked]
 
     def summaries(self, dialogues: Dialogues, tokens: int, seeds: Seeds) -> Asked:

@@ -48,6 +48,8 @@ from usbrec.crs.wishes import card, fit, read_profile
 from usbrec.options import MOST, Options, option, seed_for
 
 BOUND = 10_000  # replies, and votes, of one dialogue's search
+LAYOUT_TOKENS = 6  # of a chat layout around a message, as a budget counts them
+RANKING_TOKENS = 60  # that a budget grants the ranking for each candidate
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,14 @@ class SearchResult:
 
     def record(self) -> dict[str, Any]:
         """Return the search in JSON's own types, the root dialogue left out."""
-        n, dropped = len(self.root), [x.dropped for x in self.candidates]
-        candidates = [
-            {"reply": x.reply, "value": x.value, "leaves": [leaf.record(n) for leaf in x.leaves]}
-            for x in self.candidates
-        ]
+        n, candidates = len(self.root), []
+        for x in self.candidates:
+            dropped = {"dropped": x.dropped} if x.dropped else {}
+            leaves = [leaf.record(n) for leaf in x.leaves]
+            candidates.append({"reply": x.reply, "value": x.value, **dropped, "leaves": leaves})
         found = {"profile": self.profile, "best": self.best, "candidates": candidates}
         if self.widths:
-            found["budget"] = {"widths": self.widths, "dropped": dropped, "late": self.late}
+            found["budget"] = {"widths": self.widths, "late": self.late}
         return found
 
 
@@ -238,7 +240,9 @@ def begin(
     Summaries and sampled candidates share one `complete`.
     """
     ranked = options.candidates == "ranked"
-    likeliest = roles.likeliest(dialogues, options.samples) if ranked else []
+    limited = options.budget_tokens or options.budget_seconds
+    tokens = RANKING_TOKENS * options.samples if limited else None
+    likeliest = roles.likeliest(dialogues, options.samples, tokens) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
     asked = [] if given else roles.summaries(dialogues, options.summary_tokens, seeds)
     pairs = zip(dialogues, seeds, strict=True)
@@ -265,18 +269,21 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     """Return how many candidates a budget keeps at each turn, none if it pays for the whole search.
 
     Prices are known before the first call, and hold for any language model or server. A prompt
-    counts a token for every four bytes of its text, cached or not. What is yet to be said counts at
-    its longest, a card as a summary, a ranking as a reply. A budget of seconds halves every search.
+    counts a token for every four bytes of its text, cached or not, and its layout's. What is yet to
+    be said counts at its longest, a card as a summary. A budget of seconds halves every search.
     """
     o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens
     chats = agents.recommender_prompt(root), agents.internal_judge_prompt(root, profile)
     prompts = *chats, agents.card_prompt("", profile, profile) if o.cards else chats[1]
-    asks, chat, judges = (longest + sum(len(x.content.encode()) for x in y) // 4 for y in prompts)
+    sizes = ([len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in prompt] for prompt in prompts)
+    asks, chat, judges = (longest + sum(each) for each in sizes)
     calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
-    left = given = (o.budget_tokens or MOST) - chat - calls * asks
+    ranking = RANKING_TOKENS * o.samples * (o.candidates == "ranked")
+    left = given = (o.budget_tokens or MOST) - chat - calls * asks - ranking
     parents, whole, widths = 0, 0, [2 * o.samples]
     for level, count in enumerate(o.levels):
-        nodes, said = count // o.samples, 2 * level * longest  # of one candidate; since the root
+        # of one candidate; since the root
+        nodes, said = count // o.samples, 2 * level * (longest + LAYOUT_TOKENS)
         drawn = parents * (chat + said) + nodes * (asks + said) * (level > 0 or calls == 0)
         judged = nodes * max(1, o.votes) * (judges + said + agents.VOTE_TOKENS)
         whole += drawn + judged * (o.scored == "path" or level == o.turns - 1)

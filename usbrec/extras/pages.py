@@ -80,13 +80,14 @@ def _search(search: Facts, films: Catalogue) -> list[Markup]:
     parts = [tag("p", tag("b", "Profile: "), search["profile"], class_="profile")]
     for x, count, chosen in report.distinct(search):
         leaves = [{**leaf, "lines": leaf["lines"][1:]} for leaf in x["leaves"]]  # not the candidate
-        badge = _badge(x["value"], count, "* " if chosen else "")
+        badge = _badge(x["value"], count, "* " if chosen else "", x.get("dropped"))
         parts.append(_node(badge, [("recommender", x["reply"])], leaves, films))
     return parts
 
 
-def _badge(value: float | None, draws: int, mark: str = "") -> Markup:
-    text, style = mark + report.value_text(value, draws), f"--part: {(value or 0) / 2:.0%}"
+def _badge(value: float | None, draws: int, mark: str = "", dropped: int | None = None) -> Markup:
+    text = mark + report.value_text(value, draws, dropped)
+    style = f"--part: {(value or 0) / 2:.0%}"
     return tag("b" if mark else "span", text, class_="value", style=style)
 
 

@@ -271,7 +271,8 @@ def format_search(root: Dialogue, search: Facts, coloured: bool = False) -> str:
     lines = [format_dialogue(root), "", f"Profile: {' '.join(search['profile'].split())}", ""]
     for candidate, count, chosen in distinct(search):
         reply = " ".join(candidate["reply"].split()) or "(empty)"
-        head = f"{'*' if chosen else ' '} {value_text(candidate['value'], count)}  {reply}"
+        value = value_text(candidate["value"], count, candidate.get("dropped"))
+        head = f"{'*' if chosen else ' '} {value}  {reply}"
         lines.append(f"\033[{'1;32' if chosen else '1'}m{head}\033[0m" if coloured else head)
         leaves = [x for x in candidate["leaves"] if len(x["lines"]) > 1]  # not judged at once
         for leaf in leaves:
@@ -279,9 +280,13 @@ def format_search(root: Dialogue, search: Facts, coloured: bool = False) -> str:
     return "\n".join(lines)
 
 
-def value_text(value: float | None, draws: int) -> str:
-    """Return a value of the search, and how often its reply was drawn: "1.50 x2"."""
-    return f"{_number(value)} x{draws}" if draws > 1 else _number(value)
+def value_text(value: float | None, draws: int, dropped: int | None = None) -> str:
+    """Return a value of the search, how often its reply was drawn, and when a budget dropped it.
+
+    So "1.50 x2, dropped at turn 2".
+    """
+    drawn = f"{_number(value)} x{draws}" if draws > 1 else _number(value)
+    return f"{drawn}, dropped at turn {dropped}" if dropped else drawn
 
 
 def _leaf_lines(leaf: Facts, branch: str, stem: str) -> list[str]:
