@@ -567,6 +567,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first edit (default 0)")
     parser.add_argument("--kinds", type=int, default=40, help="refusals shown (default 40)")
     flags = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what UTF-8 cannot
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder).resolve())
         found = run(flags.count, flags.seed, place.folder, place.targets())

@@ -89,7 +89,7 @@ def test_an_error_that_is_no_sentence_is_a_fault_with_its_seed(tmp_path: Path) -
     def crash(rng: random.Random) -> None:
         if rng.random() < 0.5:
             raise KeyError("name")
-        raise UserError("one sentence" if rng.random() < 0.5 else "two\nlines")
+        raise UserError("one sentence") if rng.random() < 0.5 else OSError("two\nlines")
 
     found = ended(crash, tmp_path, 40)
     [one, two] = sorted(found.faults)

@@ -28,6 +28,13 @@ def parser() -> Parser:
     return made
 
 
+def test_a_fault_is_told_in_one_line_whatever_the_name_of_a_folder() -> None:
+    assert (
+        str(UserError("no folder one\ntwo\u2028three: name it"))
+        == "no folder one two three: name it"
+    )
+
+
 def test_every_type_of_field_is_read_from_its_flag() -> None:
     line = "--rate 2 --steps 4 --mode walk --loud --name x --sizes 5 6"
     flags = parser().parse_args(line.split())

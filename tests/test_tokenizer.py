@@ -405,7 +405,7 @@ def test_an_unknown_format_names_the_choices(tmp_path, default_model_folder):
     content = json.loads((default_model_folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="fit no known chat format.*--chat-format"):
+    with pytest.raises(UserError, match=f"{tmp_path}.*fit no known chat format.*--chat-format"):
         ChatTokenizer.from_folder(tmp_path)
 
 

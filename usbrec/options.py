@@ -29,7 +29,13 @@ LEAST, MOST = 1e-15, 2.0**63  # sizes of numbers that float32 and int64 hold
 
 
 class UserError(ValueError):
-    """A fault that the user can mend: what, got, expected, where; `main()` exits with code 2."""
+    """A fault that the user can mend: what, got, expected, where; `main()` exits with code 2.
+
+    It is told in one line, whatever the names and values in it.
+    """
+
+    def __init__(self, told: str) -> None:
+        super().__init__(" ".join(told.splitlines()))
 
 
 def option(value: Any, help: str, low: float = -inf, above: float = -inf, high: float = inf) -> Any:

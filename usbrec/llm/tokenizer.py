@@ -68,15 +68,18 @@ CHATS = read_json(Path(__file__).with_name("chat_formats.json"))
 FORMATS = [ChatFormat(**each) for each in CHATS["formats"]]
 
 
-def pick_format(control: dict[str, int], name: str | None) -> ChatFormat:
-    """Return the named format, or else the first whose marks are among the control tokens."""
+def pick_format(control: dict[str, int], name: str | None, folder: Path) -> ChatFormat:
+    """Return the named format, or else the first whose marks are among the control tokens.
+
+    Raises UserError, naming the tokenizer's folder, if there is none.
+    """
     for each in FORMATS:
         told = not each.by_name and control.keys() >= {*each.marks}
         if each.name == name or (name is None and told):
             return each
     fault = f"unknown chat format {name!r}" if name else "tokens that fit no known chat format"
     choices = ", ".join(each.name for each in FORMATS)
-    raise UserError(f"{fault}: name one of {choices} (--chat-format)")
+    raise UserError(f"{folder}: {fault}: name one of {choices} (--chat-format)")
 
 
 class ChatTokenizer:
@@ -114,7 +117,7 @@ class ChatTokenizer:
             vocabulary: Vocabulary = SentencePieceVocabulary(file_in(folder, "tokenizer.model"))
         else:
             vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
-        style = pick_format(vocabulary.control, chat_format)
+        style = pick_format(vocabulary.control, chat_format, folder)
         if style.name == "mistral-v3" and vocabulary.byte_level:  # Tekken's layout has no spaces
             style = replace(style, user_turn="[INST]{content}[/INST]", reply_prefix="")
         used = {mark: vocabulary.control.get(mark, 0) for mark in style.marks}
