@@ -9,6 +9,7 @@ Left out: misspellings, translated titles, and abbreviations such as "LOTR".
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -235,8 +236,10 @@ class Catalogue:
         for title in titles:
             leaks, own = rules.leaks(text, title), set(self.named(title))
             others = [x for x in self.find(text) if not own & set(x.items)] if leaks else []
+            starts = [x.start for x in others]
             for start, end in reversed(leaks):
-                if not any(other.start <= start and end <= other.end for other in others):
+                n = bisect_right(starts, start)
+                if not (n and end <= others[n - 1].end):
                     text = text[:start] + NEUTRAL + text[end:]
         return text
 

@@ -48,6 +48,7 @@ ORDINARY_WORDS = GENRE_WORDS.union(spelling.WORD_LISTS["ordinary"])
 _LISTS = ("naming", "cues", "openers", "starters")
 NAMING_WORDS, CUES, OPENERS, STARTERS = (frozenset(spelling.WORD_LISTS[x]) for x in _LISTS)
 QUOTES = "'\"“”„«»「」*_《》〈〉『』"  # the last six hold a title and nothing else
+NEARBY = 1000  # characters beside a name that can decide what it means
 BREAK = re.compile(r"[\"“”\n;。「」《》〈〉『』]")
 YEAR_AFTER = re.compile(rf"""[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}|["'”*]?,?\s+(\d{{4}})\b""")
 _CAPITAL = "[A-ZΑ-ΩЀ-Я]"  # of a plain text
@@ -202,8 +203,9 @@ def leaks(text: str, title: str) -> list[tuple[int, int]]:
     found = {x.span(): x for view in views for x in pattern.finditer(view) if x["name"]}
     # a title that is written as in the catalogue is all `name`, its year included
     year, ordered = re.compile(YEAR), [x for _, x in sorted(found.items())]
-    named = [x for x in ordered if not x["year"] and not year.search(x["name"])]
-    meant = [x for x in ordered if x not in named or _is_meant(shown, *x.span("name"))]
+    dated = (x["year"] or year.search(x["name"]) for x in ordered)
+    pairs = zip(ordered, dated, strict=True)
+    meant = [x for x, has_year in pairs if has_year or _is_meant(shown, *x.span("name"))]
     return [(places[match.start()], places[match.end()]) for match in meant]
 
 
@@ -214,7 +216,8 @@ def _is_meant(text: str, start: int, end: int) -> bool:
         return False
     if not is_ordinary(text[start:end]):
         return True
-    before, after = text[:start].rstrip(QUOTES), text[end:].lstrip(QUOTES)
+    before = text[max(start - NEARBY, 0) : start].rstrip(QUOTES)
+    after = text[end : end + NEARBY].lstrip(QUOTES)
     previous, following = before.split()[-1:], after.split()[:1]
     if _is_quoted(text, start, end) or (previous and previous[0].lower() in NAMING_WORDS):
         return True
