@@ -334,8 +334,8 @@ def test_other_words_make_no_longer_title(trains: Catalogue, text: str, titles: 
 def test_a_name_is_hidden_wherever_a_long_text_repeats_it(trains: Catalogue) -> None:
     """Each time is one of its own: with all text before and after it this would take minutes."""
     line = "Night Train 2 (1990), not Night Train.\n"
-    hidden = trains.hide(line * 5000, ["Night Train (1986)"])
-    assert hidden == trains.hide(line, ["Night Train (1986)"]) * 5000
+    hidden = trains.hide(line * 1500, ["Night Train (1986)"])
+    assert hidden == trains.hide(line, ["Night Train (1986)"]) * 1500
 
 
 @pytest.mark.parametrize(
