@@ -90,7 +90,7 @@ def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue
     add_adapter(engine.model, stage, work.settings.lora, seed)
     trees = lay_out(work.rows, stage)
     validation = lay_out(lambda _: work.valid, f"{stage}, validation") if work.valid else []
-    work.learn(stage, trees, validation, Sft())
+    work.learn(stage, Sft(), trees, validation)
 
 
 def make_pairs(work: Work) -> None:
@@ -107,42 +107,17 @@ def make_pairs(work: Work) -> None:
 
 
 def train_simpo(work: Work) -> None:
-    """Train a copy of the SFT adapter with the SimPO loss on the pairs.
-
-    PODCS tries training rows alone, so validation takes some of their pairs away. The SFT adapter
-    has learned from these dialogues: their loss shows when SimPO goes too far, not its result on
-    new ones.
-    """
-    settings, path = work.settings, runs.need(work.folder / "pairs.jsonl", "pairs")
-    rows, held_out = hold_out([pair for _, pair in read_pairs(path)], settings.data.max_valid)
-    trees = lay_out_pairs(work, rows, "simpo")
+    """Train a copy of the SFT adapter with the SimPO loss on the pairs, without validation."""
+    path = runs.need(work.folder / "pairs.jsonl", "pairs")
+    trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
     if not trees:
         told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
         raise UserError(f"{path} holds no pair to learn from: {told}")
-    validation = lay_out_pairs(work, held_out, "simpo, validation") if held_out else []
     work.adapted("sft", "rl")  # the copy that learns
-    work.learn("simpo", trees, validation, Simpo(settings.simpo_loss))
+    work.learn("simpo", Simpo(work.settings.simpo_loss), trees)
 
 
-def hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Return the training pairs and the validation pairs: the last `count`, a fifth at most.
-
-    A pair whose prompt begins or continues that of a validation pair is of the same dialogue. It is
-    in neither list.
-    """
-    cut = len(rows) - min(count, len(rows) // 5)
-    held_out = rows[cut:]
-
-    def akin(one: Row, other: Row) -> bool:
-        return all(a == b for a, b in zip(one["prompt"], other["prompt"], strict=False))
-
-    learned = [row for row in rows[:cut] if not any(akin(row, other) for other in held_out)]
-    if len(learned) < cut:
-        print(f"simpo: {cut - len(learned)} pairs of the validation's dialogues are left out")
-    return learned, held_out
-
-
-def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
+def lay_out_pairs(work: Work, rows: Sequence[Row]) -> list[Tree]:
     """Return the usable pairs as trees, and print the numbers shortened and dropped."""
     tokenizer, limit = work.engine.tokenizer, work.engine.max_length
     trees, shortened = [], 0
@@ -154,7 +129,7 @@ def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
         shortened += was_shortened
     kept, dropped = usable(trees, limit, pair_fault)
     counts = {"shortened": shortened, **dropped}
-    print_counts(f"{label}: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
+    print_counts(f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
     return kept
 
 

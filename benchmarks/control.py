@@ -125,7 +125,7 @@ def compare_controls(flags: Namespace) -> None:
     if any([x["dialog_id"] for x in y] != [x.dialog_id for x in asked] for y in talks.values()):
         raise UserError(f"{folder / 'rows.jsonl'} lacks SFT or RL of the test dialogues")
     pairs = [pair for _, pair in read_pairs(folder / "pairs.jsonl")]
-    learned = train.lay_out_pairs(work, train.hold_out(pairs, settings.data.max_valid)[0], "simpo")
+    learned = train.lay_out_pairs(work, pairs)
     steps = step_items(settings.simpo, len(learned))
     tokens = sum(len(learned[i]) for step in steps for i in step)
     for name in CONTROLS:

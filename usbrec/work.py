@@ -144,7 +144,11 @@ class Work:
         return runs.Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
 
     def learn(
-        self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective
+        self,
+        stage: str,
+        objective: Objective,
+        trees: Sequence[Tree],
+        validation: Sequence[Tree] = (),
     ) -> None:
         """Train the adapter of a stage, which the model has, and save it.
 
