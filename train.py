@@ -45,8 +45,8 @@ from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
+from usbrec.llm.training import usable
 from usbrec.llm.training_state import peak_memory
-from usbrec.llm.usable import dialogue_fault, pair_fault, usable
 from usbrec.options import Parser, UserError, add_table, seed_for, tell
 from usbrec.settings import ADAPTERS, COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work
@@ -83,7 +83,7 @@ def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue
 
     def lay_out(rows: RowsOf, label: str) -> list[Tree]:
         trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(rows)]
-        kept, dropped = usable(trees, engine.max_length, dialogue_fault)
+        kept, dropped = usable(trees, engine.max_length, Sft())
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
 
@@ -127,7 +127,7 @@ def lay_out_pairs(work: Work, rows: Sequence[Row]) -> list[Tree]:
         chosen, rejected = (tokenizer.reply(row[x][0]["content"]) for x in ("chosen", "rejected"))
         trees.append(pair_tree(prompt, chosen, rejected))
         shortened += was_shortened
-    kept, dropped = usable(trees, limit, pair_fault)
+    kept, dropped = usable(trees, limit, Simpo())
     counts = {"shortened": shortened, **dropped}
     print_counts(f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
     return kept

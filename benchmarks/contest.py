@@ -133,7 +133,7 @@ def learn(
 
     model.ops.clear = clear_and_note
     with tempfile.TemporaryDirectory() as folder:
-        train(model, "a", trees, objective, TrainingJob(options, Path(folder), "ours"))
+        train(model, "a", trees, TrainingJob(options, objective, Path(folder), "ours"))
         losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
     memory, steps, batch = peak_memory(model.device), options.steps, options.batch_size
     seconds = [end - start for start, end in itertools.pairwise(ends[: steps + 1])]

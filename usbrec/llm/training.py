@@ -9,6 +9,7 @@ state (training_state.py) and ends with the bytes of an uninterrupted run on the
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from usbrec import parallel
 from usbrec.llm.lora import AdapterSpan, adapter_parameters
 from usbrec.llm.loss import Objective, TokenLogps, token_logps
 from usbrec.llm.model import Decoder
-from usbrec.llm.packing import Packed, Tree, pack, pack_rows
+from usbrec.llm.packing import Packed, Tree, Trees, pack, pack_rows, tree_paths
 from usbrec.llm.training_state import State, copies, digest, refuse_infinite
 from usbrec.options import Options, UserError, option, seed_for
 
@@ -49,12 +50,13 @@ class TrainingOptions(Options):
 
 
 class TrainingJob(NamedTuple):
-    """A training run: its options, the folder of its files, its label, its validation trees."""
+    """A training run: options, objective, the folder of its files, its label, validation trees."""
 
     options: TrainingOptions
+    objective: Objective
     folder: Path
     label: str
-    validation: Sequence[Tree] = ()
+    validation: Trees = ()
 
 
 class Trained(NamedTuple):
@@ -65,9 +67,22 @@ class Trained(NamedTuple):
     best_step: int
 
 
-def train(
-    model: Decoder, adapter: str, trees: Sequence[Tree], objective: Objective, job: TrainingJob
-) -> Trained:
+def usable(trees: Trees, limit: int, objective: Objective) -> tuple[list[Tree], dict[str, int]]:
+    """Return the trees that an objective can learn from, and the number dropped per reason.
+
+    A conversation of more than `limit` tokens is dropped before the objective is asked.
+    """
+    kept, dropped = [], Counter[str]()
+    for tree in trees:
+        too_long = any(len(path) > limit for path in tree_paths(tree))
+        if reason := "dropped as too long" if too_long else objective.fault(tree):
+            dropped[reason] += 1
+        else:
+            kept.append(tree)
+    return kept, dict(sorted(dropped.items()))
+
+
+def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> Trained:
     """Train the adapter on the trees; return its last and its best weights.
 
     An interrupted run is resumed. The model keeps the best weights: those with the lowest loss on
@@ -80,7 +95,7 @@ def train(
     steps, tenth = len(batches), max(len(batches) // 10, 1)
     model.checkpointing = options.checkpointing
     parameters = trainable(model, adapter)
-    facts = {"adapter": adapter, "objective": repr(objective), **asdict(options)}
+    facts = {"adapter": adapter, "objective": repr(job.objective), **asdict(options)}
     facts |= {"items": digest(trees), "validation": digest(job.validation)}
     decay = options.weight_decay
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
@@ -90,7 +105,7 @@ def train(
     bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
     for step in bar:
         batch = [trees[i] for i in batches[step]]
-        found = measure(model, adapter, objective, batch, options.tokens_per_pass)
+        found = measure(model, adapter, batch, job)
         for parameter in parameters.values():
             assert parameter.grad is not None, "every pass reaches every layer"
             parallel.total(parameter.grad)
@@ -106,7 +121,7 @@ def train(
 
         if job.validation and (last or state.step % (options.eval_every or tenth) == 0):
             with torch.no_grad():
-                found = measure(model, adapter, objective, job.validation, options.tokens_per_pass)
+                found = measure(model, adapter, job.validation, job)
             state.validated(found)
         if last or state.step % tenth == 0:
             state.warn()
@@ -118,20 +133,18 @@ def train(
     return Trained(final, state.best or final, state.best_step or steps)
 
 
-def measure(
-    model: Decoder, adapter: str, objective: Objective, trees: Sequence[Tree], tokens_per_pass: int
-) -> dict[str, float]:
+def measure(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> dict[str, float]:
     """Return the loss and the metrics of the trees over all processes, computed pass by pass.
 
     With gradients enabled, each pass adds to the adapter's gradients, which hold this process's
     passes alone. Numbers are read once, after the last pass: reading from a GPU waits for it.
     """
-    size = sum(map(objective.size, trees))
+    size = sum(map(job.objective.size, trees))
     share = math.ceil(sum(map(len, trees)) / parallel.world())
     sums = []
-    for row, weight in own_rows(pack_rows(trees, min(share, tokens_per_pass))):
+    for row, weight in own_rows(pack_rows(trees, min(share, job.options.tokens_per_pass))):
         packed = pack(row, model)
-        loss, metrics = objective(run_pass(model, adapter, packed), packed)
+        loss, metrics = job.objective(run_pass(model, adapter, packed), packed)
         if torch.is_grad_enabled():
             (loss * (weight / size)).backward()
         values = {"loss": loss.detach()[None], **metrics}
