@@ -21,8 +21,7 @@ from usbrec.llm.lora import AdapterSpan, LoraLinear
 from usbrec.llm.model_config import ModelConfig
 
 Spans = Sequence[AdapterSpan]
-
-
+Layers = tuple[LoraLinear, ...]  # that read the same input
 # The attention of a pass, for each layer: its number, q (T, H, d), k, v (T, H_kv, d) -> (T, H, d).
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -50,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def linear(layers: Sequence[LoraLinear], x: Tensor, spans: Spans) -> Tensor:
+def linear(layers: Layers, x: Tensor, spans: Spans) -> Tensor:
     """Return the outputs, side by side, of layers that read one input: (T, in) -> (T, outs)."""
     outs = [layer(x, spans) for layer in layers]
     return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -77,7 +76,7 @@ class Ops:
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    linear: Callable[[Sequence[LoraLinear], Tensor, Spans], Tensor] = linear
+    linear: Callable[[Layers, Tensor, Spans], Tensor] = linear
     mask: Callable[[Tensor], Any] = lambda visible: visible
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend
     clear: Callable[[], None] = lambda: None
@@ -134,7 +133,7 @@ class SelfAttention(nn.Module):
         self.H, self.H_kv, self.d = H, H_kv, d
         if config.chatglm:
             self.qkv_proj = LoraLinear(D, (H + 2 * H_kv) * d, bias)
-            self.qkv: tuple[LoraLinear, ...] = (self.qkv_proj,)
+            self.qkv: Layers = (self.qkv_proj,)
         else:
             self.q_proj = LoraLinear(D, H * d, bias)
             self.k_proj = LoraLinear(D, H_kv * d, bias)
@@ -159,7 +158,7 @@ class MLP(nn.Module):
         D, inner = config.hidden_size, config.intermediate_size
         if config.chatglm:
             self.gate_up_proj = LoraLinear(D, 2 * inner)
-            self.gate_up: tuple[LoraLinear, ...] = (self.gate_up_proj,)
+            self.gate_up: Layers = (self.gate_up_proj,)
         else:
             self.gate_proj, self.up_proj = LoraLinear(D, inner), LoraLinear(D, inner)
             self.gate_up = (self.gate_proj, self.up_proj)
