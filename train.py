@@ -36,9 +36,8 @@ from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
-from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
-from usbrec.extras.measures import judge_ranked
+from usbrec.extras.measures import judge_agreement, judge_ranked
 from usbrec.extras.pages import write_report_page
 from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter

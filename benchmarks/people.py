@@ -58,8 +58,8 @@ from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
 from usbrec.crs.spelling import key_of
 from usbrec.crs.titles import GENRE_FORMS
 from usbrec.crs.wishes import Fact, fit, read_profile
-from usbrec.extras.agreement import SUMMARY_TOKENS
 from usbrec.extras.intervals import mean_interval
+from usbrec.extras.measures import SUMMARY_TOKENS
 from usbrec.extras.report import interval
 from usbrec.llm.training_state import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for

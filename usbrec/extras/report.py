@@ -16,9 +16,8 @@ from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
 from usbrec.crs.evaluation import METHOD_NAMES, Guesses, Labels, copied, gold_labels, popular
-from usbrec.extras.agreement import agreement
 from usbrec.extras.intervals import differences, mean_interval
-from usbrec.extras.measures import search_figures, summaries, within_dialogues
+from usbrec.extras.measures import agreement, search_figures, summaries, within_dialogues
 from usbrec.loading import costs
 from usbrec.options import seed_for
 
