@@ -38,8 +38,8 @@ from sweep import check_plot, tell_end
 import infer
 from usbrec import loading, runs
 from usbrec.answering import ReplyOptions
-from usbrec.chat import Message
-from usbrec.crs.agents import Messages, Roles, Side, Votes, external_judge_prompt
+from usbrec.chat import Message, Messages
+from usbrec.crs.agents import Roles, Side, Votes, external_judge_prompt
 from usbrec.crs.dialogue import SILENCE, Utterance
 from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.extras.intervals import differences, mean_interval

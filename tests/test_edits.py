@@ -17,8 +17,7 @@ from usbrec.crs.catalogue import Catalogue, read_item
 from usbrec.crs.spelling import names_of, split_title
 from usbrec.llm.adapter_files import linear_layers, lora_config, targeted
 from usbrec.llm.model_config import config_from
-from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.vocabulary import TokenizersVocabulary
+from usbrec.llm.tokenizer import ChatTokenizer, TokenizersVocabulary
 from usbrec.options import UserError
 
 COUNT = 20_000

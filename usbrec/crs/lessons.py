@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from usbrec.chat import Message, TrainingDialogue
+from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
@@ -76,7 +76,7 @@ def recommender_lessons(examples: Examples, films: Catalogue, options: LessonOpt
     return share_prompt(chats, options.dialogues_per_lesson)
 
 
-def share_prompt(chats: Sequence[agents.Messages], size: int) -> Lessons:
+def share_prompt(chats: Sequence[Messages], size: int) -> Lessons:
     """Return training dialogues of `size` chats each, branches after their equal system prompt."""
     parts = [chats[i : i + size] for i in range(0, len(chats), size)]
     return [TrainingDialogue(part[0][:1], tuple(chat[1:] for chat in part)) for part in parts]
@@ -251,7 +251,7 @@ def seeker_lesson(
     prompt = agents.seeker_prompt(example.history, example.items if profile is None else profile)
     explain, weight = Message("assistant", agents.EXPLAIN), options.line_weight
     prefix = (replace(m, weight=weight) if m.role == "assistant" else m for m in prompt)
-    branches: list[tuple[Message, ...]] = []
+    branches: list[Messages] = []
     for each in judged:
         told = (explain, Message("user", each.explanation)) if profile is None else ()
         score = Message("assistant", str(each.score), options.score_weight)

@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from usbrec.chat import Sampling
+from usbrec.chat import Messages, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Asked, JudgeScore, Roles, Seeds, Side, Votes
 from usbrec.crs.catalogue import Catalogue, Item
@@ -369,7 +369,7 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
         node.score = next(scores) if prompt else unjudged
 
 
-def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> agents.Messages | None:
+def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> Messages | None:
     """Return the inner judge's prompt, or None for a last reply that is not worth judging.
 
     With cards that is one without a title of the catalogue and, with `veto`, one whose film the

@@ -20,9 +20,9 @@ from statistics import NormalDist, fmean
 
 import numpy as np
 
-from usbrec.chat import Ranks, Row, Sampling
+from usbrec.chat import Messages, Ranks, Row, Sampling
 from usbrec.crs import agents
-from usbrec.crs.agents import EXPLAIN, Messages, Roles, Votes
+from usbrec.crs.agents import EXPLAIN, Roles, Votes
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions, is_target
