@@ -53,7 +53,9 @@ YEAR_AFTER = re.compile(rf"""[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}|["'
 _CAPITAL = "[A-ZΑ-ΩЀ-Я]"  # of a plain text
 _JOINT = r"(?: |-|: | [-–—] )"
 _LINK = r"(?: (?:of|to|v|vs\.?|versus)(?: the| an?)?)?"  # "Night Train to Lisbon"
-_TITLED = rf"(?:{_CAPITAL}[\w']*|\d+|(?:of|the|an?|to|in|on|for|at|from|by|is|vs\.?)(?!\w))"
+_SMALL = "of|the|an?|to|in|on|for|from|by"  # words within a title
+_NAME = rf"{_CAPITAL}[\w']*"
+_TITLED = rf"(?:{_NAME}|\d+|(?:{_SMALL}|at|is|vs\.?)(?!\w))"
 # Behind a name, these make another title of it: " 2", " Part Two", ": The Return.", and words up to
 # a year, as in "Seven Sailors (1961)".
 _OTHER = re.compile(
@@ -68,16 +70,12 @@ _GOES_ON = re.compile(
     rf"{_LINK}{_JOINT}(?!(?i:{'|'.join(OPENERS)})\b)"
     rf"(?!(?i:{'|'.join(STARTERS)})\b(?! {_CAPITAL})){_CAPITAL}|: ?[{SPACELESS}]"
 )
-_BEFORE = re.compile(
-    rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_CAPITAL}[\w']*)(?: on the|{_LINK})[ -]$"
-)
+_BEFORE = re.compile(rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_NAME})(?: on the|{_LINK})[ -]$")
 _OPENED = re.compile(r"(?:(?<!\w)[\"“«„「*]|[《〈『][^》〉』]*)$")
 _CLOSED = re.compile(rf"([^{QUOTES}\n.,!?;()]{{0,60}})[{QUOTES[1:]}]")
 # A title that no catalogue tells: in quotes or title marks, or in title case before its year.
 _INITIAL = rf"[A-ZÀ-ÞΑ-ΩЀ-Я\d{SPACELESS}]"
-_PART = (
-    rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:of|the|an?|to|in|on|for|and|from|by)(?!\w))"
-)
+_PART = rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:{_SMALL}|and)(?!\w))"
 _WRITTEN = re.compile(
     rf"(?<![a-zA-Z\d])[\"“«*_《〈『]+({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
     rf"[\"”»*_》〉』]+(?![a-zA-Z\d])(?: ?{YEAR})?"
