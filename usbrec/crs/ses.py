@@ -143,6 +143,11 @@ class Candidate:
         """The last node of each path."""
         return [path[-1] for path in self.paths]
 
+    def record(self, start: int) -> dict[str, Any]:
+        """Return the candidate in JSON's own types, its leaves as `Node.record`."""
+        leaves = [leaf.record(start) for leaf in self.leaves]
+        return {"reply": self.reply, "value": self.value, "leaves": leaves}
+
 
 @dataclass
 class SearchResult:
@@ -174,13 +179,10 @@ class SearchResult:
 
     def record(self) -> dict[str, Any]:
         """Return the search in JSON's own types, the root dialogue left out."""
-        n, dropped = len(self.root), [x.dropped for x in self.candidates]
-        candidates = [
-            {"reply": x.reply, "value": x.value, "leaves": [leaf.record(n) for leaf in x.leaves]}
-            for x in self.candidates
-        ]
+        candidates = [x.record(len(self.root)) for x in self.candidates]
         found = {"profile": self.profile, "best": self.best, "candidates": candidates}
         if self.widths:
+            dropped = [x.dropped for x in self.candidates]
             found["budget"] = {"widths": self.widths, "dropped": dropped, "late": self.late}
         return found
 

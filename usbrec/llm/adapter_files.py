@@ -47,10 +47,8 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     settings = {**PEFT["written"], "base_model_name_or_path": base_name, **scale}
     settings["use_rslora"] = config.use_rslora
     settings["target_modules"] = sorted(last_names if named_so == layers.keys() else layers)
-    tensors = {
-        PREFIX + stored_name(model.config, path): weight.detach().cpu().contiguous()
-        for path, weight in adapter_parameters(model, name).items()
-    }
+    own = adapter_parameters(model, name)
+    tensors = {PREFIX + stored_name(model.config, x): own[x].data.cpu().contiguous() for x in own}
     write_json(folder / CONFIG_FILE, settings)
     write_whole(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
 
