@@ -155,14 +155,14 @@ def evaluate(work: Work) -> None:
 
     rows = runs.run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
     if parallel.rank() == 0:
-        write_report(work, rows, baseline_labels(work.catalogue, talked, work.train, popularity))
+        write_report(work, rows, baseline_labels(work.catalogue, talked, work.train))
 
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json, report.txt and report.html, and print the text."""
     options, seed = runs.read_json(work.folder / "options/report.json"), work.settings.data.seed
     counts = {"test": len(baselines["copy-last"]), "train": len(work.train), "notes": work.notes}
-    report = report_of(rows, baselines, options, counts, seed)
+    report = report_of(rows, baselines, {"options": options, "counts": counts}, seed)
     text = format_report(report)
     runs.write_whole(work.folder / "report.txt", (text + "\n").encode())
     write_report_page(work.folder / "report.html", report, rows, work.catalogue)

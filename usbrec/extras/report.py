@@ -15,11 +15,12 @@ from usbrec.chat import Row
 from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import METHOD_NAMES, Guesses, Labels, copied, gold_labels, popular
+from usbrec.crs.evaluation import Guesses, Labels, copied, gold_labels, popular
 from usbrec.extras.intervals import differences, mean_interval
 from usbrec.extras.measures import agreement, search_figures, summaries, within_dialogues
 from usbrec.loading import costs
 from usbrec.options import seed_for
+from usbrec.settings import COMPARED
 
 WIDTH = 120  # of the report's text
 CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
@@ -35,17 +36,15 @@ Figures = dict[str, tuple[Sequence[float | None], Sequence[float] | None]]
 Facts = Mapping[str, Any]
 
 
-def report_of(
-    rows: Sequence[Facts], baselines: Facts, options: Facts, counts: Facts, seed: int
-) -> dict[str, Any]:
-    """Return `build_report` of the rows of rows.jsonl, by the options and counts of their run."""
-    names = (*METHOD_NAMES, "agreement", "ranked")
+def report_of(rows: Sequence[Facts], baselines: Facts, run: Facts, seed: int) -> Row:
+    """Return `build_report` of the rows of rows.jsonl, the options and counts of their `run`."""
+    names = (*COMPARED, "agreement", "ranked")
     noted = {name: [row[name] for row in rows if name in row] for name in names}
-    methods = {name: noted[name] for name in METHOD_NAMES if noted[name]}
+    methods = {name: noted[name] for name in COMPARED if noted[name]}
     judge = agreement(noted["agreement"], seed)
     judge["within_dialogue"] = within_dialogues(noted["ranked"], seed)
-    report = build_report(methods, baselines, judge, seed, options["eval"]["seen"])
-    return {**report, "options": options, "counts": counts}
+    report = build_report(methods, baselines, judge, seed, run["options"]["eval"]["seen"])
+    return {**report, **run}
 
 
 def build_report(methods: Facts, baselines: Facts, judge: Facts, seed: int, seen: int = 0) -> Row:
