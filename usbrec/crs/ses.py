@@ -198,8 +198,9 @@ def search(
     A search depends on its dialogue, its seed and such a profile alone, with a budget of seconds on
     the clock too.
     """
-    start = time.monotonic()
-    results = begin(roles, dialogues, seeds, options, given)
+    start, pairs = time.monotonic(), zip(dialogues, seeds, strict=True)
+    results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
+    begin(results, roles, options)
     search_within([x for x in results if x.widths], roles, options, start)
     whole = [x for result in results if not result.widths for x in result.candidates]
     levels = [list({id(x.node): x.node for x in whole if x.node}.values())]
@@ -232,25 +233,23 @@ def search_within(results: Searches, roles: Roles, options: SearchOptions, start
         score_nodes(roles, expand(roles, nodes, options) if level else nodes, options)
 
 
-def begin(
-    roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions, given: str
-) -> Searches:
-    """Return one search per dialogue: its profile and its candidates.
+def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
+    """Give each search its candidates, and its profile if it has none.
 
     Summaries and sampled candidates share one `complete`.
     """
     ranked = options.candidates == "ranked"
-    likeliest = roles.likeliest(dialogues, options.samples) if ranked else []
+    likeliest = roles.likeliest([x.root for x in results], options.samples) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
-    asked = [] if given else roles.summaries(dialogues, options.summary_tokens, seeds)
-    pairs = zip(dialogues, seeds, strict=True)
-    results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
+    bare = [x for x in results if not x.profile]
+    roots, seeds = [x.root for x in bare], [x.seed for x in bare]
+    asked = roles.summaries(roots, options.summary_tokens, seeds)
     firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
     for result, numbers in zip(results, firsts, strict=True):
         asked += result.firsts(roles.recommender, options, numbers)
     texts = iter(roles.complete(asked))
-    for result in results:
-        result.profile = given or next(texts)
+    for result in bare:
+        result.profile = next(texts)
     drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, results, drawn, options)
@@ -260,7 +259,6 @@ def begin(
             said, key = add_turn(x.root, "recommender", reply), seed_for(x.seed, "root", reply)
             nodes[reply] = Node(said, x.profile, key)
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
-    return results
 
 
 def plan(root: Dialogue, options: SearchOptions) -> list[int]:
