@@ -401,8 +401,7 @@ def make_sample() -> dict[str, list[Row]]:
         taken = {(row["target"], frozenset(row["wishes"])) for row in others}
         heard = {tuple(row["context"]) for row in others}
         for n in range(DIALOGUES[name]):
-            rng = Random(seed_for("sample", SEED, name, n))
-            scene = Scene(rng, f"{name}-{n}", weights, taken)
+            scene = Scene(Random(seed_for("sample", SEED, name, n)), f"{name}-{n}", weights, taken)
             wishes = scene.claim([turns[n]] if name == "train" and n in turns else ranked)
             made[name] += long_talk(scene, wishes) if n < LONG else short_talk(scene, wishes, heard)
     return made

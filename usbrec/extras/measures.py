@@ -222,10 +222,8 @@ def search_figures(rows: Sequence[Row], area: float | None, seed: int) -> Row:
     figures = [choice_figures(search, area) for search in searches]
     most = float(max(len(search["candidates"]) for search in searches))
     limits = {"different_titles": (0.0, most), "gain": (-1.0, 1.0), "gain_predicted": (-1.0, 1.0)}
-    return {
-        name: mean_interval([x[name] for x in figures], seed, None, groups, limits.get(name, UNIT))
-        for name in figures[0]
-    }
+    found = {name: [x[name] for x in figures] for name in figures[0]}
+    return {k: mean_interval(x, seed, None, groups, limits.get(k, UNIT)) for k, x in found.items()}
 
 
 def choice_figures(search: Row, area: float | None) -> dict[str, float | None]:

@@ -104,8 +104,7 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> Train
     todo = range(state.step, steps)
     bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
     for step in bar:
-        batch = [trees[i] for i in batches[step]]
-        found = measure(model, adapter, batch, job)
+        found = measure(model, adapter, [trees[i] for i in batches[step]], job)
         for parameter in parameters.values():
             assert parameter.grad is not None, "every pass reaches every layer"
             parallel.total(parameter.grad)
