@@ -44,8 +44,7 @@ from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
-from usbrec.llm.training import usable
-from usbrec.llm.training_state import peak_memory
+from usbrec.llm.training import peak_memory, usable
 from usbrec.options import Parser, UserError, add_table, seed_for, tell
 from usbrec.settings import ADAPTERS, COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work

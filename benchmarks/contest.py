@@ -25,8 +25,7 @@ from usbrec.llm.lora import LoraConfig, add_adapter  # noqa: E402
 from usbrec.llm.loss import Objective  # noqa: E402
 from usbrec.llm.model import Decoder, ModelConfig  # noqa: E402
 from usbrec.llm.packing import Tree, visibility  # noqa: E402
-from usbrec.llm.training import TrainingJob, TrainingOptions, step_items, train  # noqa: E402
-from usbrec.llm.training_state import peak_memory  # noqa: E402
+from usbrec.llm.training import TrainingJob, TrainingOptions, peak_memory, step_items, train  # noqa: E402
 
 LEARNING_RATE = 1e-4
 

@@ -43,7 +43,7 @@ from usbrec.crs.agents import Roles, Side, Votes, external_judge_prompt
 from usbrec.crs.dialogue import SILENCE, Utterance
 from usbrec.extras.intervals import differences, mean_interval
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks

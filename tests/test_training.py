@@ -13,7 +13,7 @@ from safetensors import safe_open
 from test_packing import plain_layout
 
 from usbrec.chat import Message
-from usbrec.llm import training, training_state
+from usbrec.llm import training
 from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.loss import (
@@ -303,9 +303,9 @@ def test_the_peak_memory_is_bytes_on_every_system_that_tells_it(
     monkeypatch.setitem(sys.modules, "resource", told)
     for system, size in (("linux", 5_120_000), ("darwin", 5000)):
         monkeypatch.setattr(sys, "platform", system)
-        assert training_state.peak_memory(torch.device("cpu")) == size
+        assert training.peak_memory(torch.device("cpu")) == size
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert training_state.peak_memory(torch.device("cpu")) == 0
+    assert training.peak_memory(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("stop", ["before_save", "after_metrics", "in_pass"])
@@ -550,12 +550,12 @@ def test_repetition_counts_predictions_that_stand_in_the_same_response_already(t
 def test_a_falling_chosen_log_probability_and_growing_repetition_are_said():
     steady = [{"logps/chosen": -2.0, "repetition": 0.2}] * 10
     worse = [{"logps/chosen": -2.0 - 0.1 * i, "repetition": 0.2 + 0.05 * i} for i in range(10)]
-    assert training_state.collapse_warnings(steady) == []
-    assert len(training_state.collapse_warnings(worse)) == 2
+    assert training.collapse_warnings(steady) == []
+    assert len(training.collapse_warnings(worse)) == 2
 
 
 def test_a_collapsing_run_warns(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_state, "FALL_OF_CHOSEN", -1e9)
+    monkeypatch.setattr(training, "FALL_OF_CHOSEN", -1e9)
     with pytest.warns(UserWarning, match="log-probability a token fell"):
         learn(model, pairs(), Simpo(), QUICK, tmp_path)
 

@@ -14,8 +14,7 @@ from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.loss import Objective
 from usbrec.llm.packing import Trees
-from usbrec.llm.training import TrainingJob, put_weights, train
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import TrainingJob, digest, put_weights, train
 from usbrec.loading import Find, Models, pick_rows, weights_digest
 from usbrec.options import seed_for
 from usbrec.settings import ADAPTERS, STAGES, Settings
