@@ -54,8 +54,7 @@ from usbrec.crs.agents import Roles
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Utterance, add_turn
 from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
-from usbrec.crs.spelling import key_of
-from usbrec.crs.titles import GENRE_FORMS
+from usbrec.crs.titles import GENRE_FORMS, key_of
 from usbrec.crs.wishes import Fact, fit, read_profile
 from usbrec.extras.intervals import mean_interval
 from usbrec.extras.measures import SUMMARY_TOKENS

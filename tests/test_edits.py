@@ -14,7 +14,7 @@ import pytest
 from usbrec import runs
 from usbrec.crs import datasets, wishes
 from usbrec.crs.catalogue import Catalogue, read_item
-from usbrec.crs.spelling import names_of, split_title
+from usbrec.crs.titles import names_of, split_title
 from usbrec.llm.adapter_files import linear_layers, lora_config, targeted
 from usbrec.llm.model_config import config_from
 from usbrec.llm.tokenizer import ChatTokenizer, TokenizersVocabulary

@@ -28,7 +28,7 @@ from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.lessons import popularity_of, profile_of
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.crs.spelling import key_of
+from usbrec.crs.titles import key_of
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.options import Options, option, seed_for
 
