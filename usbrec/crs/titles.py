@@ -58,9 +58,8 @@ SPACELESS = "ก-\u0e4eກ-\u0edfက-၉ក-\u17d3々-〇ぁ-ヺー-ヿ㐀-鿿�
 _SIGNS = map(chr, (*range(0x900, 0x1AB0), 0x3099, 0x309A))
 _MARKS = "".join(sign for sign in _SIGNS if unicodedata.category(sign)[0] == "M")
 LETTER = rf"[^\W_{SPACELESS}]"
-WORD = re.compile(
-    rf"{LETTER}+(?:[{_MARKS}]+{LETTER}*|'{LETTER}+)*|&|[ァ-ヺー]+|[{SPACELESS}][{_MARKS}]*"
-)
+_SIGN = f"[{_MARKS}]"
+WORD = re.compile(rf"{LETTER}+(?:{_SIGN}+{LETTER}*|'{LETTER}+)*|&|[ァ-ヺー]+|[{SPACELESS}]{_SIGN}*")
 # A character with the accents, vowels and voicing signs behind it.
 _CLUSTER = re.compile("(?s:.)[\u0300-\u036f\u1160-\u11ff\u3099\u309a\uff9e\uff9f]*")
 _SWAPS = str.maketrans({**dict.fromkeys("‘’ʼ′`´", "'"), "ß": "ss", "™": ""})

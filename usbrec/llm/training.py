@@ -40,6 +40,7 @@ from usbrec.llm.packing import Packed, Tree, Trees, pack, pack_rows, tree_paths
 from usbrec.options import Options, UserError, option, seed_for
 from usbrec.runs import append_rows, claim, write_whole
 
+Tensors = Mapping[str, Tensor]  # of an adapter, by name
 FALL_OF_CHOSEN = 0.5  # nats per token: an average token has become 1.6 times less likely
 RISE_OF_REPETITION = 0.1
 
@@ -220,7 +221,7 @@ def trainable(model: Decoder, adapter: str) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def put_weights(model: Decoder, adapter: str, weights: Mapping[str, Tensor]) -> None:
+def put_weights(model: Decoder, adapter: str, weights: Tensors) -> None:
     """Copy `weights`, named as in `Trained`, into the adapter."""
     for name, parameter in adapter_parameters(model, adapter).items():
         parameter.data.copy_(weights[name])
@@ -233,9 +234,7 @@ def put_weights(model: Decoder, adapter: str, weights: Mapping[str, Tensor]) -> 
 class State:
     """The state of a run and the run's files; a killed run resumes from the last `save`."""
 
-    def __init__(
-        self, folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, folder: Path, parameters: Tensors, optimizer: torch.optim.Optimizer) -> None:
         self.path, self.metrics = folder / "state.safetensors", folder / "metrics.jsonl"
         self.parameters = parameters
         self.step = self.best_step = 0
@@ -313,7 +312,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is no whole training state ({error}); delete it") from error
 
 
-def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies(parameters: Tensors) -> dict[str, Tensor]:
     """Return the parameters as they are now, on the CPU."""
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
