@@ -244,9 +244,8 @@ class GgufFile:
         content = self.values.get(key, default)
         if content is None:
             raise UserError(f"{self.path}: the GGUF field {key} is missing")
-        if isinstance(content, float):  # stored as fp32: 9.99999974e-06 is meant as 1e-05
-            return float(str(np.float32(content)))
-        return content
+        # stored as fp32: 9.99999974e-06 is meant as 1e-05
+        return float(str(np.float32(content))) if isinstance(content, float) else content
 
     def hf_name(self, name: str) -> str:
         """Return Hugging Face's name of a tensor."""
