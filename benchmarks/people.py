@@ -53,18 +53,17 @@ from usbrec.crs import datasets
 from usbrec.crs.agents import Roles
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Utterance, add_turn
-from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
-from usbrec.crs.spelling import key_of
-from usbrec.crs.titles import GENRE_FORMS
+from usbrec.crs.titles import GENRE_FORMS, key_of
 from usbrec.crs.wishes import Fact, fit, read_profile
-from usbrec.extras.agreement import SUMMARY_TOKENS
 from usbrec.extras.intervals import mean_interval
+from usbrec.extras.measures import SUMMARY_TOKENS
 from usbrec.extras.report import interval
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
+from usbrec.settings import COMPARED
 
 Figures = dict[str, dict[str, Any]]  # a scorer -> its figures
 JUDGES = {"internal judge": SearchOptions(), "judge with cards": SearchOptions(**CARDS)}
@@ -360,7 +359,7 @@ def corrected_ieval(rows: Sequence[Row], seed: int) -> Figures:
         for mark, truth in zip(row["external"], (1.0, 0.0), strict=True)
     ]
     found: Figures = {}
-    for name in METHOD_NAMES:
+    for name in COMPARED:
         judged = [row[name] for row in rows if name in row and row[name]["score"] is not None]
         scores, talks = [x["score"] for x in judged], [x["dialog_id"] for x in judged]
         passed = [float(x >= PASSED) for x in scores]

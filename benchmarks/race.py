@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from usbrec.chat import Message, Request, Sampling  # noqa: E402
 from usbrec.extras.default_model import find_model  # noqa: E402
 from usbrec.llm.checkpoint import load_model  # noqa: E402
-from usbrec.llm.engine import Engine  # noqa: E402
+from usbrec.llm.engine import (
+    Engine,  # noqa: E402
+    default_kv_bytes,  # noqa: E402
+)
 from usbrec.llm.fast import accelerate  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
-from usbrec.loading import default_kv_bytes  # noqa: E402
 
 WORDS = [
     *("film", "comedy", "drama", "war", "love", "night", "star", "heat", "good"),

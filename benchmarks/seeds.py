@@ -20,10 +20,10 @@ from typing import Any
 from contest import show
 
 from usbrec import runs
-from usbrec.crs.evaluation import METHOD_NAMES
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
 from usbrec.options import UserError, seed_for
 from usbrec.parallel import run_together
+from usbrec.settings import COMPARED
 
 Talks = Mapping[str, Sequence[runs.Row]]
 
@@ -32,7 +32,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
     """Return a run's options without the seeds, and the talks of each method that it evaluated."""
     options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
-    names = [name for name in METHOD_NAMES if any(name in row for row in rows)]
+    names = [name for name in COMPARED if any(name in row for row in rows)]
     talks = {name: [row[name] for row in rows if name in row] for name in names}
     return without_seeds(options), talks
 

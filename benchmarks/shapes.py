@@ -23,13 +23,12 @@ from usbrec.crs import agents
 from usbrec.crs.datasets import ROOT
 from usbrec.crs.lessons import LessonOptions
 from usbrec.llm.checkpoint import empty_decoder
-from usbrec.llm.engine import Engine
+from usbrec.llm.engine import Engine, default_kv_bytes
 from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import load_config
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.loading import default_kv_bytes
 
 ADAPTERS = ("recommender", "simulator")
 LLAMA: dict[str, Any] = {  # Llama-3.1-8B's config.json

@@ -54,7 +54,7 @@ from usbrec.crs.ses import CARDS, SearchOptions, plan
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.intervals import mean_interval
 from usbrec.extras.report import compare, interval, summarise
-from usbrec.llm.training_state import digest
+from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks

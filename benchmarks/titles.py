@@ -37,8 +37,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from usbrec.crs import datasets  # noqa: E402
 from usbrec.crs.catalogue import Catalogue, Item, read_item  # noqa: E402
-from usbrec.crs.spelling import key_of, names_of  # noqa: E402
-from usbrec.crs.titles import is_ordinary  # noqa: E402
+from usbrec.crs.titles import is_ordinary, key_of, names_of  # noqa: E402
 from usbrec.extras.intervals import mean_interval  # noqa: E402
 from usbrec.options import UserError, seed_for  # noqa: E402
 

@@ -166,10 +166,8 @@ class Scene:
     def claim(self, targets: Sequence[Item]) -> list[Wish]:
         """Draw the target; return wishes that no other split has used together with it."""
         self.target = self.draw_film(targets)
-        wishes = self.draw_wishes()
-        while (self.target.title, frozenset(wishes)) in self.taken:
-            wishes = self.draw_wishes()
-        return wishes
+        drawn = iter(self.draw_wishes, None)  # without end
+        return next(x for x in drawn if (self.target.title, frozenset(x)) not in self.taken)
 
     def draw_wishes(self) -> list[Wish]:
         """Return two to four facts of the target, often with a person, and sometimes a dislike."""
@@ -297,13 +295,13 @@ class Scene:
 # --- the row of a dialogue --------------------------------------------------------------------
 
 
-def row_of(scene: Scene) -> Row:
+def row_of(scene: Scene, long: bool = True) -> Row:
     """Return the row of the dialogue so far, whose response recommends the target.
 
-    The fields that only a trained simulator needs are left out.
+    A short dialogue's row has not the fields that only a trained simulator needs.
     """
     act = "recommends returning" if scene.target in scene.films else "recommends"
-    return {
+    row = {
         "dialog_id": scene.dialog_id,
         "turn_id": len(scene.lines),
         "context": list(scene.lines),
@@ -314,11 +312,7 @@ def row_of(scene: Scene) -> Row:
         "wishes": list(scene.said),
         "profile": profile(scene),
     }
-
-
-def full_row(scene: Scene) -> Row:
-    """Return the row of the dialogue so far with all fields."""
-    return {**row_of(scene), "explanation": explain(scene), "reactions": react(scene)}
+    return {**row, "explanation": explain(scene), "reactions": react(scene)} if long else row
 
 
 def profile(scene: Scene) -> str:
@@ -370,13 +364,13 @@ def long_talk(scene: Scene, wishes: Sequence[Wish]) -> list[Row]:
     scene.converse(wishes, 1 if repeats else 2)
     if repeats:
         scene.return_to_target()
-    rows = [full_row(scene)]
+    rows = [row_of(scene)]
     if again and len(scene.lines) + 2 <= MAX_LINES:
         scene.lines.append(rows[0]["resp"])
         scene.films[scene.target] = "liked"
         scene.said = []
         scene.reveal(scene.claim(scene.others()), "seeker wants another")
-        rows.append(full_row(scene))
+        rows.append(row_of(scene))
     return rows
 
 
@@ -385,7 +379,7 @@ def short_talk(scene: Scene, wishes: Sequence[Wish], heard: Collection[Sequence[
     while not scene.lines or tuple(scene.lines) in heard:
         scene.lines.clear()
         scene.reveal(wishes, "seeker asks")
-    return [row_of(scene)]
+    return [row_of(scene, long=False)]
 
 
 def make_sample() -> dict[str, list[Row]]:
@@ -407,8 +401,7 @@ def make_sample() -> dict[str, list[Row]]:
         taken = {(row["target"], frozenset(row["wishes"])) for row in others}
         heard = {tuple(row["context"]) for row in others}
         for n in range(DIALOGUES[name]):
-            rng = Random(seed_for("sample", SEED, name, n))
-            scene = Scene(rng, f"{name}-{n}", weights, taken)
+            scene = Scene(Random(seed_for("sample", SEED, name, n)), f"{name}-{n}", weights, taken)
             wishes = scene.claim([turns[n]] if name == "train" and n in turns else ranked)
             made[name] += long_talk(scene, wishes) if n < LONG else short_talk(scene, wishes, heard)
     return made

@@ -61,7 +61,7 @@ MUTATIONS = (
     Mutation("a pass weighs as much as a step", "usbrec/llm/training.py",
              "(loss * (weight / size)).backward()", "(loss * weight).backward()",
              "test_training test_packed_training"),
-    Mutation("a resumed run begins a step late", "usbrec/llm/training_state.py",
+    Mutation("a resumed run begins a step late", "usbrec/llm/training.py",
              'self.step, length = told["step"],', 'self.step, length = told["step"] + 1,',
              "test_training"),
     Mutation("every epoch has the same order", "usbrec/llm/training.py",

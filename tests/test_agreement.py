@@ -13,7 +13,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvaluationOptions
-from usbrec.extras.agreement import agreement, contrast, judge_agreement
+from usbrec.extras.measures import agreement, contrast, judge_agreement
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
 LOFT = Item("Red Loft (2001)", "Red Loft", 2001, ("comedy",), ("Bo Lind",))

@@ -23,11 +23,9 @@ def tokens() -> Iterator[dict[str, list[int]]]:
     """The tokens of every step, by the adapter that learns."""
     found, measure = defaultdict(list), training.measure
 
-    def noting(
-        model: Any, adapter: str, objective: Any, trees: Any, limit: int
-    ) -> dict[str, float]:
+    def noting(model: Any, adapter: str, trees: Any, job: Any) -> dict[str, float]:
         found[adapter].append(sum(map(len, trees)))
-        return measure(model, adapter, objective, trees, limit)
+        return measure(model, adapter, trees, job)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "measure", noting)

@@ -18,8 +18,7 @@ from usbrec.crs.datasets import (
     take_turns,
 )
 from usbrec.crs.dialogue import Example, Utterance
-from usbrec.crs.spelling import split_title
-from usbrec.crs.titles import GENRE_WORDS
+from usbrec.crs.titles import GENRE_WORDS, split_title
 from usbrec.options import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

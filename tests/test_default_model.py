@@ -20,8 +20,7 @@ import torch
 from test_checkpoint import oracle_of
 
 from usbrec.extras import default_model
-from usbrec.extras.default_model import find_model
-from usbrec.extras.gguf_file import unpermute
+from usbrec.extras.default_model import find_model, unpermute
 from usbrec.llm import checkpoint
 from usbrec.llm.model import rotary_frequencies
 from usbrec.options import UserError

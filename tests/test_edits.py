@@ -14,11 +14,10 @@ import pytest
 from usbrec import runs
 from usbrec.crs import datasets, wishes
 from usbrec.crs.catalogue import Catalogue, read_item
-from usbrec.crs.spelling import names_of, split_title
-from usbrec.llm.adapter_files import linear_layers, lora_config, targeted
+from usbrec.crs.titles import names_of, split_title
+from usbrec.llm.adapter_files import lora_config, targeted
 from usbrec.llm.model_config import config_from
-from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.vocabulary import TokenizersVocabulary
+from usbrec.llm.tokenizer import ChatTokenizer, TokenizersVocabulary
 from usbrec.options import UserError
 
 COUNT = 20_000
@@ -161,7 +160,7 @@ def test_an_adapters_scale_that_no_option_may_have_is_named_with_its_file(alpha:
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999999}", "(" * 2000])
 def test_a_pattern_that_re_refuses_is_refused(place: edits.Place, pattern: str) -> None:
     with pytest.raises(UserError, match="^x: target_modules is no valid pattern"):
-        targeted(linear_layers(place.model), pattern, Path("x"))
+        targeted(place.model, pattern, Path("x"))
 
 
 @pytest.mark.parametrize("name", ["a\nb", "देव\u2028द", "x" * 5000])

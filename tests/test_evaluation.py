@@ -231,7 +231,8 @@ def test_most_popular_is_the_most_frequent_label_of_the_catalogue() -> None:
 
 
 def test_baselines_tell_repeated_from_new_labels() -> None:
-    found = baseline_labels(FILMS, EXAMPLES, EXAMPLES, {WELL.title: 3, LOFT.title: 1})
+    train = [*EXAMPLES, said("more", "Hm.")]
+    found = baseline_labels(FILMS, EXAMPLES, train)
     assert [row[0]["found"] for row in found["copy-last"]] == [False, True]
     assert [row[0]["found"] for row in found["most-popular"]] == [True, False]
     assert [row[0]["repeated"] for row in found["copy-last"]] == [False, True]
@@ -240,7 +241,7 @@ def test_baselines_tell_repeated_from_new_labels() -> None:
 def test_a_label_outside_the_catalogue_can_be_repeated_but_never_found() -> None:
     titles = ("Lost Reel (1930)", WELL.title)
     example = Example("d", 1, talk("Lost Reel (1930)? Seen."), "", titles)
-    found = baseline_labels(FILMS, [example], EXAMPLES, {WELL.title: 1})["most-popular"][0]
+    found = baseline_labels(FILMS, [example], [said("a", "Hm.")])["most-popular"][0]
     assert [(x["repeated"], x["found"]) for x in found] == [(True, False), (False, True)]
 
 
@@ -271,7 +272,7 @@ def test_a_long_training_dialogue_is_not_nearer_for_its_length() -> None:
 def test_the_nearest_baseline_guesses_that_dialogues_target() -> None:
     train = [said("a", "dark", title=WELL.title), said("b", "funny", title=LOFT.title)]
     asked = [said("x", "A dark one?"), said("y", "funny")]
-    found = baseline_labels(FILMS, asked, train, {})["nearest"]
+    found = baseline_labels(FILMS, asked, train)["nearest"]
     assert [row[0]["found"] for row in found] == [True, False]
 
 
@@ -286,10 +287,11 @@ def test_two_listeners_hear_every_wish_of_the_gold_profile() -> None:
         replace(said(text, "Hi", title=title), profile=text)
         for text, title in zip(profiles, targets, strict=True)
     ]
-    found = baseline_labels(FILMS, asked, EXAMPLES, {NEW.title: 2, OLD.title: 1, WELL.title: 9})
+    train = [said("a", "Hm.", title=x.title) for x in (NEW, NEW, OLD, *[WELL] * 9)]
+    found = baseline_labels(FILMS, asked, train)
     assert [row[0]["found"] for row in found["rule listener"]] == [False, True, False]
     assert [row[0]["found"] for row in found["random listener"]] == [0.5, 1.0, 0.0]
-    mixed = baseline_labels(FILMS, [*asked, *EXAMPLES], EXAMPLES, {})
+    mixed = baseline_labels(FILMS, [*asked, *EXAMPLES], train)
     assert set(mixed) == {"copy-last", "most-popular", "nearest"}
 
 

@@ -122,8 +122,8 @@ def learn(
     add_adapter(model, "new", LoraConfig(r=2), seed=1)
     if there:
         move(model)
-    job = TrainingJob(options, folder, "far", items[:3])
-    trained = train(model, "new", items, objective, job)
+    job = TrainingJob(options, objective, folder, "far", items[:3])
+    trained = train(model, "new", items, job)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], trained.last
 

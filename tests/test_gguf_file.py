@@ -13,8 +13,7 @@ from test_tokenizer import family_folder, normalized, random_chat, random_text
 from tokenizers import Tokenizer, models
 
 from usbrec.extras import default_model
-from usbrec.extras.default_model import find_model
-from usbrec.extras.gguf_file import GGUF
+from usbrec.extras.default_model import GGUF, find_model
 from usbrec.extras.merge import merge
 from usbrec.llm import checkpoint
 from usbrec.llm.adapter_files import save_adapter

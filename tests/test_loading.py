@@ -15,11 +15,11 @@ from usbrec.chat import Message, Request
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.cache import token_bytes
+from usbrec.llm.engine import default_kv_bytes
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.loading import (
     ModelOptions,
     Models,
-    default_kv_bytes,
     load_engine,
     usage_of,
     weights_digest,

@@ -91,8 +91,8 @@ def test_what_was_taught_is_said_unmerged_merged_and_by_transformers(
     add_adapter(model, "sft", LoraConfig(r=8), seed=0)
     dialogue = TrainingDialogue((*ASKED, Message("assistant", TAUGHT, weight=1.0)))
     options = TrainingOptions(learning_rate=1e-2, epochs=60, batch_size=1)
-    job = TrainingJob(options, tmp_path / "run", "sft")
-    train(model, "sft", [dialogue_tree(tokenizer, dialogue)], Sft(), job)
+    job = TrainingJob(options, Sft(), tmp_path / "run", "sft")
+    train(model, "sft", [dialogue_tree(tokenizer, dialogue)], job)
     assert say(model, tokenizer) != say(model, tokenizer, "sft") == TAUGHT
     save_adapter(model, "sft", tmp_path / "sft", str(base))
     flags = {"--model": base, "--adapter": tmp_path / "sft", "--out": tmp_path / "merged"}

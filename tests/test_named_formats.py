@@ -175,7 +175,7 @@ def test_text_behind_a_control_token_continues_no_text(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     vocabulary = ChatTokenizer.from_folder(tmp_path, "mistral-v3").vocabulary
     lines = ChatFormat("lines", ("</s>", "[INST]"), "[INST]{content}</s>", gap="\n")
-    ours, control = ChatTokenizer(vocabulary, lines, frozenset(), ""), vocabulary.control
+    ours, control = ChatTokenizer(vocabulary, lines, frozenset()), vocabulary.control
     said = ours.encode("a")
     assert said != ours.encode("a", continued=True)
     once = [control["[INST]"], *said, control["</s>"], *ours.encode("\n")]

@@ -65,8 +65,8 @@ def job():
     held = sum(p.to_local().nbytes for p in model.model.layers.parameters())
     t.add_adapter(model, "one", t.LoraConfig(r=2), seed=1)
     options = replace(t.QUICK, checkpointing=sys.argv[5] == "True")
-    job_of_one = TrainingJob(options, folder / "run", "simpo", t.pairs(3, 9))
-    t.train(model, "one", t.pairs(), t.Simpo(), job_of_one)
+    job_of_one = TrainingJob(options, t.Simpo(), folder / "run", "simpo", t.pairs(3, 9))
+    t.train(model, "one", t.pairs(), job_of_one)
     assert held == sum(
         p.to_local().nbytes for n, p in model.model.layers.named_parameters() if "lora" not in n
     )
@@ -258,8 +258,8 @@ def test_sharded_weights_give_the_curve_and_the_adapter_of_whole_ones(
     model = load_model(folder)
     whole = sum(p.nbytes for p in model.model.layers.parameters())
     add_adapter(model, "one", LoraConfig(r=2), seed=1)
-    job = TrainingJob(QUICK, tmp_path / "alone", "simpo", pairs(3, 9))
-    train(model, "one", pairs(), Simpo(), job)
+    job = TrainingJob(QUICK, Simpo(), tmp_path / "alone", "simpo", pairs(3, 9))
+    train(model, "one", pairs(), job)
     both, alone = rows(tmp_path / "run"), rows(tmp_path / "alone")
     for got, expected in zip(both, alone, strict=True):
         assert got == pytest.approx(expected, abs=1e-5, rel=1e-5)

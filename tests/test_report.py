@@ -10,7 +10,7 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from usbrec.chat import Row
 from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import METHOD_NAMES, copied, popular
+from usbrec.crs.evaluation import copied, popular
 from usbrec.extras.report import (
     build_report,
     format_recall,
@@ -19,6 +19,7 @@ from usbrec.extras.report import (
     ranked_recall,
     report_of,
 )
+from usbrec.settings import COMPARED
 
 
 def label(found: bool, repeated: bool = False) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
 
 def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, Any]) -> None:
     plain, searched = TUNED * 50, [x | {"searches": [SEARCH]} for x in TUNED] * 50
-    methods = {name: searched if "SES" in name else plain for name in METHOD_NAMES}
+    methods = {name: searched if "SES" in name else plain for name in COMPARED}
     facts = {**FACTS, "options": {f"max-{chr(97 + i) * 25}": i for i in range(20)}}
     text = format_report(build_report(methods, {}, JUDGE, 0) | facts)
     (head,) = [line for line in text.splitlines() if line.startswith("difference")]
@@ -221,7 +222,8 @@ def test_the_report_is_built_from_the_rows_of_a_run() -> None:
     """The methods are in the order of the paper's table, whatever the order in the rows."""
     rows: list[Row] = [{"RL": x, "B/L": x, "agreement": {"skipped": "why"}} for x in PLAIN]
     rows[0]["ranked"] = {"dialog_id": "d0", "turn_id": 1, "films": []}
-    found = report_of([*rows, {"agreement": {"skipped": "why"}}], {}, {"eval": {"seen": 2}}, {}, 0)
+    run = {"options": {"eval": {"seen": 2}}, "counts": {}}
+    found = report_of([*rows, {"agreement": {"skipped": "why"}}], {}, run, 0)
     assert list(found["methods"]) == ["B/L", "RL"] and found["methods"]["B/L"]["hit"]["n"] == 3
     assert found["judge"]["skipped"] == 4 and found["judge"]["within_dialogue"] == {}
     assert found["after"]["seen"] == 2 and found["options"] == {"eval": {"seen": 2}}

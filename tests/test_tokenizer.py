@@ -27,6 +27,7 @@ from tokenizers import (
 
 from usbrec.chat import Message, Request, Sampling, TrainingDialogue
 from usbrec.llm.engine import BatchRow
+from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import (
     FORMATS,
@@ -36,7 +37,7 @@ from usbrec.llm.tokenizer import (
     prompt_room,
     shorten,
 )
-from usbrec.llm.usable import dialogue_fault, pair_fault, usable
+from usbrec.llm.training import usable
 from usbrec.options import UserError
 
 CONTROL = {
@@ -497,7 +498,7 @@ def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_cou
     fits = TrainingDialogue((Message("user", "why"), Message("assistant", "so", 1.0)))
     others = [TrainingDialogue((question, reply)), TrainingDialogue((fits.prefix[0], reply))]
     trees = [dialogue_tree(smollm2, dialogue) for dialogue in (fits, *others)]
-    kept, dropped = usable(trees, 50, dialogue_fault)
+    kept, dropped = usable(trees, 50, Sft())
     assert kept == [dialogue_tree(smollm2, fits)]
     assert dropped["dropped as too long"] == len(trees) - 1 >= 1
     long, short = smollm2.reply("so " * 30), smollm2.reply("so")
@@ -508,6 +509,6 @@ def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_cou
         pair_tree(smollm2.prompt(fits.prefix[:1]), short, smollm2.reply("")),
         pair_tree(smollm2.prompt(fits.prefix[:1]), short, short),
     ]
-    kept, dropped = usable(pairs, 50, pair_fault)
+    kept, dropped = usable(pairs, 50, Simpo())
     assert not kept
     assert list(dropped.values()) == [2, 1, 1]

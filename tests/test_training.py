@@ -13,7 +13,7 @@ from safetensors import safe_open
 from test_packing import plain_layout
 
 from usbrec.chat import Message
-from usbrec.llm import training, training_state
+from usbrec.llm import training
 from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.loss import (
@@ -26,8 +26,15 @@ from usbrec.llm.loss import (
 )
 from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree
 from usbrec.llm.tokenizer import ChatTokenizer
-from usbrec.llm.training import TrainingJob, TrainingOptions, measure, step_items, train, trainable
-from usbrec.llm.usable import dialogue_fault, pair_fault, usable
+from usbrec.llm.training import (
+    TrainingJob,
+    TrainingOptions,
+    measure,
+    step_items,
+    train,
+    trainable,
+    usable,
+)
 from usbrec.options import UserError
 
 QUICK = TrainingOptions(
@@ -95,14 +102,20 @@ def rows(folder):
 
 
 def learn(model, items, objective, options, folder, validation=()):
-    return train(model, "one", items, objective, TrainingJob(options, folder, "x", validation))
+    return train(model, "one", items, TrainingJob(options, objective, folder, "x", validation))
+
+
+def measured(objective, tokens_per_pass):
+    """Return a job of passes of so many tokens, whose files are never written."""
+    options = TrainingOptions(tokens_per_pass=tokens_per_pass)
+    return TrainingJob(options, objective, Path(), "")
 
 
 def gradient_of(model, objective, items, tokens_per_pass, checkpointing=False):
     """Return loss and metrics of the items, and the gradient of all adapter tensors in a row."""
     model.checkpointing = checkpointing
     parameters = trainable(model, "one")
-    found = measure(model, "one", objective, items, tokens_per_pass)
+    found = measure(model, "one", items, measured(objective, tokens_per_pass))
     return found, torch.cat([p.grad.flatten() for p in parameters.values()])
 
 
@@ -290,9 +303,9 @@ def test_the_peak_memory_is_bytes_on_every_system_that_tells_it(
     monkeypatch.setitem(sys.modules, "resource", told)
     for system, size in (("linux", 5_120_000), ("darwin", 5000)):
         monkeypatch.setattr(sys, "platform", system)
-        assert training_state.peak_memory(torch.device("cpu")) == size
+        assert training.peak_memory(torch.device("cpu")) == size
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert training_state.peak_memory(torch.device("cpu")) == 0
+    assert training.peak_memory(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("stop", ["before_save", "after_metrics", "in_pass"])
@@ -348,7 +361,7 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(model, tmp_path):
     losses = {row["step"]: row["eval/loss"] for row in rows(tmp_path) if "eval/loss" in row}
     assert trained.best_step == min(losses, key=losses.get) != max(losses)
     with torch.no_grad():
-        found = measure(model, "one", Sft(), check, options.tokens_per_pass)
+        found = measure(model, "one", check, measured(Sft(), options.tokens_per_pass))
     assert found["loss"] == pytest.approx(losses[trained.best_step])
 
 
@@ -487,7 +500,7 @@ def test_lessons_that_teach_nothing_or_are_too_long_are_counted_out():
     mute = Tree([Branch([5, 6], [0, 0])])
     only_first = Tree([Branch([5, 6], [1, 0])])
     long_path = Tree([Branch([5] * 6, [1] * 6), Branch([6] * 6, [1] * 6, 0)])
-    kept, dropped = usable([good, mute, only_first, long_path], 11, dialogue_fault)
+    kept, dropped = usable([good, mute, only_first, long_path], 11, Sft())
     assert kept == [good]
     assert dropped == {"dropped as too long": 1, "dropped with nothing to learn": 2}
 
@@ -503,7 +516,7 @@ def test_pairs_that_are_empty_equal_or_too_long_are_counted_out():
         pair_tree([3] * 9, [4, 5, 2], [5, 2]),
         pair_tree([], [4, 5, 2], [5, 2]),
     ]
-    kept, dropped = usable(trees, 11, pair_fault)
+    kept, dropped = usable(trees, 11, Simpo())
     assert kept == [good]
     assert list(dropped.values()) == [1, 3, 1]  # too long, empty, equal
 
@@ -537,12 +550,12 @@ def test_repetition_counts_predictions_that_stand_in_the_same_response_already(t
 def test_a_falling_chosen_log_probability_and_growing_repetition_are_said():
     steady = [{"logps/chosen": -2.0, "repetition": 0.2}] * 10
     worse = [{"logps/chosen": -2.0 - 0.1 * i, "repetition": 0.2 + 0.05 * i} for i in range(10)]
-    assert training_state.collapse_warnings(steady) == []
-    assert len(training_state.collapse_warnings(worse)) == 2
+    assert training.collapse_warnings(steady) == []
+    assert len(training.collapse_warnings(worse)) == 2
 
 
 def test_a_collapsing_run_warns(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_state, "FALL_OF_CHOSEN", -1e9)
+    monkeypatch.setattr(training, "FALL_OF_CHOSEN", -1e9)
     with pytest.warns(UserWarning, match="log-probability a token fell"):
         learn(model, pairs(), Simpo(), QUICK, tmp_path)
 
@@ -575,5 +588,5 @@ def test_training_drops_what_was_laid_out_of_its_adapter(model, tmp_path):
     put(model, trained.last)
     model.ops.clear()
     with torch.no_grad():
-        found = measure(model, "one", Sft(), lessons(3, seed=1), QUICK.tokens_per_pass)
+        found = measure(model, "one", lessons(3, seed=1), measured(Sft(), QUICK.tokens_per_pass))
     assert found["loss"] == pytest.approx(checks[5], abs=1e-6)

@@ -25,12 +25,15 @@ class Message:
     weight: float = 0.0
 
 
+Messages = Sequence[Message]
+
+
 @dataclass(frozen=True)
 class TrainingDialogue:
     """A conversation to train on: every branch continues the prefix and sees no other branch."""
 
-    prefix: tuple[Message, ...]
-    branches: tuple[tuple[Message, ...], ...] = ()
+    prefix: Messages
+    branches: Sequence[Messages] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Request:
     `seed` decides the draws. `begin` is the given beginning of the reply, which its text includes.
     """
 
-    messages: tuple[Message, ...]
+    messages: Messages
     sampling: Sampling = Sampling()
     seed: int = 0
     adapter: str | None = None

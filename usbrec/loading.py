@@ -8,7 +8,6 @@ own tokenizer.
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,13 +20,11 @@ from usbrec import parallel
 from usbrec.crs.agents import Side
 from usbrec.crs.dialogue import Example, Examples
 from usbrec.llm.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from usbrec.llm.cache import token_bytes
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.endpoint import Endpoint, is_server, split_address
-from usbrec.llm.engine import MAX_ROWS, Engine, Usage
+from usbrec.llm.engine import Engine, Usage, default_kv_bytes
 from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import adapter_parameters
-from usbrec.llm.model import Decoder
 from usbrec.llm.model_config import file_in
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.options import Options, UserError, option, seed_for
@@ -90,23 +87,6 @@ def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Eng
     tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
     kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)
     return Engine(model, tokenizer, kv_bytes, options.max_length)
-
-
-def default_kv_bytes(model: Decoder) -> int:
-    """Return the default bytes for keys and values: a share of the device's memory.
-
-    The share is of the whole memory, not of the free part: batches, and with them the last bits of
-    the results, must not depend on other programs.
-    """
-    if model.device.type == "cuda":
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        own = weights // parallel.world() if model.sharded else weights
-        size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 2
-    else:
-        sysconf = getattr(os, "sysconf", lambda name: 0)  # Windows has none: the least is taken
-        size = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 24
-    most = MAX_ROWS * model.config.max_position_embeddings * token_bytes(model.config, model.dtype)
-    return min(max(size, 1 << 28), most)
 
 
 def is_adapter(name: str) -> bool:

@@ -32,10 +32,11 @@ ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter"
 # dialogues; the simulator's lessons are not shuffled, because their order is a curriculum
 DEFAULTS, FULL = TABLES["defaults"], TABLES["full"]
 DEFAULTS["ses_cards"] = CARDS
-FULL["data"]["methods"] = evaluation.METHOD_NAMES
-METHODS = tuple(name for name in evaluation.METHOD_NAMES if name not in ("SES", "SFT+SES"))
-# method -> the stage whose adapter recommends (None: none), and the options of its search
+# method -> the stage whose adapter recommends (None: none), and the options of its search; in the
+# order of the paper's table, which has not the last
 COMPARED: dict[str, list[str | None]] = TABLES["methods"]
+FULL["data"]["methods"] = tuple(COMPARED)
+METHODS = tuple(name for name in COMPARED if name not in ("SES", "SFT+SES"))
 PREFIXES = {"data": "", "model": "", "ses_cards": "ses"}  # of flags; a group's own name elsewhere
 
 
@@ -69,9 +70,9 @@ class DataOptions(Options):
             object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
         if self.recommender is not None and not is_server(self.recommender):
             raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
-        if unknown := set(self.methods) - set(evaluation.METHOD_NAMES):
-            expected = ", ".join(evaluation.METHOD_NAMES)
-            raise ValueError(f"methods must be of {expected}, got {', '.join(sorted(unknown))}")
+        if unknown := set(self.methods) - COMPARED.keys():
+            told = f"must be of {', '.join(COMPARED)}, got {', '.join(sorted(unknown))}"
+            raise ValueError(f"methods {told}")
 
     def rows(self, stage: str) -> int:
         """Return the number of rows that a stage takes, 0 for all."""

@@ -13,9 +13,8 @@ from usbrec.crs.dialogue import Example
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.loss import Objective
-from usbrec.llm.packing import Tree
-from usbrec.llm.training import TrainingJob, put_weights, train
-from usbrec.llm.training_state import digest
+from usbrec.llm.packing import Trees
+from usbrec.llm.training import TrainingJob, digest, put_weights, train
 from usbrec.loading import Find, Models, pick_rows, weights_digest
 from usbrec.options import seed_for
 from usbrec.settings import ADAPTERS, STAGES, Settings
@@ -143,9 +142,7 @@ class Work:
         size, engines = self.settings.data.chunk_size, list(self.models.engines.values())
         return runs.Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
 
-    def learn(
-        self, stage: str, trees: Sequence[Tree], validation: Sequence[Tree], objective: Objective
-    ) -> None:
+    def learn(self, stage: str, objective: Objective, trees: Trees, validation: Trees = ()) -> None:
         """Train the adapter of a stage, which the model has, and save it.
 
         With validation the best weights are saved, and the last ones in the subfolder `last`.
@@ -153,8 +150,8 @@ class Work:
         model, adapter = self.engine.model, ADAPTERS[stage]
         folder, seed = self.folder / adapter, seed_for(self.settings.data.seed, stage, "order")
         options = replace(getattr(self.settings, stage), seed=seed)
-        job = TrainingJob(options, folder / "training", stage, validation)
-        trained = train(model, adapter, trees, objective, job)
+        job = TrainingJob(options, objective, folder / "training", stage, validation)
+        trained = train(model, adapter, trees, job)
         last = {folder / "last": trained.last} if validation else {}
         if validation:
             print(f"{stage}: its validation loss was lowest after step {trained.best_step}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from usbrec.chat import LanguageModel, Message, Ranked, Ranks, Request, Sampling
+from usbrec.chat import LanguageModel, Message, Messages, Ranked, Ranks, Request, Sampling
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
 from usbrec.crs.parsing import parse_score
@@ -21,7 +21,6 @@ SCORES = ("0", "1", "2")
 STAND_INS = 20  # sampled votes where closed form cannot be read
 VOTE_TOKENS = 16  # a sampled vote may be a short sentence around its number
 
-Messages = tuple[Message, ...]
 Seeds = Sequence[int]
 Titles = Sequence[Sequence[str]]  # one or more titles per dialogue
 Told = str | Sequence[str]  # what a seeker knows: a profile, or the target titles

@@ -1,7 +1,7 @@
 """The catalogue: items, the search for their titles in text, and the hiding of target titles.
 
-spelling.py has the names that a title stands for, titles.py the rules that tell a title from an
-ordinary word. A name without a year means an item if no other item has the name; a mention of a
+titles.py has the names that a title stands for, and the rules that tell a title from an ordinary
+word. A name without a year means an item if no other item has the name; a mention of a
 name that several items have carries all of them. "Heat" means an item "Heat" before "Heat (TV)".
 
 Left out: misspellings, translated titles, and abbreviations such as "LOTR".
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from usbrec.crs import titles as rules
-from usbrec.crs.spelling import Word, key_of, names_of, plain, split_title, words_of
+from usbrec.crs.titles import Word, key_of, names_of, plain, split_title, words_of
 from usbrec.options import UserError
 
 # The keys of an entry of items.json for genres, makers, stars and moods, of films, books, music and

@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.datasets import ROOT, SPLITS, load_catalogue, load_split, read_jsonl, rows_of_chats
-from usbrec.crs.spelling import SPACELESS, key_of
-from usbrec.crs.titles import GENRE_WORDS
+from usbrec.crs.titles import GENRE_WORDS, SPACELESS, key_of
 from usbrec.options import Parser, UserError, add_table, tell
 
 Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from usbrec.chat import ROLES, Row
 from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_item, read_text
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
-from usbrec.crs.spelling import key_of
-from usbrec.crs.titles import written_titles
+from usbrec.crs.titles import key_of, written_titles
 from usbrec.options import UserError, seed_for
 
 ROOT = Path(__file__).resolve().parents[2] / "data"

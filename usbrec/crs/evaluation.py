@@ -26,14 +26,12 @@ from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Told, Votes, internal_judge_prompt
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
-from usbrec.crs.lessons import profile_of
+from usbrec.crs.lessons import popularity_of, profile_of
 from usbrec.crs.ses import SearchOptions, search
-from usbrec.crs.spelling import key_of
+from usbrec.crs.titles import key_of
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.options import Options, option, seed_for
 
-# in the order of the paper's table, which has not the last
-METHOD_NAMES = ("B/L", "SFT", "RL", "SES", "SFT+SES", "RL+SES", "RL+SES+cards")
 # best first; a guess has several items if its title leaves the year open
 Guesses = Sequence[tuple[Item, ...]]
 # one per gold title: {"title", "repeated", "found"}; `found` is a probability for a random guess
@@ -233,9 +231,7 @@ def nearest(examples: Examples, train: Examples) -> Iterator[Example]:
         yield train[int((products / lengths).argmax())]
 
 
-def baseline_labels(
-    catalogue: Catalogue, examples: Examples, train: Examples, popularity: Popularity
-) -> dict[str, list[Labels]]:
+def baseline_labels(films: Catalogue, tests: Examples, train: Examples) -> dict[str, list[Labels]]:
     """Return the gold labels per example of each baseline, which has one guess.
 
     copy-last         the newest title of the dialogue
@@ -249,20 +245,21 @@ def baseline_labels(
     """
 
     def label(guesses: Sequence[Guesses]) -> list[Labels]:
-        return [gold_labels(catalogue, x, own) for x, own in zip(examples, guesses, strict=True)]
+        return [gold_labels(films, x, own) for x, own in zip(tests, guesses, strict=True)]
 
+    popularity = popularity_of(train)
     found = {
-        "copy-last": label([copied(catalogue, x)[:1] for x in examples]),
-        "most-popular": label([popular(catalogue, popularity)[:1]] * len(examples)),
-        "nearest": label([[catalogue.named(x.items[0])] for x in nearest(examples, train)]),
+        "copy-last": label([copied(films, x)[:1] for x in tests]),
+        "most-popular": label([popular(films, popularity)[:1]] * len(tests)),
+        "nearest": label([[films.named(x.items[0])] for x in nearest(tests, train)]),
     }
-    order = sorted(catalogue, key=lambda item: (-popularity.get(item.title, 0), item.title))
-    known = [read_profile(x.profile, catalogue) for x in examples if x.profile is not None]
-    if len(known) == len(examples):
+    order = sorted(films, key=lambda item: (-popularity.get(item.title, 0), item.title))
+    known = [read_profile(x.profile, films) for x in tests if x.profile is not None]
+    if len(known) == len(tests):
         fitting = [[(item,) for item in order if fit(item, facts) == 2] for facts in known]
-        found["rule listener"] = label([films[:1] for films in fitting])
+        found["rule listener"] = label([own[:1] for own in fitting])
         found["random listener"] = label(fitting)
-        for row, films in zip(found["random listener"], fitting, strict=True):
+        for row, own in zip(found["random listener"], fitting, strict=True):
             for gold in row:
-                gold["found"] /= max(1, len(films))
+                gold["found"] /= max(1, len(own))
     return found

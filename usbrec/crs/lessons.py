@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from usbrec.chat import Message, TrainingDialogue
+from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
@@ -58,9 +58,7 @@ class LessonOptions(Options):
     dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
 
-def recommender_lessons(
-    examples: Examples, catalogue: Catalogue, options: LessonOptions
-) -> Lessons:
+def recommender_lessons(examples: Examples, films: Catalogue, options: LessonOptions) -> Lessons:
     """Return training dialogues whose gold turns have weight 1.
 
     `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
@@ -71,14 +69,14 @@ def recommender_lessons(
         gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
         system, *said = agents.recommender_prompt(_with_response(rows[-1]))
         lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
-        told = "" if number % options.explain_every else explanation_of(rows[-1], catalogue)
+        told = "" if number % options.explain_every else explanation_of(rows[-1], films)
         answer = Message("assistant", told, options.explanation_weight)
         asked = (Message("user", agents.EXPLAIN), answer) if told else ()
         chats.append((system, *lines, *asked))
     return share_prompt(chats, options.dialogues_per_lesson)
 
 
-def share_prompt(chats: Sequence[agents.Messages], size: int) -> Lessons:
+def share_prompt(chats: Sequence[Messages], size: int) -> Lessons:
     """Return training dialogues of `size` chats each, branches after their equal system prompt."""
     parts = [chats[i : i + size] for i in range(0, len(chats), size)]
     return [TrainingDialogue(part[0][:1], tuple(chat[1:] for chat in part)) for part in parts]
@@ -143,9 +141,9 @@ class Suggestions:
         counts = np.array([count for item, count in known if item])
         self.shares = counts / counts.sum()
 
-    def others(self, generator: Generator) -> list[Item]:
+    def others(self, rng: Generator) -> list[Item]:
         """Return TRIES films, drawn by their count."""
-        return [self.pool[x] for x in generator.choice(len(self.pool), TRIES, p=self.shares)]
+        return [self.pool[x] for x in rng.choice(len(self.pool), TRIES, p=self.shares)]
 
     def draw(self, example: Example, seed: int) -> list[Suggestion]:
         """Return the gold reply (2) and replies for a kindred film (1), another (0) and none (0).
@@ -153,20 +151,20 @@ class Suggestions:
         A grade that no drawn film has is left out. The result is empty if the reply names no known
         gold item.
         """
-        generator = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         golds, text = gold_items(example, self.catalogue), example.response
         named = [item for item in golds if self.catalogue.mentions(text, [item.title])]
         if not named:
             return []
         told = explanation_of(example, self.catalogue)
         found = {2: Suggestion(text, told, 2)}
-        for item in self.others(generator):
+        for item in self.others(rng):
             score = self.catalogue.grade(item, example.items)
             if score not in found:
                 reply, why = (rewrite_all(x, [(old, item) for old in named]) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
-        reply, why = map(str, generator.choice(FILMLESS, 2))
+        reply, why = map(str, rng.choice(FILMLESS, 2))
         return [*found.values(), Suggestion(reply, why, 0)]
 
     def amiss(self, example: Example, seed: int) -> Suggestion:
@@ -174,15 +172,15 @@ class Suggestions:
 
         Half of them are explained as if they were the gold reply: a recommender does that too.
         """
-        generator = np.random.default_rng(seed_for(seed, "amiss"))
-        filmless, why = map(str, generator.choice(FILMLESS, 2))
-        reply = generator.choice([self.invented(example, generator), filmless, ""])
-        told = generator.choice([why, explanation_of(example, self.catalogue)])
+        rng = np.random.default_rng(seed_for(seed, "amiss"))
+        filmless, why = map(str, rng.choice(FILMLESS, 2))
+        reply = rng.choice([self.invented(example, rng), filmless, ""])
+        told = rng.choice([why, explanation_of(example, self.catalogue)])
         return Suggestion(str(reply), str(told), 0)
 
-    def invented(self, example: Example, generator: Generator) -> str:
+    def invented(self, example: Example, rng: Generator) -> str:
         """Return the gold reply with a title that no film has, "" if a film happens to have it."""
-        first, last = (self.pool[i].name.split() for i in generator.choice(len(self.pool), 2))
+        first, last = (self.pool[i].name.split() for i in rng.choice(len(self.pool), 2))
         name, golds = f"{first[0]} {last[-1]}", gold_items(example, self.catalogue)
         films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in golds]
         made = rewrite_all(example.response, films)
@@ -190,9 +188,9 @@ class Suggestions:
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return up to UNLIKE replies (0) that share nothing with the target or the profile."""
-        generator = np.random.default_rng(seed_for(seed, "unlike"))
+        rng = np.random.default_rng(seed_for(seed, "unlike"))
         known, told = gold_items(example, self.catalogue), telling_words(profile)
-        others = [x for x in self.others(generator) if not self.catalogue.grade(x, example.items)]
+        others = [x for x in self.others(rng) if not self.catalogue.grade(x, example.items)]
         replies = [rewrite_all(example.response, [(x, other) for x in known]) for other in others]
         fitting = [x for x in replies if x != example.response and not telling_words(x) & told]
         return [Suggestion(reply, "", 0) for reply in fitting[:UNLIKE]]
@@ -253,7 +251,7 @@ def seeker_lesson(
     prompt = agents.seeker_prompt(example.history, example.items if profile is None else profile)
     explain, weight = Message("assistant", agents.EXPLAIN), options.line_weight
     prefix = (replace(m, weight=weight) if m.role == "assistant" else m for m in prompt)
-    branches: list[tuple[Message, ...]] = []
+    branches: list[Messages] = []
     for each in judged:
         told = (explain, Message("user", each.explanation)) if profile is None else ()
         score = Message("assistant", str(each.score), options.score_weight)
@@ -269,9 +267,9 @@ def woven(*lists: Sequence[TrainingDialogue]) -> Lessons:
     return [lists[n][i] for _, n, i in sorted(placed)]
 
 
-def summary_lessons(examples: Examples, catalogue: Catalogue, options: LessonOptions) -> Lessons:
+def summary_lessons(examples: Examples, films: Catalogue, options: LessonOptions) -> Lessons:
     """Return training dialogues of summaries, `dialogues_per_lesson` chats in each."""
-    profiles = [Message("assistant", profile_of(x, catalogue), 1.0) for x in examples]
+    profiles = [Message("assistant", profile_of(x, films), 1.0) for x in examples]
     prompts = [agents.summary_prompt(x.history) for x in examples]
     chats = [(*prompt, profile) for prompt, profile in zip(prompts, profiles, strict=True)]
     return share_prompt(chats, options.dialogues_per_lesson)
@@ -294,13 +292,13 @@ def card_lessons(
     films = list(dict.fromkeys(film for x in examples for film in golds[x]))[: options.cards]
     first, then = [], []
     for number, film in enumerate(films):
-        generator = np.random.default_rng(seed_for(seed, "cards", film.title))
+        rng = np.random.default_rng(seed_for(seed, "cards", film.title))
         plain = agents.announce(film.title), False
         claim = claim_of(examples[number - 1].response, golds[examples[number - 1]], film)
         own = [facts for x, facts in known if film in golds[x]]
         others = [facts for x, facts in known if film not in golds[x] and fit(film, facts) < 2]
-        tried = own[:4] + mixed(others, film, options.profiles_per_card - 4, generator)
-        first.append(card_lesson(film, *plain, single_wishes(film, catalogue, generator), options))
+        tried = own[:4] + mixed(others, film, options.profiles_per_card - 4, rng)
+        first.append(card_lesson(film, *plain, single_wishes(film, catalogue, rng), options))
         then.append(card_lesson(film, *(plain if number % 4 else claim), tried, options))
     return first[: len(first) // 3] + then
 
@@ -317,23 +315,21 @@ def card_lesson(
     return TrainingDialogue((system, shown), tuple(branches))
 
 
-def single_wishes(film: Item, catalogue: Catalogue, generator: Generator) -> list[list[Fact]]:
+def single_wishes(film: Item, catalogue: Catalogue, rng: Generator) -> list[list[Fact]]:
     """Return profiles of one wish, which the film meets or not, with or without a dislike."""
     own = attributes(film)
     pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
-    wrong = [pool[i] for i in generator.choice(len(pool), len(own))]
+    wrong = [pool[i] for i in rng.choice(len(pool), len(own))]
     absent = sorted({value for kind, value in wrong if kind == "genre"})
     pairs = [*((own[-1], genre) for genre in film.genres), *((own[0], genre) for genre in absent)]
     single = [[Fact("like", *x)] for x in (*own, *wrong)]
     return single + [[Fact("like", *x), Fact("dislike", "genre", genre)] for x, genre in pairs]
 
 
-def mixed(
-    profiles: Sequence[Profile], film: Item, count: int, generator: Generator
-) -> list[Profile]:
+def mixed(profiles: Sequence[Profile], film: Item, count: int, rng: Generator) -> list[Profile]:
     """Return `count` of the profiles, drawn at random: by turns half met, a near miss, and any."""
     own = set(attributes(film))
-    order = [profiles[i] for i in generator.permutation(len(profiles))]
+    order = [profiles[i] for i in rng.permutation(len(profiles))]
     half = [x for x in order if fit(film, x) == 1]
     unmet = [x for x in order if not fit(film, x)]
     near = sorted(unmet, key=lambda facts: -len({x[1:] for x in facts} & own))

@@ -93,9 +93,7 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
         yield {**row, "lines": lines, "end": "turns"}
 
 
-def choose_pairs(
-    example: Example, samples: Sequence[Row], options: PairOptions
-) -> tuple[list[Row], str]:
+def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tuple[list[Row], str]:
     """Return the rows of pairs.jsonl and the origins of the first one's sides, or the reason.
 
     A row is trl's conversational preference format, with scores (None: gold) and origins. Samples
@@ -103,9 +101,9 @@ def choose_pairs(
     Classes of the samples -> (chosen, rejected), under `worst` zero; G is the gold response:
     2 2 2 -> 2 G;  2 1 0 -> 2 0;  2 1 1 -> 2 G;  1 1 0 -> G 0;  0 0 0 -> G 0;  1 1 1 -> none.
     """
-    read = [x for x in samples if x["reply"] and x["label"] is not None]
+    read = [x for x in drawn if x["reply"] and x["label"] is not None]
     if not read:
-        empty = not any(x["reply"] for x in samples)
+        empty = not any(x["reply"] for x in drawn)
         return [], "all samples empty" if empty else "no sample's score could be read"
     if all(x["label"] == 1 for x in read):
         return [], "all samples scored 1"
@@ -123,7 +121,7 @@ def choose_pairs(
         sides = {"chosen": chosen, "rejected": other}
         pair |= {x: [{"role": "assistant", "content": y["reply"]}] for x, y in sides.items()}
         pair |= {f"{x}_score": None if y is gold else float(y["label"]) for x, y in sides.items()}
-        origins = ["gold" if x is gold else f"samples[{samples.index(x)}]" for x in sides.values()]
+        origins = ["gold" if x is gold else f"samples[{drawn.index(x)}]" for x in sides.values()]
         pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
         if chosen["reply"] != other["reply"]:
             pairs.append(pair)

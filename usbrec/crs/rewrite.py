@@ -52,10 +52,8 @@ def rewrite(text: str, old: Item, new: Item) -> str:
     after it. Where the new film lacks a fact, neutral words are used ("someone else", "different",
     "another year").
     """
-    spans = [
-        (start, end, new.title if re.search(r"\d{4}\)?$", text[start:end]) else new.name)
-        for start, end in leaks(text, old.title)
-    ]
+    own, dated = leaks(text, old.title), re.compile(r"\d{4}\)?$")
+    spans = [(a, b, new.title if dated.search(text[a:b]) else new.name) for a, b in own]
     for pattern, words in _replacements(old, new):
         for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", text, re.IGNORECASE):
             if not any(match.start() < end and start < match.end() for start, end, _ in spans):

@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from usbrec.chat import Sampling
+from usbrec.chat import Messages, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import Asked, JudgeScore, Roles, Seeds, Side, Votes
 from usbrec.crs.catalogue import Catalogue, Item
@@ -145,6 +145,12 @@ class Candidate:
         """The last node of each path."""
         return [path[-1] for path in self.paths]
 
+    def record(self, start: int) -> dict[str, Any]:
+        """Return the candidate in JSON's own types, its leaves as `Node.record`."""
+        dropped = {"dropped": self.dropped} if self.dropped else {}
+        leaves = [leaf.record(start) for leaf in self.leaves]
+        return {"reply": self.reply, "value": self.value, **dropped, "leaves": leaves}
+
 
 @dataclass
 class SearchResult:
@@ -176,11 +182,7 @@ class SearchResult:
 
     def record(self) -> dict[str, Any]:
         """Return the search in JSON's own types, the root dialogue left out."""
-        n, candidates = len(self.root), []
-        for x in self.candidates:
-            dropped = {"dropped": x.dropped} if x.dropped else {}
-            leaves = [leaf.record(n) for leaf in x.leaves]
-            candidates.append({"reply": x.reply, "value": x.value, **dropped, "leaves": leaves})
+        candidates = [x.record(len(self.root)) for x in self.candidates]
         found = {"profile": self.profile, "best": self.best, "candidates": candidates}
         if self.widths:
             found["budget"] = {"widths": self.widths, "late": self.late}
@@ -198,8 +200,9 @@ def search(
     A search depends on its dialogue, its seed and such a profile alone, with a budget of seconds on
     the clock too.
     """
-    start = time.monotonic()
-    results = begin(roles, dialogues, seeds, options, given)
+    start, pairs = time.monotonic(), zip(dialogues, seeds, strict=True)
+    results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
+    begin(results, roles, options)
     search_within([x for x in results if x.widths], roles, options, start)
     whole = [x for result in results if not result.widths for x in result.candidates]
     levels = [list({id(x.node): x.node for x in whole if x.node}.values())]
@@ -232,27 +235,27 @@ def search_within(results: Searches, roles: Roles, options: SearchOptions, start
         score_nodes(roles, expand(roles, nodes, options) if level else nodes, options)
 
 
-def begin(
-    roles: Roles, dialogues: Dialogues, seeds: Seeds, options: SearchOptions, given: str
-) -> Searches:
-    """Return one search per dialogue: its profile and its candidates.
+def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
+    """Give each search its candidates, and its profile if it has none.
 
     Summaries and sampled candidates share one `complete`.
     """
     ranked = options.candidates == "ranked"
-    limited = options.budget_tokens or options.budget_seconds
-    tokens = RANKING_TOKENS * options.samples if limited else None
-    likeliest = roles.likeliest(dialogues, options.samples, tokens) if ranked else []
+    likeliest = []
+    if options.candidates == "ranked":
+        limited = options.budget_tokens or options.budget_seconds
+        tokens = RANKING_TOKENS * options.samples if limited else None
+        likeliest = roles.likeliest([x.root for x in results], options.samples, tokens)
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
-    asked = [] if given else roles.summaries(dialogues, options.summary_tokens, seeds)
-    pairs = zip(dialogues, seeds, strict=True)
-    results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
+    bare = [x for x in results if not x.profile]
+    roots, seeds = [x.root for x in bare], [x.seed for x in bare]
+    asked = roles.summaries(roots, options.summary_tokens, seeds)
     firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
     for result, numbers in zip(results, firsts, strict=True):
         asked += result.firsts(roles.recommender, options, numbers)
     texts = iter(roles.complete(asked))
-    for result in results:
-        result.profile = given or next(texts)
+    for result in bare:
+        result.profile = next(texts)
     drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, results, drawn, options)
@@ -262,7 +265,6 @@ def begin(
             said, key = add_turn(x.root, "recommender", reply), seed_for(x.seed, "root", reply)
             nodes[reply] = Node(said, x.profile, key)
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
-    return results
 
 
 def plan(root: Dialogue, options: SearchOptions) -> list[int]:
@@ -376,7 +378,7 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
         node.score = next(scores) if prompt else unjudged
 
 
-def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> agents.Messages | None:
+def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> Messages | None:
     """Return the inner judge's prompt, or None for a last reply that is not worth judging.
 
     With cards that is one without a title of the catalogue and, with `veto`, one whose film the

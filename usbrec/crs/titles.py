@@ -1,4 +1,19 @@
-"""Titles in text: the rules that tell a film's title from an ordinary word.
+"""Titles: one spelling for them and for texts, and the rules that tell one from an ordinary word.
+
+Plain text is what is searched: without accents, invisible characters, full-width letters and
+curly apostrophes, the same for composed and decomposed characters. Case is kept.
+
+Catalogues write one film in many ways. `names_of` knows these:
+
+    Matrix, The (1999)              the article last, in a dozen languages (title_words.txt)
+    Seven (a.k.a. Se7en) (1995)     another name
+    Postman, The (Postino, Il)      a second title in brackets, unless it reads as a description:
+    Dune (Dune Chronicles, #1)      a series with a number, a genre, an edition
+    Heat (1995/I), Heat (1995 film) years as IMDb and Wikipedia write them
+    Heat - Remastered 2011          an edition behind a dash
+
+In scripts without spaces (Chinese, Japanese, Korean with its particles, Thai) a word is one
+character, or a run of katakana.
 
 The rules by which a title counts as named (`Catalogue.find`):
 - with its year, "Heat (1995)" or "heat 1995", a title counts in any case; a year in brackets may be
@@ -29,11 +44,33 @@ that begin with "The". Nothing here knows of a catalogue.
 """
 
 import re
-from functools import lru_cache
+import unicodedata
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from usbrec.crs import spelling
-from usbrec.crs.spelling import SPACELESS, YEAR, Word, key_of, names_of, plain, words_of
+_TEXT = Path(__file__).with_name("title_words.txt").read_text("utf-8")
+WORD_LISTS = {name: words for name, *words in map(str.split, _TEXT.split("\n\n"))}
+# Letters of Thai, Lao, Burmese, Khmer, kana, Han, and Hangul.
+SPACELESS = "ก-\u0e4eກ-\u0edfက-၉ក-\u17d3々-〇ぁ-ヺー-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff"
+# Signs of Asian scripts that are no accents: vowels, tones, the voicing of kana.
+_SIGNS = map(chr, (*range(0x900, 0x1AB0), 0x3099, 0x309A))
+_MARKS = "".join(sign for sign in _SIGNS if unicodedata.category(sign)[0] == "M")
+LETTER = rf"[^\W_{SPACELESS}]"
+_SIGN = f"[{_MARKS}]"
+WORD = re.compile(rf"{LETTER}+(?:{_SIGN}+{LETTER}*|'{LETTER}+)*|&|[ァ-ヺー]+|[{SPACELESS}]{_SIGN}*")
+# A character with the accents, vowels and voicing signs behind it.
+_CLUSTER = re.compile("(?s:.)[\u0300-\u036f\u1160-\u11ff\u3099\u309a\uff9e\uff9f]*")
+_SWAPS = str.maketrans({**dict.fromkeys("‘’ʼ′`´", "'"), "ß": "ss", "™": ""})
+YEAR = r"[(\[（](\d{4})(?i:/[ivx]+|[-–]\d{0,4}|(?: tv)? (?:film|series|novel))?\s?[年년]?[)\]）]"
+_TITLE_YEAR = re.compile(rf"\s?{YEAR}(?=\s*[(\[（]|\s*$)")
+_ARTICLES, _EDITIONS, _KINDS = ("|".join(WORD_LISTS[x]) for x in ("articles", "editions", "kinds"))
+_ARTICLE_LAST = re.compile(rf"^([^(\[]+?),\s*({_ARTICLES})(?=$|\s*[:(\[]|\s[-–]\s)", re.I)
+_BRACKET = re.compile(r"(?<=.)(?:\s+[(\[]|[（【])([^()\[\]（）【】]*)[)\]）】]")
+_AKA = re.compile(r"[\s;,/]{0,9}\b(?:a\.\s?k\.\s?a\.|aka|also known as):?\s+", re.I)
+_DESCRIBES = re.compile(rf"#|版$|\b(?:\d+|{_EDITIONS}|{_KINDS})\b|^\W*\w{{0,2}}\W*$|^u\.", re.I)
+_LAST_PART = re.compile(rf"\s#[\d.]+$|\s[-–]\s[^-–]*\b(?:{_EDITIONS})\b[^-–]*$", re.I)
 
 # The forms a genre's name takes in text; the first stands before "film". Their order here is the
 # order of several before "film": "romantic comedy film", "sci-fi action film".
@@ -41,12 +78,12 @@ _FORMS = Path(__file__).with_name("genre_forms.txt").read_text("utf-8").splitlin
 GENRE_FORMS = {name: forms.split(", ") for name, forms in (line.split(": ") for line in _FORMS)}
 GENRE_WORDS = frozenset(form for forms in GENRE_FORMS.values() for form in forms)
 # title_words.txt: the most common words, and names of films that are ordinary words.
-ORDINARY_WORDS = GENRE_WORDS.union(spelling.WORD_LISTS["ordinary"])
+ORDINARY_WORDS = GENRE_WORDS.union(WORD_LISTS["ordinary"])
 # Also: words right before a title; the same and others; words that begin a sentence with a capital
 # ("Watch Heat") and are no part of a name; words that do ("It is tense") or begin a title if a
 # capital follows ("The Force Awakens").
 _LISTS = ("naming", "cues", "openers", "starters")
-NAMING_WORDS, CUES, OPENERS, STARTERS = (frozenset(spelling.WORD_LISTS[x]) for x in _LISTS)
+NAMING_WORDS, CUES, OPENERS, STARTERS = (frozenset(WORD_LISTS[x]) for x in _LISTS)
 QUOTES = "'\"“”„«»「」*_《》〈〉『』"  # the last six hold a title and nothing else
 NEARBY = 1000  # characters beside a name that can decide what it means
 BREAK = re.compile(r"[\"“”\n;。「」《》〈〉『』]")
@@ -54,7 +91,9 @@ YEAR_AFTER = re.compile(rf"""[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}|["'
 _CAPITAL = "[A-ZΑ-ΩЀ-Я]"  # of a plain text
 _JOINT = r"(?: |-|: | [-–—] )"
 _LINK = r"(?: (?:of|to|v|vs\.?|versus)(?: the| an?)?)?"  # "Night Train to Lisbon"
-_TITLED = rf"(?:{_CAPITAL}[\w']*|\d+|(?:of|the|an?|to|in|on|for|at|from|by|is|vs\.?)(?!\w))"
+_SMALL = "of|the|an?|to|in|on|for|from|by"  # words within a title
+_NAME = rf"{_CAPITAL}[\w']*"
+_TITLED = rf"(?:{_NAME}|\d+|(?:{_SMALL}|at|is|vs\.?)(?!\w))"
 # Behind a name, these make another title of it: " 2", " Part Two", ": The Return.", and words up to
 # a year, as in "Seven Sailors (1961)".
 _OTHER = re.compile(
@@ -69,16 +108,12 @@ _GOES_ON = re.compile(
     rf"{_LINK}{_JOINT}(?!(?i:{'|'.join(OPENERS)})\b)"
     rf"(?!(?i:{'|'.join(STARTERS)})\b(?! {_CAPITAL})){_CAPITAL}|: ?[{SPACELESS}]"
 )
-_BEFORE = re.compile(
-    rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_CAPITAL}[\w']*)(?: on the|{_LINK})[ -]$"
-)
+_BEFORE = re.compile(rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_NAME})(?: on the|{_LINK})[ -]$")
 _OPENED = re.compile(r"(?:(?<!\w)[\"“«„「*]|[《〈『][^》〉』]*)$")
 _CLOSED = re.compile(rf"([^{QUOTES}\n.,!?;()]{{0,60}})[{QUOTES[1:]}]")
 # A title that no catalogue tells: in quotes or title marks, or in title case before its year.
 _INITIAL = rf"[A-ZÀ-ÞΑ-ΩЀ-Я\d{SPACELESS}]"
-_PART = (
-    rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:of|the|an?|to|in|on|for|and|from|by)(?!\w))"
-)
+_PART = rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:{_SMALL}|and)(?!\w))"
 _WRITTEN = re.compile(
     rf"(?<![a-zA-Z\d])[\"“«*_《〈『]+({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
     rf"[\"”»*_》〉』]+(?![a-zA-Z\d])(?: ?{YEAR})?"
@@ -88,7 +123,79 @@ _WRITTEN = re.compile(
 _SPACELESS = re.compile(f"[{SPACELESS}]")
 # In scripts without spaces a short name stands alone: after "watch", before particles.
 _ALONE_BEFORE = re.compile(rf"(?:[^{SPACELESS}]|[看過过了荐薦欢歡叫]|^)$")
-_ALONE_AFTER = re.compile(rf"(?:{'|'.join(spelling.WORD_LISTS['particles'])})*(?![{SPACELESS}])")
+_ALONE_AFTER = re.compile(rf"(?:{'|'.join(WORD_LISTS['particles'])})*(?![{SPACELESS}])")
+
+
+# --- one spelling -----------------------------------------------------------------------------
+
+
+class Word(NamedTuple):
+    """A word of a plain text: in lower case, without apostrophes, with its span."""
+
+    key: str
+    start: int
+    end: int
+
+
+@cache
+def _plain_cluster(cluster: str) -> str:
+    kinds = ("Mn", "Me", "Cf")  # accents and invisible characters
+    chars = unicodedata.normalize("NFKD", cluster.translate(_SWAPS))
+    kept = (x for x in chars if x in _MARKS or unicodedata.category(x) not in kinds)
+    return unicodedata.normalize("NFC", "".join(kept))
+
+
+def plain(text: str) -> tuple[str, Sequence[int]]:
+    """Return the plain text, and the place in `text` of each of its characters and of its end.
+
+    "Ame\u0301lie（2001）" -> "Amelie(2001)", (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+    """
+    if text.isascii():
+        return text, range(len(text) + 1)
+    parts = [(_plain_cluster(match[0]), match.start()) for match in _CLUSTER.finditer(text)]
+    places = [place for part, place in parts for _ in part]
+    return "".join(part for part, _ in parts), [*places, len(text)]
+
+
+def words_of(text: str) -> list[Word]:
+    """Return the words of a plain text; punctuation between them is left out."""
+    found = WORD.finditer(text.lower())
+    return [Word(m[0].replace("'", "").replace("&", "and"), *m.span()) for m in found]
+
+
+def key_of(name: str) -> str:
+    """Return the words of a name, plain and in lower case: "Océan's Eleven" -> "oceans eleven"."""
+    return " ".join(word.key for word in words_of(plain(name)[0]))
+
+
+def split_title(title: str) -> tuple[str, int | None]:
+    """Return a title's own name and year: "Matrix, The (1999)" -> ("The Matrix", 1999)."""
+    year = _TITLE_YEAR.search(title)
+    return names_of(title)[0], int(year[1]) if year else None
+
+
+@lru_cache(maxsize=4096)
+def names_of(title: str) -> list[str]:
+    """Return the names that a title stands for, its own first, without its year.
+
+    "Postman, The (Postino, Il) (1994)" -> "The Postman", "Il Postino", and as written.
+    A description stays in the own name: "Heat (Crime Film)" -> "Heat (Crime Film)", "Heat".
+    """
+    written = " ".join(_TITLE_YEAR.sub("", title, count=1).split()) or title.strip()
+    first, *others = _AKA.split(_LAST_PART.sub("", _BRACKET.sub("", written)))
+    own = written if _LAST_PART.search(written) else first
+    for bracket in _BRACKET.findall(written):
+        text, *more = _AKA.split(bracket)
+        if more or not _DESCRIBES.search(text):
+            others += [text, *more]
+        else:
+            own = written
+    moved = [_ARTICLE_LAST.sub(r"\2 \1", name) for name in (own, first, *others) if name]
+    names = [re.sub("^(l['’]) ", r"\1", name, flags=re.I) for name in moved]
+    return list(dict.fromkeys([*names, written]))
+
+
+# --- titles in text ---------------------------------------------------------------------------
 
 
 def written_titles(text: str) -> list[str]:
@@ -171,7 +278,7 @@ def _spelling(name: str) -> str:
 
     It begins and ends at the edge of a word, where its script has spaces between words.
     """
-    words = [re.sub("'", "'?", re.escape(word)) for word in spelling.WORD.findall(name.lower())]
+    words = [re.sub("'", "'?", re.escape(word)) for word in WORD.findall(name.lower())]
     words = ["(?:&|and)" if word in (r"\&", "and") else word for word in words]
     pattern = r"\W{0,3}".join(words) or re.escape(name.lower())
     pattern += r"[)\]]?" if name[-1:] in (")", "]") else ""
@@ -182,7 +289,7 @@ def _spelling(name: str) -> str:
 def _leak_pattern(title: str) -> re.Pattern[str]:
     """Return the pattern of all forms of a title in plain text; group `name` without the year."""
     names = [plain(name)[0] for name in (title, *names_of(title))]
-    year = spelling.split_title(title)[1]
+    year = split_title(title)[1]
     parts = [re.sub(r"^(?:the|a|an)\s+", "", name, flags=re.IGNORECASE) for name in names]
     parts += [part for name in names for part in name.split(": ")]
     telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]

@@ -1,26 +1,193 @@
-"""Measures of the search: the summary's facts, the candidates, and the choice among them.
+"""Measures of the judges and of the search, each with its interval over dialogues.
 
-Each is a mean over dialogues of what their evaluation rows record at the first searched turn.
-Rows that were not searched are left out, and so are rows without a gold profile where one is
-needed. What a choice can gain depends on how well its judge tells a dialogue's target from other
-films, which `judge_ranked` tries on the recommender's best films; it alone asks a model.
+`judge_agreement` compares each gold reply with a rewriting of it, title and attributes, for another
+film. The film is drawn by its count among the training labels and is never a target. The external
+judge sees either reply with an explanation: the row's own (rewritten likewise) where the dataset
+has one, else the recommender's explanation of that reply. The internal judge sees a summary
+generated from the history alone. A reply whose gold title cannot be found or replaced is skipped
+with the reason.
+
+What a search's choice can gain depends on how well its judge tells a dialogue's target from other
+films, which `judge_ranked` tries on the recommender's best films. These two alone ask a model. The
+measures of the search are means of what the evaluation's rows record at the first searched turn:
+the summary's facts, the candidates, and the choice among them. Rows that were not searched are left
+out, and so are rows without a gold profile where one is needed.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist, fmean
 
-from usbrec.chat import Ranks, Row
-from usbrec.crs.agents import Messages, Roles, Votes, announce, card_prompt, internal_judge_prompt
-from usbrec.crs.dialogue import Examples, add_turn
-from usbrec.crs.evaluation import EvaluationOptions, is_target
-from usbrec.crs.wishes import card, fit, read_profile
-from usbrec.extras.agreement import SUMMARY_TOKENS
-from usbrec.extras.intervals import UNIT, auc, mean_interval
+import numpy as np
 
+from usbrec.chat import Messages, Ranks, Row, Sampling
+from usbrec.crs import agents
+from usbrec.crs.agents import EXPLAIN, Roles, Votes
+from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
+from usbrec.crs.evaluation import EvaluationOptions, is_target
+from usbrec.crs.lessons import gold_items
+from usbrec.crs.rewrite import rewrite_all
+from usbrec.crs.wishes import card, fit, read_profile
+from usbrec.extras.intervals import UNIT, auc, auc_interval, mean_interval
+from usbrec.options import seed_for
+
+SUMMARY_TOKENS = 48
+REPLIES = ("gold", "other")  # the two replies of a row
 JUDGES = ("internal judge", "judge with cards")
 RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
+
+
+# --- the judges against the truth -------------------------------------------------------------
+
+
+def judge_agreement(
+    roles: Roles, examples: Examples, popularity: Popularity, seed: int, options: EvaluationOptions
+) -> list[Row]:
+    """Return one row per example: {"external": [gold, other], "internal": [gold, other], ...}.
+
+    A score that could not be read is None. A skipped row has only its ids and the reason,
+    "skipped".
+    """
+    keys = [seed_for(seed, "agreement", x.dialog_id, x.turn_id) for x in examples]
+    pairs = zip(examples, keys, strict=True)
+    rows = [contrast(roles.catalogue, x, popularity, key) for x, key in pairs]
+    used = [x for x in zip(examples, keys, rows, strict=True) if x[2]["skipped"] is None]
+    seeds = [seed_for(key, "summary") for _, key, _ in used]
+    asked = roles.summaries([x.history for x, _, _ in used], SUMMARY_TOKENS, seeds)
+    plain = Sampling(options.max_new_tokens, options.temperature)
+    for x, key, row in used:
+        if not row["explanations"]:
+            heard = [add_turn(said, "seeker", EXPLAIN) for said in dialogues_of(x, row)]
+            seeds = [seed_for(key, "explain", row[side]) for side in REPLIES]
+            asked += roles.recommender.requests(map(agents.recommender_prompt, heard), plain, seeds)
+    texts = iter(roles.complete(asked))
+    for _, _, row in used:
+        row["profile"] = next(texts)
+    prompts: dict[str, list[Messages]] = {"external": [], "internal": []}
+    for x, _, row in used:
+        told, both = row.pop("explanations") or [next(texts), next(texts)], dialogues_of(x, row)
+        prompts["external"] += map(agents.external_judge_prompt, both, told, [x.items] * 2)
+        prompts["internal"] += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
+    votes = Votes(options.votes, options.vote_temperature)
+    for name, judge, first in (("external", roles.external, 0), ("internal", None, 2)):
+        seeds = [seed_for(key, "judge", first + i) for _, key, _ in used for i in range(2)]
+        scores = iter(roles.judge(prompts[name], votes, seeds, judge))
+        for _, _, row in used:
+            row[name] = [next(scores).score for _ in REPLIES]
+    return rows
+
+
+def dialogues_of(example: Example, row: Row) -> list[Dialogue]:
+    """Return the dialogue with the gold reply, and with the other one."""
+    return [add_turn(example.history, "recommender", row[side]) for side in REPLIES]
+
+
+def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key: int) -> Row:
+    """Return {"gold", "other", "titles", "explanations"}: a row with the gold reply and another.
+
+    The other is the gold reply rewritten for the films `titles`. They are as many as gold titles
+    and none of them, drawn by training count. `explanations` are of both replies, or none where the
+    dataset has none. "skipped" is the reason why a row has no replies, or None.
+    """
+    row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "skipped": None}
+    golds = gold_items(example, catalogue)
+    if len(golds) < len(example.items):
+        return {**row, "skipped": "a gold title is not in the catalogue"}
+    known = [(catalogue.get(title), count) for title, count in sorted(popularity.items())]
+    pool = [(item, count) for item, count in known if item and item not in golds]
+    if len(pool) < len(golds):
+        return {**row, "skipped": "too few other titles to draw from"}
+    share = np.array([count for _, count in pool], float)
+    generator = np.random.default_rng(seed_for(key, "others"))
+    places = generator.choice(len(pool), len(golds), replace=False, p=share / share.sum())
+    films = [pool[place][0] for place in places]
+    gold, told = example.response, example.explanation
+    pairs = list(zip(golds, films, strict=True))
+    other, why = (rewrite_all(text, pairs) for text in (gold, told or ""))
+    if other == gold or catalogue.mentions(other, example.items):
+        return {**row, "skipped": "a gold title in the reply could not be replaced"}
+    titles, explanations = [film.title for film in films], [] if told is None else [told, why]
+    return {**row, "gold": gold, "other": other, "titles": titles, "explanations": explanations}
+
+
+def agreement(rows: Sequence[Row], seed: int) -> Row:
+    """Return {"auc", "low", "high", "n", "unparsed"} per judge, and the number of skipped rows.
+
+    `unparsed` counts the rows with a score that could not be read; the AUC leaves them out.
+    """
+    used = [row for row in rows if row["skipped"] is None]
+    result: Row = {"skipped": len(rows) - len(used)}
+    for judge_name in ("external", "internal"):
+        read = [row[judge_name] for row in used if None not in row[judge_name]]
+        area = auc_interval([gold for gold, _ in read], [other for _, other in read], seed)
+        result[judge_name] = {**area, "unparsed": len(used) - len(read)}
+    return result
+
+
+# --- the judge within a dialogue --------------------------------------------------------------
+
+
+def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -> list[Row]:
+    """Return per example its summary and the films that the recommender ranks highest.
+
+    {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
+
+    After the dialogue each film is recommended in the same words (`announce`). Of the scorers, each
+    judge knows the summary alone and is read in closed form; "rule" is the film's `fit` with the
+    true wishes (None without a gold profile), "rule on the summary" with those of the summary. A
+    language model that cannot rank gives no films.
+    """
+    catalogue = roles.catalogue
+    if not examples or not isinstance(roles.recommender.llm, Ranks):
+        return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
+    histories = [x.history for x in examples]
+    ranked = roles.likeliest(histories, options.ranked_titles)
+    profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
+    rows: list[Row] = []
+    cases: list[tuple[Row, Messages, Messages]] = []  # the scores of a film, and both prompts
+    for x, profile, best in zip(examples, profiles, ranked, strict=True):
+        told, films = {RULE: x.profile, "rule on the summary": profile}, []
+        wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
+        for item in best:
+            hit = is_target(catalogue, (item,), x.items)
+            scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
+            films.append({"title": item.title, "found": hit, "scores": scores})
+            tried = add_turn(x.history, "recommender", agents.announce(item.title))
+            by_card = agents.card_prompt(tried[-1].text, card(item), profile)
+            cases.append((scores, agents.internal_judge_prompt(tried, profile), by_card))
+        ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
+        rows.append({**ids, "profile": profile, "films": films})
+    for number, name in enumerate(JUDGES):
+        prompts = [asked[number] for _, *asked in cases]
+        marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
+        for (scores, *_), mark in zip(cases, marks, strict=True):
+            scores[name] = mark.score
+    return rows
+
+
+def within_dialogues(rows: Sequence[Row], seed: int) -> Row:
+    """Return {scorer: {"all", "broken"}}: the mean AUC within a dialogue, with its interval.
+
+    "all" is the AUC of the target against all other films, "broken" against those that break a
+    wish of the gold profile. A dialogue without both kinds of film does not count.
+    """
+    groups, kinds = [row["dialog_id"] for row in rows], {"all": (None, 0, 1, 2), "broken": (0, 1)}
+
+    def area(films: Sequence[Row], name: str, grades: tuple[int | None, ...]) -> float | None:
+        read = [(x["scores"][name], x) for x in films if x["scores"][name] is not None]
+        misses = [y for y, x in read if not x["found"] and x["scores"][RULE] in grades]
+        return auc([y for y, x in read if x["found"]], misses)
+
+    found: Row = {}
+    for name in next((row["films"][0]["scores"] for row in rows if row["films"]), ()):
+        areas = {kind: [area(row["films"], name, x) for row in rows] for kind, x in kinds.items()}
+        found[name] = {kind: mean_interval(x, seed, groups=groups) for kind, x in areas.items()}
+    return found
+
+
+# --- the search -------------------------------------------------------------------------------
 
 
 def summaries(methods: Mapping[str, Sequence[Row]], seed: int) -> Row:
@@ -55,10 +222,8 @@ def search_figures(rows: Sequence[Row], area: float | None, seed: int) -> Row:
     figures = [choice_figures(search, area) for search in searches]
     most = float(max(len(search["candidates"]) for search in searches))
     limits = {"different_titles": (0.0, most), "gain": (-1.0, 1.0), "gain_predicted": (-1.0, 1.0)}
-    return {
-        name: mean_interval([x[name] for x in figures], seed, None, groups, limits.get(name, UNIT))
-        for name in figures[0]
-    }
+    found = {name: [x[name] for x in figures] for name in figures[0]}
+    return {k: mean_interval(x, seed, None, groups, limits.get(k, UNIT)) for k, x in found.items()}
 
 
 def choice_figures(search: Row, area: float | None) -> dict[str, float | None]:
@@ -104,64 +269,3 @@ def hit_rate(area: float, hits: int, misses: int) -> float:
     d = 2**0.5 * normal.inv_cdf(min(max(area, 1e-9), 1 - 1e-9))
     best = [normal.inv_cdf(((i + 0.5) / STEPS) ** (1 / misses)) for i in range(STEPS)]
     return fmean(1 - normal.cdf(x - d) ** hits for x in best)
-
-
-# --- the judge within a dialogue --------------------------------------------------------------
-
-
-def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -> list[Row]:
-    """Return per example its summary and the films that the recommender ranks highest.
-
-    {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
-
-    After the dialogue each film is recommended in the same words (`announce`). Of the scorers, each
-    judge knows the summary alone and is read in closed form; "rule" is the film's `fit` with the
-    true wishes (None without a gold profile), "rule on the summary" with those of the summary. A
-    language model that cannot rank gives no films.
-    """
-    catalogue = roles.catalogue
-    if not examples or not isinstance(roles.recommender.llm, Ranks):
-        return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
-    histories = [x.history for x in examples]
-    ranked = roles.likeliest(histories, options.ranked_titles)
-    profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
-    rows: list[Row] = []
-    cases: list[tuple[Row, Messages, Messages]] = []  # the scores of a film, and both prompts
-    for x, profile, best in zip(examples, profiles, ranked, strict=True):
-        told, films = {RULE: x.profile, "rule on the summary": profile}, []
-        wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
-        for item in best:
-            hit = is_target(catalogue, (item,), x.items)
-            scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
-            films.append({"title": item.title, "found": hit, "scores": scores})
-            tried = add_turn(x.history, "recommender", announce(item.title))
-            by_card = card_prompt(tried[-1].text, card(item), profile)
-            cases.append((scores, internal_judge_prompt(tried, profile), by_card))
-        ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
-        rows.append({**ids, "profile": profile, "films": films})
-    for number, name in enumerate(JUDGES):
-        prompts = [asked[number] for _, *asked in cases]
-        marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
-        for (scores, *_), mark in zip(cases, marks, strict=True):
-            scores[name] = mark.score
-    return rows
-
-
-def within_dialogues(rows: Sequence[Row], seed: int) -> Row:
-    """Return {scorer: {"all", "broken"}}: the mean AUC within a dialogue, with its interval.
-
-    "all" is the AUC of the target against all other films, "broken" against those that break a
-    wish of the gold profile. A dialogue without both kinds of film does not count.
-    """
-    groups, kinds = [row["dialog_id"] for row in rows], {"all": (None, 0, 1, 2), "broken": (0, 1)}
-
-    def area(films: Sequence[Row], name: str, grades: tuple[int | None, ...]) -> float | None:
-        read = [(x["scores"][name], x) for x in films if x["scores"][name] is not None]
-        misses = [y for y, x in read if not x["found"] and x["scores"][RULE] in grades]
-        return auc([y for y, x in read if x["found"]], misses)
-
-    found: Row = {}
-    for name in next((row["films"][0]["scores"] for row in rows if row["films"]), ()):
-        areas = {kind: [area(row["films"], name, x) for row in rows] for kind, x in kinds.items()}
-        found[name] = {kind: mean_interval(x, seed, groups=groups) for kind, x in areas.items()}
-    return found

@@ -50,8 +50,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         if kind != "weight" or module not in matrices:
             return weights.load(name, dtype)
         lora_A, lora_B = matrices[module]
-        weight = weights.load(name)
-        return torch.addmm(weight, lora_B, lora_A, alpha=config.scaling).to(dtype)
+        return torch.addmm(weights.load(name), lora_B, lora_A, alpha=config.scaling).to(dtype)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:

@@ -15,12 +15,12 @@ from usbrec.chat import Row
 from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import METHOD_NAMES, Guesses, Labels, copied, gold_labels, popular
-from usbrec.extras.agreement import agreement
+from usbrec.crs.evaluation import Guesses, Labels, copied, gold_labels, popular
 from usbrec.extras.intervals import differences, mean_interval
-from usbrec.extras.measures import search_figures, summaries, within_dialogues
+from usbrec.extras.measures import agreement, search_figures, summaries, within_dialogues
 from usbrec.loading import costs
 from usbrec.options import seed_for
+from usbrec.settings import COMPARED
 
 WIDTH = 120  # of the report's text
 CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
@@ -36,17 +36,14 @@ Figures = dict[str, tuple[Sequence[float | None], Sequence[float] | None]]
 Facts = Mapping[str, Any]
 
 
-def report_of(
-    rows: Sequence[Facts], baselines: Facts, options: Facts, counts: Facts, seed: int
-) -> dict[str, Any]:
-    """Return `build_report` of the rows of rows.jsonl, by the options and counts of their run."""
-    names = (*METHOD_NAMES, "agreement", "ranked")
+def report_of(rows: Sequence[Facts], baselines: Facts, run: Facts, seed: int) -> Row:
+    """Return `build_report` of the rows of rows.jsonl, the options and counts of their `run`."""
+    names = (*COMPARED, "agreement", "ranked")
     noted = {name: [row[name] for row in rows if name in row] for name in names}
-    methods = {name: noted[name] for name in METHOD_NAMES if noted[name]}
+    methods = {name: noted[name] for name in COMPARED if noted[name]}
     judge = agreement(noted["agreement"], seed)
     judge["within_dialogue"] = within_dialogues(noted["ranked"], seed)
-    report = build_report(methods, baselines, judge, seed, options["eval"]["seen"])
-    return {**report, "options": options, "counts": counts}
+    return {**build_report(methods, baselines, judge, seed, run["options"]["eval"]["seen"]), **run}
 
 
 def build_report(methods: Facts, baselines: Facts, judge: Facts, seed: int, seen: int = 0) -> Row:
@@ -66,13 +63,10 @@ def build_report(methods: Facts, baselines: Facts, judge: Facts, seed: int, seen
     if places and 0 < seen < len(places[0]):
         rest, labels = ({k: x[seen:] for k, x in rows.items()} for rows in (methods, baselines))
         found["after"] = {"seen": seen, **compare_all(rest, labels, seed)}
-    found["summary"], found["judge"] = summaries(methods, seed), dict(judge)
-    found["search"] = {
-        name: search_figures(rows, areas.get(CHOOSERS.get(name, "internal judge")), seed)
-        for name, rows in methods.items()
-        if any(row["searches"] for row in rows)
-    }
-    return found
+    searched = [x for x, rows in methods.items() if any(row["searches"] for row in rows)]
+    judges = {name: CHOOSERS.get(name, "internal judge") for name in searched}
+    figures = {x: search_figures(methods[x], areas.get(judges[x]), seed) for x in searched}
+    return {**found, "summary": summaries(methods, seed), "judge": dict(judge), "search": figures}
 
 
 def compare_all(methods: Facts, baselines: Facts, seed: int) -> dict[str, Any]:
@@ -236,11 +230,10 @@ def _search_tables(report: Facts) -> list[list[str]]:
 
 def judge_lines(judge: Facts) -> list[str]:
     """Return a line per judge of an `agreement`."""
-    return [
-        f"{x} judge, gold reply against a rewritten one: AUC {interval(judge[x], mean='auc')}, "
-        f"{judge[x]['unparsed']} unparsed, {judge['skipped']} skipped"
-        for x in ("external", "internal")
-    ]
+    line = "{} judge, gold reply against a rewritten one: AUC {}, {} unparsed, {} skipped"
+    found = {x: judge[x] for x in ("external", "internal")}
+    areas = {x: interval(area, mean="auc") for x, area in found.items()}
+    return [line.format(x, areas[x], found[x]["unparsed"], judge["skipped"]) for x in found]
 
 
 def interval(found: Facts, mean: str = "mean", form: str = ".3f") -> str:

@@ -47,10 +47,8 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     settings = {**PEFT["written"], "base_model_name_or_path": base_name, **scale}
     settings["use_rslora"] = config.use_rslora
     settings["target_modules"] = sorted(last_names if named_so == layers.keys() else layers)
-    tensors = {
-        PREFIX + stored_name(model.config, path): weight.detach().cpu().contiguous()
-        for path, weight in adapter_parameters(model, name).items()
-    }
+    own = adapter_parameters(model, name)
+    tensors = {PREFIX + stored_name(model.config, x): own[x].data.cpu().contiguous() for x in own}
     write_json(folder / CONFIG_FILE, settings)
     write_whole(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
 
@@ -91,7 +89,7 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
         raise UserError(f"{folder} {told} merged into it already: name the base with --model")
     config = lora_config(settings, source)
     weights = SafetensorsWeights(weights_file(folder, WEIGHTS_FILE))
-    layers = targeted(linear_layers(model), settings["target_modules"], source)
+    layers = targeted(model, settings["target_modules"], source)
     keys = {path: [f"{PREFIX}{path}.lora_{half}.weight" for half in "AB"] for path in layers}
     shapes = {A: (config.r, layers[path].in_features) for path, (A, _) in keys.items()}
     shapes |= {B: (layers[path].out_features, config.r) for path, (_, B) in keys.items()}
@@ -129,12 +127,11 @@ def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     return LoraConfig(r, float(alpha or 0), tuple(names), bool(values.get("use_rslora")))
 
 
-def targeted(
-    layers: Mapping[str, LoraLinear], targets: list[str] | str, source: Path
-) -> dict[str, LoraLinear]:
+def targeted(model: Decoder, targets: list[str] | str, source: Path) -> dict[str, LoraLinear]:
     """Return the layers that peft's `target_modules` names: ends of paths, or one pattern."""
+    layers = linear_layers(model)
     if targets == "all-linear":
-        return dict(layers)
+        return layers
     ends = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(x)}" for x in targets]
     try:
         found = {x: layer for x, layer in layers.items() if re.fullmatch("|".join(ends), x)}

@@ -5,6 +5,7 @@ keys, values or batches.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from usbrec.chat import Ranked, Reply, Request, Requests
-from usbrec.llm.cache import PrefixCache
+from usbrec.llm.cache import PrefixCache, token_bytes
 from usbrec.llm.decoding import DecodeAttention, Rows, adapter_spans, prefill
 from usbrec.llm.model import Decoder
 from usbrec.llm.ranking import Ranking
 from usbrec.llm.sampler import Sampler, finite, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, fit_prompt, prompt_room
 from usbrec.options import UserError
-from usbrec.parallel import as_first
+from usbrec.parallel import as_first, world
 
 MAX_ROWS = 256  # rows decoded together
 TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens,
@@ -259,11 +260,11 @@ class Engine:
         room = min(prompt_room(self.max_length), self.max_length - new_tokens)
         ids, was_shortened = fit_prompt(self.tokenizer, request.messages, room)
         if len(ids) + new_tokens > self.max_length:
-            raise UserError(
-                f"a prompt of {len(ids)} tokens, which cannot be shortened, and a reply of up to "
-                f"{new_tokens} exceed the limit of {self.max_length} (--max-length, or the "
-                "model's positions): raise it, or lower --max-new-tokens"
+            told = f"a prompt of {len(ids)} tokens, which cannot be shortened, and a reply of up to"
+            told += (
+                f" {new_tokens} exceed the limit of {self.max_length} (--max-length, or the model's"
             )
+            raise UserError(f"{told} positions): raise it, or lower --max-new-tokens")
         self.usage.shortened += was_shortened
         return ids
 
@@ -290,6 +291,23 @@ class Engine:
         others for ever.
         """
         return as_first(numbers) if self.model.sharded else numbers
+
+
+def default_kv_bytes(model: Decoder) -> int:
+    """Return the default bytes for keys and values: a share of the device's memory.
+
+    The share is of the whole memory, not of the free part: batches, and with them the last bits of
+    the results, must not depend on other programs.
+    """
+    if model.device.type == "cuda":
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        own = weights // world() if model.sharded else weights
+        size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 2
+    else:
+        sysconf = getattr(os, "sysconf", lambda name: 0)  # Windows has none: the least is taken
+        size = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 24
+    most = MAX_ROWS * model.config.max_position_embeddings * token_bytes(model.config, model.dtype)
+    return min(max(size, 1 << 28), most)
 
 
 def choice_logprob(logps: Mapping[Ids, Tensor], variants: Sequence[Ids]) -> Tensor:

@@ -158,6 +158,10 @@ class Sft:
         unpredicted = (b.weights[0] for b in tree.branches if b.parent is None and b.weights)
         return sum(sum(branch.weights) for branch in tree.branches) - sum(unpredicted)
 
+    def fault(self, tree: Tree) -> str:
+        """Return why a dialogue cannot be learned from, or ""."""
+        return "" if self.size(tree) > 0 else "dropped with nothing to learn"
+
     def __call__(self, tokens: TokenLogps, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss of a packed row, -sum(weights * logps), and metrics per token.
 
@@ -177,6 +181,16 @@ class Simpo:
     def size(self, tree: Tree) -> float:
         """Return 1: the loss is a mean over pairs."""
         return 1.0
+
+    def fault(self, tree: Tree) -> str:
+        """Return why a pair cannot be learned from, or "".
+
+        A response of fewer than two tokens is empty: it has nothing before its end-of-turn token.
+        """
+        prompt, chosen, rejected = tree.branches
+        if not prompt.ids or len(chosen.ids) < 2 or len(rejected.ids) < 2:
+            return "dropped for an empty response"
+        return "dropped for equal responses" if chosen == rejected else ""
 
     def __call__(self, tokens: TokenLogps, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss of a packed row of pairs, and metrics with a value per pair.
@@ -201,4 +215,4 @@ class Simpo:
         return losses.sum(), metrics
 
 
-Objective = Sft | Simpo  # another objective needs the same two methods
+Objective = Sft | Simpo  # another objective needs the same three methods

@@ -21,8 +21,7 @@ from usbrec.llm.lora import AdapterSpan, LoraLinear
 from usbrec.llm.model_config import ModelConfig
 
 Spans = Sequence[AdapterSpan]
-
-
+Layers = tuple[LoraLinear, ...]  # that read the same input
 # The attention of a pass, for each layer: its number, q (T, H, d), k, v (T, H_kv, d) -> (T, H, d).
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -50,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def linear(layers: Sequence[LoraLinear], x: Tensor, spans: Spans) -> Tensor:
+def linear(layers: Layers, x: Tensor, spans: Spans) -> Tensor:
     """Return the outputs, side by side, of layers that read one input: (T, in) -> (T, outs)."""
     outs = [layer(x, spans) for layer in layers]
     return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -77,7 +76,7 @@ class Ops:
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    linear: Callable[[Sequence[LoraLinear], Tensor, Spans], Tensor] = linear
+    linear: Callable[[Layers, Tensor, Spans], Tensor] = linear
     mask: Callable[[Tensor], Any] = lambda visible: visible
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend
     clear: Callable[[], None] = lambda: None
@@ -124,6 +123,14 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+def projections(owner: nn.Module, D: int, widths: Mapping[str, int], bias: bool = False) -> Layers:
+    """Return layers of these names and widths over one input (T, D), which `owner` gets."""
+    layers = {name: LoraLinear(D, width, bias) for name, width in widths.items()}
+    for name, layer in layers.items():
+        owner.add_module(name, layer)
+    return tuple(layers.values())
+
+
 class SelfAttention(nn.Module):
     """Projections and rotation around the attention of the pass."""
 
@@ -132,14 +139,9 @@ class SelfAttention(nn.Module):
         D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
         H, H_kv = config.num_attention_heads, config.num_key_value_heads
         self.H, self.H_kv, self.d = H, H_kv, d
-        if config.chatglm:
-            self.qkv_proj = LoraLinear(D, (H + 2 * H_kv) * d, bias)
-            self.qkv: tuple[LoraLinear, ...] = (self.qkv_proj,)
-        else:
-            self.q_proj = LoraLinear(D, H * d, bias)
-            self.k_proj = LoraLinear(D, H_kv * d, bias)
-            self.v_proj = LoraLinear(D, H_kv * d, bias)
-            self.qkv = (self.q_proj, self.k_proj, self.v_proj)
+        joint = {"qkv_proj": (H + 2 * H_kv) * d}
+        split = {"q_proj": H * d, "k_proj": H_kv * d, "v_proj": H_kv * d}
+        self.qkv = projections(self, D, joint if config.chatglm else split, bias)
         self.o_proj = LoraLinear(H * d, D)
 
     def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
@@ -157,12 +159,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        if config.chatglm:
-            self.gate_up_proj = LoraLinear(D, 2 * inner)
-            self.gate_up: tuple[LoraLinear, ...] = (self.gate_up_proj,)
-        else:
-            self.gate_proj, self.up_proj = LoraLinear(D, inner), LoraLinear(D, inner)
-            self.gate_up = (self.gate_proj, self.up_proj)
+        joint, split = {"gate_up_proj": 2 * inner}, {"gate_proj": inner, "up_proj": inner}
+        self.gate_up = projections(self, D, joint if config.chatglm else split)
         self.down_proj = LoraLinear(inner, D)
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:

@@ -48,6 +48,9 @@ class Tree:
         return sum(len(branch.ids) for branch in self.branches)
 
 
+Trees = Sequence[Tree]
+
+
 def dialogue_tree(tokenizer: ChatTokenizer, dialogue: TrainingDialogue) -> Tree:
     """Return the tree of a training dialogue: its prefix, then its branches after the prefix."""
     prefix = Branch(*tokenizer.render(dialogue.prefix, closed=not dialogue.branches))
@@ -85,7 +88,7 @@ def visibility(tree: Tree) -> Tensor:
     return on_path.tril()
 
 
-def pack_rows(trees: Sequence[Tree], tokens_per_pass: int) -> list[list[Tree]]:
+def pack_rows(trees: Trees, tokens_per_pass: int) -> list[list[Tree]]:
     """Return the trees in rows of at most `tokens_per_pass` tokens: longest first, first fit.
 
     A longer tree has its own row.
@@ -114,7 +117,7 @@ class Packed:
     attention: Attention
 
 
-def attention_of(trees: Sequence[Tree], model: Decoder) -> Attention:
+def attention_of(trees: Trees, model: Decoder) -> Attention:
     """Return the attention of a packed row: tree by tree, each tree with its own mask."""
     sizes = [len(tree) for tree in trees]
     masks = [model.ops.mask(visibility(tree).to(model.device)) for tree in trees]
@@ -127,7 +130,7 @@ def attention_of(trees: Sequence[Tree], model: Decoder) -> Attention:
     return attention
 
 
-def pack(trees: Sequence[Tree], model: Decoder) -> Packed:
+def pack(trees: Trees, model: Decoder) -> Packed:
     """Return the packed row of the trees; the first token of a root branch is never predicted."""
     ids: list[int] = []
     positions: list[int] = []

@@ -1,12 +1,16 @@
 """Chats as token ids, laid out piece by piece, with the weight of each token's loss.
 
 No text is rendered and searched again: a control token comes from the format alone, and a message's
-content is always encoded as plain text. The layouts are those of the models' published templates
-(chat_formats.json has them all), token for token, with one exception: an assistant's content
-is never merged with the newline of its header, since a reply's tokens come after that newline one
-by one. Control tokens identify a model's format. The user names `zephyr` (TinyLlama), `llama2`,
-`mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few control tokens. With a byte-level
-vocabulary (Tekken: Mistral Nemo, Ministral) `mistral-v3` is laid out without spaces.
+content is always encoded as plain text. `<|im_end|>` typed by a person is a handful of ordinary
+tokens. The layouts are those of the models' published templates (chat_formats.json has them all),
+token for token, with one exception: an assistant's content is never merged with the newline of its
+header, since a reply's tokens come after that newline one by one. Control tokens identify a model's
+format. The user names `zephyr` (TinyLlama), `llama2`, `mistral` (v0.1, v0.2) and `mistral-v3`,
+which have the same few control tokens. With a byte-level vocabulary (Tekken: Mistral Nemo,
+Ministral) `mistral-v3` is laid out without spaces.
+
+Both vocabularies have `control` (control tokens by name), `encode` and `decode`, `byte_level`
+(tokens are made of bytes), and `last_plain` (the plain token of the highest id).
 
     tokenizer = ChatTokenizer.from_folder(Path("models/smollm2-135m-instruct"))
     ids = tokenizer.prompt([Message("user", "Hello")])
@@ -18,6 +22,7 @@ beside a reply loses whole turns from the left; its system prompt and its last t
                                   system          | turn 2 | turn 3     1700 tokens: the prompt
 """
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -26,15 +31,101 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from usbrec.chat import Message
-from usbrec.llm.model_config import file_in
-from usbrec.llm.vocabulary import SentencePieceVocabulary, TokenizersVocabulary
+from tokenizers import Tokenizer
+
+from usbrec.chat import Message, Messages
+from usbrec.llm.model_config import CHATGLM3, file_in
 from usbrec.options import UserError
 from usbrec.runs import read_json
 
-Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
 LLAMA31_DATE = "26 Jul 2024"
 REPLY_ROOM = 256  # tokens kept free for a reply; at most a quarter of the limit
+SPACE = "\u2581"  # a space in sentencepiece's pieces
+
+
+# --- vocabularies -----------------------------------------------------------------------------
+
+
+class TokenizersVocabulary:
+    """The vocabulary of a tokenizer.json (the `tokenizers` package)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, content = path, read_json(path)
+        try:
+            self.control = {token["content"]: token["id"] for token in content["added_tokens"]}
+            plain = {**content, "added_tokens": [], "truncation": None, "padding": None}
+            plain["post_processor"] = None  # would put BOS before every piece
+            self._plain = Tokenizer.from_str(json.dumps(plain))
+            self._full = Tokenizer.from_str(json.dumps(content))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of a malformed file: bare Exceptions, and panics in Rust
+            raise UserError(f"{path}: no tokenizer that can be read: {str(error)!r:.99}") from error
+        self._control_ids = frozenset(self.control.values())
+        own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
+        self.last_plain = max(own, key=lambda pair: pair[1], default=("", 0))
+        # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
+        # first of a whole conversation, which here is BOS
+        self._spaces = "".join(self._plain.encode("a").tokens).startswith(SPACE)
+        self.byte_level = not "".join(self._plain.encode(" a").tokens).startswith(SPACE)
+        split = content.get("pre_tokenizer") or {}
+        self._spaces_first_only = split.get("prepend_scheme") == "first"
+
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Return the ids of `text`, in which no added token is recognised.
+
+        `continued` text follows other text: no space is put before it.
+        """
+        text, skip = mended(text), 0
+        if self._spaces and (continued or self._spaces_first_only):
+            # in these vocabularies no piece joins a line break to other characters
+            text, skip = f"\n{text}", len(self._plain.encode("\n").ids)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids[skip:]
+        if not self._control_ids.isdisjoint(ids):
+            raise UserError(f"{self._path}: this tokenizer turns plain text into control tokens")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+        return str(self._full.decode(list(ids), skip_special_tokens=True))
+
+
+class SentencePieceVocabulary:
+    """ChatGLM3's vocabulary: a sentencepiece model and, numbered after it, the control tokens."""
+
+    byte_level, last_plain = False, ("", 0)  # the control tokens' ids are higher
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._pieces = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a sentencepiece model: {error}") from error
+        self._size = self._pieces.vocab_size()
+        self.control = {token: self._size + i for i, token in enumerate(CHATGLM3["control_tokens"])}
+
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Return the ids of `text`; the control tokens are unknown to the sentencepiece model.
+
+        ChatGLM3 encodes every text on its own, so `continued` makes no difference.
+        """
+        return list(self._pieces.encode(mended(text)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, control tokens left out."""
+        return str(self._pieces.decode([i for i in ids if i < self._size]))
+
+
+Vocabulary = TokenizersVocabulary | SentencePieceVocabulary
+
+
+def mended(text: str) -> str:
+    """Return the text with U+FFFD for lone surrogates, which JSON may hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# --- chats ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,16 +176,14 @@ def pick_format(control: dict[str, int], name: str | None, folder: Path) -> Chat
 class ChatTokenizer:
     """A vocabulary and a chat format: messages -> ids and weights, and ids -> text."""
 
-    def __init__(
-        self, vocabulary: Vocabulary, chat_format: ChatFormat, end_ids: frozenset[int], date: str
-    ) -> None:
-        self.vocabulary, self.chat_format, self.date = vocabulary, chat_format, date
+    def __init__(self, vocabulary: Vocabulary, style: ChatFormat, end_ids: frozenset[int]) -> None:
+        self.vocabulary, self.chat_format = vocabulary, style
         self.encode, self.decode = vocabulary.encode, vocabulary.decode  # of plain text
-        for mark in chat_format.marks:
+        for mark in style.marks:
             if mark not in vocabulary.control:
-                told = f"the chat format {chat_format.name} needs the control token {mark}"
+                told = f"the chat format {style.name} needs the control token {mark}"
                 raise UserError(f"{told}, which this tokenizer lacks")
-        self._marks = re.compile(f"({'|'.join(map(re.escape, chat_format.marks))})")
+        self._marks = re.compile(f"({'|'.join(map(re.escape, style.marks))})")
         _, end = self._frame("assistant")
         stops = {vocabulary.control[x] for x in CHATS["end_tokens"] if x in vocabulary.control}
         self.stop_ids = end_ids | stops | {piece for piece in end if isinstance(piece, int)}
@@ -118,6 +207,7 @@ class ChatTokenizer:
         else:
             vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
         style = pick_format(vocabulary.control, chat_format, folder)
+        style = replace(style, system_prefix=style.system_prefix.format(date=date))
         if style.name == "mistral-v3" and vocabulary.byte_level:  # Tekken's layout has no spaces
             style = replace(style, user_turn="[INST]{content}[/INST]", reply_prefix="")
         used = {mark: vocabulary.control.get(mark, 0) for mark in style.marks}
@@ -125,10 +215,10 @@ class ChatTokenizer:
         rows = config.get("padded_vocab_size", config.get("vocab_size", last + 1))
         if not isinstance(rows, int) or last >= rows:
             raise UserError(f"{folder}: {token!r} has id {last}, but vocab_size is {rows!r:.60}")
-        return cls(vocabulary, style, end_ids, date)
+        return cls(vocabulary, style, end_ids)
 
     def render(
-        self, messages: Sequence[Message], first: bool = True, closed: bool = True
+        self, messages: Messages, first: bool = True, closed: bool = True
     ) -> tuple[list[int], list[float]]:
         """Return the ids of the messages, and the weight of each id's loss.
 
@@ -159,7 +249,7 @@ class ChatTokenizer:
             weights.append(owed)
         return ids, weights
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Messages) -> list[int]:
         """Return the ids of a prompt, up to the beginning of the assistant's reply."""
         header, _ = self._frame("assistant")
         return self.render(messages)[0] + self._ids(header, bool(self.chat_format.gap and messages))
@@ -169,7 +259,7 @@ class ChatTokenizer:
         ids, weights = self.render([Message("assistant", text, 1.0)], first=False)
         return [token for token, weight in zip(ids, weights, strict=True) if weight]
 
-    def _completed(self, messages: Sequence[Message], first: bool) -> list[Message]:
+    def _completed(self, messages: Messages, first: bool) -> list[Message]:
         """Return the messages as the template sees them: system prompts in place, texts trimmed."""
         style, completed = self.chat_format, list(messages)
         if first and not _head(completed) and style.default_system is not None:
@@ -184,8 +274,7 @@ class ChatTokenizer:
         if style.trim:
             completed = [replace(m, content=m.content.strip()) for m in completed]
         if first and _head(completed):
-            prefix = style.system_prefix.format(date=self.date)
-            completed[0] = Message("system", prefix + completed[0].content)
+            completed[0] = Message("system", style.system_prefix + completed[0].content)
         return completed
 
     def _frame(self, role: str) -> tuple[list[int | str], list[int | str]]:
@@ -221,20 +310,18 @@ def prompt_room(max_length: int) -> int:
     return max_length - min(REPLY_ROOM, max_length // 4)
 
 
-def fit_prompt(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], max_tokens: int
-) -> tuple[list[int], bool]:
-    """Return the ids of a prompt, shortened if they exceed `max_tokens`, and whether they did.
+def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, room: int) -> tuple[list[int], bool]:
+    """Return the ids of a prompt, shortened if they exceed `room` tokens, and whether they did.
 
     They still exceed it if the system prompt, or what follows the last user's line, does.
     """
     ids = tokenizer.prompt(messages)
-    if len(ids) <= max_tokens:
+    if len(ids) <= room:
         return ids, False
-    return tokenizer.prompt(shorten(tokenizer, messages, max_tokens)), True
+    return tokenizer.prompt(shorten(tokenizer, messages, room)), True
 
 
-def shorten(tokenizer: ChatTokenizer, messages: Sequence[Message], limit: int) -> list[Message]:
+def shorten(tokenizer: ChatTokenizer, messages: Messages, limit: int) -> list[Message]:
     """Return the messages without their oldest turns: a prompt of at most `limit` tokens.
 
     A turn is a user's message and all up to the next one. The system prompt and the last turn stay.
@@ -276,6 +363,6 @@ def end_ids_of(settings: dict[str, Any], source: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _head(messages: Sequence[Message]) -> Sequence[Message]:
+def _head(messages: Messages) -> Messages:
     """Return the system prompt that leads the messages, as a list of one or none."""
     return messages[:1] if messages and messages[0].role == "system" else []

@@ -5,16 +5,29 @@ the summed loss by the whole step's total. So cutting a step into passes, or spr
 over the processes of `torchrun`, changes nothing but rounding. The base never changes.
 
 A run can be killed at any moment. Started again with the same arguments, it resumes from its last
-state (training_state.py) and ends with the bytes of an uninterrupted run on the same machine.
+state and ends with the bytes of an uninterrupted run on the same machine.
+
+The folder of a run holds `options.json` (all that decides the result), `state.safetensors` (the
+adapter, AdamW's moments, the best adapter; in its header the step and the length of the metrics)
+and `metrics.jsonl`. The state is replaced as a whole. Metrics after the state are cut off before a
+run resumes.
 """
 
+import hashlib
+import json
 import math
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -23,9 +36,13 @@ from usbrec import parallel
 from usbrec.llm.lora import AdapterSpan, adapter_parameters
 from usbrec.llm.loss import Objective, TokenLogps, token_logps
 from usbrec.llm.model import Decoder
-from usbrec.llm.packing import Packed, Tree, pack, pack_rows
-from usbrec.llm.training_state import State, copies, digest, refuse_infinite
+from usbrec.llm.packing import Packed, Tree, Trees, pack, pack_rows, tree_paths
 from usbrec.options import Options, UserError, option, seed_for
+from usbrec.runs import append_rows, claim, write_whole
+
+Tensors = Mapping[str, Tensor]  # of an adapter, by name
+FALL_OF_CHOSEN = 0.5  # nats per token: an average token has become 1.6 times less likely
+RISE_OF_REPETITION = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,12 +66,13 @@ class TrainingOptions(Options):
 
 
 class TrainingJob(NamedTuple):
-    """A training run: its options, the folder of its files, its label, its validation trees."""
+    """A training run: options, objective, the folder of its files, its label, validation trees."""
 
     options: TrainingOptions
+    objective: Objective
     folder: Path
     label: str
-    validation: Sequence[Tree] = ()
+    validation: Trees = ()
 
 
 class Trained(NamedTuple):
@@ -65,9 +83,22 @@ class Trained(NamedTuple):
     best_step: int
 
 
-def train(
-    model: Decoder, adapter: str, trees: Sequence[Tree], objective: Objective, job: TrainingJob
-) -> Trained:
+def usable(trees: Trees, limit: int, objective: Objective) -> tuple[list[Tree], dict[str, int]]:
+    """Return the trees that an objective can learn from, and the number dropped per reason.
+
+    A conversation of more than `limit` tokens is dropped before the objective is asked.
+    """
+    kept, dropped = [], Counter[str]()
+    for tree in trees:
+        too_long = any(len(path) > limit for path in tree_paths(tree))
+        if reason := "dropped as too long" if too_long else objective.fault(tree):
+            dropped[reason] += 1
+        else:
+            kept.append(tree)
+    return kept, dict(sorted(dropped.items()))
+
+
+def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> Trained:
     """Train the adapter on the trees; return its last and its best weights.
 
     An interrupted run is resumed. The model keeps the best weights: those with the lowest loss on
@@ -80,7 +111,7 @@ def train(
     steps, tenth = len(batches), max(len(batches) // 10, 1)
     model.checkpointing = options.checkpointing
     parameters = trainable(model, adapter)
-    facts = {"adapter": adapter, "objective": repr(objective), **asdict(options)}
+    facts = {"adapter": adapter, "objective": repr(job.objective), **asdict(options)}
     facts |= {"items": digest(trees), "validation": digest(job.validation)}
     decay = options.weight_decay
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
@@ -89,8 +120,7 @@ def train(
     todo = range(state.step, steps)
     bar = tqdm(todo, job.label, steps, initial=todo.start, disable=parallel.rank() != 0)
     for step in bar:
-        batch = [trees[i] for i in batches[step]]
-        found = measure(model, adapter, objective, batch, options.tokens_per_pass)
+        found = measure(model, adapter, [trees[i] for i in batches[step]], job)
         for parameter in parameters.values():
             assert parameter.grad is not None, "every pass reaches every layer"
             parallel.total(parameter.grad)
@@ -106,7 +136,7 @@ def train(
 
         if job.validation and (last or state.step % (options.eval_every or tenth) == 0):
             with torch.no_grad():
-                found = measure(model, adapter, objective, job.validation, options.tokens_per_pass)
+                found = measure(model, adapter, job.validation, job)
             state.validated(found)
         if last or state.step % tenth == 0:
             state.warn()
@@ -118,20 +148,18 @@ def train(
     return Trained(final, state.best or final, state.best_step or steps)
 
 
-def measure(
-    model: Decoder, adapter: str, objective: Objective, trees: Sequence[Tree], tokens_per_pass: int
-) -> dict[str, float]:
+def measure(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> dict[str, float]:
     """Return the loss and the metrics of the trees over all processes, computed pass by pass.
 
     With gradients enabled, each pass adds to the adapter's gradients, which hold this process's
     passes alone. Numbers are read once, after the last pass: reading from a GPU waits for it.
     """
-    size = sum(map(objective.size, trees))
+    size = sum(map(job.objective.size, trees))
     share = math.ceil(sum(map(len, trees)) / parallel.world())
     sums = []
-    for row, weight in own_rows(pack_rows(trees, min(share, tokens_per_pass))):
+    for row, weight in own_rows(pack_rows(trees, min(share, job.options.tokens_per_pass))):
         packed = pack(row, model)
-        loss, metrics = objective(run_pass(model, adapter, packed), packed)
+        loss, metrics = job.objective(run_pass(model, adapter, packed), packed)
         if torch.is_grad_enabled():
             (loss * (weight / size)).backward()
         values = {"loss": loss.detach()[None], **metrics}
@@ -193,8 +221,142 @@ def trainable(model: Decoder, adapter: str) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def put_weights(model: Decoder, adapter: str, weights: Mapping[str, Tensor]) -> None:
+def put_weights(model: Decoder, adapter: str, weights: Tensors) -> None:
     """Copy `weights`, named as in `Trained`, into the adapter."""
     for name, parameter in adapter_parameters(model, adapter).items():
         parameter.data.copy_(weights[name])
     model.ops.clear()
+
+
+# --- the state of a run -----------------------------------------------------------------------
+
+
+class State:
+    """The state of a run and the run's files; a killed run resumes from the last `save`."""
+
+    def __init__(self, folder: Path, parameters: Tensors, optimizer: torch.optim.Optimizer) -> None:
+        self.path, self.metrics = folder / "state.safetensors", folder / "metrics.jsonl"
+        self.parameters = parameters
+        self.step = self.best_step = 0
+        self.best_loss = math.inf
+        self.best: dict[str, Tensor] = {}  # none before a validation
+        self.live: dict[str, Tensor] = {}  # the tensors in use, by their names in the state
+        for name, weight in parameters.items():
+            moments = {part: torch.zeros_like(weight) for part in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": weight.new_zeros(()), **moments}
+            for part, tensor in {"last": weight.detach(), **optimizer.state[weight]}.items():
+                self.live[f"{part}.{name}"] = tensor
+
+    def save(self) -> None:
+        """Replace the folder's state; the metrics up to this step are on the disk before."""
+        if parallel.rank() == 0:
+            facts = {"step": self.step, "best_step": self.best_step, "best_loss": self.best_loss}
+            facts["metrics_bytes"] = self.metrics.stat().st_size
+            tensors = self.live | {f"best.{name}": tensor for name, tensor in self.best.items()}
+            on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+            write_whole(self.path, save(on_cpu, {"facts": json.dumps(facts)}))
+
+    def resume(self, facts: Mapping[str, Any]) -> None:
+        """Load the folder's state, if there is one, and cut off newer metrics.
+
+        Raises UserError for a state that was made with other `facts`, and for metrics that are too
+        short.
+        """
+        remedy = "start with a new folder or with --fresh"
+        claim(self.path.with_name("options.json"), facts, [self.path], remedy)
+        length = 0
+        if self.path.exists():
+            tensors, told = load_state(self.path)
+            for name, tensor in self.live.items():
+                tensor.copy_(tensors[name])
+            self.step, length = told["step"], told["metrics_bytes"]
+            self.best_step, self.best_loss = told["best_step"], told["best_loss"]
+            if self.best_step:  # copies: Windows replaces no file that a tensor still maps
+                self.best = {name: tensors[f"best.{name}"].clone() for name in self.parameters}
+        content = self.metrics.read_bytes() if self.metrics.exists() else b""
+        if len(content) < length:
+            size = f"{self.metrics} holds {len(content)} bytes, the state beside it counts {length}"
+            raise UserError(f"{size}; delete the state to train from the beginning")
+        if parallel.rank() == 0:
+            write_whole(self.metrics, content[:length])
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Append `row`, with the number of the step, to the metrics."""
+        if parallel.rank() == 0:
+            append_rows(self.metrics, [{"step": self.step, **row}])
+
+    def validated(self, found: Mapping[str, float]) -> None:
+        """Log a validation's results, and keep the adapter if its loss is the lowest so far."""
+        named = {f"eval/{name}": value for name, value in found.items()}
+        refuse_infinite(f"the validation after step {self.step}", named)
+        self.log(named)
+        if found["loss"] < self.best_loss:
+            self.best_loss, self.best_step = found["loss"], self.step
+            self.best = copies(self.parameters)
+
+    def warn(self) -> None:
+        """Warn of a degenerating policy, by the metrics so far."""
+        if parallel.rank() == 0:
+            rows = [json.loads(line) for line in self.metrics.read_bytes().splitlines()]
+            for text in collapse_warnings([row for row in rows if "logps/chosen" in row]):
+                warnings.warn(f"step {self.step}: {text}", stacklevel=3)
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and facts of a saved state; raises UserError for a broken file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no whole training state ({error}); delete it") from error
+
+
+def copies(parameters: Tensors) -> dict[str, Tensor]:
+    """Return the parameters as they are now, on the CPU."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+
+
+def collapse_warnings(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return warnings of a degenerating policy: the last tenth of `history` against the first."""
+    window = max(1, len(history) // 10)
+    ends = list(zip(history[:window], history[-window:], strict=True))
+
+    def change(name: str) -> float:
+        return sum(last[name] - first[name] for first, last in ends) / window
+
+    found, fall, rise = [], -change("logps/chosen"), change("repetition")
+    if fall > FALL_OF_CHOSEN:
+        found.append(f"chosen log-probability a token fell by {fall:.2f}: learn slower, add NLL")
+    if rise > RISE_OF_REPETITION:
+        found.append(f"predictions that repeat a recent token grew by {rise:.2f}: learn slower")
+    return found
+
+
+def refuse_infinite(what: str, numbers: Mapping[str, float]) -> None:
+    """Raise UserError for a number that is not finite, before it is written or learned from."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            told = f"{what} has {name} {value}; the last state is kept"
+            raise UserError(f"{told}; lower the learning rate")
+
+
+def digest(content: Any) -> str:
+    """Return a short hash of trees or of an adapter's weights."""
+    data = save(content) if isinstance(content, dict) else repr(list(content)).encode()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: of the GPU, else of the process.
+
+    It is 0 on Windows, which does not report it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from usbrec.llm.fast import kernels
-from usbrec.llm.lora import LoraLinear
-from usbrec.llm.model import Decoder, DecoderLayer, Ops, Spans, linear
+from usbrec.llm.model import Decoder, DecoderLayer, Layers, Ops, Spans, linear
 
-Layers = tuple[LoraLinear, ...]
 Fused = dict[Layers, "FusedLinear"]
 
 

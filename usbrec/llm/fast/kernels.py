@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usbrec.llm import model as plain
-from usbrec.llm.lora import LoraLinear
-from usbrec.llm.model import Spans
+from usbrec.llm.model import Layers, Spans
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
 WINDOW = 128  # queries that attend at once; with 256 a pass of 250-token trees took 10% longer
@@ -101,9 +100,7 @@ def joined(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def adapted_linear(
-    layers: Sequence[LoraLinear], weights: Sequence[Tensor], x: Tensor, spans: Spans
-) -> Tensor:
+def adapted_linear(layers: Layers, weights: Sequence[Tensor], x: Tensor, spans: Spans) -> Tensor:
     """Return `model.linear`, (T, in) -> (T, outs), with gradients for x and the adapter.
 
     `weights` hold the rows of all layers. A training pass has one adapter for all of its rows;
