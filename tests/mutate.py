@@ -76,7 +76,7 @@ MUTATIONS = (
     Mutation("equal samples: the last is the best", "usbrec/crs/podcs.py",
              "max(read, key=rank)", "max(read[::-1], key=rank)", "test_podcs"),
     Mutation("the paper's rule and the release's are exchanged", "usbrec/crs/podcs.py",
-             'bound = 0 if worst == "zero" else 1', 'bound = 1 if worst == "zero" else 0',
+             '0 if options.worst == "zero" else 1', '1 if options.worst == "zero" else 0',
              "test_podcs"),
     Mutation("a leaf weighs 1, however often it was drawn", "usbrec/crs/ses.py",
              "path[-1].draws) for path in paths", "1) for path in paths", "test_ses"),
