@@ -61,11 +61,12 @@ def rewrite(text: str, old: Item, new: Item) -> str:
     result, place = "", 0
     for start, end, words in sorted(spans):
         result += text[place:start]
-        if article := re.search(r"(?<![^\W_])(an?) $", result, re.IGNORECASE):
+        tail = result[-40:]
+        if article := re.search(r"(?<![^\W_])(an?) $", tail, re.IGNORECASE):
             right, _, _ = with_article(words).partition(" ")
             right = right.capitalize() if article[1][0].isupper() else right
-            result = f"{result[: article.start()]}{right} "
-        elif re.search(r"(?:^|[.!?] *)$", result) and text[start].isupper():
+            result = f"{result[: len(result) - len(tail) + article.start()]}{right} "
+        elif re.search(r"(?:^|[.!?] *)$", tail) and text[start].isupper():
             words = words[0].upper() + words[1:]
         result, place = result + words, end
     result += text[place:]

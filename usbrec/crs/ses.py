@@ -241,11 +241,10 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
     Summaries and sampled candidates share one `complete`.
     """
     ranked = options.candidates == "ranked"
-    likeliest = []
-    if options.candidates == "ranked":
-        limited = options.budget_tokens or options.budget_seconds
-        tokens = RANKING_TOKENS * options.samples if limited else None
-        likeliest = roles.likeliest([x.root for x in results], options.samples, tokens)
+    limited = options.budget_tokens or options.budget_seconds
+    tokens = RANKING_TOKENS * options.samples if limited else None
+    roots = [x.root for x in results if ranked]
+    likeliest = roles.likeliest(roots, options.samples, tokens) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
     bare = [x for x in results if not x.profile]
     roots, seeds = [x.root for x in bare], [x.seed for x in bare]
