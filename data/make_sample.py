@@ -24,9 +24,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from usbrec.chat import Row  # noqa: E402
+from usbrec.crs import wishes as prose  # noqa: E402
 from usbrec.crs.catalogue import Catalogue, Item  # noqa: E402
-from usbrec.crs.rewrite import decade_forms, genre_word, genre_words, with_article  # noqa: E402
-from usbrec.crs.wishes import FACT_KINDS, attributes, write_attribute, write_profile  # noqa: E402
 from usbrec.options import seed_for  # noqa: E402
 from usbrec.runs import write_rows  # noqa: E402
 
@@ -53,7 +52,7 @@ class Wish(NamedTuple):
     @property
     def noun(self) -> str:
         """The wish as a noun: "crime film", "Al Pacino film", "tense mood", "1990s"."""
-        value = genre_word(self.value) if self.kind == "genre" else self.value
+        value = prose.genre_word(self.value) if self.kind == "genre" else self.value
         return {"mood": f"{value} mood", "decade": value}.get(self.kind, f"{value} film")
 
     def fits(self, item: Item) -> bool:
@@ -64,7 +63,8 @@ class Wish(NamedTuple):
 @cache
 def facts_of(item: Item) -> list[Wish]:
     """Return every fact of a film that a seeker can wish for."""
-    return sorted(map(Wish._make, attributes(item)), key=lambda x: x.kind == "mood")  # moods last
+    # moods last
+    return sorted(map(Wish._make, prose.attributes(item)), key=lambda x: x.kind == "mood")
 
 
 def fitting(films: Iterable[Item], wishes: Sequence[Wish]) -> list[Item]:
@@ -78,21 +78,16 @@ def parted(wishes: Sequence[Wish]) -> tuple[list[Wish], list[Wish]]:
     return wanted, [wish for wish in wishes if wish.kind == "dislike"]
 
 
-def form_of(rng: Random, decade: str) -> str:
-    """Return a form of the decade: "1990s", "90s", "nineties", the first most often."""
-    return rng.choice([decade, *decade_forms(decade)])
-
-
 def noun_phrase(rng: Random, wishes: Sequence[Wish], form: str = "free") -> str:
     """Return a noun phrase of wishes: "a tense crime film from the nineties with Al Pacino".
 
     The form "plural" has no article; the form "plain" keeps the decade in digits. Both always say
     film or movie.
     """
-    wished = {kind: [x.value for x in wishes if x.kind == kind] for kind in FACT_KINDS}
-    before = [*wished["mood"], *genre_words(wished["genre"])]
+    wished = {kind: [x.value for x in wishes if x.kind == kind] for kind in prose.FACT_KINDS}
+    before = [*wished["mood"], *prose.genre_words(wished["genre"])]
     if form != "plain":
-        wished["decade"] = [form_of(rng, decade) for decade in wished["decade"]]
+        wished["decade"] = [rng.choice([x, *prose.decade_forms(x)]) for x in wished["decade"]]
     kinds = [kind for kind in ("decade", "director", "lead") if wished[kind]]
     after = [rng.choice(PHRASES[f"film {x}"]).format(" and ".join(wished[x])) for x in kinds]
     rng.shuffle(after)
@@ -102,7 +97,7 @@ def noun_phrase(rng: Random, wishes: Sequence[Wish], form: str = "free") -> str:
     if form == "free" and before and before[-1] in PHRASES["nouns"] and rng.random() < 0.5:
         heads = []  # "a crime thriller"
     words = " ".join([*before, *heads, *after])
-    return words if form == "plural" else with_article(words)
+    return words if form == "plural" else prose.with_article(words)
 
 
 def phrase(rng: Random, act: str, wishes: Sequence[Wish] = (), **slots: str) -> str:
@@ -133,8 +128,9 @@ def state(rng: Random, wishes: Sequence[Wish], act: str = "seeker says", **slots
     elif wanted:
         parts.append(phrase(rng, act, wanted, **slots))
     for kind, value in alone:
-        word = form_of(rng, value) if kind == "decade" else genre_word(value)
-        forms = {kind: word, f"a_{kind}": with_article(word), "genre_name": value}
+        ways = [value, *prose.decade_forms(value)]
+        word = rng.choice(ways) if kind == "decade" else prose.genre_word(value)
+        forms = {kind: word, f"a_{kind}": prose.with_article(word), "genre_name": value}
         parts.append(phrase(rng, f"seeker says {kind}", **forms))
     return " ".join(parts)
 
@@ -318,14 +314,14 @@ def row_of(scene: Scene, long: bool = True) -> Row:
 def profile(scene: Scene) -> str:
     """Return the seeker's wishes and films so far, in the fixed form of a summary."""
     wanted, disliked = parted(scene.said)
-    wanted.sort(key=lambda wish: FACT_KINDS.index(wish.kind))
+    wanted.sort(key=lambda wish: prose.FACT_KINDS.index(wish.kind))
 
     def named(fate: str) -> list[str]:
         return [film.title for film in scene.films if scene.films[film] == fate]
 
-    likes = [write_attribute(*wish) for wish in wanted] + named("liked")
+    likes = [prose.write_attribute(*wish) for wish in wanted] + named("liked")
     dislikes = [wish.value for wish in disliked] + named("refused")
-    return write_profile(likes, dislikes, named("seen"))
+    return prose.write_profile(likes, dislikes, named("seen"))
 
 
 def facts_to_tell(scene: Scene) -> list[Wish]:
@@ -338,9 +334,9 @@ def explain(scene: Scene) -> str:
     """Return one sentence of the target's facts and of a wish that they meet."""
     told, target = facts_to_tell(scene), scene.target
     values = {wish.kind: wish.value for wish in reversed(told)}
-    kind = f"{target.year} {genre_word(values.get('genre', target.genres[0]))} film"
+    kind = f"{target.year} {prose.genre_word(values.get('genre', target.genres[0]))} film"
     star = values.get("lead", target.stars[0])
-    facts = f"{with_article(kind)} directed by {target.directors[0]} and starring {star}"
+    facts = f"{prose.with_article(kind)} directed by {target.directors[0]} and starring {star}"
     return phrase(scene.rng, "explains", facts=facts, wish=f"the {told[0].noun}")
 
 

@@ -43,7 +43,7 @@ from usbrec.crs import agents, datasets, lessons, wishes  # noqa: E402
 from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, Item, read_item  # noqa: E402
 from usbrec.crs.dialogue import Example, format_dialogue  # noqa: E402
 from usbrec.crs.evaluation import gold_labels, titles_in  # noqa: E402
-from usbrec.crs.rewrite import describe, rewrite  # noqa: E402
+from usbrec.crs.wishes import describe, rewrite  # noqa: E402
 from usbrec.llm.adapter_files import load_adapter, save_adapter  # noqa: E402
 from usbrec.llm.checkpoint import empty_decoder, load_model  # noqa: E402
 from usbrec.llm.endpoint import is_server  # noqa: E402

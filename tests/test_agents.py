@@ -17,6 +17,7 @@ from usbrec.crs.agents import (
     count_votes,
     external_judge_prompt,
     internal_judge_prompt,
+    parse_score,
     prompt_text,
     recommender_prompt,
     seeker_prompt,
@@ -24,7 +25,6 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import SILENCE, add_turn
-from usbrec.crs.parsing import parse_score
 
 DIALOGUE = talk("Hi, a scary one please.", "Try Dark Well (1999).", "Seen it.")
 DIALOGUE_PROMPT = recommender_prompt(DIALOGUE)

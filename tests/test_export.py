@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from usbrec.chat import Message
-from usbrec.extras.export import export_llama_factory, main
+from usbrec.crs.conversion import export, main
 from usbrec.llm.tokenizer import ChatTokenizer
 
 SYSTEM = ("system", "Recommend a film.")
@@ -94,7 +94,7 @@ def as_llama_factory_reads(row, columns):
 
 def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys):
     folder = tmp_path / "data"
-    assert main(["--pairs", str(pairs_file), "--llama-factory", str(folder)]) == 0
+    assert main(["export", str(pairs_file), str(folder)]) == 0
     assert "2 pairs" in capsys.readouterr().out
     info = json.loads((folder / "dataset_info.json").read_text())
     assert info["pairs"]["ranking"] is True
@@ -112,7 +112,7 @@ def test_a_chat_without_a_system_prompt_has_an_empty_one(tmp_path):
     pair = pair_of([("user", "Hi\u2028")], "a", "b")
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(pair, ensure_ascii=False))
-    assert export_llama_factory(path, tmp_path) == 1
+    assert list(export(str(path), tmp_path)) == [f"1 pairs in {tmp_path}"]
     assert json.loads((tmp_path / "pairs.json").read_text())[0]["system"] == ""
 
 
@@ -130,7 +130,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
 ):
     lines = pairs_file.read_text().splitlines()
     pairs_file.write_text("\n".join([lines[0], line, lines[1]]))
-    assert main(["--pairs", str(pairs_file), "--llama-factory", str(tmp_path / "data")]) == 2
+    assert main(["export", str(pairs_file), str(tmp_path / "data")]) == 2
     error = capsys.readouterr().err
     assert f"{pairs_file}, {named}" in error and error.count("\n") == 1
     assert not (tmp_path / "data").exists()
@@ -138,13 +138,13 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
 
 def test_an_empty_file_is_one_clear_error(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text("")
-    flags = ["--pairs", str(tmp_path / "pairs.jsonl"), "--llama-factory", str(tmp_path / "d")]
+    flags = ["export", str(tmp_path / "pairs.jsonl"), str(tmp_path / "d")]
     assert main(flags) == 2
     assert "holds no pair" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path, capsys):
-    assert main(["--pairs", str(tmp_path / "x"), "--llama-factory", str(tmp_path / "d")]) == 2
+    assert main(["export", str(tmp_path / "x"), str(tmp_path / "d")]) == 2
     assert "is missing" in capsys.readouterr().err
 
 
@@ -152,8 +152,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence(pairs_file, tmp_path, ca
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "pairs.json").mkdir(parents=True)
     for place in ("file", "file/below", "folder", "x" * 300):
-        assert main(["--pairs", str(pairs_file), "--llama-factory", str(tmp_path / place)]) == 2
+        assert main(["export", str(pairs_file), str(tmp_path / place)]) == 2
         told = capsys.readouterr().err
         assert place in told and told.count("\n") == 1 and "Traceback" not in told
-    assert main(["--pairs", str(pairs_file), "--llama-factory", ""]) == 2
+    assert main(["export", str(pairs_file), ""]) == 2
     assert "must not be empty" in capsys.readouterr().err

@@ -8,8 +8,8 @@ import pytest
 
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import ROOT
-from usbrec.crs.rewrite import DECADE_NAMES
 from usbrec.crs.titles import GENRE_FORMS
+from usbrec.crs.wishes import DECADE_NAMES
 
 sys.path.insert(0, str(ROOT))
 import make_sample as sample  # noqa: E402

@@ -8,8 +8,8 @@ from test_catalogue import FACTS, item
 
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.datasets import load_catalogue, load_split
-from usbrec.crs.rewrite import DECADE_NAMES, describe, rewrite
 from usbrec.crs.titles import GENRE_FORMS
+from usbrec.crs.wishes import DECADE_NAMES, describe, rewrite
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,16 @@ out: the order of turns (podcs.py, ses.py, evaluation.py).
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unicodedata import normalize
 
 from usbrec.chat import LanguageModel, Message, Messages, Ranked, Ranks, Request, Sampling
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
-from usbrec.crs.parsing import parse_score
 from usbrec.options import UserError, seed_for
 
 SCORES = ("0", "1", "2")
@@ -111,11 +112,9 @@ class Roles:
             raise UserError("the catalogue has no titles to rank: sample the candidates instead")
         return side.llm.best_texts(requests, texts, count, tokens)
 
-    def likeliest(
-        self, dialogues: Dialogues, count: int, tokens: int | None = None
-    ) -> list[list[Item]]:
-        """Return the items that the recommender is likeliest to name, best first, by `rank`."""
-        ranked = self.rank(dialogues, count, tokens)
+    def likeliest(self, dialogues: Dialogues, k: int, tokens: int | None) -> list[list[Item]]:
+        """Return the k items that the recommender is likeliest to name, best first, by `rank`."""
+        ranked = self.rank(dialogues, k, tokens)
         return [[self.catalogue.items[i] for i, _ in row.texts] for row in ranked]
 
     def summaries(self, dialogues: Dialogues, tokens: int, seeds: Seeds) -> Asked:
@@ -276,3 +275,30 @@ def count_votes(marks: Sequence[int | None]) -> JudgeScore:
         return JudgeScore(parse_rate=0.0)
     majority = max(range(3), key=read.count)  # the first of equals
     return JudgeScore(sum(read) / len(read), majority, parse_rate=len(read) / len(marks))
+
+
+# --- a sampled vote ------------------------------------------------------------------------------
+
+MARKUP = re.compile(r"</?\w+>|\\[a-z]+|[*_`\"'{}\[\]|$\\【】「」“”]")  # JSON, tags, LaTeX, Markdown
+# "from 0 to 2", "0, 1 or 2", "0-2" name the scale; "1/2", "1 out of 2" are a score over the scale.
+SCALE = re.compile(r"(?i)\b[012](?:\s*(?:,|-|–|/|\bto\b|\bor\b|\band\b)+\s*[012])+\b(?!/)")
+OVER_SCALE = re.compile(r"(?i)\b([012])(?:\.0+)?\s*(?:/|out of)\s*2(?:\.0+)?\b")
+# A score stands alone after a sentence's start or a word that announces it, and ends its phrase.
+SCORE = re.compile(
+    r"(?i)(?:^|[.!?…]\s+|[:=>\n(]\s*"
+    r"|\b(?:(?:give|rate|score)(?: it| this| that)?|say|is|be|a|rating|vote|answer|number)\s+)"
+    r"([012])(?:\.0+)?"
+    r"(?=\s*(?:$|\.(?!\d)|[,;:!?()\n…]|[-–—]\s|\b(?:because|since|as|for|points?)\b))"
+)
+
+
+def parse_score(text: str) -> int | None:
+    """Return the score that a sampled reply states, or None where it states none or several.
+
+    "0 to 2 ... I give 2" is 2, "Toy Story 2 ... 0" is 0, "Toy Story 2" is None. Markup
+    is left out, and characters of other widths are read as the plain ones: "{"score": ２}" is 2.
+    """
+    plain = MARKUP.sub(" ", normalize("NFKC", text)).strip()
+    plain = SCALE.sub("", OVER_SCALE.sub(r"\1", plain))
+    found = {int(score) for score in SCORE.findall(plain)}
+    return found.pop() if len(found) == 1 else None

@@ -236,9 +236,8 @@ class Catalogue:
         for title in titles:
             leaks, own = rules.leaks(text, title), set(self.named(title))
             others = [x for x in self.find(text) if not own & set(x.items)] if leaks else []
-            starts = [x.start for x in others]
             for start, end in reversed(leaks):
-                n = bisect_right(starts, start)
+                n = bisect_right(others, start, key=lambda x: x.start)
                 if not (n and end <= others[n - 1].end):
                     text = text[:start] + NEUTRAL + text[end:]
         return text

@@ -1,7 +1,8 @@
-"""Other datasets in our row format, and a look at a dataset before it is used.
+"""Other datasets in our row format, a look at a dataset before its use, pairs for other trainers.
 
     python -m usbrec.crs.datasets convert redial SOURCE FOLDER --items data/redial/items.json
     python -m usbrec.crs.datasets check FOLDER
+    python -m usbrec.crs.datasets export PAIRS FOLDER
 
 | format | files in SOURCE | published as |
 |---|---|---|
@@ -13,6 +14,12 @@
 
 Each format is read as chats, with the titles that it marks in them. SOURCE may be one file. A split
 that it lacks is a tenth of its training dialogues. Equal input gives equal bytes.
+
+trl takes pairs.jsonl as it is: a conversational preference dataset (`prompt`, `chosen`,
+`rejected`). LLaMA-Factory takes the folder that `export` writes as its `dataset_dir` (dataset
+`pairs`). Its `sharegpt` format needs a separate system prompt and alternating turns, the human's
+first. So a conversation that the recommender opened begins with an empty human turn, as in
+ReDial's own rows, and successive messages of one speaker are joined by a newline.
 """
 
 import csv
@@ -32,10 +39,11 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from usbrec.crs import datasets
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
-from usbrec.crs.datasets import ROOT, SPLITS, load_catalogue, load_split, read_jsonl, rows_of_chats
 from usbrec.crs.titles import GENRE_WORDS, SPACELESS, key_of
 from usbrec.options import Parser, UserError, add_table, tell
+from usbrec.runs import write_json, write_rows, write_whole
 
 Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat
 # the commands and their arguments; the formats and the names of their files by split; the sources:
@@ -52,7 +60,7 @@ def fetch_files(name: str, data_dir: str | None) -> Iterator[str]:
 
     Raises UserError for a file that cannot be fetched or written, and for a wrong checksum.
     """
-    folder = Path(data_dir or ROOT / name)
+    folder = Path(data_dir or datasets.ROOT / name)
     folder.mkdir(parents=True, exist_ok=True)
     for file, (url, checksum) in KNOWN["sources"][name].items():
         path, part = folder / file, folder / f"{file}.part"
@@ -92,7 +100,7 @@ def fetch_file(url: str, part: Path) -> Path:
 
 def read_redial(path: Path) -> Chats:
     """Yield ReDial's dialogues: "@123" in a text is a film, which `movieMentions` names."""
-    for place, value in read_jsonl(path):
+    for place, value in datasets.read_jsonl(path):
         roles = {value["initiatorWorkerId"]: "seeker", value["respondentWorkerId"]: "recommender"}
         names = {f"@{x}": " ".join(y.split()) for x, y in dict(value["movieMentions"]).items() if y}
         said = []
@@ -148,7 +156,7 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
     return csv.DictReader(io.StringIO(read_text(path)), dialect=dialect)
 
 
-_READERS = (read_redial, read_inspired, read_opendialkg, read_crslab, read_jsonl)
+_READERS = (read_redial, read_inspired, read_opendialkg, read_crslab, datasets.read_jsonl)
 READERS = dict(zip(KNOWN["formats"], _READERS, strict=True))
 
 
@@ -158,7 +166,7 @@ READERS = dict(zip(KNOWN["formats"], _READERS, strict=True))
 def convert(form: str, source: str, folder: str, items: str | None, seed: str) -> Iterator[str]:
     """Write a source's rows and items to a new folder; yield what was written and left out."""
     read, name, out = READERS[form], KNOWN["formats"][form], Path(folder)
-    names = [(x, name.format(x)) for x in SPLITS] + [("valid", name.format("dev"))]
+    names = [(x, name.format(x)) for x in datasets.SPLITS] + [("valid", name.format("dev"))]
     paths = {split: path for split, file in names for path in sorted(Path(source).rglob(file))}
     try:
         paths = paths or {"train": Path(source)}
@@ -166,11 +174,10 @@ def convert(form: str, source: str, folder: str, items: str | None, seed: str) -
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source} is not in the format {form}: {error!r}") from error
     known = Catalogue.load(Path(items)) if items else None
-    made, catalogue, note = rows_of_chats(chats, known, seed)
+    made, catalogue, note = datasets.rows_of_chats(chats, known, seed)
     out.mkdir(parents=True)
     for split, rows in made.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / f"{split}.jsonl").write_bytes(lines.encode())
+        write_rows(out / f"{split}.jsonl", rows)
         yield f"{split}: {len(rows)} rows of {len({row['dialog_id'] for row in rows})} dialogues"
     entries = {number: {"name": x.title} for number, x in enumerate(catalogue, 1)}
     text = read_text(Path(items)) if items else json.dumps(entries, indent=1, ensure_ascii=False)
@@ -183,10 +190,10 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
 
     Raises UserError if it cannot be used.
     """
-    catalogue, dialogues = load_catalogue(name, data_dir), dict[str, set[str]]()
+    catalogue, dialogues = datasets.load_catalogue(name, data_dir), dict[str, set[str]]()
     mentioned = cache(lambda text: [mention.items for mention in catalogue.find(text)])
-    for split in SPLITS:
-        examples, notes = load_split(name, split, data_dir)
+    for split in datasets.SPLITS:
+        examples, notes = datasets.load_split(name, split, data_dir)
         dialogues[split], found = {x.dialog_id for x in examples}, dict[str, list[str]]()
         for x in examples:
             seen = [items for line in x.history for items in mentioned(line.text)]
@@ -204,21 +211,52 @@ def check(name: str, data_dir: str | None) -> Iterator[str]:
         yield from [f"{split}: {len(examples)} rows of {len(dialogues[split])} dialogues", *notes]
         for fault, cases in found.items():
             yield f"{split}, {fault}: {len(cases)}, such as {cases[0]}"
-    for one, other in combinations(SPLITS, 2):
+    for one, other in combinations(datasets.SPLITS, 2):
         if shared := sorted(dialogues[one] & dialogues[other]):
             yield f"dialogues of both {one} and {other}: {len(shared)}, such as {shared[0]}"
 
 
+def export(pairs: str, folder: Path) -> Iterator[str]:
+    """Write pairs.json and dataset_info.json, which describes it, for LLaMA-Factory."""
+    rows = [llama_factory_row(pair, place) for place, pair in datasets.read_pairs(Path(pairs))]
+    if not rows:
+        raise UserError(f"{pairs} holds no pair")
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    write_whole(folder / "pairs.json", text.encode(errors="backslashreplace"))
+    write_json(folder / "dataset_info.json", KNOWN["llama_factory"])
+    yield f"{len(rows)} pairs in {folder}"
+
+
+def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return a pair in LLaMA-Factory's `sharegpt` preference format."""
+    messages = pair["prompt"]
+    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+    turns: list[dict[str, str]] = []
+    for role, same in groupby(messages, key=lambda message: message["role"]):
+        if role == "system":
+            raise UserError(f"{place}: LLaMA-Factory takes a system message in the beginning only")
+        if not turns and role == "assistant":
+            turns.append({"from": "human", "value": ""})
+        text = "\n".join(message["content"] for message in same)
+        turns.append({"from": "human" if role == "user" else "gpt", "value": text})
+    if not turns or turns[-1]["from"] != "human":
+        raise UserError(f"{place}: the prompt must end with a user's message")
+    sides = {x: {"from": "gpt", "value": pair[x][-1]["content"]} for x in ("chosen", "rejected")}
+    return {"conversations": turns, "system": system, **sides}
+
+
+COMMANDS: Any = {"fetch": fetch_files, "convert": convert, "check": check, "export": export}
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Fetch, convert or check as the words of the command say; return 2 for a user's fault."""
+    """Do what the words of a command say; return 2 for a user's fault."""
     parser = Parser(prog="datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (told, arguments) in KNOWN["commands"].items():
         add_table(commands.add_parser(name, help=told, description=told), arguments)
     try:
         flags = vars(parser.parse_args(words))
-        run: Any = {"fetch": fetch_files, "convert": convert, "check": check}[flags.pop("command")]
-        for told in run(**flags):
+        for told in COMMANDS[flags.pop("command")](**flags):
             print(told, flush=True)
     except (OSError, UserError, KeyboardInterrupt) as error:
         tell(f"datasets: {str(error) or 'stopped'}")

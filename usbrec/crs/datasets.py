@@ -70,11 +70,11 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
         return Split([_at(name, read_row, row) for row in rows[split]], [note])
     folder = _folder(name, data_dir)
     if name == "redial" and split != "test" and not _existing(folder, "train"):
-        return _divide_valid(_read_split(folder, "valid"), split)
-    examples = _read_split(folder, split)
+        return _divide_valid(read_examples(_find(folder, "valid")), split)
+    examples = read_examples(_find(folder, split))
     if name != "opendialkg" or split != "train":
         return Split(examples, [] if name in DATASETS else [*own_notes(folder, split, examples)])
-    kept = drop_overlap(examples, _read_split(folder, "test"))
+    kept = drop_overlap(examples, read_examples(_find(folder, "test")))
     dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped"
     return Split(kept, [f"{dropped}: their dialogue, or a test response, occurs in test"])
 
@@ -104,10 +104,6 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
         raise UserError(f"no dataset {name!r}: expected {', '.join(DATASETS)}, a folder or a file")
     fetch = "" if name not in DATASETS[1:] else f"`python -m usbrec.crs.datasets fetch {name}`, or "
     raise UserError(f"no folder {folder} for {name}: {fetch}name it with --data-dir FOLDER")
-
-
-def _read_split(folder: Path, split: str) -> list[Example]:
-    return read_examples(_find(folder, split))
 
 
 def _existing(folder: Path, content: str) -> list[Path]:
@@ -148,7 +144,7 @@ def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator
         told += f", such as {unknown[0]!r}: no reply to {rows} of {len(examples)} rows can be right"
         yield f"{told}, and they teach the simulator little"
     if split == "train" and _existing(folder, "test"):
-        tests = {(x.history, x.response) for x in _read_split(folder, "test")}
+        tests = {(x.history, x.response) for x in read_examples(_find(folder, "test"))}
         if shared := sum((x.history, x.response) in tests for x in examples):
             told = f"{shared} of {len(examples)} training rows are test rows too"
             yield f"{told}: results on them say nothing of new dialogues"

@@ -82,11 +82,7 @@ def evaluate_method(
     options: EvaluationOptions,
     searching: SearchOptions | None = None,
 ) -> list[Row]:
-    """Return the `row_of` each example; `searching` turns SES on from its `start_turn`.
-
-    `end` tells why the talk ended: "hit", a reply named a target, or "turns", as many as it may
-    have. `adapters` are those that spoke.
-    """
+    """Return the `row_of` each example; `searching` turns SES on from its `start_turn`."""
     catalogue, talks = roles.catalogue, []
     for x in examples:
         told = profile_of(x, catalogue) if options.protocol == "profile" else x.items
@@ -118,27 +114,27 @@ def evaluate_method(
         judged = [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
     else:
         judged = roles.explain_and_judge(dialogues, known, keys, plain, votes)
-    rows = [row_of(talk, catalogue, *each) for talk, each in zip(talks, judged, strict=True)]
-    for row in rows:
-        row["end"] = "hit" if options.protocol == "until-hit" and row["hit"] else "turns"
-        row["adapters"] = roles.adapters()
-    return rows
+    stop = options.protocol == "until-hit"
+    return [row_of(talk, roles, stop, *each) for talk, each in zip(talks, judged, strict=True)]
 
 
-def row_of(talk: Talk, catalogue: Catalogue, explanation: str, score: JudgeScore) -> Row:
+def row_of(talk: Talk, roles: Roles, stop: bool, explanation: str, score: JudgeScore) -> Row:
     """Return the row of a talk that has been judged, in JSON's own types.
 
     It has the fields of its `JudgeScore`, its ids, and these. `replies` are the recommender's,
     `items` the catalogue titles of each, `labels` those of the first. `hit` tells whether any reply
     names a gold title. `grade` is the rules' 0, 1 or 2 for the last reply's first title (0 if it
     names none). `explanation` is of the last reply, and so is the score. `transcript` holds all
-    lines. `searches` are the records of the searched turns, each as `checked` returns it.
+    lines, and `adapters` tells who spoke for each side. `end` tells why the talk ended: "hit", a
+    target named where that is to `stop` it, or "turns", as many as it may have. `searches` are the
+    records of the searched turns, each as `checked` returns it.
     """
-    x, replies = talk.example, talk.replies
+    x, replies, catalogue = talk.example, talk.replies, roles.catalogue
     row = {**asdict(score), "dialog_id": x.dialog_id, "turn_id": x.turn_id, "replies": replies}
     row["items"] = [titles_in(catalogue, reply) for reply in replies]
     row["labels"] = gold_labels(catalogue, x, [catalogue.first(replies[0])])
     row["hit"], row["grade"] = talk.is_hit(catalogue), catalogue.grade_of(replies[-1], x.items)
+    row["end"], row["adapters"] = "hit" if stop and row["hit"] else "turns", roles.adapters()
     lines = [[line.speaker, line.text] for line in talk.dialogue]
     return row | {"explanation": explanation, "transcript": lines, "searches": talk.searches}
 

@@ -29,8 +29,7 @@ from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
-from usbrec.crs.rewrite import describe, genre_word, rewrite_all
-from usbrec.crs.wishes import Fact, attributes, fit
+from usbrec.crs.wishes import Fact, attributes, describe, fit, genre_word, rewrite_all
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]

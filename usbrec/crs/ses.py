@@ -48,8 +48,8 @@ from usbrec.crs.wishes import card, fit, read_profile
 from usbrec.options import MOST, Options, option, seed_for
 
 BOUND = 10_000  # replies, and votes, of one dialogue's search
-LAYOUT_TOKENS = 6  # of a chat layout around a message, as a budget counts them
-RANKING_TOKENS = 60  # that a budget grants the ranking for each candidate
+# in a budget: of a chat layout around a message, and granted to the ranking for each candidate
+LAYOUT_TOKENS, RANKING_TOKENS = 6, 60
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,8 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
     ranked = options.candidates == "ranked"
     limited = options.budget_tokens or options.budget_seconds
     tokens = RANKING_TOKENS * options.samples if limited else None
-    roots = [x.root for x in results if ranked]
-    likeliest = roles.likeliest(roots, options.samples, tokens) if ranked else []
-    drawn = [[agents.announce(item.title) for item in items] for items in likeliest]
+    best = roles.likeliest([x.root for x in results], options.samples, tokens) if ranked else []
+    drawn = [[agents.announce(item.title) for item in items] for items in best]
     bare = [x for x in results if not x.profile]
     roots, seeds = [x.root for x in bare], [x.seed for x in bare]
     asked = roles.summaries(roots, options.summary_tokens, seeds)

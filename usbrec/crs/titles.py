@@ -310,9 +310,8 @@ def leaks(text: str, title: str) -> list[tuple[int, int]]:
     found = {x.span(): x for view in views for x in pattern.finditer(view) if x["name"]}
     # a title that is written as in the catalogue is all `name`, its year included
     year, ordered = re.compile(YEAR), [x for _, x in sorted(found.items())]
-    dated = (x["year"] or year.search(x["name"]) for x in ordered)
-    pairs = zip(ordered, dated, strict=True)
-    meant = [x for x, has_year in pairs if has_year or _is_meant(shown, *x.span("name"))]
+    dated = {x.span() for x in ordered if x["year"] or year.search(x["name"])}
+    meant = [x for x in ordered if x.span() in dated or _is_meant(shown, *x.span("name"))]
     return [(places[match.start()], places[match.end()]) for match in meant]
 
 

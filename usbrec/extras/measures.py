@@ -27,8 +27,7 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions, is_target
 from usbrec.crs.lessons import gold_items
-from usbrec.crs.rewrite import rewrite_all
-from usbrec.crs.wishes import card, fit, read_profile
+from usbrec.crs.wishes import card, fit, read_profile, rewrite_all
 from usbrec.extras.intervals import UNIT, auc, auc_interval, mean_interval
 from usbrec.options import seed_for
 
@@ -143,7 +142,7 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     if not examples or not isinstance(roles.recommender.llm, Ranks):
         return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
     histories = [x.history for x in examples]
-    ranked = roles.likeliest(histories, options.ranked_titles)
+    ranked = roles.likeliest(histories, options.ranked_titles, None)
     profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
     rows: list[Row] = []
     cases: list[tuple[Row, Messages, Messages]] = []  # the scores of a film, and both prompts

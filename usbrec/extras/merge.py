@@ -22,7 +22,6 @@ from usbrec.options import Parser, UserError
 from usbrec.parallel import run_together
 from usbrec.runs import read_json, write_json
 
-MERGED = "merged_adapter"  # the key in config.json that marks a merged model
 # A model's other files, which a merge does not change (ChatGLM3's own code among them).
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 NOT_COPIED = ("config.json", checkpoint.INDEX_FILE, RECEIPT)
@@ -37,8 +36,8 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         raise UserError(f"{out} exists already: name a new folder to merge into")
     model = checkpoint.empty_decoder(load_config(base))
     settings = read_json(base / "config.json")
-    if MERGED in settings:
-        told = f"{base} has the adapter {settings[MERGED]} merged into it already"
+    if MERGED_BASE in settings:
+        told = f"{base} has an adapter of {settings[MERGED_BASE]} merged into it already"
         raise UserError(f"{told}; merge into the base that the adapter was trained on")
     weights = checkpoint.SafetensorsWeights.from_folder(base)
     checkpoint.parameter_names(model, weights)  # the base itself must be whole
@@ -58,8 +57,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         sizes = {name: tensor.nbytes for name, tensor in weights.tensors.items()}
         checkpoint.write_shards(made, sizes, merged)
         trained_on = str(read_json(adapter / CONFIG_FILE).get("base_model_name_or_path"))
-        marks = {MERGED: str(adapter), MERGED_BASE: trained_on}
-        write_json(made / "config.json", {**settings, **marks})
+        write_json(made / "config.json", {**settings, MERGED_BASE: trained_on})
         for path in sorted(base.iterdir()):
             if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
                 shutil.copyfile(file_in(base, path.name), made / path.name)

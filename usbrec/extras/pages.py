@@ -86,9 +86,8 @@ def _search(search: Facts, films: Catalogue) -> list[Markup]:
 
 
 def _badge(value: float | None, draws: int, mark: str = "", dropped: int | None = None) -> Markup:
-    text = mark + report.value_text(value, draws, dropped)
-    style = f"--part: {(value or 0) / 2:.0%}"
-    return tag("b" if mark else "span", text, class_="value", style=style)
+    style, text = f"--part: {(value or 0) / 2:.0%}", report.value_text(value, draws, dropped)
+    return tag("b" if mark else "span", mark + text, class_="value", style=style)
 
 
 def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue) -> Markup:

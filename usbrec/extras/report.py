@@ -262,12 +262,11 @@ def format_search(root: Dialogue, search: Facts, coloured: bool = False) -> str:
     Equal candidates are drawn once. `coloured` text has a terminal's escape codes.
     """
     lines = [format_dialogue(root), "", f"Profile: {' '.join(search['profile'].split())}", ""]
-    for candidate, count, chosen in distinct(search):
-        reply = " ".join(candidate["reply"].split()) or "(empty)"
-        value = value_text(candidate["value"], count, candidate.get("dropped"))
-        head = f"{'*' if chosen else ' '} {value}  {reply}"
+    for x, n, chosen in distinct(search):
+        reply = " ".join(x["reply"].split()) or "(empty)"
+        head = f"{'*' if chosen else ' '} {value_text(x['value'], n, x.get('dropped'))}  {reply}"
         lines.append(f"\033[{'1;32' if chosen else '1'}m{head}\033[0m" if coloured else head)
-        leaves = [x for x in candidate["leaves"] if len(x["lines"]) > 1]  # not judged at once
+        leaves = [y for y in x["leaves"] if len(y["lines"]) > 1]  # not judged at once
         for leaf in leaves:
             lines += _leaf_lines(leaf, *(("└─", "  ") if leaf is leaves[-1] else ("├─", "│ ")))
     return "\n".join(lines)

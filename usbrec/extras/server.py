@@ -82,7 +82,10 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., object]) ->
     options = from_flags(ReplyOptions, flags, defaults=vars(recommender.options))
     sampling = from_flags(Sampling, flags, defaults=vars(recommender.sampling))
     searching = from_flags(ses.SearchOptions, flags, defaults=vars(recommender.searching))
-    dialogue = datasets.read_messages(given.get("messages"))
+    messages = given.get("messages")
+    dialogue = datasets.read_messages(messages)
+    if any(str(x.get("role")).strip().lower() == "system" for x in messages if isinstance(x, dict)):
+        raise UserError("a message of role 'system' has no effect here: leave it out")
     seed = seed_for(options.seed, "reply", format_dialogue(dialogue))
     prompt, adapter = agents.recommender_prompt(dialogue), recommender.roles.recommender.adapter
     asked = Request(prompt, sampling, seed, adapter)
