@@ -436,6 +436,12 @@ def test_titles_are_read_from_quotes_and_years(text: str, titles: list[str]) -> 
     assert written_titles(text) == titles
 
 
+@pytest.mark.parametrize("words", ["The ", "Aa: ", "Aa - ", '"A'])
+def test_a_long_text_that_names_no_year_holds_no_title(words: str) -> None:
+    """With titles of any length this would take minutes."""
+    assert written_titles(words * 25_000) == []
+
+
 def test_a_file_of_chats_is_a_dataset_with_a_catalogue_of_its_titles(tmp_path: Path) -> None:
     chats: list[Any] = [chat(n, "Heat (1995)", '"Alien"', "Alien (1979)") for n in range(10)]
     chats[3]["messages"].insert(0, {"role": "system", "content": 'You are "Max".'})

@@ -111,13 +111,14 @@ _GOES_ON = re.compile(
 _BEFORE = re.compile(rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_NAME})(?: on the|{_LINK})[ -]$")
 _OPENED = re.compile(r"(?:(?<!\w)[\"“«„「*]|[《〈『][^》〉』]*)$")
 _CLOSED = re.compile(rf"([^{QUOTES}\n.,!?;()]{{0,60}})[{QUOTES[1:]}]")
-# A title that no catalogue tells: in quotes or title marks, or in title case before its year.
+# A title that no catalogue tells: in quotes or title marks, or in title case before its year, of so
+# many words at most that a text without a year is read in a time that grows with its length alone.
 _INITIAL = rf"[A-ZÀ-ÞΑ-ΩЀ-Я\d{SPACELESS}]"
 _PART = rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:{_SMALL}|and)(?!\w))"
 _WRITTEN = re.compile(
     rf"(?<![a-zA-Z\d])[\"“«*_《〈『]+({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
     rf"[\"”»*_》〉』]+(?![a-zA-Z\d])(?: ?{YEAR})?"
-    rf"|(?<!\w)(?!(?i:{'|'.join(CUES)})\b)((?={_INITIAL}){_PART}(?:(?: |: | [-–] ){_PART})*[!?]*)"
+    rf"|(?<!\w)(?!(?i:{'|'.join(CUES)})\b)((?={_INITIAL}){_PART}(?:(?: |: | [-–] ){_PART}){{0,24}}[!?]*)"
     rf" ?{YEAR}"
 )
 _SPACELESS = re.compile(f"[{SPACELESS}]")
