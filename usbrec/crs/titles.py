@@ -118,8 +118,8 @@ _PART = rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:{_SMALL}|and)(?!\w))
 _WRITTEN = re.compile(
     rf"(?<![a-zA-Z\d])[\"“«*_《〈『]+({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
     rf"[\"”»*_》〉』]+(?![a-zA-Z\d])(?: ?{YEAR})?"
-    rf"|(?<!\w)(?!(?i:{'|'.join(CUES)})\b)((?={_INITIAL}){_PART}(?:(?: |: | [-–] ){_PART}){{0,24}}[!?]*)"
-    rf" ?{YEAR}"
+    rf"|(?<!\w)(?!(?i:{'|'.join(CUES)})\b)"
+    rf"((?={_INITIAL}){_PART}(?:(?: |: | [-–] ){_PART}){{0,24}}[!?]*) ?{YEAR}"
 )
 _SPACELESS = re.compile(f"[{SPACELESS}]")
 # In scripts without spaces a short name stands alone: after "watch", before particles.
