@@ -116,15 +116,14 @@ def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tu
         return [], "gold response empty"
     prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]
     pairs = []
-    for other in rejected:
+    for other in (x for x in rejected if x["reply"] != chosen["reply"]):
         pair: Row = {"prompt": prompt}
         sides = {"chosen": chosen, "rejected": other}
         pair |= {x: [{"role": "assistant", "content": y["reply"]}] for x, y in sides.items()}
         pair |= {f"{x}_score": None if y is gold else float(y["label"]) for x, y in sides.items()}
         origins = ["gold" if x is gold else f"samples[{drawn.index(x)}]" for x in sides.values()]
         pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
-        if chosen["reply"] != other["reply"]:
-            pairs.append(pair)
+        pairs.append(pair)
     if not pairs:
         return [], "chosen and rejected are equal"
     first = (pairs[0]["chosen_from"], pairs[0]["rejected_from"])
