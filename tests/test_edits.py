@@ -140,6 +140,13 @@ def test_a_title_without_a_letter_hides_nothing(title: str) -> None:
     assert Catalogue([]).hide(text, [title]) == text
 
 
+@pytest.mark.parametrize("title", ["", " \t"])
+def test_an_empty_title_hides_nothing_of_a_long_gap(title: str, patient: None) -> None:
+    """Its pattern matched everywhere, and looked for a year behind each space: quadratic."""
+    text = "The" + long_text(" ") + "end"
+    assert Catalogue([]).hide(text, [title]) == text
+
+
 def test_a_results_file_with_a_number_that_json_has_not_is_refused(place: edits.Place) -> None:
     path = place.folder / "rows.jsonl"
     before = path.read_text("utf-8")

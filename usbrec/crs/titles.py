@@ -289,7 +289,7 @@ def _spelling(name: str) -> str:
 @lru_cache(maxsize=4096)
 def _leak_pattern(title: str) -> re.Pattern[str]:
     """Return the pattern of all forms of a title in plain text; group `name` without the year."""
-    names = [plain(name)[0] for name in (title, *names_of(title))]
+    names = [name for x in (title, *names_of(title)) if (name := plain(x)[0]).strip()]
     year = split_title(title)[1]
     parts = [re.sub(r"^(?:the|a|an)\s+", "", name, flags=re.IGNORECASE) for name in names]
     parts += [part for name in names for part in name.split(": ")]
@@ -297,7 +297,7 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
     spellings = sorted({_spelling(form) for form in (*names, *telling)}, key=len, reverse=True)
     bare_year = rf"|,?\s+{year}\b" if year else ""
     return re.compile(
-        rf"(?P<name>{'|'.join(spellings)})"
+        rf"(?P<name>{'|'.join(spellings) or '(?!)'})"
         rf"""(?P<year>[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}{bare_year})?"""
     )
 
