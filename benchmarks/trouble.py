@@ -64,6 +64,10 @@ exit $code
 """
 
 
+class NoDiskError(Exception):
+    """The system lets nobody mount a disk here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A command, the path at the end of its words that it writes, and the undisturbed result."""
@@ -150,6 +154,7 @@ def struck(job: Job, folder: Path, stage: str, seconds: float, by: int) -> tuple
 def signals(job: Job, work: Path, by: int, times: int) -> Iterator[Ended]:
     """Strike in one stage after another; a run that is through is compared, another begins."""
     draw = random.Random(by)
+    work.mkdir()
     if job.name == "infer.py":  # it has no stages: at any moment, its start included
         begun = time.monotonic()
         once(job.words(work / "timed"))
@@ -189,8 +194,8 @@ def on_disk(job: Job, work: Path, kept: Path, narrow: str, widen: str) -> Ended:
     env = {**os.environ, **{k: str(v) for k, v in paths.items()}, "NARROW": narrow, "WIDEN": widen}
     made = subprocess.run([*SPACE, "bash", "-c", DISK, "bash", *job.words(disk)], env=env)
     if made.returncode in (98, 99):
-        raise OSError("no disk can be mounted here")
-    code = int(Path(f"{log}.code").read_text())
+        raise NoDiskError("no disk can be mounted here")
+    code = int(Path(f"{log}.code").read_text("utf-8"))
     errors, again = (Path(f"{log}.{x}").read_text("utf-8", "replace") for x in ("err", "again"))
     told = last_words(errors) + ("" if made.returncode == 0 else "\nand then: " + last_words(again))
     return Ended(code, told, job.same(copy))
@@ -324,7 +329,7 @@ def main() -> None:
                     else:
                         by, k = (signal.SIGKILL, 1) if name == "kill" else (signal.SIGINT, 4)
                         ends = list(signals(job, place, by, -(-arguments.kills // k)))
-                except OSError as error:
+                except NoDiskError as error:
                     print(f"| {name} | {job.name} | not tried: {error} | | |")
                     continue
                 print(line(name, job, ends, place), flush=True)

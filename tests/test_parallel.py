@@ -210,6 +210,19 @@ def test_streams_and_the_system_end_in_no_traceback(
     assert ended.stderr.decode().startswith(told) and ended.stderr.count(b"\n") == bool(told)
 
 
+def test_without_an_error_output_the_work_is_done_and_a_full_one_is_no_traceback(
+    tmp_path: Path,
+) -> None:
+    """A file that takes the number of the closed stream must not get its messages."""
+    job = f"[open({str(tmp_path / 'f')!r}, 'w').write('x'), print('told', file=sys.stderr)]"
+    words = [sys.executable, "-c", OUTPUT.format(f"lambda: {job}")]
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    for shape, code in (('"$@" 2>&-', 0), ('"$@" >&- 2>&-', 0), ('"$@" 2> /dev/full', 2)):
+        ended = subprocess.run(["bash", "-c", shape, "bash", *words], env=env)
+        assert ended.returncode == code
+        assert (tmp_path / "f").read_text() == "x"
+
+
 @pytest.mark.parametrize(("closed", "code"), [(False, 2), (True, 141)])
 def test_an_output_that_is_full_or_closed_is_one_sentence(closed: bool, code: int) -> None:
     reader, writer = os.pipe()

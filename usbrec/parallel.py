@@ -19,6 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from io import TextIOWrapper
 from typing import Any, TypeVar
@@ -43,6 +44,8 @@ def run_together(program: str, job: Callable[[], None]) -> int:
     their encoding lacks, and a warning is one line.
     """
     store, code = _join(), 0
+    # else a file that is opened next would have the number of a closed stream, and its messages
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", sys.stderr)
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
@@ -87,7 +90,8 @@ def _end(store: dist.Store, text: str, code: int) -> int:
     own = f"{rank()} {code}"
     first = store.compare_set("end", "", own).decode()
     if first == own:
-        print(text, file=sys.stderr)
+        with suppress(OSError):  # of a full error output
+            print(text, file=sys.stderr)
     return int(first.split()[1])
 
 

@@ -261,10 +261,8 @@ class Engine:
         ids, was_shortened = fit_prompt(self.tokenizer, request.messages, room)
         if len(ids) + new_tokens > self.max_length:
             told = f"a prompt of {len(ids)} tokens, which cannot be shortened, and a reply of up to"
-            told += (
-                f" {new_tokens} exceed the limit of {self.max_length} (--max-length, or the model's"
-            )
-            raise UserError(f"{told} positions): raise it, or lower --max-new-tokens")
+            told += f" {new_tokens} exceed the limit of {self.max_length} (--max-length, or the"
+            raise UserError(f"{told} model's positions): raise it, or lower --max-new-tokens")
         self.usage.shortened += was_shortened
         return ids
 
