@@ -11,7 +11,6 @@ the same options: each run trains a judge of its own.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import seeds
 from contest import show
 
 from usbrec import runs
@@ -26,10 +26,11 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import gold_labels
+from usbrec.extras.default_model import find_model
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
+from usbrec.loading import is_adapter, weights_digest
 from usbrec.options import UserError, seed_for
 from usbrec.parallel import run_together
-from usbrec.settings import COMPARED
 
 Key = tuple[Any, Any]  # dialog_id and turn_id
 
@@ -46,24 +47,22 @@ class Column:
 def read_columns(path: Path) -> Iterator[Column]:
     """Yield the methods of a run folder, or the one column of a results file."""
     if path.is_dir():
-        yield from read_run(path)
+        yield from columns_of(path)
     elif not path.exists():
         raise UserError(f"{path}: expected a run folder or a results file, found nothing")
     else:
         yield read_replies(path)
 
 
-def read_run(folder: Path) -> Iterator[Column]:
+def columns_of(folder: Path) -> Iterator[Column]:
     """Yield a column per method of a run's report."""
-    options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
-    rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
-    adapter = folder / "simulator" / "adapter_model.safetensors"
-    weights = hashlib.md5(adapter.read_bytes()).hexdigest() if adapter.exists() else ""
+    options, talks = seeds.read_run(folder)
+    adapter = str(folder / "simulator")
+    weights = weights_digest(adapter, find_model) if is_adapter(adapter) else ""
     others = {x: options[x] for x in options if x.startswith("other-")}
     judge = json.dumps([weights, options["eval"], options["model"], others], sort_keys=True)
-    for name in COMPARED:
-        if made := [row[name] for row in rows if name in row]:
-            yield Column(f"{folder}, {name}", by_ids(folder, made), judge)
+    for name, made in talks.items():
+        yield Column(f"{folder}, {name}", by_ids(folder, made), judge)
 
 
 def read_replies(path: Path) -> Column:

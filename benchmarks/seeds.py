@@ -29,12 +29,12 @@ Talks = Mapping[str, Sequence[runs.Row]]
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
-    """Return a run's options without the seeds, and the talks of each method that it evaluated."""
+    """Return the options of a run's report, and the talks of each method that it evaluated."""
     options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     names = [name for name in COMPARED if any(name in row for row in rows)]
     talks = {name: [row[name] for row in rows if name in row] for name in names}
-    return without_seeds(options), talks
+    return options, talks
 
 
 def without_seeds(facts: Any) -> Any:
@@ -73,7 +73,7 @@ def compare_runs(arguments: Sequence[str] | None) -> None:
     tried: dict[str, Talks] = {}
     first, *others = ((path, *read_run(path)) for path in flags.runs)
     for path, options, talks in (first, *others):
-        if options != first[1] or list(talks) != list(first[2]):
+        if without_seeds(options) != without_seeds(first[1]) or list(talks) != list(first[2]):
             raise UserError(
                 f"{path} has other options or methods than {first[0]}: only seeds may differ"
             )

@@ -117,10 +117,15 @@ def once(words: list[str], **options: object) -> tuple[int, str]:
     return ended.returncode, last_words(ended.stderr.decode("utf-8", "replace"))
 
 
+def ended(job: Job, folder: Path, code: int, told: str, again: tuple[int, str]) -> Ended:
+    """Return how a disturbed run and the next one, `again`, ended in this folder."""
+    later = f"\nand then: {again[1]}" if again[0] else ""
+    return Ended(code, told + later, job.same(folder))
+
+
 def mended(job: Job, folder: Path, code: int, told: str) -> Ended:
     """Run the same command undisturbed, and compare what stands there then."""
-    again, error = once(job.words(folder))
-    return Ended(code, told if again == 0 else f"{told}\nand then: {error}", job.same(folder))
+    return ended(job, folder, code, told, once(job.words(folder)))
 
 
 # --- the troubles ---
@@ -197,8 +202,7 @@ def on_disk(job: Job, work: Path, kept: Path, narrow: str, widen: str) -> Ended:
         raise NoDiskError("no disk can be mounted here")
     code = int(Path(f"{log}.code").read_text("utf-8"))
     errors, again = (Path(f"{log}.{x}").read_text("utf-8", "replace") for x in ("err", "again"))
-    told = last_words(errors) + ("" if made.returncode == 0 else "\nand then: " + last_words(again))
-    return Ended(code, told, job.same(copy))
+    return ended(job, copy, code, last_words(errors), (made.returncode, last_words(again)))
 
 
 def full(job: Job, work: Path) -> Iterator[Ended]:
