@@ -58,7 +58,7 @@ class DataOptions(Options):
     max_pairs: int = option(64, "training rows that PODCS tries", low=0)
     max_valid: int = option(0, "validation rows, to keep an adapter's best state; 0: none", low=0)
     max_eval: int = option(128, "test dialogues of every method", low=0)
-    methods: tuple[str, ...] = option(METHODS, "columns of the report")
+    methods: tuple[str, ...] = option(METHODS, "the methods that the report compares")
     max_agreement: int = option(64, "test dialogues on which the judges are checked", low=0)
     chunk_size: int = option(32, "dialogues asked together; results come a chunk at a time", low=1)
     full: bool = option(False, "the larger preset: hours on two cores")
