@@ -1,9 +1,9 @@
-"""USB-Rec: a language model made a better conversational recommender.
+"""USB-Rec: a language model becomes a better conversational recommender.
 
-torch's threads wait for one another in a spin. A long one is quickest on idle cores, a short one
-beside another process. Tokens learned a second on two cores, with 1,000 and with 10,000 turns: idle
-298 to 355 and 375 to 400, with another process on one of them 174 to 188 and 94. So it depends on
-what runs at the start, since it must be set before torch is loaded.
+torch's threads wait for one another in a busy loop. A long loop is fastest on idle cores, a short
+one beside another process. Tokens learned per second on two cores, with at most 1,000 and with
+10,000 turns: 298 to 355 and 375 to 400 on idle cores, 174 to 188 and 94 with another process on one
+of them. The limit must be set before torch is loaded, so what runs at that time decides it.
 """
 
 import os

@@ -4,13 +4,14 @@
     /profile         show the profile of the last search
     /profile TEXT    give later searches this profile; "/profile auto" ends that
     /top [N]         the N titles likeliest to be recommended where the last reply stands (10)
-    /undo            take the last line and its reply back
+    /undo            take back the last line and its reply
     /save FILE       write the dialogue to a file that --dialogue reads
     /ses on|off      search for the next replies, or not
     /help            show these commands
 
-An empty line or the end of the input ends the conversation. A reply that is not searched is printed
-as it is drawn. What commands say goes to stderr, and a fault costs its own line alone.
+An empty line or the end of the input ends the conversation. A reply without a search is printed
+while it is drawn. Commands print to stderr. A line that cannot be answered does not end the
+conversation.
 """
 
 import os

@@ -1,13 +1,13 @@
 """Options: frozen dataclasses whose fields become `--kebab-case` flags, with their help text.
 
-@dataclass(frozen=True)
-class SearchOptions(Options):
-    samples: int = option(3, "first responses that are tried", low=1)
+    @dataclass(frozen=True)
+    class SearchOptions(Options):
+        samples: int = option(3, "first responses that are tried", low=1)
 
-add_flags(parser, SearchOptions, "ses")            # --ses-samples
-options = from_flags(SearchOptions, arguments, "ses")
+    add_flags(parser, SearchOptions, "ses")            # --ses-samples
+    options = from_flags(SearchOptions, arguments, "ses")
 
-Flags that belong to no dataclass stand in tables of JSON (`add_table`).
+Flags that belong to no dataclass are in tables of JSON (`add_table`).
 
 A flag that is not given sets no value: `from_flags` takes the caller's default, else the
 dataclass's. So a stage's flag can override the flag that all stages share.

@@ -10,8 +10,8 @@ A model that one GPU cannot hold is sharded (`shard`, train.py's --shard). Each 
 of every layer's frozen weights, and a layer is gathered while it computes. So every pass needs all
 processes. In training, a process with no row left repeats a row with weight 0. In decoding, the
 number of passes depends on the longest reply, so no process can have dialogues of its own: all
-compute the same chunk, and the first draws each token. Sharding saves memory, not time: leave it
-out where the model fits on one GPU, and N chunks run at a time. Adapters are small: each process
+compute the same chunk, and the first draws each token. Sharding saves memory, not time: without
+it, where the model fits on one GPU, N chunks run at a time. Adapters are small: each process
 holds them whole, and their gradients are summed as without --shard.
 """
 

@@ -33,7 +33,7 @@ ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter"
 DEFAULTS, FULL = TABLES["defaults"], TABLES["full"]
 DEFAULTS["ses_cards"] = CARDS
 # method -> the stage whose adapter recommends (None: none), and the options of its search; in the
-# order of the paper's table, which has not the last
+# order of the paper's table, which lacks the last
 COMPARED: dict[str, list[str | None]] = TABLES["methods"]
 FULL["data"]["methods"] = tuple(COMPARED)
 METHODS = tuple(name for name in COMPARED if name not in ("SES", "SFT+SES"))

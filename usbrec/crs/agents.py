@@ -1,7 +1,7 @@
 """The roles of a conversation: their prompts, the models that answer, and the judges' scores.
 
 Every `*_prompt` is a pure function from a dialogue to messages, used both to ask a model and to
-build its training dialogues. `Roles` holds the language model and the adapter of either side. Left
+build its training dialogues. `Roles` holds the language model and the adapter of each side. Left
 out: the order of turns (podcs.py, ses.py, evaluation.py).
 """
 

@@ -1,8 +1,8 @@
 """The catalogue: items, the search for their titles in text, and the hiding of target titles.
 
-titles.py has the names that a title stands for, and the rules that tell a title from an ordinary
-word. A name without a year means an item if no other item has the name; a mention of a
-name that several items have carries all of them. "Heat" means an item "Heat" before "Heat (TV)".
+titles.py has the names by which a title is known, and the rules that tell a title from an ordinary
+word. A name without a year means an item if no other item has that name; a mention of a name that
+several items share carries all of them. "Heat" means an item "Heat" rather than "Heat (TV)".
 
 Left out: misspellings, translated titles, and abbreviations such as "LOTR".
 """

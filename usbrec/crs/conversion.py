@@ -1,4 +1,4 @@
-"""Other datasets in our row format, a look at a dataset before its use, pairs for other trainers.
+"""Commands for datasets: fetch, convert to our row format, check, export pairs for other trainers.
 
     python -m usbrec.crs.datasets convert redial SOURCE FOLDER --items data/redial/items.json
     python -m usbrec.crs.datasets check FOLDER
@@ -10,10 +10,10 @@
 | inspired | train.tsv, dev.tsv, test.tsv | data/dialog_data of GitHub sweetpeach/Inspired |
 | opendialkg | SOURCE is opendialkg.csv | data of GitHub facebookresearch/opendialkg |
 | crslab | {train,valid,test}_data.json | the datasets of GitHub RUCAIBox/CRSLab |
-| chats | {train,valid,test}.jsonl | one's own, by docs/DATA.md |
+| chats | {train,valid,test}.jsonl | your own, as in docs/DATA.md |
 
 Each format is read as chats, with the titles that it marks in them. SOURCE may be one file. A split
-that it lacks is a tenth of its training dialogues. Equal input gives equal bytes.
+that it lacks becomes a tenth of its training dialogues. Equal input gives equal bytes.
 
 trl takes pairs.jsonl as it is: a conversational preference dataset (`prompt`, `chosen`,
 `rejected`). LLaMA-Factory takes the folder that `export` writes as its `dataset_dir` (dataset

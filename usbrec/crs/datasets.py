@@ -1,4 +1,4 @@
-"""Readers: the sample set, iEvaLM's ReDial and OpenDialKG rows, one's own rows, plain dialogues.
+"""Readers of the sample set, iEvaLM's ReDial and OpenDialKG rows, your own rows, plain dialogues.
 
 `load_split("redial", "train")` returns a split's examples and the notes that belong beside every
 number made with them. A dataset is `sample`, `redial`, `opendialkg`, a folder that holds

@@ -2,16 +2,17 @@
 
 All methods get the same dialogues, options and draws: a row's seed does not depend on its method,
 so that differences are paired. Three figures besides the judge's score come from rules alone:
-Recall@1 (the first catalogue title of the first reply), hit (any gold title in any reply),
-and the grade of the last reply's first title. Baselines and upper marks need no model. Left out:
-the tables (extras/report.py), and intervals (extras/intervals.py).
+Recall@1 (the first catalogue title of the first reply), hit (any gold title in any reply), and the
+grade of the last reply's first title. Baselines and upper marks need no language model. Left out:
+the tables (extras/report.py) and the intervals (extras/intervals.py).
 
 There are three protocols:
 
     targets      the seeker and the judge know the target titles (USB-Rec, arXiv 2509.20381)
-    until-hit    the same, and a talk ends with the reply that names a target (iEvaLM, arXiv
+    until-hit    the same, but a talk ends with a reply that names a target (iEvaLM, arXiv
                  2305.13112, with five turns)
-    profile      both know a profile in place of the titles, and the reply is judged unexplained
+    profile      both know a profile in place of the titles; the reply is judged without an
+                 explanation
 """
 
 import math

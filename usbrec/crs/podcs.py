@@ -7,10 +7,10 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
    itself); equal texts are rolled out once.
 3. Samples of one class are told apart by the mean score, then by order of draw.
 4. `worst` is the highest class of a rejected sample: 0 (paper) or 1, "below two" (release). Without
-   such a sample the gold response is rejected; without a 2 it is chosen. It is unscored.
+   such a sample the gold response is rejected; without a 2 it is chosen. It is not scored.
 5. An empty sample, or one whose score cannot be read, takes no part; without any other the
    example is dropped. So are the degenerate all-ones and a pair of equal texts. All are counted.
-6. Only training examples are for this; the caller passes no others.
+6. Pairs are made from training examples alone; the caller passes no others.
 
 Only the first response enters a pair; the roll-out with the external seeker scores it.
 """

@@ -1,4 +1,4 @@
-"""Self-enhancement at inference (SES): several replies tried on an inner user, the best said.
+"""Self-enhancement at inference (SES): replies are tried on an inner user, and the best is given.
 
 Departures from the paper (arXiv 2509.20381) and its release, and our choice where both are silent:
 1. Votes are read in closed form from the judge's digit probabilities; `votes` samples them.
@@ -16,11 +16,11 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
    the judge sees the catalogue's facts of the title. With cards a last reply without a title of
    the catalogue is 0, and so is one that the profile calls refused or seen (`veto`); a question on
    the way is not scored.
-9. Beyond the paper, and off unless asked for: a budget. A search that its tokens pay for is the
-   plain one. Otherwise the first responses are judged at once, then at each turn the better half is
-   rolled out and judged, or fewer where the tokens end; a value is that of the whole path. With
-   cards the rule `wishes.fit`, which asks no model, says which candidates are judged. One candidate
-   alone is not judged. A search spends at least a summary and a candidate.
+9. Beyond the paper, and off unless asked for: a budget. A search that fits its tokens is not
+   changed. Otherwise the first responses are judged at once; then at each turn the better half, or
+   fewer if the tokens run out, is rolled out and judged. A value is that of the whole path. With
+   cards the rule `wishes.fit`, which asks no model, chooses the candidates to be judged. A single
+   candidate is not judged. A search spends at least a summary and a candidate.
 
     dialogue + profile                  summary and first responses: one call for all dialogues
     |- candidate -- seeker -- reply     the later reply is a leaf, which the inner judge scores

@@ -1,7 +1,7 @@
 """Titles: one spelling for them and for texts, and the rules that tell one from an ordinary word.
 
-Plain text is what is searched: without accents, invisible characters, full-width letters and
-curly apostrophes, the same for composed and decomposed characters. Case is kept.
+Titles are searched in plain text: without accents, invisible characters, full-width letters and
+curly apostrophes, and equal for composed and decomposed characters. Case is kept.
 
 Catalogues write one film in many ways. `names_of` knows these:
 
@@ -22,13 +22,13 @@ The rules by which a title counts as named (`Catalogue.find`):
   case, other names ("The Thing", "Titanic") with their capitals;
 - a name that is an ordinary word ("It", "Up", "War", "Heat", "2012", "Drama") counts only with its
   year, in quotes with its capital, or with its capital right after a word such as "watch" or
-  "called"; a genre's name not even then;
+  "called"; a genre's name does not count after such a word;
 - a name in a script without spaces ("春江花月") counts anywhere; one of up to three characters (of
   up to five in Thai) and every Korean name only with its year, in quotes or title marks (《》), or
   alone: at the edges of a sentence, after "watch" or before particles (看远山吗, 바람길을).
 
-A name without a year is part of a longer title
-("Night Train") or of a person's name ("Oliver Stone"), and does not count, if right beside it stand
+A name without a year does not count if it is part of a longer title ("Night Train") or of a
+person's name ("Oliver Stone"). One of these right beside it shows that:
 - a number, a part or another year: "Night Train 2", "Night Train, Part Two", "Night Train 1990";
 - a capitalised word, also behind ":", "-", "of", "to" or "vs.": "Night Train Returns", "Late Night
   Train", "Night Train to Lisbon", "Alien: Covenant", "Murder on the Night Train". Not if this word

@@ -1,14 +1,15 @@
 """What a seeker wants, as facts; a film's card in the same words; the fit of both by rule.
 
-Below stands what texts say of films: a film described, and a reply rewritten for another film. Left
-out there: inflections other than those in GENRE_FORMS, pronouns ("he", "her"), and the plot.
-
 A profile is text: "Likes: crime, tense mood, 1990s, with Al Pacino. Dislikes: war. Seen: Heat
 (1995)." Its facts are (attitude, kind, value), such as ("like", "lead", "Al Pacino"). The gold
 profile and a language model's summary are read by the same rules, and nothing is mended: an entry
 that no rule knows counts as a genre, so a misspelt name is a wrong fact.
 
     card    "crime, thriller, tense mood, 1990s, by Michael Mann, with Al Pacino"
+
+The second half of the file puts films into words: it describes a film, and rewrites a reply for
+another film. Left out there: inflections other than those in GENRE_FORMS, pronouns ("he", "her"),
+and the plot.
 """
 
 import re

@@ -3,7 +3,7 @@
 Rows of one dialogue are not independent, so whole groups (dialogues) are drawn with replacement;
 rows without a group name stand alone. 10,000 draws, percentile interval, seeded.
 
-Draws from rows that agree all agree as well, and so would say that nothing else is possible. But n
+If all rows agree, so do all draws, and the interval would say that nothing else is possible. But n
 groups that agree allow a share p = 1 - 0.025 ** (1 / n) of all groups to be otherwise (the bound of
 Clopper and Pearson for 0 of n). So where each group's mean is a whole number (found or not, grades,
 their differences) each end lies at least as far out as a share p of groups at the limit of the

@@ -8,10 +8,10 @@ generated from the history alone. A reply whose gold title cannot be found or re
 with the reason.
 
 What a search's choice can gain depends on how well its judge tells a dialogue's target from other
-films, which `judge_ranked` tries on the recommender's best films. These two alone ask a model. The
-measures of the search are means of what the evaluation's rows record at the first searched turn:
-the summary's facts, the candidates, and the choice among them. Rows that were not searched are left
-out, and so are rows without a gold profile where one is needed.
+films. `judge_ranked` measures this on the films that the recommender ranks highest. Only these two
+ask a model. The measures of the search are means of what the evaluation's rows record at the first
+searched turn: the summary's facts, the candidates, and the choice among them. Rows that were not
+searched are left out, and so are rows without a gold profile where one is needed.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Pages for a browser: answers with their searches, and the report of a run.
 
-A page is one file that fetches nothing and runs no script. What shows on a click stands in
-`<details>`. `tag` escapes every text that comes from a model or from data.
+A page is one file that fetches nothing and runs no script. What a click opens is in `<details>`.
+`tag` escapes every text that comes from a model or from data.
 
     python infer.py --ses --trace search.html
 """

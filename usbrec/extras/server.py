@@ -5,9 +5,9 @@
 The model `recommender` gives plain replies, `recommender-ses` searched ones. The messages are the
 dialogue: user is the seeker, assistant the recommender. System messages are refused, because the
 recommender has its own instructions, and so is every field that would shape a reply elsewhere and
-has no effect here. `user`, `metadata` and `store` may stand there unread. What a request leaves out
-is as infer.py's flags say: `infer.py --dialogue` gives the same reply. `seed` takes the place of
---seed.
+has no effect here. `user`, `metadata`, `store` and `stream_options` are accepted without effect.
+What a request leaves out is as infer.py's flags say, so `infer.py --dialogue` gives the same reply.
+`seed` takes the place of --seed.
 
     a handler per client --Job--> waiting --a chunk--> the one thread that asks the models
                          <------ the text so far, the text so far, ..., the reply ---'

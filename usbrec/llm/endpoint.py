@@ -2,14 +2,14 @@
 
     http://localhost:8000/v1#HuggingFaceTB/SmolLM2-135M-Instruct
 
-An adapter is a model of its own there, so a request's adapter is the name of a model of the server:
+A server offers an adapter as a separate model, so a request's adapter names a model of the server:
 
     vllm serve BASE --enable-lora --lora-modules sft=runs/sample/sft rl=runs/sample/rl
 
 The client is the package openai; its retries and time-outs are used as they are. Each answer is
 appended to a file before it is used, under a digest of the server's URL and the request. So a
-request that was answered is never paid again: not in the same call, nor after a kill. Left out: the
-ranking of texts (`Ranks`), replies with a given beginning, and token ids.
+request that was answered is never paid for twice: not in the same call, nor after a kill. Left out:
+the ranking of texts (`Ranks`), replies with a given beginning, and token ids.
 """
 
 import hashlib

@@ -8,9 +8,9 @@ where neither says anything:
    do. The paper's "beta 0.5" is known at second hand only and may mean gamma.
 3. An NLL term on the chosen response may be added, a mean over pairs of its mean over tokens.
    Its weight is 0 by default, which is exactly SimPO.
-4. The SFT loss is a mean over the weights of all tokens of a step. It is no mean of means, so that
-   a step of N conversations costs the same cut into any number of passes.
-5. The head is frozen, so the gradient of a log-probability is known in the forward pass already.
+4. The SFT loss is a weighted mean over all tokens of a step. It is not a mean of means, so a step
+   of N conversations has the same loss however it is cut into passes.
+5. The head is frozen, so the gradient of a log-probability is already known in the forward pass.
    It is kept as one vector per token; no logits outlive their chunk.
 """
 

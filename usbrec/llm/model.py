@@ -4,7 +4,8 @@ A pass takes a flat row of T tokens, with no batch dimension and no padding. Its
 argument decides which token sees which: that of a packed training row (packing.py), or of
 conversations that continue a cache (decoding.py). Modules have Hugging Face's names, so that
 weights of Llama and Qwen2 load with no map. The formulas are those of the papers; `Ops` is the one
-seam for quicker equals (fast/). Left out: mixtures of experts, sliding windows, dropout.
+place where faster equivalents (fast/) replace them. Left out: mixtures of experts, sliding windows,
+dropout.
 """
 
 import math
@@ -69,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 @dataclass
 class Ops:
-    """The operations that may be replaced by quicker equals; these defaults are the definitions.
+    """The operations that faster equivalents may replace; these defaults are the definitions.
 
     `mask` converts the visibility (n, S) of one stretch of queries once for the `attend` of all
     layers. `clear` is called after any change of an adapter's weights.

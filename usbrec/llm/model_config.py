@@ -1,8 +1,8 @@
 """config.json -> ModelConfig. A setting that the decoder does not honour is refused by its name.
 
 Llama 2, 3, 3.1, 3.2, SmolLM2 and TinyLlama (`llama`), Mistral without a sliding window (`mistral`),
-Qwen2 and Qwen2.5 (`qwen2`), ChatGLM3 (`chatglm`), told apart by `model_type` alone. Files are read
-within a model's folder alone.
+Qwen2 and Qwen2.5 (`qwen2`), ChatGLM3 (`chatglm`), told apart by `model_type` alone. Only files
+inside a model's folder are read.
 """
 
 from collections.abc import Mapping

@@ -14,8 +14,8 @@ by their bound less a guessed cost of the rest. This order decides the result of
 cut short, not of an exact one. Proof takes the most tokens: of ReDial's 6,576 titles (46,000 tokens
 of trie) the ten best were found within 900 tokens, and proven after 2,000 to 10,000.
 
-A text is scored by its own tokens; the rest of the reply is left open. So the caller should close a
-text that another text continues ("Heat", "Heat (1995)" -> "Heat.", "Heat (1995)."), since otherwise
+A text is scored by its own tokens; the rest of the reply is left open. So a caller should close
+texts of which one continues another ("Heat", "Heat (1995)" -> "Heat.", "Heat (1995)."): otherwise
 the longer one can never win.
 """
 

@@ -1,4 +1,4 @@
-"""Quicker equals of the operations in model.py, which `accelerate(model)` puts in their place.
+"""Faster equivalents of the operations in model.py, which `accelerate(model)` puts in their place.
 
     linear      layers that read the same input become one product, their weights in one storage;
                 on a CPU with bf16 a copy is kept in the processor's own order
@@ -23,7 +23,7 @@ Fused = dict[Layers, "FusedLinear"]
 
 
 def accelerate(model: Decoder) -> None:
-    """Replace the model's operations by quicker equals; the model is on its device already."""
+    """Replace the model's operations by faster equivalents; the model is on its device already."""
     fused: Fused = {}
     adapters = cache(lay_out)
     if not model.sharded:  # sharded weights are here only while their layer computes
