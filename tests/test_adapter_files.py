@@ -188,6 +188,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(llama, tmp_path, monkeypatch
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [90, 91]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"some_new_thing": {"a": 1}}, "some_new_thing"),
         ({"peft_type": "IA3"}, "IA3"),
