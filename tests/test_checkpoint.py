@@ -164,6 +164,9 @@ def edit_config(folder, **changes):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": {"rope_theta": 10000.0, "factor": 8.0}}, "factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"original_max_position_embeddings": 32}, "original_max_position_embeddings"),
+        ({"is_causal": False}, "is_causal"),
         ({"model_type": "mistral", "sliding_window": 128}, "sliding_window"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
@@ -200,6 +203,18 @@ def test_rope_settings_are_read_in_both_spellings(folder):
     edit_config(folder, rope_parameters=None, rope_theta=500000.0, rope_scaling=scaling)
     assert load_config(folder) == new
     assert new.rope_theta == 500000.0
+
+
+def test_rope_scaling_beside_rope_parameters_counts_as_in_transformers(folder):
+    """As model cards tell people to add it; without a theta of its own it has the usual one."""
+    import transformers as hf
+
+    scaling = {key: value for key, value in LLAMA31_ROPE.items() if key != "rope_theta"}
+    edit_config(folder, rope_scaling={**scaling, "factor": 2.0})
+    oracle, ids = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), random_ids()
+    with torch.no_grad():
+        expected = oracle(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits_of(load_model(folder), ids), expected, atol=1e-4, rtol=0)
 
 
 def test_a_missing_folder_or_config_is_one_clear_error(tmp_path):

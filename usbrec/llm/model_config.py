@@ -108,11 +108,14 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
 
 
 def rope_of(settings: "CheckedSettings") -> dict[str, Any]:
-    """Return rope_theta and rope_scaling, from settings of those names or `rope_parameters`."""
+    """Return rope_theta and rope_scaling, from settings of those names or `rope_parameters`.
+
+    Of both, `rope_scaling` counts, as in transformers: model cards tell people to add it.
+    """
     values = settings.values
     if values["model_type"] == "chatglm":
         return {"rope_theta": 10000.0 * settings.number("rope_ratio", 1.0)}
-    found = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, dict):
         raise UserError(f"{settings.source}: rope_scaling must be an object, got {found!r:.60}")
     kind = found.get("rope_type", found.get("type", "default"))
