@@ -203,6 +203,9 @@ def test_a_gguf_file_merges_into_a_folder_that_transformers_loads(with_tokenizer
         ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__attention__sliding_window": 128}, "sliding_window"),
         ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type"),
+        ({"llama__rope__scaling__factor": 4}, "rope.scaling.factor"),
+        ({"llama__rope__scale_linear": 4}, "rope.scale_linear"),
+        ({"llama__attention__causal": 0}, "attention.causal"),
         ({"llama__rope__dimension_count": 8}, "part of a head"),
     ],
 )
