@@ -290,6 +290,14 @@ def test_drawing_goes_on_until_there_are_enough_titles_and_stops_at_the_limit() 
     assert [x.reply for x in result.candidates] == [said[0]]
 
 
+def test_draws_that_are_all_empty_end_with_an_empty_reply() -> None:
+    llm = Scripted(lambda request: "")
+    options = SearchOptions(samples=2, candidates="distinct", draws=6)
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options)
+    assert result.reply == "" and [x.value for x in result.candidates] == [None]
+    assert sum(map(len, llm.generated)) == 1 + 6 and not any(llm.scored)
+
+
 def test_more_draws_for_one_dialogue_change_nothing_for_another() -> None:
     def reply(request: Request) -> str:
         film = FILMS.items[request.seed % 3].title if role_of(request) == "recommender" else "x"
@@ -350,6 +358,18 @@ def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way
     (result,) = search(of_films(Scripted(reply, logprobs)), ROOTS[:1], [1], options)
     values = {x.reply: x.value for x in result.candidates}
     assert values == {"Which genre?": 0.0, "Try Heat (1995).": 1.0}
+
+
+def test_a_refused_film_on_the_way_is_worth_nothing_too() -> None:
+    def reply(request: Request) -> str:
+        if role_of(request) != "recommender":
+            return PROFILE
+        return "Try Alien (1979)." if len(request.messages) == 2 else "Up (2009)."
+
+    for veto, value in ((True, 1.0), (False, 2.0)):
+        options = SearchOptions(samples=1, cards=True, scored="path", veto=veto, vote_temperature=0)
+        (result,) = search(of_films(Scripted(reply, lambda x: SURE[2])), ROOTS[:1], [1], options)
+        assert result.candidates[0].value == value
 
 
 # --- budgets ------------------------------------------------------------------------------------

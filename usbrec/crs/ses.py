@@ -13,9 +13,9 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 8. Beyond the paper, and off unless asked for: `candidates` of different titles, drawn until there
    are enough, or the announcements of the likeliest titles of the catalogue, of which the chosen
    one is written out; `scored="path"`, which also scores the candidate itself; `cards`, with which
-   the judge sees the catalogue's facts of the title. With cards a last reply without a title of
-   the catalogue is 0, and so is one that the profile calls refused or seen (`veto`); a question on
-   the way is not scored.
+   the judge sees the catalogue's facts of the title. With cards a reply that the profile calls
+   refused or seen is 0 (`veto`), and so is a last reply without a title of the catalogue; a
+   question on the way is not scored.
 9. Beyond the paper, and off unless asked for: a budget. A search that fits its tokens is not
    changed. Otherwise the first responses are judged at once; then at each turn the better half, or
    fewer if the tokens run out, is rolled out and judged. A value is that of the whole path. With
@@ -309,7 +309,7 @@ def draw_distinct(
 
     Drawing goes on in rounds of `samples` for the dialogues that need more, until `draws` are
     spent. With a budget as many titles are enough as there were first draws. Replies without a
-    title count as one title.
+    title count as one title; where all are empty, one empty reply is left.
     """
     width, enough = options.samples, [len(x) for x in drawn]
     for start in range(width, options.draws, width):
@@ -319,7 +319,7 @@ def draw_distinct(
         texts = iter(roles.complete(asked))
         for i in short:
             drawn[i].extend(next(texts) for _ in numbers)
-    return [list(by_title(roles.catalogue, x).values())[:width] for x in drawn]
+    return [list(by_title(roles.catalogue, x).values())[:width] or [""] for x in drawn]
 
 
 def by_title(catalogue: Catalogue, replies: Sequence[str]) -> dict[tuple[Item, ...], str]:
@@ -372,8 +372,8 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
     votes = Votes(options.votes, options.vote_temperature)
     scores = iter(roles.judge(list(filter(None, prompts)), votes, seeds))
     for node, prompt in zip(nodes, prompts, strict=True):
-        unjudged = JudgeScore() if node.children else JudgeScore(0.0, 0)
-        node.score = next(scores) if prompt else unjudged
+        asks = node.children and not roles.catalogue.first(node.dialogue[-1].text)
+        node.score = next(scores) if prompt else JudgeScore() if asks else JudgeScore(0.0, 0)
 
 
 def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> Messages | None:
