@@ -1,5 +1,7 @@
 """What the recommender and the simulator are taught, and in which order."""
 
+from dataclasses import replace
+
 from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs.agents import (
     EXPLAIN,
@@ -9,6 +11,7 @@ from usbrec.crs.agents import (
     internal_judge_prompt,
     summary_prompt,
 )
+from usbrec.crs.catalogue import Catalogue, read_item
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.crs.lessons import (
@@ -212,6 +215,25 @@ def test_a_dataset_without_profiles_gets_one_from_what_the_seeker_named() -> Non
     profile = profile_of(example, CATALOGUE)
     assert profile.startswith("Likes: horror") and profile.endswith("Alien (1979).")
     assert "Psycho" not in profile
+
+
+def test_such_a_profile_has_the_words_of_the_cards() -> None:
+    said = Utterance("seeker", "I liked Titanic (1997).")
+    example = Example("d", 1, (said,), "Try Psycho (1960).", ("Psycho (1960)",))
+    titanic = CATALOGUE.get("Titanic (1997)")
+    assert titanic is not None and "romance" in titanic.genres
+    assert fit(titanic, read_profile(profile_of(example, CATALOGUE), CATALOGUE)) == 2
+    silent = replace(example, history=(Utterance("seeker", "Hello!"),))
+    assert read_profile(profile_of(silent, CATALOGUE), CATALOGUE) == frozenset()
+
+
+def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
+    """All films are of one decade, and of no other fact; a row recommends four of six."""
+    films = Catalogue(read_item({"name": f"Film {x} (1995)"}) for x in "ABCDEF")
+    titles = tuple(x.title for x in films)
+    row = Example("d", 1, (Utterance("seeker", "Hi"),), ", ".join(titles[:4]), titles[:4])
+    lessons = card_lessons([row, replace(row, items=titles[2:])], films, 0, LessonOptions())
+    assert len(lessons) == 2 + 6 and all(x.branches for x in lessons)
 
 
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:

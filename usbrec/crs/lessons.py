@@ -29,7 +29,7 @@ from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
-from usbrec.crs.wishes import Fact, attributes, describe, fit, genre_word, rewrite_all
+from usbrec.crs.wishes import Fact, attributes, describe, fit, rewrite_all
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
@@ -117,9 +117,9 @@ def profile_of(example: Example, catalogue: Catalogue) -> str:
     words = {word.strip(".,!?").lower() for text in lines for word in text.split()}
     genres = [genre for item in catalogue for genre in item.genres if genre in words]
     genres += [genre for item in items for genre in item.genres]
-    liked = list(dict.fromkeys(map(genre_word, genres)))[:4]
+    liked = list(dict.fromkeys(genres))[:4]
     liked += dict.fromkeys(item.title for item in items[-3:])
-    return f"Likes: {', '.join(liked)}." if liked else "Likes: unknown."
+    return f"Likes: {', '.join(liked) or wishes.NOTHING}."
 
 
 class Suggestion(NamedTuple):
@@ -293,7 +293,8 @@ def card_lessons(
     for number, film in enumerate(films):
         rng = np.random.default_rng(seed_for(seed, "cards", film.title))
         plain = agents.announce(film.title), False
-        claim = claim_of(examples[number - 1].response, golds[examples[number - 1]], film)
+        other = examples[number % len(examples) - 1]
+        claim = claim_of(other.response, golds[other], film)
         own = [facts for x, facts in known if film in golds[x]]
         others = [facts for x, facts in known if film not in golds[x] and fit(film, facts) < 2]
         tried = own[:4] + mixed(others, film, options.profiles_per_card - 4, rng)
@@ -318,7 +319,7 @@ def single_wishes(film: Item, catalogue: Catalogue, rng: Generator) -> list[list
     """Return profiles of one wish, which the film meets or not, with or without a dislike."""
     own = attributes(film)
     pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
-    wrong = [pool[i] for i in rng.choice(len(pool), len(own))]
+    wrong = [pool[i] for i in rng.choice(len(pool), len(own) if pool else 0)]
     absent = sorted({value for kind, value in wrong if kind == "genre"})
     pairs = [*((own[-1], genre) for genre in film.genres), *((own[0], genre) for genre in absent)]
     single = [[Fact("like", *x)] for x in (*own, *wrong)]
