@@ -10,6 +10,7 @@ import pytest
 
 from usbrec.crs.catalogue import Catalogue, Item, read_item
 from usbrec.crs.datasets import load_catalogue, load_split, read_examples
+from usbrec.crs.wishes import rewrite
 from usbrec.options import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -422,6 +423,16 @@ def test_a_title_is_found_and_hidden_in_every_spelling(title: str, texts: list[s
 )
 def test_a_name_within_a_longer_word_is_no_title(title: str, text: str) -> None:
     assert found(Catalogue([read_item({"name": title})]), text) == []
+
+
+def test_a_title_and_its_part_in_another_script_are_one_title() -> None:
+    title = "远山高城: Glass Road (2001)"
+    one = Catalogue([read_item({"name": title})])
+    text = "我喜欢远山高城: Glass Road 吗"
+    assert one.hide(text, [title]) == "我喜欢that film 吗"
+    assert one.hide("我看了glass road 2001年的", [title]) == "我看了that film年的"
+    other = read_item({"name": "Heat (1995)"})
+    assert rewrite(text, one.items[0], other) == "我喜欢Heat 吗"
 
 
 def test_a_mention_with_invisible_characters_keeps_its_place() -> None:

@@ -112,11 +112,11 @@ _BEFORE = re.compile(rf"([.!?:\"“\n(]\s*)?(?<!['\w])(\d{{1,3}}|{_NAME})(?: on 
 _OPENED = re.compile(r"(?:(?<!\w)[\"“«„「*]|[《〈『][^》〉』]*)$")
 _CLOSED = re.compile(rf"([^{QUOTES}\n.,!?;()]{{0,60}})[{QUOTES[1:]}]")
 # A title that no catalogue tells: in quotes or title marks, or in title case before its year, of so
-# many words at most that a text without a year is read in a time that grows with its length alone.
+# many marks, words and letters at most that the time of a text grows with its length alone.
 _INITIAL = rf"[A-ZÀ-ÞΑ-ΩЀ-Я\d{SPACELESS}]"
-_PART = rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]*|&|(?:{_SMALL}|and)(?!\w))"
+_PART = rf"(?:(?:Mrs?|Ms|Dr|St)\.|{_INITIAL}[\w'’-]{{0,79}}|&|(?:{_SMALL}|and)(?!\w))"
 _WRITTEN = re.compile(
-    rf"(?<![a-zA-Z\d])[\"“«*_《〈『]+({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
+    rf"(?<![a-zA-Z\d])[\"“«*_《〈『]{{1,9}}({_INITIAL}[^\"“”«»*_《》〈〉『』\n]{{0,79}})(?<![.,;:])"
     rf"[\"”»*_》〉』]+(?![a-zA-Z\d])(?: ?{YEAR})?"
     rf"|(?<!\w)(?!(?i:{'|'.join(CUES)})\b)"
     rf"((?={_INITIAL}){_PART}(?:(?: |: | [-–] ){_PART}){{0,24}}[!?]*) ?{YEAR}"
@@ -277,13 +277,14 @@ def _rest_of_quote(text: str, start: int, end: int) -> str:
 def _spelling(name: str) -> str:
     """Return a pattern of a plain name in lower case, for any punctuation between its words.
 
-    It begins and ends at the edge of a word, where its script has spaces between words.
+    It begins and ends at the edge of a word, where its script has spaces between words: "Heat" is
+    in "我看了Heat", not in "Heated".
     """
     words = [re.sub("'", "'?", re.escape(word)) for word in WORD.findall(name.lower())]
     words = ["(?:&|and)" if word in (r"\&", "and") else word for word in words]
     pattern = r"\W{0,3}".join(words) or re.escape(name.lower())
     pattern += r"[)\]]?" if name[-1:] in (")", "]") else ""
-    return pattern if _SPACELESS.search(name) else rf"(?<![^\W_]){pattern}(?![^\W_])"
+    return pattern if _SPACELESS.search(name) else rf"(?<!{LETTER}){pattern}(?!{LETTER})"
 
 
 @lru_cache(maxsize=4096)
@@ -295,7 +296,7 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
     parts += [part for name in names for part in name.split(": ")]
     telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]
     spellings = sorted({_spelling(form) for form in (*names, *telling)}, key=len, reverse=True)
-    bare_year = rf"|,?\s+{year}\b" if year else ""
+    bare_year = rf"|,?\s+{year}(?!{LETTER})" if year else ""
     return re.compile(
         rf"(?P<name>{'|'.join(spellings) or '(?!)'})"
         rf"""(?P<year>[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}{bare_year})?"""
@@ -305,14 +306,10 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
 def leaks(text: str, title: str) -> list[tuple[int, int]]:
     """Return the spans of a title in a text, by the rules of `Catalogue.hide`."""
     shown, places = plain(text)
-    lower, pattern = shown.lower(), _leak_pattern(title)
-    # without its Chinese letters a text has edges around "Heat" in "我看了Heat"
-    views = (lower, _SPACELESS.sub(" ", lower))
-    found = {x.span(): x for view in views for x in pattern.finditer(view) if x["name"]}
+    found = [x for x in _leak_pattern(title).finditer(shown.lower()) if x["name"]]
     # a title that is written as in the catalogue is all `name`, its year included
-    year, ordered = re.compile(YEAR), [x for _, x in sorted(found.items())]
-    dated = {x.span() for x in ordered if x["year"] or year.search(x["name"])}
-    meant = [x for x in ordered if x.span() in dated or _is_meant(shown, *x.span("name"))]
+    dated = {x.span() for x in found if x["year"] or re.search(YEAR, x["name"])}
+    meant = [x for x in found if x.span() in dated or _is_meant(shown, *x.span("name"))]
     return [(places[match.start()], places[match.end()]) for match in meant]
 
 
