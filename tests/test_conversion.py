@@ -358,6 +358,17 @@ def chat(number: int, *titles: str, mark: bool = False) -> dict[str, Any]:
     return {"id": f"talk {number}", "messages": said}
 
 
+def test_dialogues_without_names_are_other_ones_in_another_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in SPLITS:
+        chats = (chat(n, f"Heat ({n})")["messages"] for n in range(1990, 1994))
+        write_lines(tmp_path / "in" / f"{split}.jsonl", *chats)
+    assert run(capsys, "convert", "chats", tmp_path / "in", tmp_path / "out")[0] == 0
+    code, out, _ = run(capsys, "check", tmp_path / "out")
+    assert code == 0 and "4 rows of 4 dialogues" in out and "dialogues of both" not in out
+
+
 def test_what_has_no_splits_is_divided_by_dialogue_with_a_seed(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "in.jsonl", *(chat(n, "Heat (1995)", "Up (2009)") for n in range(40))
@@ -436,7 +447,7 @@ def test_titles_are_read_from_quotes_and_years(text: str, titles: list[str]) -> 
     assert written_titles(text) == titles
 
 
-@pytest.mark.parametrize("words", ["The ", "Aa: ", "Aa - ", '"A'])
+@pytest.mark.parametrize("words", ["The ", "Aa: ", "Aa - ", '"A', "A-", "A'", "__", "**"])
 def test_a_long_text_that_names_no_year_holds_no_title(words: str) -> None:
     """With titles of any length this would take minutes."""
     assert written_titles(words * 25_000) == []
@@ -475,6 +486,7 @@ def test_marked_titles_alone_count_where_there_are_any(tmp_path: Path) -> None:
         ([chat(n) for n in range(9)], "9 dialogues have 0 turns that recommend a title"),
         ([{"messages": [{"role": "critic", "content": "x"}]}], "line 1: a message needs a role"),
         ([[{"role": "user", "content": "x", "items": "Up"}]], "line 1: 'items' must be a list"),
+        ([[{"role": "user", "content": "x", "items": [" "]}]], "line 1: the item has no name"),
     ],
 )
 def test_a_file_of_chats_that_cannot_be_used_is_one_sentence(

@@ -141,7 +141,7 @@ def read_crslab(path: Path) -> Chats:
             words = line["text"] if isinstance(line["text"], str) else " ".join(line["text"])
             text = re.sub(rf" (?=[.,!?;:]|'\w|n't)|(?<=[{SPACELESS}]) (?=[{SPACELESS}])", "", words)
             said.append({"role": line["role"], "text": filled(text, items), "items": items})
-        yield f"{path}, dialogue {number}", {"id": number, "messages": said}
+        yield f"{path}, dialogue {number}", {"messages": said}
 
 
 def filled(text: str, names: Sequence[str]) -> str:

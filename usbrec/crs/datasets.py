@@ -303,7 +303,8 @@ def read_lines(value: Any) -> list[Marked]:
             raise UserError(f"a message needs a role ({names}) and content, got {message!r:.80}")
         line = Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text)
         if role != "system" and text.strip():
-            lines.append((line, list(_take({"items": [], **message}, "items", list))))
+            titles = _take({"items": [], **message}, "items", list)
+            lines.append((line, [read_item({"name": x}).title for x in titles]))
     return lines
 
 
@@ -324,7 +325,8 @@ def rows_of_chats(
     talks: list[tuple[str, str, list[Marked]]] = []
     for split, values in chats.items():
         for number, (place, value) in enumerate(values, 1):
-            name = value.get("id", number) if isinstance(value, dict) else number
+            unnamed = number if split == "train" else f"{split} {number}"
+            name = value.get("id", unnamed) if isinstance(value, dict) else unnamed
             talks.append((split, str(name), _at(place, read_lines, value)))
     lines = [line for *_, said in talks for line in said]
     marked = [title for _, titles in lines for title in titles]
