@@ -40,6 +40,13 @@ def test_a_title_with_commas_and_stops_is_one_fact() -> None:
     assert read_profile("The seeker wants crime.", films) == frozenset()
 
 
+def test_a_genre_is_no_film_of_that_name() -> None:
+    films = Catalogue([Item("War", "War"), Item("Family (2006)", "Family", 2006)])
+    told = read_profile("Likes: war, Family (2006). Dislikes: family.", films)
+    likes = {("like", "genre", "war"), ("like", "title", "Family (2006)")}
+    assert {tuple(x) for x in told} == likes | {("dislike", "genre", "family")}
+
+
 def test_the_fit_counts_wishes_and_refuses_dislikes_and_known_films() -> None:
     crime, mann = Fact("like", "genre", "crime"), Fact("like", "director", "Michael Mann")
     fifties, liked = Fact("like", "decade", "1950s"), Fact("like", "title", "Alien (1979)")

@@ -66,8 +66,11 @@ def _entries(text: str, catalogue: Catalogue) -> list[str]:
 
 
 def read_attribute(entry: str, catalogue: Catalogue) -> tuple[str, str]:
-    """Return the (kind, value) of an entry: "by Michael Mann" -> ("director", "Michael Mann")."""
-    if item := catalogue.get(entry):
+    """Return the (kind, value) of an entry: "by Michael Mann" -> ("director", "Michael Mann").
+
+    "war" is the genre, also where a film "War" is in the catalogue.
+    """
+    if entry not in GENRE_FORMS and (item := catalogue.get(entry)):
         return "title", item.title
     for kind, form in FORMS.items():
         if found := re.fullmatch(form.replace("{}", "(.*)"), entry):
