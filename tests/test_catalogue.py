@@ -426,11 +426,11 @@ def test_a_name_within_a_longer_word_is_no_title(title: str, text: str) -> None:
 
 
 def test_a_title_and_its_part_in_another_script_are_one_title() -> None:
-    title = "远山高城: Glass Road (2001)"
+    title = "远山高城: Silver Harbour (2001)"
     one = Catalogue([read_item({"name": title})])
-    text = "我喜欢远山高城: Glass Road 吗"
+    text = "我喜欢远山高城: Silver Harbour 吗"
     assert one.hide(text, [title]) == "我喜欢that film 吗"
-    assert one.hide("我看了glass road 2001年的", [title]) == "我看了that film年的"
+    assert one.hide("我看了silver harbour 2001年的", [title]) == "我看了that film年的"
     other = read_item({"name": "Heat (1995)"})
     assert rewrite(text, one.items[0], other) == "我喜欢Heat 吗"
 
