@@ -196,6 +196,17 @@ def test_a_listener_hears_a_single_reply(server: StandIn, tmp_path: Path) -> Non
     assert heard == ["a, m"]
 
 
+def test_a_listener_of_a_call_that_failed_hears_no_later_one(
+    server: StandIn, tmp_path: Path
+) -> None:
+    llm, heard = Endpoint(server.url, tmp_path / "answers.jsonl", 1), []
+    llm.listeners = {0: heard.append}
+    server.faults.append(refusal(401, "bad key"))
+    with pytest.raises(UserError, match="bad key"):
+        texts(llm, "a")
+    assert texts(llm, "b") == ["b, m"] and heard == []
+
+
 # --- faults -----------------------------------------------------------------------------------
 
 
@@ -250,10 +261,23 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server: StandIn, tmp_path: 
     assert KEY not in (tmp_path / "answers.jsonl").read_text("utf-8")
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\r", f"{KEY}\n", f" {KEY[:9]}\r\n{KEY[9:]}"])
+def test_line_ends_are_no_part_of_the_key(
+    key: str, server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client refuses to send them, with words that repeat the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    texts(Endpoint(server.url, tmp_path / "answers.jsonl", 1), "a")
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", [None, "", " "])
 def test_without_a_key_a_placeholder_is_sent(
-    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str | None, server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
+    if key is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
     texts(Endpoint(server.url, tmp_path / "answers.jsonl", 1), "a")
     assert server.keys == {"Bearer none"}
 
@@ -312,6 +336,24 @@ def test_votes_stand_in_for_what_a_server_does_not_tell(
     assert len(said) == 1 and server.url in said[0]
 
 
+@pytest.mark.parametrize("told", [{}, {"top_logprobs": None}, {"top_logprobs": []}])
+def test_what_a_server_leaves_out_of_an_answer_is_empty_or_0(
+    told: dict[str, Any], tmp_path: Path
+) -> None:
+    """A list of likeliest tokens that is missing, or none; counts that are none."""
+
+    def answer(body: Body) -> Body:
+        found = completion("2", SURE)
+        found["choices"][0]["logprobs"]["content"] = [{"token": "2", "logprob": 0.0, **told}]
+        return {**found, "usage": dict.fromkeys(found["usage"])}
+
+    with serving(answer) as server:
+        llm = Endpoint(server.url, tmp_path / "answers.jsonl", 1)
+        with pytest.warns(UserWarning, match="votes are sampled"):
+            assert llm.choice_logprobs([ask("a")], DIGITS) == [[]]
+    assert (llm.usage.prompt_tokens, llm.usage.decoded_tokens) == (0, 0)
+
+
 def test_votes_that_cannot_be_read_are_no_score(tmp_path: Path) -> None:
     with serving(lambda body: completion("I'm here to help")) as server:
         llm = Endpoint(server.url, tmp_path / "answers.jsonl", 8)
@@ -326,12 +368,17 @@ def test_votes_that_cannot_be_read_are_no_score(tmp_path: Path) -> None:
 
 def test_a_servers_url_and_model_are_split_and_identify_it() -> None:
     assert split_address("http://h:8000/v1#org/name") == ("http://h:8000/v1", "org/name")
+    assert split_address("https://[::1]:80#m#2") == ("https://[::1]:80", "m#2")
     names = ["http://h/v1#a", "http://h/v1#b", "http://h/v2#a", "none"]
     assert len({weights_digest(name, find_model) for name in names}) == 4
 
 
 @pytest.mark.parametrize(
-    "name", ["http://h/v1", "http://#m", "http://h/v1#", f"http://u:{KEY}@h/v1#m", f"https://h/v1?k={KEY}#m"],
+    "name",
+    [
+        "http://h/v1", "http://#m", "http://h/v1#", "http://h:PORT/v1#m", f"http://u:{KEY}@h/v1#m",
+        f"https://h/v1?k={KEY}#m",
+    ],
 )  # fmt: skip
 def test_a_malformed_address_is_refused_without_being_shown(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected URL#MODEL") as caught:

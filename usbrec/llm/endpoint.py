@@ -32,7 +32,7 @@ from usbrec.options import UserError
 from usbrec.runs import append_rows
 
 TOP = 20  # log-probabilities per answer; servers give no more
-ADDRESS = re.compile(r"(https?://[^/?#@\s]+(?:/[^?#\s]*)?)#(.+)")
+ADDRESS = re.compile(r"(https?://(?:\[[^]\s]+]|[^/:?#@\s]+)(?::\d+)?(?:/[^?#\s]*)?)#(.+)")
 
 
 def is_server(name: str) -> bool:
@@ -42,8 +42,7 @@ def is_server(name: str) -> bool:
 
 def split_address(name: str) -> tuple[str, str]:
     """Return the URL of a server and the name of its model; raises UserError for another form."""
-    found = ADDRESS.fullmatch(name)
-    if found is None:  # what was given is not shown: it may hold a key
+    if not (found := ADDRESS.fullmatch(name)):  # what was given is not shown: it may hold a key
         told = "expected URL#MODEL, as http://localhost:8000/v1#NAME, without user, key or query"
         raise UserError(f"the address of a server is malformed: {told} (key: OPENAI_API_KEY)")
     return found[1], found[2]
@@ -63,7 +62,8 @@ class Endpoint:
         except ImportError as error:
             raise UserError(f"{url} is asked by the package openai: pip install openai") from error
         self.url, self.answers, self.in_flight = url, answers, in_flight
-        self.key = os.environ.get("OPENAI_API_KEY") or "none"  # the client wants one
+        # no key holds white space, but a file's line end may follow it; the client wants a key
+        self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split()) or "none"
         self.client: Any = openai.OpenAI(base_url=url, api_key=self.key)
         self.failure, self.lock = openai.APIError, Lock()
         self.known, self.usage, self.warned = read_answers(answers), Usage(), False
@@ -75,8 +75,8 @@ class Endpoint:
 
     def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request; `token_ids` are not known and stay empty."""
-        answers = self.ask([self.body(request) for request in requests])
         listeners, self.listeners = self.listeners, {}
+        answers = self.ask([self.body(request) for request in requests])
         for place, hear in listeners.items():
             hear(answers[place]["text"])
         return [Reply(answer["text"], (), answer["finished"]) for answer in answers]
@@ -147,9 +147,9 @@ def read_answer(completion: Any) -> Row:
     of tokens of prompt and reply. What the server does not tell is empty or 0.
     """
     choice, usage = completion.choices[0], completion.usage
-    first = choice.logprobs.content if choice.logprobs else None
-    top = [[x.token, x.logprob] for x in first[0].top_logprobs] if first else []
-    tokens = [usage.prompt_tokens, usage.completion_tokens] if usage else [0, 0]
+    first = (choice.logprobs.content or [None])[0] if choice.logprobs else None
+    top = [[x.token, x.logprob] for x in getattr(first, "top_logprobs", None) or ()]
+    tokens = [getattr(usage, f"{name}_tokens", 0) or 0 for name in ("prompt", "completion")]
     text, ended = choice.message.content or "", choice.finish_reason == "stop"
     return {"text": text, "finished": ended, "top": top, "tokens": tokens}
 
