@@ -154,6 +154,15 @@ def test_a_saved_dialogue_is_one_that_dialogue_reads_and_no_file_is_overwritten(
     assert len(said) == 5 and len(held.turns) == 3
 
 
+def test_the_folder_of_an_unknown_user_ends_no_conversation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    held, _, _ = chat(monkeypatch, "One.", "/save ~no user of this name/said.json", "Two.")
+    assert len(held.turns) == 2
+    assert read_dialogues(Path("~no user of this name/said.json")) == [held.turns[0][0]]
+
+
 def test_an_unknown_command_and_help_are_told_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

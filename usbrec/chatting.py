@@ -95,7 +95,7 @@ class Chat:
                 self.turns.pop()
                 self.dialogue = self.dialogue[:-2]
             case "/save", file if file:
-                self.save(Path(file).expanduser())
+                self.save(Path(os.path.expanduser(file)))
             case _:
                 raise UserError(f"there is no command {line!r:.60}: /help lists them")
 
