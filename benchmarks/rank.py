@@ -50,7 +50,7 @@ def brute_force(engine: Engine, request: Request, texts: list[str]) -> None:
     """Score the texts, each as a row of its own."""
     engine.clear_cache()
     prompt = engine.prompt(request, 64)
-    rows = [[*prompt, *engine.tokenizer.encode(text)[:-1]] for text in texts]
+    rows = [[*prompt, *engine.tokenizer.beginning(text)[:-1]] for text in texts]
     for at in range(0, len(rows), 64):
         some = [(request.adapter, row) for row in rows[at : at + 64]]
         _, states = engine.prefill(some, [len(prompt) - 1] * len(some))

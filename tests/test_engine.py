@@ -52,6 +52,9 @@ class LetterTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 
+    def beginning(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         return [i for m in messages for i in [3, *self.encode(m.content), 1]] + [2]
 

@@ -169,6 +169,13 @@ def test_a_choice_is_scored_as_it_stands_in_a_reply(family):
     assert any(said[: len(ids)] == ids for ids in variants)
 
 
+@pytest.mark.parametrize("text", ["I recommend Heat (1995).", "a", "2 films", "Léon"])
+def test_a_given_beginning_is_that_of_a_reply(family, text):
+    ours, _ = family
+    begun = ours.beginning(text)
+    assert ours.reply(f"{text}\n1")[: len(begun)] == begun and ours.decode(begun).strip() == text
+
+
 def test_text_behind_a_control_token_continues_no_text(tmp_path):
     """ "a" at a text's start is the piece "\u2581a"; "[INST]" after a line's end begins a text."""
     small_tokenizer("mistral-v3", False).save(str(tmp_path / "tokenizer.json"))

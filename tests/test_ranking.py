@@ -1,5 +1,7 @@
 """Ranking against brute force: every text scored by a full pass of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_engine import CHATS, LetterTokenizer, engine, plain_logits
@@ -131,6 +133,16 @@ def test_a_search_without_tokens_enough_still_finds_a_text() -> None:
         assert [s for _, s in ranked.texts] == pytest.approx(
             [scores[i] for i, _ in ranked.texts], abs=1e-4
         )
+
+
+def test_texts_are_ranked_and_begun_as_replies_begin() -> None:
+    """The layout puts a space before each reply, as Mistral's does."""
+    e, spaced = engine(), engine()
+    spaced.tokenizer.beginning = lambda text: e.tokenizer.encode(f" {text}")
+    [found] = Ranking(spaced, LED).best(CHATS[:1], 5, 0)
+    [expected] = Ranking(e, [f" {text}" for text in LED]).best(CHATS[:1], 5, 0)
+    assert_equal(found.texts, expected.texts)
+    assert spaced.generate([replace(CHATS[0], begin="Up")])[0].text.startswith(" Up")
 
 
 def test_one_text_and_equal_texts_are_ranked_too() -> None:

@@ -163,8 +163,7 @@ class Engine:
         positions = model.config.max_position_embeddings
         if not 0 <= max_length <= positions:
             raise UserError(f"--max-length must lie in 0 (all) to {positions}, got {max_length}")
-        self.model, self.tokenizer = model, tokenizer
-        self.max_length = max_length or positions
+        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length or positions
         self.cache = PrefixCache(model.config, model.dtype, model.device, kv_bytes)
         self.usage = Usage()
         self.ranking: Ranking | None = None  # of the texts that were ranked last
@@ -188,7 +187,7 @@ class Engine:
         listeners, self.listeners = self.listeners, {}
         rows = []
         for place, request in enumerate(requests):
-            begun = self.tokenizer.encode(request.begin) if request.begin else []
+            begun = self.tokenizer.beginning(request.begin) if request.begin else []
             prompt = self.prompt(request, request.sampling.max_new_tokens + len(begun)) + begun
             rows.append(BatchRow(self.tokenizer, request, prompt, begun, listeners.get(place)))
         sizes = [len(row.prompt) + row.request.sampling.max_new_tokens for row in rows]
@@ -268,12 +267,11 @@ class Engine:
 
     def batches(self, sizes: Sequence[int]) -> Iterator[slice]:
         """Yield slices of rows, in order, whose token counts `sizes` fit the cache together."""
-        start = 0
-        while start < len(sizes):
+        stop = 0
+        while (start := stop) < len(sizes):
             totals = itertools.accumulate(sizes[start : start + MAX_ROWS])
-            count = max(1, sum(total <= self.cache.capacity for total in totals))
-            yield slice(start, start + count)
-            start += count
+            stop += max(1, sum(total <= self.cache.capacity for total in totals))
+            yield slice(start, stop)
 
     def prefill(self, rows: Rows, firsts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the paths and hidden states of `decoding.prefill`; count its tokens."""
@@ -298,8 +296,7 @@ def default_kv_bytes(model: Decoder) -> int:
     the results, must not depend on other programs.
     """
     if model.device.type == "cuda":
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        own = weights // world() if model.sharded else weights
+        own = sum(x.nbytes for x in model.parameters()) // (world() if model.sharded else 1)
         size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 2
     else:
         sysconf = getattr(os, "sysconf", lambda name: 0)  # Windows has none: the least is taken

@@ -93,7 +93,7 @@ class Ranking:
 
     def __init__(self, engine: "Engine", texts: Sequence[str]) -> None:
         self.engine, self.texts = engine, list(texts)
-        rows = sorted((engine.tokenizer.encode(text), i) for i, text in enumerate(texts))
+        rows = sorted((engine.tokenizer.beginning(text), i) for i, text in enumerate(texts))
         self.longest = max(len(ids) for ids, _ in rows)
         trie = make_trie(rows)
         # -1: the prompt's last token, which differs by request, precedes all texts

@@ -61,8 +61,7 @@ class Sampler:
 def finite(numbers: Tensor) -> Tensor:
     """Return the numbers; raises UserError if one is infinite or none, as from damaged weights."""
     if not numbers.isfinite().all():
-        told = "its weights are damaged, or too large for the dtype (--dtype float32)"
-        raise UserError(f"the model's logits are not finite numbers: {told}")
+        raise UserError("logits are not finite numbers: damaged weights, or try --dtype float32")
     return numbers
 
 

@@ -259,6 +259,10 @@ class ChatTokenizer:
         ids, weights = self.render([Message("assistant", text, 1.0)], first=False)
         return [token for token, weight in zip(ids, weights, strict=True) if weight]
 
+    def beginning(self, text: str) -> list[int]:
+        """Return the ids of a reply's beginning, as `reply` lays them out."""
+        return self.encode(self.chat_format.reply_prefix + text, continued=True)
+
     def _completed(self, messages: Messages, first: bool) -> list[Message]:
         """Return the messages as the template sees them: system prompts in place, texts trimmed."""
         style, completed = self.chat_format, list(messages)
