@@ -313,6 +313,26 @@ def test_each_row_of_a_batch_has_its_own_listener_in_the_next_call_alone() -> No
     assert {place: len(own) for place, own in heard.items()} == counts
 
 
+@pytest.mark.parametrize(("owner", "name"), [(Decoder, "forward"), (DecodeAttention, "compact")])
+def test_a_call_that_is_broken_off_leaves_nothing_to_the_next_one(
+    owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a prefill, or while a reply's keys move; then the reply's beginning is given."""
+
+    def broken(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    [asked], e, fresh = drawing([CHATS[0]], COLD, [0]), engine(), engine()
+    begun = replace(asked, begin=fresh.generate([asked])[0].text[:6])
+    fresh.clear_cache()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, broken)
+        e.generate([asked])
+    assert len(begun.begin) == 6 and e.generate([begun]) == fresh.generate([begun])
+    before = e.usage.reused_tokens
+    assert e.generate([begun]) and e.usage.reused_tokens > before
+
+
 def test_a_call_that_cannot_fit_says_so() -> None:
     with pytest.raises(UserError, match=r"memory holds 20 tokens.*--kv-memory"):
         engine(capacity=20).generate([CHATS[5]])

@@ -1,5 +1,6 @@
 """The server as OpenAI's own client sees it, over a small random model."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -208,6 +209,14 @@ def test_openais_helper_puts_the_chunks_together(running: Running) -> None:
     assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
 
 
+def test_an_empty_reply_has_its_tokens_counted(
+    running: Running, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recommender.engines[0], "generate", lambda x: [Reply("", (), True, 5)])
+    usage = running.ask().usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (5, 0, 5)
+
+
 def test_the_fields_of_a_request_shape_its_reply(running: Running) -> None:
     """They are the sampling of the engine's request; what is left out is as the flags say."""
     text = running.text(seed=1)
@@ -409,9 +418,10 @@ def test_an_unknown_page_is_an_error_of_openais_form(running: Running) -> None:
 def test_a_fault_of_ours_is_an_error_and_the_server_goes_on(
     running: Running, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prefix cache may hold tokens that were not computed: it is emptied."""
+    """The prefix cache holds tokens that were not computed: none of them is used."""
     engine = recommender.engines[0]
-    text = running.text()
+    text, later = running.text(), running.text(messages=LATER)
+    engine.clear_cache()
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -421,8 +431,23 @@ def test_a_fault_of_ours_is_an_error_and_the_server_goes_on(
         with pytest.raises(openai.InternalServerError, match="out of memory") as fault:
             running.ask(messages=LATER)
     assert fault.value.status_code == 500
-    assert not engine.cache.roots
+    assert running.text(messages=LATER) == later
     assert running.text() == text
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_fault_of_ours(
+    recommender: Recommender,
+) -> None:
+    """A fault of ours would be raised, for the log."""
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        assert message["type"].startswith("http.response")
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    asyncio.run(server.Api(recommender).app(scope, receive, send))
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -106,8 +106,6 @@ def draw(recommender: Recommender, jobs: Sequence[Job]) -> Sequence[Reply | Exce
         found = ses.search(roles, [x.dialogue for x in jobs], [x.asked.seed for x in jobs], how)
         return [Reply(x.reply, (), True) for x in found]
     except Exception as error:
-        for each in recommender.engines:
-            each.clear_cache()  # it may hold tokens that were not computed
         return [error] if len(jobs) == 1 else [y for x in jobs for y in draw(recommender, [x])]
 
 
@@ -132,7 +130,7 @@ async def written(job: Job, now: Any, got: asyncio.Queue[Any]) -> AsyncIterator[
         ended = None if reply is None else "stop" if reply.finished else "length"
         choice = {"index": 0, part: {**role, "content": text[sent:]}, "finish_reason": ended}
         row = {**head, "object": f"chat.completion{kind}", "choices": [choice]}
-        if reply is not None and reply.token_ids:
+        if reply is not None and reply.prompt_tokens:
             n, m = reply.prompt_tokens, len(reply.token_ids)
             row["usage"] = {"prompt_tokens": n, "completion_tokens": m, "total_tokens": n + m}
         yield f"data: {dump(row)}\n\n" if job.streamed else dump(row)
@@ -152,7 +150,9 @@ class Api:
         models = responses.JSONResponse({"object": "list", "data": listed})
         chat = routing.Route("/v1/chat/completions", self.chat, methods=["POST"])
         routes = [routing.Route("/v1/models", models), chat]
-        faults = {kind: refuse for kind in (UserError, exceptions.HTTPException, Exception)}
+        # a client that leaves in the middle of its request is no fault of ours, and not logged
+        told = (UserError, exceptions.HTTPException, requests.ClientDisconnect, Exception)
+        faults = dict.fromkeys(told, refuse)
         self.app = applications.Starlette(routes=routes, exception_handlers=faults)
 
     async def chat(self, request: requests.Request) -> responses.Response:

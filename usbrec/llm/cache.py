@@ -8,7 +8,8 @@ tokens with their slots. A prompt reuses the slots of its cached prefix and adds
 
 So a sibling or a later turn computes its own tokens only. There is one tree per adapter; `clear`
 empties all trees after a change of weights. When the arena is full, the least recently used tokens
-are evicted; tokens of the present call never are.
+are evicted; tokens of the present call never are. A call that is broken off, as by Ctrl-C, may
+leave tokens that were not computed, so the next one begins with empty trees.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -47,19 +48,20 @@ class PrefixCache:
         """Drop every cached token."""
         self.roots: dict[Hashable, TreeNode] = {}
         self.free = torch.arange(self.capacity - 1, -1, -1)  # a stack: the next slot is its last
-        self.clock = 0  # the number of the present call
+        # the number of the present call, and whether every cached token has been computed
+        self.clock, self.complete = 0, True
 
     def insert(self, adapter: Hashable, ids: list[int]) -> tuple[Tensor, int]:
         """Return the slots (n,) of the row `ids`, on the CPU, and how many tokens were cached.
 
-        Missing tokens get new slots, still without content.
-        Raises UserError if the arena cannot hold all tokens of the present call.
+        Missing tokens get new slots, still without content: the caller computes them, and then sets
+        `complete`. Raises UserError if the arena cannot hold all tokens of the present call.
         """
+        self.complete = False
         node, found, num_cached = self.find(adapter, ids)
         if num_cached < len(ids):
             found.append(self.allocate(len(ids) - num_cached))
-            rest = TreeNode(ids[num_cached:], found[-1], last_used=self.clock)
-            node.children[ids[num_cached]] = rest
+            node.children[ids[num_cached]] = TreeNode(ids[num_cached:], found[-1], {}, self.clock)
         return torch.cat(found), num_cached
 
     def find(self, adapter: Hashable, ids: list[int]) -> tuple[TreeNode, list[Tensor], int]:

@@ -30,8 +30,7 @@ Rows = Sequence[tuple[str | None, list[int]]]  # (adapter, ids) each
 
 def adapter_spans(adapters: Sequence[str | None], counts: Sequence[int]) -> list[AdapterSpan]:
     """Return the spans of a pass of successive stretches: `counts[i]` tokens of `adapters[i]`."""
-    spans: list[AdapterSpan] = []
-    stop = 0
+    spans, stop = [], 0
     stretches = zip(adapters, counts, strict=True)
     for adapter, neighbours in itertools.groupby(stretches, key=lambda stretch: stretch[0]):
         start, stop = stop, stop + sum(count for _, count in neighbours)
@@ -60,6 +59,8 @@ def prefill(
     position `first_hidden`. The cache holds keys and values alone, so a cached token is computed
     again if its hidden state is wanted.
     """
+    if not cache.complete:
+        cache.clear()
     cache.clock += 1  # a new call: no token that it uses is evicted
     for adapter, ids in rows:
         cache.find(adapter, ids)  # marks it as used: an earlier row may not evict it
@@ -82,6 +83,7 @@ def prefill(
                 passes.append([])
             passes[-1].append(piece)
     hidden = torch.cat([run_pieces(model, cache, pieces) for pieces in passes])  # (N, D)
+    cache.complete = True
     wanted = [path[n:].tolist() for path, n in zip(paths, first_hidden, strict=True)]
     return paths, [hidden[[place[slot] for slot in slots]] for slots in wanted], total
 
@@ -202,6 +204,7 @@ class DecodeAttention:
                 arena[layer][:, slots] = x[:, rows, columns]
                 own[layer] = x[:, index]
         self.bias = None if self.bias is None else self.bias[index]
+        self.cache.complete = True
         self.paths = [self.paths[row] for row in live]
         if live and not self.copied:
             self.seat()
