@@ -169,6 +169,10 @@ def test_the_closed_form_renormalises_the_digits_at_the_vote_temperature() -> No
     assert judged.score == pytest.approx((0.0225 + 2 * 0.0625) / sum(weights))
     assert judged.label == 2 and judged.digit_probability == pytest.approx(0.5)
     assert judged.parse_rate is None
+    rounded = closed_form(
+        [1e-7, -math.inf, -math.inf], 0.5
+    )  # probabilities may add up to a bit more
+    assert rounded.digit_probability == 1.0
 
 
 def test_the_closed_form_is_the_mean_of_many_sampled_votes() -> None:

@@ -117,11 +117,23 @@ def test_in_the_protocol_of_profiles_no_prompt_has_a_target() -> None:
 
 def test_each_side_speaks_with_its_adapter_and_temperature() -> None:
     llm = speaker("a", "b")
-    options = EvaluationOptions(turns=2, temperature=0.0, seeker_temperature=0.3)
-    evaluate_method(cast(llm), EXAMPLES, 0, options)
+    options = EvaluationOptions(
+        turns=2, temperature=0.0, seeker_temperature=0.3, vote_temperature=0.0
+    )
+    rows = evaluate_method(cast(llm), EXAMPLES, 0, options)
     assert [requests[0].adapter for requests in llm.generated] == ["rl", "simulator", "rl", "rl"]
     assert [requests[0].sampling.temperature for requests in llm.generated] == [0.0, 0.3, 0.0, 0.0]
     assert llm.scored[0][0].adapter == "simulator"
+    assert [row["score"] for row in rows] == [2.0, 2.0]  # above 0 it is a mean with 0 and 1
+
+
+@pytest.mark.parametrize("protocol", ["targets", "profile"])
+def test_another_model_may_be_the_external_judge(protocol: str) -> None:
+    llm, outer = speaker("Dark Well (1999)!"), speaker()
+    roles = replace(cast(llm), external=Side(outer, "outer"))
+    evaluate_method(roles, EXAMPLES, 0, EvaluationOptions(protocol=protocol))
+    assert llm.scored == outer.generated == []
+    assert [[x.adapter for x in requests] for requests in outer.scored] == [["outer"] * 2]
 
 
 def test_two_models_talk_as_one_does_and_each_gets_its_own_requests() -> None:
@@ -142,6 +154,7 @@ def test_recall_reads_the_first_title_of_the_first_reply_and_hit_any_of_any_repl
     assert first["labels"] == [{"title": WELL.title, "repeated": False, "found": False}]
     assert second["labels"] == [{"title": LOFT.title, "repeated": True, "found": True}]
     assert (first["hit"], second["hit"]) == (True, True)
+    assert (first["end"], second["end"]) == ("turns", "turns")  # no hit ends this protocol
     assert first["items"] == [[LOFT.title, WELL.title], [OLD.title]]
     late = speaker("Who knows?", "Dark Well (1999)")
     row = evaluate_method(cast(late), EXAMPLES[:1], 0, EvaluationOptions(turns=2))[0]
@@ -206,10 +219,11 @@ def test_a_row_depends_on_its_own_example_and_seed_and_on_no_method_name() -> No
 
 def test_no_two_draws_of_a_talk_share_a_seed() -> None:
     llm = speaker("a", "b", "c")
-    evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=3))
+    examples = [*EXAMPLES, replace(EXAMPLES[0], turn_id=4)]
+    evaluate_method(cast(llm), examples, 0, EvaluationOptions(turns=3))
     seeds = [request.seed for requests in llm.generated for request in requests]
-    assert len(set(seeds)) == len(seeds) == 2 * 6
-    assert not set(seeds) & {seed_for(0, "ieval", x.dialog_id, x.turn_id) for x in EXAMPLES}
+    assert len(set(seeds)) == len(seeds) == 3 * 6
+    assert not set(seeds) & {seed_for(0, "ieval", x.dialog_id, x.turn_id) for x in examples}
 
 
 def test_rows_survive_json() -> None:
@@ -267,6 +281,17 @@ def test_a_long_training_dialogue_is_not_nearer_for_its_length() -> None:
     """Both share "dark"; the first says three other rare words too."""
     train = [said("a", "dark one two three"), said("b", "dark"), said("c", "none")]
     assert [x.dialog_id for x in nearest([said("x", "dark")], train)] == ["b"]
+
+
+def test_a_rare_word_in_common_is_nearer_than_two_usual_ones() -> None:
+    """Of four, "cosy" is in 1, the others in 2 each: squares of log(4 / n) 1.92 and 0.48.
+
+    a shares 1.92 and has length 1.55, b shares 0.96 and has length 0.98: cosines 1.24 to 0.98.
+    With the logarithms in place of their squares b would win.
+    """
+    train = [said("b", "dark slow"), said("a", "cosy long"), said("c", "long dark"),
+             said("d", "slow")]  # fmt: skip
+    assert [x.dialog_id for x in nearest([said("x", "cosy dark slow")], train)] == ["a"]
 
 
 def test_the_nearest_baseline_guesses_that_dialogues_target() -> None:

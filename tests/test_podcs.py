@@ -95,6 +95,13 @@ def test_within_a_class_the_expectation_decides_then_the_order() -> None:
     assert sides(pair) == ("a", "c")
 
 
+def test_the_class_goes_before_the_expectation() -> None:
+    """A judge torn between 0 and 2 can call a reply 2 and expect less of it than of a sure 1."""
+    torn = [sample("a", 1, 1.3), sample("b", 2, 1.2), sample("c", 0, 0.9), sample("d", 1, 0.8)]
+    (pair,), _ = choose_pairs(EXAMPLES[0], torn, PairOptions(worst="below-two"))
+    assert sides(pair) == ("b", "c")
+
+
 def test_one_chosen_side_may_stand_against_several_rejected_ones() -> None:
     said = (("a", 2), ("b", 0), ("c", 0), ("b", 0), ("d", 1), ("e", 0))
     samples = [sample(text, label) for text, label in said]
@@ -178,6 +185,30 @@ def test_equal_samples_are_rolled_out_once() -> None:
     (row,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions(turns=2))
     assert [len(requests) for requests in llm.generated] == [3, 1, 1, 1]
     assert len(row["samples"]) == 3 and row["samples"][0] == row["samples"][2]
+
+
+def test_an_empty_sample_is_neither_rolled_out_nor_scored() -> None:
+    drawn = iter(["", "Try it.", " "])
+    llm = Scripted(lambda x: next(drawn, "More.") if role_of(x) == "recommender" else "x")
+    (row,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions())
+    assert [len(requests) for requests in llm.generated] == [3, 1, 1, 1] and len(llm.scored[0]) == 1
+    assert [x["end"] for x in row["samples"]] == ["empty", "turns", "empty"]
+
+
+def test_no_two_draws_of_a_run_share_a_seed() -> None:
+    llm = Scripted(distinct, first_draft)
+    build_pairs(cast(llm), EXAMPLES, 0, PairOptions(turns=3))
+    seeds = [request.seed for requests in llm.generated for request in requests]
+    assert len(set(seeds)) == len(seeds) == 6 * 6
+
+
+def test_scores_are_read_at_the_stated_temperature() -> None:
+    """At 0 a score is the likeliest digit, above it the mean of all three."""
+    for temperature in (0.0, 0.7):
+        options = PairOptions(vote_temperature=temperature)
+        (row,) = build_pairs(cast(Scripted(distinct, first_draft)), EXAMPLES[:1], 0, options)
+        surely = [x["score"] == x["label"] for x in row["samples"] if x["label"] != 1]
+        assert surely and set(surely) == {temperature == 0}
 
 
 def test_the_recommender_sees_neither_the_gold_response_nor_a_target_from_the_seeker() -> None:

@@ -125,6 +125,16 @@ def test_equal_candidates_are_searched_once_and_stay_listed() -> None:
     assert [candidate.reply for candidate in result.candidates] == ["recommender"] * 3
     assert all(candidate.leaves[0].draws == 3 for candidate in result.candidates)
     assert result.best == 0
+    (deeper,) = search(cast(llm), ROOTS[:1], [1], SearchOptions(mode="tree", turns=3))
+    assert [leaf.draws for leaf in deeper.candidates[0].leaves] == [3 * 3]
+
+
+def test_no_two_draws_of_a_search_share_a_seed() -> None:
+    """A summary draws nothing."""
+    llm = Scripted(by_role)
+    search(cast(llm), ROOTS, [1, 2], SearchOptions(turns=3, mode="tree", votes=2))
+    seeds = [x.seed for call in llm.generated for x in call if role_of(x) != "summariser"]
+    assert len(set(seeds)) == len(seeds) > 100
 
 
 def test_an_empty_candidate_is_not_searched_and_not_chosen() -> None:
@@ -288,6 +298,7 @@ def test_drawing_goes_on_until_there_are_enough_titles_and_stops_at_the_limit() 
     options = replace(options, draws=3)
     (result,) = search(of_films(llm), ROOTS[:1], [1], options)
     assert [x.reply for x in result.candidates] == [said[0]]
+    assert [len(requests) for requests in llm.generated] == [3, 1]
 
 
 def test_draws_that_are_all_empty_end_with_an_empty_reply() -> None:
@@ -340,6 +351,9 @@ def test_with_cards_no_title_and_refused_titles_are_worth_nothing_unjudged() -> 
         options = SearchOptions(turns=1, cards=True, veto=veto)
         (result,) = search(of_films(llm), ROOTS[:1], [1], options)
         assert [x.value for x in result.candidates] == pytest.approx(values)
+    llm, options = Scripted(drawing(*said)), SearchOptions(turns=1, cards=True)
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options, "Likes: war. Seen: Alien (1979).")
+    assert [x.value for x in result.candidates] == pytest.approx([0.0, 0.0, 1.0])
 
 
 def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way() -> None:
@@ -352,12 +366,12 @@ def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way
         )
 
     def logprobs(request: Request) -> list[float]:
-        return SURE[2 if "Heat" in request.messages[1].content else 0]
+        return SURE[2 if "Heat" in request.messages[1].content else 1]
 
     options = SearchOptions(samples=8, cards=True, scored="path", vote_temperature=0)
     (result,) = search(of_films(Scripted(reply, logprobs)), ROOTS[:1], [1], options)
     values = {x.reply: x.value for x in result.candidates}
-    assert values == {"Which genre?": 0.0, "Try Heat (1995).": 1.0}
+    assert values == {"Which genre?": 1.0, "Try Heat (1995).": 1.5}
 
 
 def test_a_refused_film_on_the_way_is_worth_nothing_too() -> None:
@@ -520,6 +534,16 @@ def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
     llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
     (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, 1))
     assert result.reply == "I recommend Heat (1995). Good." and llm.scored == []
+
+
+def test_a_reply_without_a_title_gives_way_to_a_film_that_does_not_fit() -> None:
+    """Two of three can be judged; Alien is disliked."""
+    options = SearchOptions(samples=3, turns=1, candidates="distinct", draws=5, cards=True)
+    budget = next(n for n in range(1, 10**5) if plan(ROOTS[0], with_tokens(options, n)) == [2])
+    llm = Scripted(drawing("Hm?", "Hm!", "Try Alien (1979).", "Try Heat (1995).", "Oh."))
+    (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, budget), PROFILE)
+    assert [x.reply for x in result.candidates] == ["Hm?", "Try Alien (1979).", "Try Heat (1995)."]
+    assert [x.dropped for x in result.candidates] == [1, None, None]
 
 
 @pytest.mark.parametrize(("ends", "calls", "late"), [(0, 1, 1), (1, 1, 2), (2, 3, None)])
