@@ -133,6 +133,12 @@ def test_a_year_less_title_counts_only_if_one_item_bears_its_name(films: Catalog
     assert films.get("Casablanca") is None
 
 
+def test_a_title_has_a_thousand_characters_at_most() -> None:
+    assert read_item({"name": "x" * 1000}).title == "x" * 1000
+    with pytest.raises(UserError, match="no name of 1 to 1000 characters"):
+        read_item({"name": "x" * 1001})
+
+
 # --- finding ----------------------------------------------------------------------------------
 
 
@@ -150,6 +156,7 @@ def test_a_year_less_title_counts_only_if_one_item_bears_its_name(films: Catalog
         "a film from 2012, or 2009",
         "He has true grit.",
         "The movie Drama?",
+        "We could watch 2012 of them.",
     ],
 )
 def test_ordinary_words_raise_no_false_alarm(films: Catalogue, text: str) -> None:
@@ -180,6 +187,15 @@ def test_ordinary_words_raise_no_false_alarm(films: Catalogue, text: str) -> Non
 )
 def test_titles_are_found_in_order(films: Catalogue, text: str, titles: list[str]) -> None:
     assert found(films, text) == titles
+
+
+def test_a_year_means_the_film_of_that_year_before_its_neighbours_and_those_without() -> None:
+    names = ("Night Train (1986)", "Night Train (1987)", "Glass Road")
+    films = Catalogue(read_item({"name": name}) for name in names)
+    assert found(films, "Night Train (1986), Night Train (1987)") == [*names[:2]]
+    assert found(films, "Night Train (1988), Glass Road (1999)") == [*names[1:]]
+    one = films.get("Glass Road (1999)")
+    assert one is not None and one.title == "Glass Road"
 
 
 def test_a_mention_tells_where_it_stands(films: Catalogue) -> None:
@@ -245,6 +261,7 @@ def test_titles_in_real_responses_are_those_that_annotators_marked() -> None:
         ("Spider-Man 2, not spider man", "Spider-Man (2002)", "Spider-Man 2, not that film"),
         ("Mission Impossible", "Mission: Impossible (1996)", "that film"),
         ("Is it Fury Road?", "Mad Max: Fury Road (2015)", "Is it that film?"),
+        ("It is set in 2049.", "Night Ferry: 2049 (2017)", "It is set in 2049."),
     ],
 )
 def test_a_target_is_kept_out_of_the_seekers_words(
@@ -304,6 +321,7 @@ def trains() -> Catalogue:
         "Star Wars: The Force Awakens",
         "Star Wars - Rogue One, Star Wars: Episode V",
         "Alien: Covenant, Alien vs. Predator, Alien³",
+        "Dante's Seven is a poem.",
     ],
 )
 def test_a_longer_title_is_another_film(trains: Catalogue, text: str) -> None:
@@ -419,6 +437,8 @@ def test_a_title_is_found_and_hidden_in_every_spelling(title: str, texts: list[s
         ("รักแท้ (2000)", "ความรักแท้จริง"),
         ("复仇之城 (2012)", "复仇之城：终局很好"),
         ("アバター (2009)", "スーパーアバターズ"),
+        ("바람의노래 (2019)", "큰바람의노래목"),
+        ("สายลม (2017)", "ความสายลมจริง"),
     ],
 )
 def test_a_name_within_a_longer_word_is_no_title(title: str, text: str) -> None:
@@ -433,6 +453,13 @@ def test_a_title_and_its_part_in_another_script_are_one_title() -> None:
     assert one.hide("我看了silver harbour 2001年的", [title]) == "我看了that film年的"
     other = read_item({"name": "Heat (1995)"})
     assert rewrite(text, one.items[0], other) == "我喜欢Heat 吗"
+
+
+def test_a_short_name_or_common_words_alone_are_no_title_and_capitals_may_be_more() -> None:
+    names = ("Ada (1961)", "All About Them (1990)", "Harbour side (1990)")
+    films = Catalogue(read_item({"name": name}) for name in names)
+    assert found(films, "I know all about them, and Ada lives here.") == []
+    assert found(films, "Watch Ada. I LOVED HARBOUR SIDE!") == ["Ada (1961)", "Harbour side (1990)"]
 
 
 def test_a_mention_with_invisible_characters_keeps_its_place() -> None:
@@ -471,6 +498,9 @@ def test_a_recommendation_is_graded_by_what_it_shares_with_the_target(films: Cat
     assert films.grade(heat, [heat.title]) == 2
     assert films.grade(godfather, [heat.title]) == 1  # a star
     assert films.grade(titanic, ["Her (2013)"]) == 1  # genres
+    assert films.grade(Item("X", "X", stars=("Robert De Niro",)), [heat.title]) == 1  # no lead
+    many = Item("X", "X", genres=("crime", "war", "western"))
+    assert films.grade(many, [heat.title]) == 1  # one of Heat's two
     assert films.grade(films.get("Spider-Man 2 (2004)"), ["Spider-Man (2002)"]) == 1
     assert films.grade(up, [heat.title]) == 0
     assert films.grade(up, [heat.title, up.title]) == 2

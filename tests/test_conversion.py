@@ -17,7 +17,7 @@ from small_run import STAGE_FLAGS, flags, write_small_model
 import infer
 import train
 from usbrec.crs import conversion, datasets
-from usbrec.crs.catalogue import read_item
+from usbrec.crs.catalogue import Catalogue, read_item
 from usbrec.crs.datasets import SPLITS, load_catalogue, load_split
 from usbrec.crs.titles import written_titles
 from usbrec.crs.wishes import card
@@ -477,6 +477,15 @@ def test_marked_titles_alone_count_where_there_are_any(tmp_path: Path) -> None:
     path = str(write_lines(tmp_path / "books.jsonl", *chats))
     assert [x.title for x in load_catalogue(path)] == ["Sanditon"]
     assert sum(len(load_split(path, split).examples) for split in SPLITS) == 3
+
+
+def test_a_name_of_several_items_stays_open_and_the_first_spelling_of_a_title_is_kept() -> None:
+    said = chat(1, "Night Ferry")["messages"]
+    known = Catalogue(read_item({"name": f"Night Ferry ({year})"}) for year in (1950, 1990))
+    rows, *_ = datasets.rows_of_chats({"train": [(str(n), said) for n in range(3)]}, known)
+    assert [row["rec"] for own in rows.values() for row in own] == [["Night Ferry"]] * 3
+    both = datasets.catalogue_of(["Red Loft (2001)", "RED LOFT (2001)"])
+    assert [x.title for x in both] == ["Red Loft (2001)"]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_roles_count_from_the_end_and_the_empty_first_line_goes() -> None:
     assert speakers(["", "Hello", "Drama"]) == [("r", "Hello"), ("s", "Drama")]
     assert speakers(["Hello", "Drama"]) == [("r", "Hello"), ("s", "Drama")]  # even length
     assert speakers(["Drama"]) == [("s", "Drama")]
+    assert speakers([" Hello\n", " Drama "]) == [("r", "Hello"), ("s", "Drama")]
 
 
 def test_lines_alternate_also_where_an_empty_line_stood_between() -> None:
@@ -94,6 +95,8 @@ def test_a_row_becomes_an_example_with_its_extra_fields(tmp_path: Path) -> None:
     assert plain.profile is plain.explanation is plain.accept is plain.refuse is None
     assert (full.profile, full.explanation) == ("Likes: crime.", "It is a crime film.")
     assert (full.accept, full.refuse) == ("Yes!", "No, older.")
+    (long,) = read_examples(write_rows(tmp_path / "long.jsonl", ROW | {"rec": ["x" * 1000]}))
+    assert long.items == ("x" * 1000,)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,7 @@ def test_a_row_becomes_an_example_with_its_extra_fields(tmp_path: Path) -> None:
         ({"resp": None}, "'resp' must be a string"),
         ({"rec": []}, "'rec' must name at least one item"),
         ({"rec": ["Heat (1995)", " "]}, "'rec' must name at least one item"),
+        ({"rec": ["x" * 1001]}, "'rec' must name at least one item of 1 to 1000 letters"),
         ({"rec": 5}, "'rec' must be a list of strings"),
         ({"turn_id": "9" * 5000}, "'turn_id' must be a number"),
         ({"resp": " "}, "'resp' must say something"),

@@ -2,6 +2,7 @@
 
 import random
 import re
+from typing import Any
 
 import pytest
 from test_catalogue import FACTS, item
@@ -27,6 +28,7 @@ def test_a_film_is_described_by_its_facts(films: Catalogue) -> None:
     assert describe(heat) == "a 1995 crime thriller film by Michael Mann with Al Pacino"
     assert describe(Item("X", "X", genres=("action",))) == "an action film"
     assert describe(Item("X", "X")) == "a film"
+    assert describe(Item("X", "X", genres=("comedy", "heist"))) == "a heist comedy film"
 
 
 def test_a_reply_is_rewritten_with_every_attribute(films: Catalogue) -> None:
@@ -53,6 +55,26 @@ def test_two_genres_become_one_where_the_new_film_has_one(films: Catalogue) -> N
     assert rewrite("a crime thriller film; crime and thriller", old, new) == (
         "a horror film; horror"
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text", "expected"),
+    [
+        ({"genres": ("crime", "war")}, {"genres": ("comedy", "romance")},
+         "A crime film and a war film.", "A comedy film and a romantic film."),
+        ({"genres": ("crime", "war")}, {"genres": ("crime", "comedy")},
+         "A crime and war film.", "A crime and comedy film."),
+        ({"year": 1995}, {"year": 1985}, "A 90s film of 1995.", "An 80s film of 1985."),
+        ({"year": 1995}, {"year": 1997}, "A film of the '90s.", "A film of the '90s."),
+        ({"stars": ("Ida Day",)}, {"stars": ("Bo Lind",)},
+         "Ida Day, seen on New Year's Day.", "Bo Lind, seen on New Year's Day."),
+    ],
+    ids=["each genre its own", "a shared genre", "an article", "a shared decade", "a short name"],
+)  # fmt: skip
+def test_what_differs_is_replaced_and_nothing_else(
+    old: dict[str, Any], new: dict[str, Any], text: str, expected: str
+) -> None:
+    assert rewrite(text, Item("X", "X", **old), Item("Y", "Y", **new)) == expected
 
 
 def test_facts_that_the_new_film_lacks_become_neutral_words(films: Catalogue) -> None:

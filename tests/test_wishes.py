@@ -32,7 +32,7 @@ def test_gold_profiles_hold_the_wishes_and_the_target_meets_them(split: str) -> 
 
 
 def test_a_title_with_commas_and_stops_is_one_fact() -> None:
-    names = ("The Good, the Bad and the Ugly (1966)", "E.T. the Extra-Terrestrial (1982)")
+    names = ("Salt, Smoke, Ash and Rain (1966)", "E.T. the Extra-Terrestrial (1982)")
     films = Catalogue(Item(name, name[:-7], int(name[-5:-1])) for name in names)
     text = f"Likes: war, {names[0]}. Dislikes: nothing said. Seen: {names[1]}."
     expected = {("like", "genre", "war"), ("like", "title", names[0]), ("seen", "title", names[1])}
