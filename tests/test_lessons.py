@@ -2,6 +2,14 @@
 
 from dataclasses import replace
 
+
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from scripted import talk
+
 from usbrec.chat import Message, TrainingDialogue
 from usbrec.crs.agents import (
     EXPLAIN,
@@ -20,6 +28,7 @@ from usbrec.crs.lessons import (
     Suggestions,
     card_lessons,
     claim_of,
+    mixed,
     popularity_of,
     profile_of,
     recommender_lessons,
@@ -57,6 +66,16 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     learned = [m.content for m in lesson.branches[0][:4] if m.weight == 1]
     assert learned == ["Try Heat (1995).", "Then Alien (1979)."] and len(both) == 3
     assert [m.role for m in other_dialogue] == ["user", "assistant"]
+    assert lesson.branches[0][-1].content.startswith("Alien (1979) is a")  # the last is explained
+    elsewhere = replace(second, dialog_id="e")
+    assert same_dialogue([first, elsewhere]) == [[first], [elsewhere]]
+
+
+def test_only_the_gold_one_of_two_equal_lines_is_learned() -> None:
+    said = talk("Hi.", "Try Heat (1995).", "Again?")
+    example = Example("d", 3, said, "Try Heat (1995).", ("Heat (1995)",))
+    (lesson,) = recommender_lessons([example], CATALOGUE, OPTIONS)
+    assert [m.weight for m in lesson.branches[0][:4]] == [0, 0, 0, 1]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
@@ -77,6 +96,20 @@ def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> No
             item = CATALOGUE.find(other.reply)[0].items[0]
             assert CATALOGUE.grade(item, example.items) == other.score < 2
             assert not CATALOGUE.mentions(other.reply, example.items)
+
+
+def test_a_rewriting_that_still_names_a_target_is_left_out() -> None:
+    """The catalogue lacks the second title, so nothing can take its place."""
+    titles = ("Heat (1995)", "Lost Reel (1930)")
+    example = Example("d", 1, talk("Hi."), "Try Heat (1995) or Lost Reel (1930).", titles)
+    assert [each.score for each in DRAWS.draw(example, 7)] == [2, 0]
+
+
+def test_other_films_are_drawn_by_their_count_among_the_labels() -> None:
+    draws = Suggestions(CATALOGUE, {"Heat (1995)": 300, "Up (2009)": 100})
+    rng = np.random.default_rng(0)
+    drawn = Counter(item.title for _ in range(50) for item in draws.others(rng))
+    assert 0.7 < drawn["Heat (1995)"] / drawn.total() < 0.8 and len(drawn) == 2
 
 
 def test_replies_amiss_name_no_film_and_are_worth_nothing_whatever_they_explain() -> None:
@@ -113,10 +146,15 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
     found = 0
     for example in TRAIN:
         profile = profile_of(example, CATALOGUE)
-        for made in draws.unlike(example, profile, 3):
+        unlike = draws.unlike(example, profile, 3)
+        for made in unlike:
             assert made.score == 0 and not telling_words(made.reply) & telling_words(profile)
-            found += 1
+            assert CATALOGUE.grade_of(made.reply, example.items) == 0
+        assert len(unlike) <= 4
+        found += len(unlike)
     assert found > len(TRAIN)
+    unknown = replace(TRAIN[0], items=("Lost Reel (1930)",), response="Try Lost Reel (1930).")
+    assert draws.unlike(unknown, "Likes: crime.", 3) == []
 
 
 def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
@@ -132,6 +170,33 @@ def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
     assert tuple(plain) == (*asked, Message("assistant", "2"))
 
 
+def test_a_reaction_follows_the_reply_that_it_answers() -> None:
+    """The external seeker accepts the gold reply, the inner one refuses the last reply judged."""
+    example = TRAIN[0]
+    (external,), (internal,) = simulator_lessons([example], DRAWS, 0, OPTIONS)
+    accepted, refused = (
+        Message("assistant", str(text), 0.5) for text in (example.accept, example.refuse)
+    )
+    assert external.branches[-1] == (Message("user", example.response), accepted)
+    assert internal.branches[-1] == (scored(internal)[-1][0], refused)
+    assert scored(internal)[-1][-1].content == "0"
+
+
+def test_the_seeker_learns_its_own_lines_and_one_reply_is_worth_2() -> None:
+    for part in simulator_lessons(TRAIN[:9], DRAWS, 0, OPTIONS):
+        for lesson in part:
+            expected = [0.5 if m.role == "assistant" else 0 for m in lesson.prefix]
+            assert [m.weight for m in lesson.prefix] == expected
+            assert [branch[-1].content for branch in scored(lesson)].count("2") == 1
+
+
+def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
+    _, then = simulator_lessons(TRAIN[:13], DRAWS, 0, OPTIONS)
+    inner = [x for x in then if "targets" not in x.prefix[0].content]
+    filmless = [any(b[0].content in FILMLESS for b in scored(lesson)) for lesson in inner]
+    assert filmless == [number % 4 == 0 for number in range(13)]
+
+
 def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> None:
     options = LessonOptions(dialogues_per_lesson=2)
     lessons = summary_lessons(TRAIN[:3], CATALOGUE, options)
@@ -145,6 +210,7 @@ def test_a_card_lesson_is_scored_by_rule_as_it_is_asked_later() -> None:
     lessons = card_lessons(TRAIN, CATALOGUE, 0, LessonOptions(cards=30, profiles_per_card=8))
     assert len(lessons) == 10 + 30
     told = {2: 0, 1: 0, 0: 0}
+    claims, costs = [], 0
     for lesson in lessons:
         reply, _, shown = lesson.prefix[1].content.partition("\n")
         (film,) = CATALOGUE.first(reply)
@@ -155,7 +221,11 @@ def test_a_card_lesson_is_scored_by_rule_as_it_is_asked_later() -> None:
             assert int(answer.content) in (score, max(score - 1, 0))
             assert reply != announce(film.title) or int(answer.content) == score
             told[int(answer.content)] += 1
+            costs += int(answer.content) < score
+        claims.append(reply != announce(film.title))
     assert min(told.values()) > 30
+    assert claims[10:] == [number % 4 == 0 for number in range(30)] and not any(claims[:10])
+    assert costs > 5  # a claim that is false of the film
 
 
 def test_no_card_lesson_tells_that_a_film_meets_all_wishes_but_its_own_examples() -> None:
@@ -171,6 +241,18 @@ def test_no_card_lesson_tells_that_a_film_meets_all_wishes_but_its_own_examples(
                 assert len(likes) == 1 and len(facts) <= 2
             else:
                 assert fit(film, facts) < 2 or (film.title, facts) in own
+
+
+def test_a_card_is_scored_for_four_of_its_own_examples_and_then_for_near_misses() -> None:
+    (film,) = CATALOGUE.named("Heat (1995)")
+    example = Example("d", 1, talk("Hi."), "Try Heat (1995).", (film.title,), "Likes: crime.")
+    same = [replace(example, dialog_id=str(n)) for n in range(6)]
+    *_, lesson = card_lessons(same, CATALOGUE, 0, LessonOptions())
+    assert [answer.content for _, answer in lesson.branches] == ["2"] * 4
+    texts = ("western, war, family", "crime, war, family", "crime, war")  # meets none, 1 and half
+    far, near, half = (read_profile(f"Likes: {text}.", CATALOGUE) for text in texts)
+    rng = np.random.default_rng(0)
+    assert mixed([far, near, half], film, 2, rng) == [half, near]
 
 
 def test_a_claim_is_false_only_of_films_that_it_does_not_fit() -> None:
@@ -192,6 +274,7 @@ def test_woven_lists_keep_their_order_and_are_spread_evenly() -> None:
     a, b = ([TrainingDialogue((Message("user", f"{x}{i}"),)) for i in range(n)]
             for x, n in (("a", 4), ("b", 2)))  # fmt: skip
     assert [x.prefix[0].content for x in woven(a, b)] == ["a0", "b0", "a1", "a2", "b1", "a3"]
+    assert [x.prefix[0].content for x in woven(a[:3], b[:1])] == ["a0", "a1", "b0", "a2"]
 
 
 def test_the_external_judge_is_learned_first() -> None:
@@ -215,6 +298,10 @@ def test_a_dataset_without_profiles_gets_one_from_what_the_seeker_named() -> Non
     profile = profile_of(example, CATALOGUE)
     assert profile.startswith("Likes: horror") and profile.endswith("Alien (1979).")
     assert "Psycho" not in profile
+    four = ("Alien (1979)", "Heat (1995)", "Titanic (1997)", "Up (2009)")
+    example = replace(example, history=talk(f"I saw {', '.join(four)}."))
+    *genres, second, third, fourth = profile_of(example, CATALOGUE)[len("Likes: ") : -1].split(", ")
+    assert [second, third, fourth] == [*four[1:]] and len(genres) == 4
 
 
 def test_such_a_profile_has_the_words_of_the_cards() -> None:
