@@ -18,7 +18,7 @@ from usbrec.llm import decoding
 from usbrec.llm import engine as engine_module
 from usbrec.llm.cache import token_bytes
 from usbrec.llm.decoding import DecodeAttention
-from usbrec.llm.engine import Batch, Engine
+from usbrec.llm.engine import Batch, BatchRow, Engine
 from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.model import Decoder, Ops, attend
@@ -298,6 +298,39 @@ def test_a_listener_hears_the_reply_and_no_part_of_a_stop_string() -> None:
         assert len(set(heard)) > 2
 
 
+class ByteTokenizer(LetterTokenizer):
+    """One id a byte, so that a letter may take several tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def test_no_half_of_a_letter_is_heard_and_the_first_of_two_stop_strings_ends_the_text() -> None:
+    heard: list[str] = []
+    sampling = Sampling(20, stop=("c", "bc"))
+    row = BatchRow(ByteTokenizer(), Request((), sampling), [], [], heard.append)
+    for token in "é bc and more".encode():
+        if not row.done:
+            row.append(token)
+    assert heard[-1] == row.text == "é " and row.ended
+    assert set(heard) <= {"", "é", "é "}
+
+
+def test_a_reply_with_a_given_beginning_goes_on_from_it() -> None:
+    """The beginning is no drawn token; the greedy tokens after it are those of full passes."""
+    e = engine()
+    e.tokenizer.stop_ids = frozenset()
+    sampling = Sampling(6, temperature=0)
+    asked = [replace(x, sampling=sampling, begin="I say") for x in (CHATS[0], CHATS[3])]
+    begun = LetterTokenizer().encode("I say")
+    for request, reply in zip(asked, e.generate(asked), strict=True):
+        ids = LetterTokenizer().prompt(request.messages) + begun
+        for _ in range(6):
+            ids.append(int(plain_logits(e.model, ids, request.adapter)[-1].argmax()))
+        assert list(reply.token_ids) == begun + ids[-6:]
+        assert reply.text == LetterTokenizer().decode(reply.token_ids)
+
+
 def test_each_row_of_a_batch_has_its_own_listener_in_the_next_call_alone() -> None:
     """Rows 0 and 2 of three are heard; their texts do not depend on it."""
     e = engine()
@@ -346,6 +379,7 @@ def test_a_last_line_beyond_the_limit_loses_its_beginning_and_a_reply_beyond_it_
     assert len(e.generate([long, chat("abc")])) == 2 and e.usage.shortened == 2
     with pytest.raises(UserError, match=r"which cannot be shortened.*exceed the limit of 2048"):
         e.generate([Request(long.messages, Sampling(max_new_tokens=2048))])
+    assert len(e.prompt(long, 1000)) == 2048 - 1000  # a longer reply leaves less room
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e30])

@@ -121,7 +121,9 @@ def test_an_input_that_wants_no_gradient_gets_none() -> None:
 
 def test_a_pass_with_gradients_that_mixes_adapters_takes_the_definition() -> None:
     layer, x = adapted(10, 6), random(7, 6)
-    for spans in ([], [AdapterSpan("one", 2, 7)], [AdapterSpan("other", 0, 7)]):
+    for spans in ([], [AdapterSpan("one", 2, 7)], [AdapterSpan("one", 0, 5)]):
+        assert torch.equal(alone(layer, x, spans), layer(x, spans))
+    for spans in ([AdapterSpan("other", 0, 7)], [AdapterSpan("one", 0, 3)] * 2):
         assert torch.equal(alone(layer, x, spans), layer(x, spans))
 
 

@@ -11,6 +11,7 @@ from usbrec.llm import loss
 from usbrec.llm.loss import (
     ResponseLogps,
     Sft,
+    Simpo,
     SimpoOptions,
     TokenLogps,
     response_logps,
@@ -140,6 +141,31 @@ def test_simpo_loss_equals_the_number_derived_by_hand():
     assert chosen_rewards.item() == -2.0 and rejected_rewards.item() == -6.0
     assert losses.item() == pytest.approx(0.0485874, abs=1e-6)
     assert losses.item() == pytest.approx(math.log1p(math.exp(-3)))
+
+
+def test_the_rewards_of_both_sides_have_no_gradient_and_the_loss_has_one() -> None:
+    logps = torch.tensor([-2.0, -3.0], requires_grad=True)
+    lengths = torch.tensor([2.0])
+    sides = ResponseLogps(logps[:1], lengths), ResponseLogps(logps[1:], lengths)
+    losses, *rewards = simpo_loss(*sides, SimpoOptions())
+    assert losses.requires_grad and not any(x.requires_grad for x in rewards)
+
+
+def test_metrics_of_pairs_are_derived_by_hand():
+    """Pair 1: -1 and -2 over 2 tokens, -3, -4 and -5 over 3: means -1.5 and -4. Pair 2 is a tie."""
+    logps = -torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 1.0])
+    segments = torch.tensor([1, 1, 2, 2, 2, 4, 5])
+    none = torch.zeros(7, dtype=torch.long)
+    row = SimpleNamespace(segment_ids=segments, num_segments=6, targets=none)
+    options = SimpoOptions(beta=2.0, gamma=7.0)
+    _, metrics = Simpo(options)(TokenLogps(logps.requires_grad_(), none - 1), row)
+    expected = {
+        "rewards/chosen": [-3, -2], "rewards/rejected": [-8, -2], "rewards/margins": [5, 0],
+        "rewards/accuracies": [1, 0], "logps/chosen": [-1.5, -1], "logps/rejected": [-4, -1],
+        "lengths/chosen": [2, 1], "lengths/rejected": [3, 1], "repetition": [0] * 7,
+    }  # fmt: skip
+    assert {name: values.tolist() for name, values in metrics.items()} == expected
+    assert not any(values.requires_grad for values in metrics.values())
 
 
 def test_gamma_may_be_given_itself_and_equals_ratio_times_beta():

@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter, remove_adapter
+from usbrec.llm.lora import (
+    AdapterSpan,
+    LoraConfig,
+    adapter_parameters,
+    add_adapter,
+    lora_layers,
+    remove_adapter,
+)
 from usbrec.llm.model import Decoder, ModelConfig, attend, rms_norm, rotary_tables, rotate
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.options import UserError
@@ -160,6 +167,17 @@ def test_every_adapter_tensor_gets_a_gradient_and_the_base_none(tiny_model: Deco
     assert all(p.grad is None for n, p in tiny_model.named_parameters() if "lora" not in n)
 
 
+def test_a_fresh_adapter_is_drawn_as_pefts_by_its_seed(tiny_model: Decoder) -> None:
+    """A is uniform within 1 / sqrt(in), B is zero."""
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        add_adapter(tiny_model, name, LoraConfig(r=64), seed)
+    for layer in lora_layers(tiny_model).values():
+        A, bound = layer.lora_A["one"], layer.in_features**-0.5
+        assert 0.95 * bound < A.max() <= bound and -bound <= A.min() < -0.95 * bound
+        assert torch.equal(A, layer.lora_A["same"]) and not torch.equal(A, layer.lora_A["other"])
+        assert not layer.lora_B["one"].any()
+
+
 def test_a_removed_adapter_leaves_the_base(tiny_model: Decoder) -> None:
     ids = [1, 2, 3, 4]
     with torch.no_grad():
@@ -215,3 +233,17 @@ def test_attention_equals_torchs_own(seed: int) -> None:
     scaled = torch.nn.functional.scaled_dot_product_attention
     expected = scaled(q.transpose(0, 1), wide_k, wide_v, attn_mask=visible).transpose(0, 1)
     torch.testing.assert_close(attend(q, k, v, visible), expected)
+
+
+def test_in_bf16_norm_softmax_and_angles_are_computed_in_fp32(tiny_model: Decoder) -> None:
+    """Each is the fp32 result rounded once; bf16 itself cannot tell position 1001 from 1000."""
+    x, weight = random(5, 64).bfloat16(), torch.ones(64).bfloat16()
+    assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm(x.float(), weight, 1e-5).bfloat16())
+    places = torch.tensor([1000, 1001])
+    exact = tiny_model.rotary(places)
+    rounded = tiny_model.to(torch.bfloat16).rotary(places)
+    assert all(torch.equal(y, z.bfloat16()) for y, z in zip(rounded[:2], exact[:2], strict=True))
+    q, k = random(300, 1, 8).bfloat16(), random(1, 300, 8, seed=1).bfloat16()
+    visible = torch.ones(300, 300, dtype=torch.bool)
+    ones = torch.ones(1, 300, 8).bfloat16()
+    assert (attend(q, k, ones, visible) - 1).abs().max() <= 2**-7  # the shares add up to 1

@@ -375,6 +375,9 @@ def test_other_options_data_or_weights_are_refused(model, tmp_path):
         put(model, start)
         with pytest.raises(UserError, match=rf"state\.safetensors was made with {wrong}.*--fresh"):
             learn(model, items, Sft(), options, tmp_path)
+    with pytest.raises(UserError, match=r"state\.safetensors was made with objective"):
+        put(model, start)
+        learn(model, lessons(), Simpo(), QUICK, tmp_path)
     with pytest.raises(UserError, match=r"state\.safetensors was made with weights"):
         put(model, {name: tensor + 1 for name, tensor in start.items()})
         learn(model, lessons(), Sft(), QUICK, tmp_path)
@@ -484,6 +487,37 @@ def test_the_rate_warms_up_and_falls_as_half_a_cosine():
     assert got[6] == pytest.approx(0.5)
     flat = replace(options, schedule="constant")
     assert [training.learning_rate(flat, step, 10) for step in (0, 5, 9)] == [0.5, 1.0, 1.0]
+    begun = replace(flat, warmup=0.1)  # 2.5 steps: the third is the first at the full rate
+    assert [training.learning_rate(begun, step, 25) for step in range(4)] == [1 / 3, 2 / 3, 1, 1]
+
+
+def test_a_step_takes_its_rate_norm_and_decay_from_the_options(model, tmp_path):
+    """A norm of 0 never clips, and one that no gradient reaches changes nothing."""
+    start = weights(model)
+
+    def learned(**changed):
+        put(model, start)
+        folder = tmp_path / str(changed)
+        learn(model, lessons(), Sft(), replace(QUICK, **changed), folder)
+        return torch.cat([x.flatten() for x in weights(model).values()])
+
+    plain = learned(max_grad_norm=0.0)
+    assert torch.equal(plain, learned(max_grad_norm=1e9))
+    assert not torch.allclose(plain, learned(max_grad_norm=1e-3))
+    assert learned(max_grad_norm=0.0, weight_decay=9.0).norm() < 0.9 * plain.norm()
+    found = [row["learning_rate"] for row in rows(tmp_path / str({"max_grad_norm": 0.0}))]
+    assert found == [training.learning_rate(QUICK, step, 5) for step in range(5)]
+
+
+def test_a_metric_is_the_mean_over_its_tokens_in_any_number_of_passes(model):
+    """Weights of 0.5 count in the loss alone."""
+    packed = pack(lessons(), model)
+    with torch.no_grad():
+        hits = training.run_pass(model, "one", packed).predictions == packed.targets
+        for size in (30, 10_000):
+            found = measure(model, "one", lessons(), measured(Sft(), size))
+            assert found["accuracy"] == pytest.approx(hits.double().mean().item())
+    assert len(hits) == 30
 
 
 def test_rows_hold_every_tree_once_and_no_more_tokens_than_allowed():
@@ -512,13 +546,14 @@ def test_pairs_that_are_empty_equal_or_too_long_are_counted_out():
         good,
         pair_tree([3] * 8, [2], [5, 2]),
         pair_tree([3] * 8, [4, 2], []),
+        pair_tree([3] * 8, [4, 2], [2]),
         pair_tree([3] * 8, [4, 2], [4, 2]),
         pair_tree([3] * 9, [4, 5, 2], [5, 2]),
         pair_tree([], [4, 5, 2], [5, 2]),
     ]
     kept, dropped = usable(trees, 11, Simpo())
     assert kept == [good]
-    assert list(dropped.values()) == [1, 3, 1]  # too long, empty, equal
+    assert list(dropped.values()) == [1, 4, 1]  # too long, empty, equal
 
 
 def test_the_end_of_turn_token_counts_in_a_response_s_sum_and_length(
@@ -545,6 +580,9 @@ def test_repetition_counts_predictions_that_stand_in_the_same_response_already(t
     predictions = torch.tensor([7, 7, 5, 8, 7])
     found = repetition(TokenLogps(torch.zeros(5), predictions), row)
     assert (found.sum().item(), len(found)) == (2, 5)
+    row = pack([pair_tree([3], [7] + [9] * 40, [7])], tiny_model)
+    found = repetition(TokenLogps(torch.zeros(42), torch.full((42,), 7)), row)
+    assert found.nonzero()[:, 0].tolist() == [*range(1, 33)]  # 32 tokens are recent
 
 
 def test_a_falling_chosen_log_probability_and_growing_repetition_are_said():
