@@ -9,7 +9,7 @@ from test_ses import FILMS
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Request, Sampling
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.dialogue import Example
+from usbrec.crs.dialogue import Example, format_dialogue
 from usbrec.crs.ses import SearchOptions
 from usbrec.options import seed_for
 
@@ -48,13 +48,8 @@ def recommender(
 
 def test_a_plain_reply_is_drawn_by_the_seed_and_its_own_dialogue() -> None:
     made, _ = recommender(seed=5)
-    said = [
-        f"Heat (1995), {seed_for(5, 'reply', text)}."
-        for text in (
-            "Seeker: A crime film?",
-            "Seeker: Hi.\nRecommender: Which films do you like?\nSeeker: Heat (1995).",
-        )
-    ]
+    texts = [format_dialogue(x.history) for x in EXAMPLES]
+    said = [f"Heat (1995), {seed_for(5, 'reply', text)}." for text in texts]
     assert [row["reply"] for row in made.answer(EXAMPLES)] == said
     assert [row["reply"] for row in made.answer(EXAMPLES[::-1])] == said[::-1]
 
@@ -68,16 +63,17 @@ def test_a_row_tells_its_ids_if_it_has_titles_and_the_titles_of_its_reply() -> N
 
 def test_the_search_begins_at_its_turn_and_the_others_are_answered_plainly() -> None:
     """The recommender speaks for the first time in the short dialogue, the second in the long."""
-    for start, searched in ((1, [True, True]), (2, [False, True]), (3, [False, False])):
+    for start, searched in ((1, [True, True]), (2, [True, False]), (3, [False, False])):
         made, model = recommender(start, ses=True)
-        rows = made.answer(EXAMPLES)
+        rows = made.answer(EXAMPLES[::-1])
         assert [row["search"] is not None for row in rows] == searched
         roles = [x for call in roles_of(model.generated) for x in call]
         count = sum(searched)
         assert (roles.count("summariser"), roles.count("recommender")) == (count, 2 + count)
-        for row in rows:
-            if found := row["search"]:
-                assert row["reply"] == found["candidates"][found["best"]]["reply"]
+        for example, row in zip(EXAMPLES[::-1], rows, strict=True):
+            seed = seed_for(0, "reply", format_dialogue(example.history))
+            found = row["search"] or {"candidates": [{"reply": f"Heat (1995), {seed}."}], "best": 0}
+            assert row["reply"] == found["candidates"][found["best"]]["reply"]
     made, model = recommender(ses=True)
     row = made.answer_one(SHORT, "Likes: war.")
     assert (

@@ -79,14 +79,6 @@ def test_only_the_tokens_that_are_left_are_drawn(how: Sampling) -> None:
     assert drawn == set(left.nonzero()[:, 0].tolist()) and len(drawn) < 64
 
 
-def test_bf16_logits_are_drawn_from_in_fp32() -> None:
-    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    numbers = torch.linspace(0, 0.9999, 50)[None]
-    rounded, wide = Sampler([Sampling()], numbers), Sampler([Sampling()], numbers)
-    for _ in range(50):
-        assert rounded.draw(logits).tolist() == wide.draw(logits.float()).tolist()
-
-
 @pytest.mark.parametrize(
     "wrong",
     [{"min_p": 1.5}, {"min_p": -0.1}, {"top_p": 0.0}, {"top_k": -1}, {"stop": ("",)}],

@@ -1,0 +1,142 @@
+"""What decides a stage's result, which rows it learns from, what is deleted: without any model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import write_small_data
+
+import train
+from usbrec.settings import STAGES, read_settings
+from usbrec.work import Work
+
+BOTH = ["pairs", "simpo", "report"]  # what needs the recommender and the simulator
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_data(tmp_path_factory.mktemp("inputs") / "data")
+
+
+def find(name: str | None) -> Path:
+    raise AssertionError("no model is needed")
+
+
+def work(data: Path, *words: Any) -> Work:
+    flags = train.build_parser().parse_args(["--data", str(data), *map(str, words)])
+    return Work(read_settings(flags), data.parent / "run", find)
+
+
+def changed(one: Work, other: Work) -> list[str]:
+    """Return the stages that were made with other facts."""
+    return [stage for stage in STAGES if one.facts(stage) != other.facts(stage)]
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        (["--seed", 1], list(STAGES)),
+        (["--lora-r", 3], list(STAGES)),
+        (["--dtype", "float16"], list(STAGES)),
+        (["--max-valid", 3], list(STAGES)),
+        (["--lesson-line-weight", 0.7], list(STAGES)),
+        (["--max-train", 5], list(STAGES)),
+        (["--max-simulator", 7], ["simulator", *BOTH]),
+        (["--max-summaries", 7], ["simulator", *BOTH]),
+        (["--simulator-epochs", 7], ["simulator", *BOTH]),
+        (["--max-sft", 7], ["sft", *BOTH]),
+        (["--sft-epochs", 7], ["sft", *BOTH]),
+        (["--max-pairs", 7], BOTH),
+        (["--pairs-samples", 7], BOTH),
+        (["--chunk-size", 7], BOTH),
+        (["--simpo-epochs", 7], ["simpo", "report"]),
+        (["--simpo-loss-beta", 7], ["simpo", "report"]),
+        (["--max-eval", 7], ["report"]),
+        (["--ses-turns", 7], ["report"]),
+        (["--eval-turns", 7], ["report"]),
+        (["--methods", "B/L"], ["report"]),
+        (["--kv-memory", 1], []),
+    ],
+    ids=lambda x: str(x[0])[2:] if x and x[0] not in STAGES else "",
+)
+def test_an_option_decides_its_stage_and_those_that_use_its_result(
+    data: Path, words: list[Any], stages: list[str]
+) -> None:
+    assert changed(work(data), work(data, *words)) == stages
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("train", list(STAGES)),
+        ("items", list(STAGES)),
+        ("valid", list(STAGES)),
+        ("test", ["report"]),
+    ],
+)
+def test_contents_decide_the_stages_that_read_them(
+    data: Path, tmp_path: Path, name: str, stages: list[str]
+) -> None:
+    (folder := tmp_path / "data").mkdir()
+    for path in data.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    before = work(folder, "--max-valid", 3)
+    path = folder / (f"{name}.jsonl" if name != "items" else "items.json")
+    path.write_text(path.read_text("utf-8").replace(" (19", " (20"), "utf-8")
+    assert changed(before, work(folder, "--max-valid", 3)) == stages
+
+
+def test_another_simulator_takes_the_place_of_what_would_train_one(
+    data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
+    other = work(data, "--simulator", tmp_path)
+    assert changed(work(data), other) == ["simulator", *BOTH]
+    assert changed(other, work(data, "--simulator", tmp_path, "--max-simulator", 7)) == []
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"2")
+    assert changed(other, work(data, "--simulator", tmp_path)) == BOTH
+
+
+def test_the_simulator_learns_from_rows_with_reactions_where_there_are_any(
+    data: Path, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "data").mkdir()
+    for path in data.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    rows = list(map(json.loads, (folder / "train.jsonl").read_text("utf-8").splitlines()))
+    for row in rows[::2]:
+        del row["reactions"]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    made = work(folder)
+    stages = ("simulator", "summaries", "cards", "sft")
+    assert [len(made.rows(stage)) for stage in stages] == [6, 6, 12, 12]
+    assert all(x.accept for x in made.rows("simulator"))
+    few = work(folder, "--max-train", 4, "--max-sft", 9)
+    assert len(few.rows("sft")) == len(few.rows("pairs")) == 4
+    assert few.rows("sft") != few.rows("pairs") and few.rows("sft") == few.rows("sft")
+    assert few.rows("sft") != work(folder, "--max-train", 4, "--seed", 1).rows("sft")
+
+
+def test_validation_rows_are_drawn_by_the_seed(data: Path) -> None:
+    drawn = [work(data, "--max-valid", 3, "--seed", seed).valid for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 3
+    assert work(data).valid == []
+
+
+def test_a_stage_is_done_if_its_result_is_there_and_a_fresh_start_leaves_nothing_of_it(
+    data: Path,
+) -> None:
+    made = work(data)
+    stages = list(STAGES)
+    assert made.claim(stages, False) == stages
+    for stage in ("sft", "pairs"):
+        for name in STAGES[stage]["makes"]:
+            path = made.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.is_dir() or path.write_text("made")
+    assert made.claim(stages, False) == ["simulator", "simpo", "report"]
+    assert made.claim(["pairs"], True) == ["pairs"]
+    assert not any((made.folder / name).exists() for name in STAGES["pairs"]["makes"])
+    assert made.claim(stages, False) == ["simulator", "pairs", "simpo", "report"]
