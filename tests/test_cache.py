@@ -38,15 +38,13 @@ def test_rows_share_the_slots_of_their_common_beginning_and_no_others() -> None:
 
 
 def test_the_least_recently_used_row_goes_and_no_more_than_is_needed() -> None:
-    """Of 9 slots 8 are taken; [3] has to make room for a row of two."""
+    """Of 9 slots 8 are taken. A row of four needs three more, which are those of [2, 21, 22]."""
     cache = cache_of(9)
-    call(cache, [1, 11, 12])
-    call(cache, [3, 13])
-    call(cache, [2, 21, 22])
-    assert call(cache, [1, 11, 12]) == [3]
-    assert call(cache, [4, 41]) == [0]
-    assert call(cache, [1, 11, 12], [2, 21, 22], [4, 41]) == [3, 3, 2]
-    assert call(cache, [3]) == [0]
+    for row in ([1, 11, 12], [2, 21, 22], [3, 31], [1, 11, 12]):
+        call(cache, row)
+    assert call(cache, [4, 41, 42, 43]) == [0]
+    assert call(cache, [1, 11, 12], [3, 31], [4, 41, 42, 43]) == [3, 2, 4]
+    assert call(cache, [2]) == [0]
 
 
 def test_a_row_is_evicted_from_its_end() -> None:

@@ -188,6 +188,24 @@ def test_a_body_has_what_the_sampling_sets(server: StandIn, tmp_path: Path) -> N
     assert len(server.asked) == 3
 
 
+def test_a_reply_cut_by_its_limit_is_not_finished_and_what_is_not_told_is_empty(
+    tmp_path: Path,
+) -> None:
+    def answer(body: Body) -> Body:
+        made = completion("Hi")
+        if body["messages"][-1]["content"] == "cut":
+            silent = {"role": "assistant", "content": None}
+            made["choices"][0] |= {"finish_reason": "length", "message": silent}
+            made["usage"] = None
+        return made
+
+    with serving(answer) as server:
+        llm = Endpoint(server.url, tmp_path / "answers.jsonl", 1)
+        replies = llm.generate([ask("whole"), ask("cut")])
+    assert [(reply.text, reply.finished) for reply in replies] == [("Hi", True), ("", False)]
+    assert (llm.usage.prompt_tokens, llm.usage.decoded_tokens) == (7, 3)
+
+
 def test_a_listener_hears_a_single_reply(server: StandIn, tmp_path: Path) -> None:
     llm, heard = Endpoint(server.url, tmp_path / "answers.jsonl", 1), []
     llm.listeners = {0: heard.append}

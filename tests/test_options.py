@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import pytest
 
-from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option
+from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option, seed_for
 
 
 @dataclass(frozen=True)
 class Speed(Options):
     """How fast a thing is."""
 
-    rate: float = option(0.5, "of the wheels", above=0, high=9)
+    rate: float = option(0.5, "of the wheels, in %", above=0, high=9)
     steps: int = option(3, "how many", low=1)
     mode: Literal["run", "walk"] = option("run", "which way")
     loud: bool = option(False, "with a horn")
@@ -25,6 +25,7 @@ def parser() -> Parser:
     made = Parser(shown="rate loud", prog="thing", description="A thing.")
     add_flags(made, Speed)
     add_flags(made, Speed, "hare", hidden=True)
+    add_flags(made, Speed, "snail", {"rate": 0.1}, skip=["mode"])
     return made
 
 
@@ -33,6 +34,13 @@ def test_a_fault_is_told_in_one_line_whatever_the_name_of_a_folder() -> None:
         str(UserError("no folder one\ntwo\u2028three: name it"))
         == "no folder one two three: name it"
     )
+
+
+def test_a_seed_has_63_bits_and_its_parts_their_own_places() -> None:
+    assert seed_for("pairs", 1) == seed_for("pairs", "1")
+    paths = [("ab", "c"), ("a", "bc"), ("abc",), ("c", "ab"), ("a", "b", "c")]
+    assert len({seed_for(*path) for path in paths}) == len(paths)
+    assert 2**62 < max(seed_for(n) for n in range(50)) < 2**63
 
 
 def test_every_type_of_field_is_read_from_its_flag() -> None:
@@ -64,9 +72,10 @@ def test_help_tells_of_the_chosen_flags_and_help_all_of_every_one_that_is_not_hi
 
     short, whole = told("--help"), told("--help-all")
     assert "--rate" in short and "--no-loud" in short and "--help-all" in short
-    assert "--steps" not in short and "--mode" not in short
+    assert "--steps" not in short and "--mode" not in short and "--snail-mode" not in whole
     assert all(name in whole for name in ("--rate", "--steps", "--mode", "--sizes", "A thing."))
     assert "hare" not in short + whole
+    assert "--snail-rate" in whole and "in % (default: 0.1)" in whole
     assert "how many (default: 3)" in whole
 
 

@@ -337,7 +337,9 @@ def test_rows_are_appended_in_their_order_and_a_text_keeps_every_character(tmp_p
     assert [json.loads(line)["a"] for line in path.open(newline="\n")] == ["é \u2028 \r\n", 2, 3]
 
 
-@pytest.mark.parametrize("write", [write_rows, append_rows])
+@pytest.mark.parametrize(
+    "write", [write_rows, append_rows, lambda x, rows: write_json(x, rows[-1])]
+)
 def test_a_number_that_is_not_finite_is_never_written(tmp_path, write):
     path = tmp_path / "rows.jsonl"
     write_rows(path, [{"a": 1}])
