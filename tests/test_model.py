@@ -235,7 +235,7 @@ def test_attention_equals_torchs_own(seed: int) -> None:
     torch.testing.assert_close(attend(q, k, v, visible), expected)
 
 
-def test_in_bf16_norm_softmax_and_angles_are_computed_in_fp32(tiny_model: Decoder) -> None:
+def test_in_bf16_norms_and_angles_are_computed_in_fp32(tiny_model: Decoder) -> None:
     """Each is the fp32 result rounded once; bf16 itself cannot tell position 1001 from 1000."""
     x, weight = random(5, 64).bfloat16(), torch.ones(64).bfloat16()
     assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm(x.float(), weight, 1e-5).bfloat16())
@@ -243,7 +243,3 @@ def test_in_bf16_norm_softmax_and_angles_are_computed_in_fp32(tiny_model: Decode
     exact = tiny_model.rotary(places)
     rounded = tiny_model.to(torch.bfloat16).rotary(places)
     assert all(torch.equal(y, z.bfloat16()) for y, z in zip(rounded[:2], exact[:2], strict=True))
-    q, k = random(300, 1, 8).bfloat16(), random(1, 300, 8, seed=1).bfloat16()
-    visible = torch.ones(300, 300, dtype=torch.bool)
-    ones = torch.ones(1, 300, 8).bfloat16()
-    assert (attend(q, k, ones, visible) - 1).abs().max() <= 2**-7  # the shares add up to 1
