@@ -261,7 +261,7 @@ def test_titles_in_real_responses_are_those_that_annotators_marked() -> None:
         ("Spider-Man 2, not spider man", "Spider-Man (2002)", "Spider-Man 2, not that film"),
         ("Mission Impossible", "Mission: Impossible (1996)", "that film"),
         ("Is it Fury Road?", "Mad Max: Fury Road (2015)", "Is it that film?"),
-        ("It is set in 2049.", "Night Ferry: 2049 (2017)", "It is set in 2049."),
+        ("Which year? 2049.", "Night Ferry: 2049 (2017)", "Which year? 2049."),
     ],
 )
 def test_a_target_is_kept_out_of_the_seekers_words(
@@ -321,7 +321,7 @@ def trains() -> Catalogue:
         "Star Wars: The Force Awakens",
         "Star Wars - Rogue One, Star Wars: Episode V",
         "Alien: Covenant, Alien vs. Predator, Alien³",
-        "Dante's Seven is a poem.",
+        "Dante's Alien is a poem.",
     ],
 )
 def test_a_longer_title_is_another_film(trains: Catalogue, text: str) -> None:
