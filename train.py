@@ -106,7 +106,7 @@ def make_pairs(work: Work) -> None:
 
 def train_simpo(work: Work) -> None:
     """Train a copy of the SFT adapter with the SimPO loss on the pairs, without validation."""
-    path = runs.need(work.folder / "pairs.jsonl", "pairs")
+    path = work.need("pairs")
     trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
     if not trees:
         told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"

@@ -362,8 +362,9 @@ def pair_rows(dialogues: int) -> list[dict[str, Any]]:
 def test_simpo_learns_from_all_pairs_after_the_prompts_of_inference(
     run: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--max-valid takes none of them away."""
+    """--max-valid takes none of them away; without its notes the SFT adapter is from elsewhere."""
     shutil.rmtree(run / "rl")
+    shutil.rmtree(run / "options")
     lines = "".join(json.dumps(row) + "\n" for row in pair_rows(10))
     (run / "pairs.jsonl").write_text(lines, "utf-8")
     learned, plain = [], train.lay_out_pairs
@@ -439,9 +440,40 @@ def test_other_options_are_refused_and_nothing_is_lost(
 ) -> None:  # fmt: skip
     before = bytes_of(run)
     told = refused(["--run-dir", str(run), *flags(inputs | other)], capsys)
-    assert named in told and "add --fresh to start the stage " in told
+    stages = [*STAGES]
+    made = next(x for x in stages if STAGES[x]["makes"][0] in told)
+    later = " ".join(stages[stages.index(made) :])
+    assert named in told and f"; add --stages {later} --fresh to start over from there, or" in told
     assert bytes_of(run) == before
     assert train.main(["--run-dir", str(run), *flags(inputs)]) == 0  # the old options still do
+
+
+@pytest.mark.parametrize(
+    ("stage", "other", "named"),
+    [
+        ("pairs", {"--seed": 1}, "simulator/adapter_model.safetensors was made with seed 0, got 1"),
+        ("pairs", {"--sft-epochs": 2}, "sft/adapter_model.safetensors was made with sft-epochs"),
+        ("simpo", {"--max-pairs": 3}, "pairs.jsonl was made with max-pairs 4, got 3"),
+        ("report", {"--simpo-loss-beta": 1}, "rl/adapter_model.safetensors was made with simpo"),
+    ],
+)
+def test_a_stage_never_builds_on_earlier_ones_of_other_options(
+    run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str],
+    stage: str, other: dict[str, Any], named: str,
+) -> None:  # fmt: skip
+    """Neither where its result is missing, nor with --fresh, which deletes nothing then."""
+    for path in STAGES[stage]["makes"]:
+        shutil.rmtree(run / path) if (run / path).is_dir() else (run / path).unlink(missing_ok=True)
+    before, note = bytes_of(run), f"options/{stage}.json"
+    command = ["--run-dir", str(run), "--stages", stage]
+    for more in ([], ["--fresh"]):
+        assert named in refused([*command, *flags(inputs | other), *more], capsys)
+        assert bytes_of(run) | {note: b""} == before | {note: b""}  # of a stage that made nothing
+
+
+def test_sides_and_chunk_size_are_each_stages_own(run: Path, inputs: dict[str, Any]) -> None:
+    own = flags(inputs | {"--chunk-size": 3, "--simulator": "none", "--methods": "B/L"})
+    assert train.main(["--run-dir", str(run), *own, "--stages", "report", "--fresh"]) == 0
 
 
 def test_test_dialogues_enter_no_lesson_and_no_pair(
@@ -621,7 +653,7 @@ def test_a_search_with_cards_has_defaults_of_its_own_and_the_same_flags() -> Non
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(UserError, match=r"methods must be of B/L, .*, got SFT\+CES"):
+    with pytest.raises(UserError, match=r"methods must be of B/L, .*, got \['SFT\+CES'\]"):
         settings("--methods", "SFT+CES")
 
 

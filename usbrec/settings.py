@@ -71,14 +71,12 @@ class DataOptions(Options):
         if self.recommender is not None and not is_server(self.recommender):
             raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
         if unknown := set(self.methods) - COMPARED.keys():
-            told = f"must be of {', '.join(COMPARED)}, got {', '.join(sorted(unknown))}"
-            raise ValueError(f"methods {told}")
+            raise ValueError(f"methods must be of {', '.join(COMPARED)}, got {sorted(unknown)}")
 
     def rows(self, stage: str) -> int:
         """Return the number of rows that a stage takes, 0 for all."""
-        learns = stage not in ("eval", "agreement")
-        limits = [getattr(self, f"max_{stage}"), self.max_train if learns else 0]
-        return min(filter(None, limits), default=0)
+        most = 0 if stage in ("eval", "agreement") else self.max_train
+        return min(filter(None, [getattr(self, f"max_{stage}"), most]), default=0)
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,9 @@ def add_settings(parser: Parser) -> None:
     The training options have one set of flags for all stages that train (`--epochs`). Each of these
     stages also has a set of its own, which no help lists: `--sft-epochs` overrides `--epochs`.
     """
-    for name, options in get_type_hints(Settings).items():
-        if name == "ses_cards":
-            continue
-        learns, defaults = name in ADAPTERS, DEFAULTS.get(name, {})
-        prefix = PREFIXES.get(name, name)
-        add_flags(parser, options, prefix, defaults, ["seed"] * learns, hidden=learns)
+    for name, options in [*get_type_hints(Settings).items()][:-1]:  # ses_cards has those of ses
+        learns, prefix = name in ADAPTERS, PREFIXES.get(name, name)
+        add_flags(parser, options, prefix, DEFAULTS.get(name, {}), ["seed"] * learns, hidden=learns)
     told = {}
     for name, default in asdict(TrainingOptions()).items():
         if any(name in DEFAULTS[x] for x in ADAPTERS):

@@ -30,8 +30,7 @@ class Work:
 
     def __init__(self, settings: Settings, folder: Path, find: Find, sharded: bool = False) -> None:
         """Load the data and print its notes; a model is loaded when a stage needs it."""
-        self.settings, self.folder = settings, folder
-        o = settings.data
+        self.settings, self.folder, o = settings, folder, settings.data
         names = ("train", "valid", "test") if o.max_valid else ("train", "test")
         splits = {name: load_split(o.data, name, o.data_dir) for name in names}
         self.notes = [note for split in splits.values() for note in split.notes]
@@ -61,14 +60,11 @@ class Work:
         facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
         facts |= {"max-valid": o.max_valid, "model": settings.model.facts(), "lora": groups["lora"]}
         for name in ["sft"] if stage == "sft" else [*STAGES][: [*STAGES].index(stage) + 1]:
-            if name == "simulator" and o.simulator is not None:
-                continue
-            own = STAGES[name]["options"]
+            own = [] if name in self.others else STAGES[name]["options"]  # not of --simulator's
             facts |= {f"max-{x}": o.rows(x) for x in own if hasattr(o, f"max_{x}")}
             facts |= {x.replace("_", "-"): getattr(o, x) for x in STAGES[name].get("data", ())}
             facts |= {x: groups[x] for x in own if x in groups}
-        sides = STAGES[stage]["sides"]
-        facts |= {f"other-{x}": other for x, other in self.others.items() if x in sides}
+        facts |= {f"other-{x}": y for x, y in self.others.items() if x in STAGES[stage]["sides"]}
         read = [x for x in self.contents if x != "test" or stage == "report"]
         return {**facts, "data-contents": {x: self.contents[x] for x in read}}
 
@@ -82,10 +78,14 @@ class Work:
             made = [self.folder / name for name in STAGES[stage]["makes"]]
             for path in made if fresh else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            note = self.folder / "options" / f"{stage}.json"
-            remedy = f"add --fresh to start the stage {stage} over, or give another --run-dir"
-            runs.claim(note, self.facts(stage), made, remedy)
+            self.compare(stage, self.facts(stage), made)
         return [x for x in stages if not (self.folder / STAGES[x]["makes"][0]).exists()]
+
+    def compare(self, stage: str, facts: dict[str, Any], made: Sequence[Path]) -> None:
+        """Note a stage's facts, or compare them with its note: see `runs.claim`."""
+        later = " ".join([*STAGES][[*STAGES].index(stage) :])
+        remedy = f"add --stages {later} --fresh to start over from there, or give another --run-dir"
+        runs.claim(self.folder / "options" / f"{stage}.json", facts, made, remedy)
 
     def prepare(self, stages: Sequence[str]) -> None:
         """Load the models and the results of earlier stages that these stages need.
@@ -94,11 +94,25 @@ class Work:
         """
         needed = {x for stage in stages for x in STAGES[stage]["needs"]}.difference(stages)
         if "pairs" in needed:
-            list(read_pairs(runs.need(self.folder / "pairs.jsonl", "pairs")))
+            list(read_pairs(self.need("pairs")))
         if ADAPTERS.keys() & set(stages):
             self.models.engine("none")
         for stage in (x for x in ADAPTERS if x in needed):
             self.side(stage)
+
+    def need(self, stage: str) -> Path:
+        """Return the result of an earlier stage.
+
+        Raises UserError if it is missing, or was made with other facts. Sides and chunk size may be
+        others, and a result from elsewhere has no note.
+        """
+        path = runs.need(self.folder / STAGES[stage]["makes"][0], stage)
+        note = self.folder / "options" / f"{stage}.json"
+        if note.exists():
+            told, now = runs.read_json(note), self.facts(stage)
+            both = now.keys() & told.keys() - {"chunk-size", "other-recommender", "other-simulator"}
+            self.compare(stage, told | {x: now[x] for x in both}, [path])
+        return path
 
     def rows(self, stage: str) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
@@ -126,8 +140,7 @@ class Work:
 
     def adapted(self, stage: str, name: str) -> Side:
         """Return the base's side with the adapter of a stage, which the model has as `name`."""
-        runs.need(self.folder / STAGES[stage]["makes"][0], stage)
-        return self.models.side(str(self.folder / ADAPTERS[stage]), name)
+        return self.models.side(str(self.need(stage).parent), name)
 
     def roles(self, stage: str | None, judge: str | None = None) -> Roles:
         """Return the roles, the recommender with the adapter of a stage, or None.
