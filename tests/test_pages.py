@@ -219,11 +219,16 @@ def test_a_page_tells_when_a_budget_dropped_a_candidate(tmp_path: Path) -> None:
 def test_a_report_shows_one_search_of_its_last_method(
     tmp_path: Path, report: dict[str, Any], turn: int, before: int
 ) -> None:
-    """A talk of two turns: its first search began after one line, its second after three."""
+    """A talk of two turns: its first search began after one line, its second after three.
+
+    The talk before it had ended when the searches began.
+    """
     record = {"turn": turn, **searched()["search"]}
     said = [["seeker", "a"], ["recommender", "b"], ["seeker", "c"], ["recommender", "d"]]
     talk = {"searches": [record], "transcript": said, "replies": ["b", "d"]}
-    found = report_page(tmp_path, report, [{"B/L": {}}, {"RL+SES": talk}, {"RL+SES": None}])
+    short = {**talk, "searches": []}
+    rows = [{"B/L": {}}, {"RL+SES": short}, {"RL+SES": talk}, {"RL+SES": None}]
+    found = report_page(tmp_path, report, rows)
     [shown] = found.of("div", "answer")
     assert [text(x) for x in shown["children"] if x["name"] == "p"][:-1] == list("abc")[:before]
     assert len(found.of("details", "node")) == 4

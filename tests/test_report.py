@@ -162,6 +162,17 @@ def test_sampled_votes_have_no_probability_of_the_digits() -> None:
     assert "digits' probability: B/L none, RL 0.50" in format_report(report)
 
 
+def test_the_text_names_the_models_and_the_notes_of_the_data(report: dict[str, Any]) -> None:
+    """Scores of different judges cannot be compared; the default model has no name of its own."""
+    note, judge = "train is a part of valid", {"path": "URL#M", "digest": "0"}
+    options = {"turns": 2, "model": {"model": "/m", "dtype": "auto"}, "other-judge": judge}
+    facts = {"options": options, "counts": {"test": 3, "notes": [note]}}
+    text = format_report(report | facts)
+    assert text.endswith(f"\n\nnote: {note}\n\ntest 3, turns 2, model /m, other-judge URL#M")
+    plain = {"options": {"turns": 2, "model": {"model": None}}, "counts": {"test": 3, "notes": []}}
+    assert format_report(report | plain) == format_report(report)
+
+
 def test_every_column_of_the_table_is_explained_below_it(report: dict[str, Any]) -> None:
     text = format_report(report)
     names = ("iEval", "Recall@1", "repeated", "new", "hit", "rule grade", "unparsed")

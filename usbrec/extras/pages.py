@@ -116,11 +116,11 @@ def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue)
 def write_report_page(path: Path, found: Facts, rows: Sequence[Facts], films: Catalogue) -> None:
     """Write the page of a report: its text with the intervals drawn, and one search.
 
-    It is the first of the last method in `rows`, which are those of rows.jsonl.
+    It is the first of the last method that searched in `rows`, which are those of rows.jsonl.
     """
     body = [tag("pre", _drawn(block)) for block in report.format_report(found).split("\n\n")]
-    talks = [row[name] for name in reversed(found["search"]) for row in rows if name in row]
-    for talk in talks[:1]:
+    talks = (row[name] for name in reversed(found["search"]) for row in rows if name in row)
+    if talk := next((x for x in talks if x["searches"]), None):
         search = talk["searches"][0]
         after = 2 * (len(talk["replies"]) - search["turn"]) + 1  # lines from its reply on
         parts = [*_said(talk["transcript"][:-after]), *_search(search, films)]

@@ -170,20 +170,22 @@ def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
 
 
 def format_report(report: Facts) -> str:
-    """Return the report as text: methods, differences, search, judges, a legend, the options."""
+    """Return the report as text: figures, a legend, the data's notes, options and models."""
     after, methods = report.get("after"), report["methods"]
-    rows = {**methods, **report["baselines"]}
     digits = [f"{name} {_number(x['digit_probability'])}" for name, x in methods.items()]
     facts = {**report["counts"], **report["options"]}
+    models = {n: x.get("path", x.get("model")) for n, x in facts.items() if isinstance(x, Mapping)}
+    facts |= {n: x for n, x in models.items() if x}
     plain = [f"{n} {x}" for n, x in facts.items() if not isinstance(x, Mapping | list | tuple)]
     parts = [
         _method_table("method", report),
         _method_table(f"after the first {after['seen']}", after) if after else [],
-        _table("Recall@1 of", SPLIT_HEADINGS, rows),
+        _table("Recall@1 of", SPLIT_HEADINGS, {**methods, **report["baselines"]}),
         _table("difference", HEADINGS, report["differences"], form="+.3f"),
         *_search_tables(report),
         [*judge_lines(report["judge"]), f"digits' probability: {', '.join(digits)}"],
         Path(__file__).with_name("legend.txt").read_text("utf-8").splitlines(),
+        [fill(f"note: {x}", WIDTH) for x in facts.get("notes", ())],
         [fill(", ".join(plain), WIDTH, break_long_words=False, break_on_hyphens=False)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines).rstrip()
