@@ -210,6 +210,29 @@ def test_a_full_disk_keeps_the_last_good_state(
     assert again.chunks == [[3, 4, 5], [6]]
 
 
+def test_a_finished_file_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an unfinished one is refused before any work is done."""
+    path, half, again, real = tmp_path / "rows.jsonl", tmp_path / "half.jsonl", Work(), open
+    rows = run(path, Work())
+    run(half, Work())
+    os.truncate(half, half.stat().st_size - 1)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def read_alone(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        return real(file, mode, *rest, **named) if mode in ("r", "rb") else refuse()
+
+    monkeypatch.setattr("builtins.open", read_alone)
+    monkeypatch.setattr(os, "truncate", refuse)
+    assert run(path, again) == rows
+    with pytest.raises(UserError, match=r"half\.jsonl cannot be written: Read-only file system"):
+        run(half, again)
+    assert again.chunks == []
+
+
 def test_a_wrong_number_of_rows_or_a_number_that_is_none_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="0 rows for 3 items"):
         run_chunks(Results(tmp_path / "a.jsonl", 3, "x"), ITEMS, lambda chunk: [])

@@ -72,11 +72,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append to a JSONL file in one write; on a failure leave it as it was."""
-    data = _lines(rows)
     with _writing(path), open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
-            _write(file.fileno(), data)
+            _write(file.fileno(), _lines(rows))
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
@@ -206,8 +205,8 @@ def run_chunks(
     """
     size, label, first = results.chunk_size, results.label, parallel.rank() == 0
     width = parallel.world() if results.spread else 1
-    if first:
-        append_rows(results.path, [])  # creates the file
+    if first and not results.path.exists():
+        append_rows(results.path, [])
     with _alone(results.path, "another program: wait for it, or name another file"):
         rows = parallel.from_first(lambda: _whole_chunks(results, len(items)))
         with tqdm(None, label, len(items), initial=len(rows), unit="row", disable=not first) as bar:
@@ -229,7 +228,7 @@ def run_chunks(
 
 
 def _whole_chunks(results: Results, items: int) -> list[Row]:
-    """Return the rows of the file's whole chunks; the rest of the file is cut off.
+    """Return the rows of the file's whole chunks; the rest of an unfinished file is cut off.
 
     Raises UserError if a line is not that of its place.
     """
@@ -246,8 +245,9 @@ def _whole_chunks(results: Results, items: int) -> list[Row]:
             raise UserError(f"{path}, line {number + 1}: {told}; restore it, or move it away")
     if len(rows) < items:
         rows = rows[: len(rows) // size * size]
-    lines = path.read_bytes().split(b"\n")[: len(rows)]
-    os.truncate(path, sum(len(line) + 1 for line in lines))
+        lines = path.read_bytes().split(b"\n")[: len(rows)]
+        with _writing(path):  # a finished file may lie where nothing can be written
+            os.truncate(path, sum(len(line) + 1 for line in lines))
     return rows
 
 
