@@ -296,12 +296,10 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
-    if flags.out is not None and flags.out.is_dir():
-        raise UserError(f"--out must name a file, got the folder {flags.out}")
+    if flags.out is not None and (flags.chat or flags.out.is_dir()):
+        raise UserError(f"--out must name a file, and not stand beside --chat, got {flags.out}")
     if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
         raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")
-    if flags.chat and flags.out is not None:
-        raise UserError("--out keeps the replies to dialogues that are given: not with --chat")
 
 
 def answer(flags: Namespace) -> None:

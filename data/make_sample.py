@@ -406,9 +406,8 @@ def make_sample() -> dict[str, list[Row]]:
 def main() -> None:
     """Write the three splits beside items.json and print their numbers of rows."""
     for split, rows in make_sample().items():
-        path = FOLDER / f"{split}.jsonl"
-        write_rows(path, rows)
-        print(f"{path}: {len(rows)} rows")
+        write_rows(FOLDER / f"{split}.jsonl", rows)
+        print(f"{split}: {len(rows)} rows in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -483,6 +483,7 @@ def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixt
     assert told(*short, "--ses-samples", "2") == {"ses-samples has no effect without --ses"}
     assert told(*short, "--rank-tokens", "9") == {"rank-tokens has no effect without --rank"}
     assert told(*quick) == told(*quick, "--ses-vote-temperature", "1") == set()
+    assert told(*short, "--simulator", "none") == {"simulator has no effect without --ses"}
     named = ["--temperature", "1", "--ses-draws", "2"]
     assert told(*quick, *named, "--no-ses-veto") == {
         "temperature has no effect without --ses-start-turn above 1",

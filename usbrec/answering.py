@@ -102,7 +102,7 @@ class Recommender:
         cases = (  # options, what they need, and whether that is missing
             (every, "a reply, which --validate-simulator does not ask for", judging),
             ({"judge"}, "--validate-simulator", not judging),
-            (search, "--ses", not o.ses),
+            (search | {"simulator"}, "--ses", not (o.ses or judging)),
             (shapes, "--ses-start-turn above 1", o.ses and searching.start_turn == 1),
             ({"top_k", "top_p", "min_p"}, "--temperature above 0", self.sampling.temperature == 0),
             ({"rank_tokens"}, "--rank", o.rank == 0),
