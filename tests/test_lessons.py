@@ -1,9 +1,5 @@
 """What the recommender and the simulator are taught, and in which order."""
 
-from dataclasses import replace
-
-
-
 from collections import Counter
 from dataclasses import replace
 
