@@ -103,9 +103,11 @@ def add_settings(parser: Parser) -> None:
     The training options have one set of flags for all stages that train (`--epochs`). Each of these
     stages also has a set of its own, which no help lists: `--sft-epochs` overrides `--epochs`.
     """
-    for name, options in [*get_type_hints(Settings).items()][:-1]:  # ses_cards has those of ses
+    for name, options in get_type_hints(Settings).items():
         learns, prefix = name in ADAPTERS, PREFIXES.get(name, name)
-        add_flags(parser, options, prefix, DEFAULTS.get(name, {}), ["seed"] * learns, hidden=learns)
+        own, fixed = DEFAULTS.get(name, {}), ["seed"] * learns
+        if name != "ses_cards":  # it is set by the flags of ses
+            add_flags(parser, options, prefix, own, fixed, hidden=learns)
     told = {}
     for name, default in asdict(TrainingOptions()).items():
         if any(name in DEFAULTS[x] for x in ADAPTERS):

@@ -262,7 +262,7 @@ class State:
         Raises UserError for a state that was made with other `facts`, and for metrics that are too
         short.
         """
-        remedy = "start with a new folder or with --fresh"
+        remedy = f"delete {self.path.parent} to start over, or name a new folder"
         claim(self.path.with_name("options.json"), facts, [self.path], remedy)
         length = 0
         if self.path.exists():
