@@ -16,7 +16,7 @@ from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, add_turn
 from usbrec.crs.ses import Candidate, Node, SearchOptions, plan, search, select, value_of
 from usbrec.crs.wishes import card
-from usbrec.options import UserError
+from usbrec.options import UserError, seed_for
 
 ROOTS = [talk("Something funny?"), talk("A thriller.", "Which one?", "Any.")]
 
@@ -328,6 +328,7 @@ def test_ranked_candidates_are_announced_and_the_chosen_one_is_written_out() -> 
     expected = ["I recommend Up (2009).", "I recommend Alien (1979). Good."]
     assert [x.reply for x in result.candidates] == expected and result.reply == expected[1]
     assert [role_of(x) for call in llm.generated for x in call] == ["summariser", "recommender"]
+    assert llm.generated[-1][0].seed == seed_for(1, "candidate", 1)  # of the chosen one's number
     judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
     assert judged == ["I recommend Up (2009).", "I recommend Alien (1979)."]
     with pytest.raises(UserError, match="no titles to rank"):
