@@ -250,6 +250,16 @@ def test_redials_release_becomes_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     ]  # fmt: skip
 
 
+def test_escaped_names_are_read_in_texts_and_as_titles(tmp_path: Path) -> None:
+    films = {"11": "Alien (1979)", "12": "Heat &amp; Dust (1983)", "13": "Up (2009)"}
+    write_lines(tmp_path / "in" / "train_data.jsonl", *map(redial, range(3)))
+    write_lines(tmp_path / "in" / "test_data.jsonl", redial(50, movieMentions=films))
+    list(conversion.convert("redial", str(tmp_path / "in"), str(tmp_path / "out"), None, "0"))
+    (row,) = rows_in(tmp_path / "out")["test"]
+    assert row["rec"] == ["Heat & Dust (1983)", "Up (2009)"]
+    assert row["resp"] == "Try Heat & Dust (1983) and Up (2009)!"
+
+
 @needs_shared
 def test_redials_raw_dialogues_become_ievalms_rows(tmp_path: Path) -> None:
     """iEvaLM lacks rows before the first mention, and some films of a line."""
@@ -557,7 +567,9 @@ def test_check_counts_what_is_odd_with_an_example(
         {**told, "context": ["Hello", "Heat is on."], "rec": ["Heat (1995)"]},
     ]
     write_lines(tmp_path / "train.jsonl", *rows)
-    write_lines(tmp_path / "valid.jsonl", {**row, "dialog_id": "v"})
+    # a name of two films does not name the one that is the label
+    other = {**row, "dialog_id": "v", "context": ["I saw True Grit."], "rec": ["True Grit (1969)"]}
+    write_lines(tmp_path / "valid.jsonl", other)
     write_lines(tmp_path / "test.jsonl", {**row, "dialog_id": "a"})
     code, out, _ = run(capsys, "check", tmp_path)
     assert code == 0 and out.splitlines() == [
