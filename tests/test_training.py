@@ -373,7 +373,8 @@ def test_other_options_data_or_weights_are_refused(model, tmp_path):
         ("seed 0, got 1", lessons(), replace(QUICK, seed=1)),
     ):
         put(model, start)
-        with pytest.raises(UserError, match=rf"state\.safetensors was made with {wrong}.*--fresh"):
+        told = rf"state\.safetensors was made with {wrong}.*; delete {tmp_path} to start over"
+        with pytest.raises(UserError, match=told):
             learn(model, items, Sft(), options, tmp_path)
     with pytest.raises(UserError, match=r"state\.safetensors was made with objective"):
         put(model, start)
