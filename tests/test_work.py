@@ -1,6 +1,7 @@
 """What decides a stage's result, which rows it learns from, what is deleted: without any model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,7 @@ def test_an_option_decides_its_stage_and_those_that_use_its_result(
 def test_contents_decide_the_stages_that_read_them(
     data: Path, tmp_path: Path, name: str, stages: list[str]
 ) -> None:
-    (folder := tmp_path / "data").mkdir()
-    for path in data.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
     before = work(folder, "--max-valid", 3)
     path = folder / (f"{name}.jsonl" if name != "items" else "items.json")
     path.write_text(path.read_text("utf-8").replace(" (19", " (20"), "utf-8")
@@ -102,9 +101,7 @@ def test_another_simulator_takes_the_place_of_what_would_train_one(
 def test_the_simulator_learns_from_rows_with_reactions_where_there_are_any(
     data: Path, tmp_path: Path
 ) -> None:
-    (folder := tmp_path / "data").mkdir()
-    for path in data.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
     rows = list(map(json.loads, (folder / "train.jsonl").read_text("utf-8").splitlines()))
     for row in rows[::2]:
         del row["reactions"]

@@ -70,8 +70,8 @@ class DataOptions(Options):
             object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
         if self.recommender is not None and not is_server(self.recommender):
             raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
-        if unknown := set(self.methods) - COMPARED.keys():
-            raise ValueError(f"methods must be of {', '.join(COMPARED)}, got {sorted(unknown)}")
+        if unknown := ", ".join(sorted(set(self.methods) - COMPARED.keys())):
+            raise ValueError(f"methods must be of {', '.join(COMPARED)}, got {unknown}")
 
     def rows(self, stage: str) -> int:
         """Return the number of rows that a stage takes, 0 for all."""

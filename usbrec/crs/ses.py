@@ -372,7 +372,7 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
     votes = Votes(options.votes, options.vote_temperature)
     scores = iter(roles.judge(list(filter(None, prompts)), votes, seeds))
     for node, prompt in zip(nodes, prompts, strict=True):
-        asks = node.children and not roles.catalogue.first(node.dialogue[-1].text)
+        asks = not prompt and node.children and not roles.catalogue.first(node.dialogue[-1].text)
         node.score = next(scores) if prompt else JudgeScore() if asks else JudgeScore(0.0, 0)
 
 
