@@ -34,7 +34,7 @@ from usbrec.crs.datasets import load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, Examples, format_dialogue
 from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
-from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.crs.ses import SearchOptions
 from usbrec.extras import pages, report
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import agreement, judge_agreement
@@ -42,7 +42,7 @@ from usbrec.llm.endpoint import is_server
 from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, add_table, from_flags, seed_for, tell
 from usbrec.runs import RUNS, Results, Row, run_chunks
-from usbrec.settings import ADAPTERS, FLAGS, SHOWN, DataOptions
+from usbrec.settings import ADAPTERS, FLAGS, PRESETS, SHOWN, DataOptions
 
 PLAIN = {"max_new_tokens": 48, "temperature": 0.0}  # the default sampling of plain replies
 
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> Setup:
 def assemble(setup: Setup, flags: Namespace) -> Recommender:
     """Return the recommender with weights and adapters loaded; print the sides on stderr."""
     options = from_flags(ReplyOptions, flags)
-    defaults = CARDS if getattr(flags, "ses_cards", False) else {}
+    defaults = next((own for name, own in PRESETS.items() if getattr(flags, name, False)), {})
     searching = from_flags(SearchOptions, flags, "ses", defaults=defaults)
     sampling = from_flags(Sampling, flags, defaults=PLAIN)
     catalogue = load_catalogue(setup.data, setup.data_dir)

@@ -1,12 +1,12 @@
 """The main job: `python train.py` makes a language model a better recommender.
 
-    simulator   an adapter learns to play the user: seeker, internal seeker,
-                summariser and judge
     sft         an adapter learns the recommender's turns
+    simulator   a copy of it learns to play the user: seeker, internal seeker,
+                summariser and judge
     pairs       PODCS: the recommender's samples are tried on the simulated user
     simpo       the recommender learns to prefer the chosen reply of each pair
-    report      B/L, SFT, RL, RL+SES and RL+SES+cards on the same test
-                dialogues, with 95% intervals
+    report      B/L, SFT, RL, RL+SES, RL+SES+memory and RL+SES+cards on the
+                same test dialogues, with 95% intervals
 
 A finished stage is used again; an interrupted one resumes. The next command is
 `python infer.py --ses`. `torchrun --nproc-per-node N train.py` does the same in
@@ -25,6 +25,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, end
 import shlex
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import baseline_labels, evaluate_method
-from usbrec.crs.podcs import build_pairs, count_reasons, count_wins
+from usbrec.crs.podcs import build_pairs, count_wins
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import judge_agreement, judge_ranked
 from usbrec.extras.pages import write_report_page
@@ -55,37 +56,37 @@ RowsOf = Callable[[str], Examples]  # the name of a limit (--max-NAME) -> rows
 # --- the stages -------------------------------------------------------------------------------
 
 
+def train_sft(work: Work) -> None:
+    """Train an adapter on the recommender's gold turns."""
+    options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
+    add_adapter(work.engine.model, "sft", work.settings.lora, seed_for(seed, "sft"))
+    teach(work, "sft", lambda rows: lessons.recommender_lessons(rows("sft"), films, options))
+
+
 def train_simulator(work: Work) -> None:
-    """Train the adapter that plays the user and judges, on training dialogues alone."""
+    """Train a copy of the SFT adapter, which knows the films, to play the user and to judge."""
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
     def make(rows: RowsOf) -> list[TrainingDialogue]:
         draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
         first, then = lessons.simulator_lessons(rows("simulator"), draws, seed, options)
         summaries = lessons.summary_lessons(rows("summaries"), films, options)
-        cards = lessons.card_lessons(rows("cards"), films, seed, options)
+        cards = lessons.card_lessons(rows("cards"), draws, seed, options)
         return first + lessons.woven(then, summaries, cards)
 
+    work.adapted("sft", "simulator")  # the copy that learns
     teach(work, "simulator", make)
 
 
-def train_sft(work: Work) -> None:
-    """Train an adapter on the recommender's gold turns."""
-    options, films = work.settings.lesson, work.catalogue
-    teach(work, "sft", lambda rows: lessons.recommender_lessons(rows("sft"), films, options))
-
-
 def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue]]) -> None:
-    """Train a new adapter of the stage's name on the lessons that `make` returns."""
-    engine, seed = work.engine, seed_for(work.settings.data.seed, stage)
+    """Train the adapter of the stage's name on the lessons that `make` returns."""
 
     def lay_out(rows: RowsOf, label: str) -> list[Tree]:
-        trees = [dialogue_tree(engine.tokenizer, lesson) for lesson in make(rows)]
-        kept, dropped = usable(trees, engine.max_length, Sft())
+        trees = [dialogue_tree(work.engine.tokenizer, lesson) for lesson in make(rows)]
+        kept, dropped = usable(trees, work.engine.max_length, Sft())
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept
 
-    add_adapter(engine.model, stage, work.settings.lora, seed)
     trees = lay_out(work.rows, stage)
     validation = lay_out(lambda _: work.valid, f"{stage}, validation") if work.valid else []
     work.learn(stage, Sft(), trees, validation)
@@ -99,7 +100,8 @@ def make_pairs(work: Work) -> None:
     pairs = [pair for record in records for pair in record["pairs"]]
     if parallel.rank() == 0:
         runs.write_rows(work.folder / "pairs.jsonl", pairs)
-    print_counts(f"pairs: {len(pairs)} of {len(records)} rows", count_reasons(records))
+    reasons = Counter(record["reason"] for record in records)  # kinds of pairs, causes of drops
+    print_counts(f"pairs: {len(pairs)} of {len(records)} rows", dict(sorted(reasons.items())))
     wins = count_wins(work.catalogue, rows, records)
     print_counts("pairs, the chosen side against the rejected by rule", wins)
 
@@ -175,7 +177,7 @@ def print_counts(text: str, counts: Mapping[str, int]) -> None:
     print(f"{text} ({', '.join(told)})" if told else text)
 
 
-_DOES = (train_simulator, train_sft, make_pairs, train_simpo, evaluate)
+_DOES = (train_sft, train_simulator, make_pairs, train_simpo, evaluate)
 DOES = dict(zip(STAGES, _DOES, strict=True))
 
 

@@ -53,7 +53,7 @@ from usbrec.crs.agents import Roles, Votes, external_judge_prompt
 from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import FILMLESS, Suggestion, Suggestions, popularity_of
-from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
+from usbrec.crs.ses import Node, SearchOptions, score_nodes
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.intervals import mean_interval
 from usbrec.extras.measures import SUMMARY_TOKENS
@@ -62,10 +62,14 @@ from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
+from usbrec.settings import PRESETS
 
 ORDER = ("gold", "kindred film", "other film", "invented film", "no film", "empty")  # best first
 FILMS = 3  # the first of them, which name a film
-JUDGES = {"internal judge": SearchOptions(), "judge with cards": SearchOptions(**CARDS)}
+JUDGES = {
+    "internal judge": SearchOptions(),
+    "judge with cards": SearchOptions(**PRESETS["ses_cards"]),
+}
 SCORERS = ("iEval", "given explanation", *JUDGES, "rule on the summary", "rule grade")
 DRAWS = 1_000
 LIMITS = (0.0, 2.0)  # of a score

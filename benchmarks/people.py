@@ -53,7 +53,7 @@ from usbrec.crs import datasets
 from usbrec.crs.agents import Roles
 from usbrec.crs.catalogue import Catalogue, parse_json, read_text
 from usbrec.crs.dialogue import Dialogue, Utterance, add_turn
-from usbrec.crs.ses import CARDS, Node, SearchOptions, score_nodes
+from usbrec.crs.ses import Node, SearchOptions, score_nodes
 from usbrec.crs.titles import GENRE_FORMS, key_of
 from usbrec.crs.wishes import Fact, fit, read_profile
 from usbrec.extras.intervals import mean_interval
@@ -63,10 +63,13 @@ from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
-from usbrec.settings import COMPARED
+from usbrec.settings import COMPARED, PRESETS
 
 Figures = dict[str, dict[str, Any]]  # a scorer -> its figures
-JUDGES = {"internal judge": SearchOptions(), "judge with cards": SearchOptions(**CARDS)}
+JUDGES = {
+    "internal judge": SearchOptions(),
+    "judge with cards": SearchOptions(**PRESETS["ses_cards"]),
+}
 DOMAINS = ("redial", "opendialkg")
 PASSED, RELEVANT = 1.0, 1.0  # least score of a judge, least rating of people, that count as good
 GREATEST = 2.0  # score

@@ -50,7 +50,7 @@ from usbrec.crs.agents import JudgeScore, Roles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import EvaluationOptions, evaluate_method
-from usbrec.crs.ses import CARDS, SearchOptions, plan
+from usbrec.crs.ses import SearchOptions, plan
 from usbrec.crs.wishes import fit, read_profile
 from usbrec.extras.intervals import mean_interval
 from usbrec.extras.report import compare, interval, summarise
@@ -58,6 +58,7 @@ from usbrec.llm.training import digest
 from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
+from usbrec.settings import PRESETS
 
 Searching = SearchOptions | None  # None is the plain reply
 Cells = list[tuple[dict[str, Any], Searching]]  # the values of the swept options, and the search
@@ -81,7 +82,7 @@ LADDER: dict[str, dict[str, Any]] = {  # a row -> what it changes
     "eight of them": {"samples": 8},
     "classes in place of means": {"value": "majority"},
 }
-BUDGETED: dict[str, dict[str, Any]] = {"chain, N=8": {"samples": 8}, "cards": CARDS}
+BUDGETED: dict[str, dict[str, Any]] = {"chain, N=8": {"samples": 8}, "cards": PRESETS["ses_cards"]}
 SHARES = (1.0, 0.5, 0.25)  # of the tokens of a whole search, which comes first
 MOST_TOKENS = 10**9  # of a search, more than any asks for
 # the flags in --help; --help-all lists every flag
@@ -156,7 +157,8 @@ def read_grid(flags: Namespace, asked: Examples = ()) -> Cells:
     for combination in itertools.product(*swept.values()):
         values = given | dict(zip(swept, combination, strict=True))
         try:
-            search = SearchOptions(**{**(CARDS if values.get("cards") else {}), **values})
+            own = (x for name, x in PRESETS.items() if values.get(name.removeprefix("ses_")))
+            search = SearchOptions(**{**next(own, {}), **values})
         except ValueError as error:
             raise UserError(f"{error} (an option of the search)") from error
         cells.append(({name: values[name] for name in swept}, search))

@@ -41,7 +41,7 @@ def role_of(request: Request) -> str:
     name = next(n for n in names if first.startswith(prompt_text(n).split("{")[0]))
     asked = request.messages[-1].content == prompt_text("explain")
     if name == "judge_cards":
-        return "card_judge"
+        return "card_judge" if request.messages[-1].role == "system" else "memory"
     if request.messages[-1].role == "system":
         return "internal_judge" if name == "internal_seeker" else "judge"
     return "explainer" if name == "recommender" and asked else name

@@ -13,6 +13,7 @@ from usbrec.crs.agents import (
     card_prompt,
     external_judge_prompt,
     internal_judge_prompt,
+    memory_prompt,
     summary_prompt,
 )
 from usbrec.crs.catalogue import Catalogue, read_item
@@ -27,6 +28,7 @@ from usbrec.crs.lessons import (
     mixed,
     popularity_of,
     profile_of,
+    profiles_to_score,
     recommender_lessons,
     same_dialogue,
     simulator_lessons,
@@ -35,7 +37,7 @@ from usbrec.crs.lessons import (
     told,
     woven,
 )
-from usbrec.crs.wishes import card, fit, read_profile
+from usbrec.crs.wishes import UNKNOWN, card, fit, read_profile
 from usbrec.options import seed_for
 
 CATALOGUE = load_catalogue("sample")
@@ -202,49 +204,67 @@ def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> Non
     assert told == Message("assistant", str(TRAIN[2].profile), 1.0)
 
 
-def test_a_card_lesson_is_scored_by_rule_as_it_is_asked_later() -> None:
-    lessons = card_lessons(TRAIN, CATALOGUE, 0, LessonOptions(cards=30, profiles_per_card=8))
-    assert len(lessons) == 10 + 30
-    told = {2: 0, 1: 0, 0: 0}
-    claims, costs = [], 0
-    for lesson in lessons:
-        reply, _, shown = lesson.prefix[1].content.partition("\n")
-        (film,) = CATALOGUE.first(reply)
-        assert shown == f"Card: {card(film)}."
-        for asked, answer in lesson.branches:
-            assert (*lesson.prefix, asked) == card_prompt(reply, card(film), asked.content)
-            score = fit(film, read_profile(asked.content, CATALOGUE))
-            assert int(answer.content) in (score, max(score - 1, 0))
-            assert reply != announce(film.title) or int(answer.content) == score
-            told[int(answer.content)] += 1
-            costs += int(answer.content) < score
-        claims.append(reply != announce(film.title))
-    assert min(told.values()) > 30
-    assert claims[10:] == [number % 4 == 0 for number in range(30)] and not any(claims[:10])
-    assert costs > 5  # a claim that is false of the film
+def card_chats(rehearsals: int = 8, cards: int = 12) -> list[tuple[Message, ...]]:
+    """Return the chats of the judge with cards, the shared system prompt in front of each."""
+    options = LessonOptions(cards=cards, rehearsals=rehearsals)
+    lessons = card_lessons(TRAIN, DRAWS, 0, options)
+    assert [len(x.branches) for x in lessons[:-1]] == [8] * (len(lessons) - 1)
+    return [(*lesson.prefix, *branch) for lesson in lessons for branch in lesson.branches]
 
 
-def test_no_card_lesson_tells_that_a_film_meets_all_wishes_but_its_own_examples() -> None:
-    """Single wishes come first; a set of several that a film meets is that of its own example."""
-    lessons = card_lessons(TRAIN, CATALOGUE, 0, LessonOptions(cards=30))
+def test_a_card_is_written_before_it_is_scored_by_rule_as_both_are_asked_later() -> None:
+    told, claims = Counter[int](), Counter[int]()
+    for system, said, shown, asked, answer in card_chats(16):
+        prompt = (system, said, replace(shown, weight=0.0), asked)
+        assert prompt == card_prompt(said.content, shown.content, asked.content)
+        assert prompt[:2] == memory_prompt(said.content)
+        assert (shown.weight, answer.weight) == (1.0, OPTIONS.score_weight)
+        if shown.content == UNKNOWN:
+            assert answer.content == "0" and not CATALOGUE.find(said.content)
+            continue
+        (film,) = CATALOGUE.first(said.content)
+        assert shown.content == card(film)
+        score, given = fit(film, read_profile(asked.content, CATALOGUE)), int(answer.content)
+        assert given in (score, max(score - 1, 0))
+        assert said.content != announce(film.title) or given == score
+        told[given] += 1
+        claims[score - given] += said.content != announce(film.title)
+    assert min(told.values()) > 20 and len(told) == 3
+    assert claims.total() == 4 * 12 and claims[1] > 5  # one of four; false of the film
+
+
+def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wishes() -> None:
+    chats = [x for x in card_chats(8) if x[2].content != UNKNOWN]
+    films = [CATALOGUE.first(said.content)[0] for _, said, *_ in chats]
+    counts = sorted(DRAWS.shares, reverse=True)[:12]
+    frequent = {film for film, x in zip(DRAWS.pool, DRAWS.shares, strict=True) if x > counts[-1]}
+    assert frequent <= set(films) and set(Counter(films).values()) == {8} == {len(chats) // 12}
+    assert all(len(set(films[i : i + 12])) == 12 for i in range(0, 96, 12))  # in rounds
     own = {(x.items[0], read_profile(str(x.profile), CATALOGUE)) for x in TRAIN}
-    for number, lesson in enumerate(lessons):
-        (film,) = CATALOGUE.first(lesson.prefix[1].content)
-        for asked, _ in lesson.branches:
-            facts = read_profile(asked.content, CATALOGUE)
-            likes = [x for x in facts if x.attitude == "like" and x.kind != "title"]
-            if number < 10:
-                assert len(likes) == 1 and len(facts) <= 2
-            else:
-                assert fit(film, facts) < 2 or (film.title, facts) in own
+    for number, (film, chat) in enumerate(zip(films, chats, strict=True)):
+        facts = read_profile(chat[3].content, CATALOGUE)
+        likes = [x for x in facts if x.attitude == "like" and x.kind != "title"]
+        if number < 24:
+            assert len(likes) == 1 and len(facts) <= 2
+        else:  # all wishes that a film meets are taught of its own examples alone
+            assert fit(film, facts) < 2 or (film.title, facts) in own
 
 
-def test_a_card_is_scored_for_four_of_its_own_examples_and_then_for_near_misses() -> None:
+def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
+    strange = [x[1].content for x in card_chats(12, 30) if x[2].content == UNKNOWN]
+    assert len(strange) == 12 * 4
+    dated = [x for x in strange if x.startswith("I recommend ")]
+    named = {item.name for item in CATALOGUE}
+    assert all(x[len("I recommend ") : -len(" (1990).")] in named for x in dated)
+    assert len(dated) > 20 and {"", *FILMLESS} & set(strange)
+
+
+def test_near_misses_are_scored_beside_a_films_own_examples() -> None:
     (film,) = CATALOGUE.named("Heat (1995)")
     example = Example("d", 1, talk("Hi."), "Try Heat (1995).", (film.title,), "Likes: crime.")
     same = [replace(example, dialog_id=str(n)) for n in range(6)]
-    *_, lesson = card_lessons(same, CATALOGUE, 0, LessonOptions())
-    assert [answer.content for _, answer in lesson.branches] == ["2"] * 4
+    single, several = profiles_to_score(same, [film], CATALOGUE, 0)[film]
+    assert several == [read_profile("Likes: crime.", CATALOGUE)] * 4 and len(single) > 8
     texts = ("western, war, family", "crime, war, family", "crime, war")  # meets none, 1 and half
     far, near, half = (read_profile(f"Likes: {text}.", CATALOGUE) for text in texts)
     rng = np.random.default_rng(0)
@@ -315,8 +335,13 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
     films = Catalogue(read_item({"name": f"Film {x} (1995)"}) for x in "ABCDEF")
     titles = tuple(x.title for x in films)
     row = Example("d", 1, (Utterance("seeker", "Hi"),), ", ".join(titles[:4]), titles[:4])
-    lessons = card_lessons([row, replace(row, items=titles[2:])], films, 0, LessonOptions())
-    assert len(lessons) == 2 + 6 and all(x.branches for x in lessons)
+    rows = [row, replace(row, items=titles[2:])]
+    draws = Suggestions(films, popularity_of(rows))
+    (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1))
+    assert len(lesson.branches) == 6 + 1
+    bare = Catalogue(read_item({"name": f"Film {x}"}) for x in "ABC")  # nothing to know
+    rows = [replace(row, items=("Film A",))]
+    assert card_lessons(rows, Suggestions(bare, popularity_of(rows)), 0, LessonOptions()) == []
 
 
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:

@@ -157,7 +157,7 @@ def test_metrics_of_pairs_are_derived_by_hand():
     segments = torch.tensor([1, 1, 2, 2, 2, 4, 5])
     none = torch.zeros(7, dtype=torch.long)
     row = SimpleNamespace(segment_ids=segments, num_segments=6, targets=none)
-    options = SimpoOptions(beta=2.0, gamma=7.0)
+    options = SimpoOptions(beta=2.0, gamma_beta_ratio=3.5)
     _, metrics = Simpo(options)(TokenLogps(logps.requires_grad_(), none - 1), row)
     expected = {
         "rewards/chosen": [-3, -2], "rewards/rejected": [-8, -2], "rewards/margins": [5, 0],
@@ -168,21 +168,11 @@ def test_metrics_of_pairs_are_derived_by_hand():
     assert not any(values.requires_grad for values in metrics.values())
 
 
-def test_gamma_may_be_given_itself_and_equals_ratio_times_beta():
-    by_ratio = simpo(-2, -12, beta=4.0, gamma_beta_ratio=0.25)
-    assert simpo(-2, -12, beta=4.0, gamma=1.0)[0] == by_ratio[0]
-    assert simpo(-2, -12, beta=4.0, gamma=0.0)[0] != by_ratio[0]
-
-
-def test_gamma_and_its_ratio_given_together_are_refused_and_one_of_them_is_the_margin():
-    """Neither: half of beta, 2; the ratio 0: no margin, though 0 is false."""
-    with pytest.raises(ValueError, match=r"gamma \(1.0\) and gamma_beta_ratio \(0.25\) both set"):
-        SimpoOptions(beta=4.0, gamma=1.0, gamma_beta_ratio=0.25)
-    with pytest.raises(ValueError, match="give one of them"):
-        SimpoOptions(gamma=0.0, gamma_beta_ratio=0.0)
-    assert SimpoOptions(beta=4.0).margin == 2.0
-    assert SimpoOptions(beta=4.0, gamma_beta_ratio=0.0).margin == 0.0
-    assert SimpoOptions(beta=4.0, gamma=0.0).margin == 0.0
+def test_gamma_is_its_ratio_times_beta():
+    """Only the product counts where the rewards are equal: log(1 + e^gamma)."""
+    for beta, ratio in ((4.0, 0.25), (1.0, 1.0), (2.0, 0.0)):
+        loss = simpo(-2, -4, beta=beta, gamma_beta_ratio=ratio)[0].item()
+        assert loss == pytest.approx(math.log1p(math.exp(beta * ratio)))
 
 
 def test_nll_weight_zero_is_exactly_simpo_and_one_adds_the_chosen_mean():
@@ -227,7 +217,7 @@ def test_simpo_equals_trl_on_the_same_ids_and_labels():
     theirs_logps = cpo.CPOTrainer.concatenated_forward(trainer, model, batch)[:2]
     theirs = cpo.CPOTrainer.cpo_loss(trainer, *theirs_logps)
 
-    options = SimpoOptions(beta=2.5, gamma=1.3)
+    options = SimpoOptions(beta=2.5, gamma_beta_ratio=1.3 / 2.5)
     ours_chosen, ours_rejected = ours_of(model, prompts, chosen), ours_of(model, prompts, rejected)
     ours = simpo_loss(ours_chosen, ours_rejected, options)
     for got, expected in zip(ours, theirs, strict=True):

@@ -1,7 +1,7 @@
 """Measures of the search: every figure by hand."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from scripted import SURE, Scripted, role_of, roles_of, talk
 from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from test_report import label, row
 
-from usbrec.chat import Ranked, Request, Row
+from usbrec.chat import Messages, Ranked, Request, Row
 from usbrec.crs.agents import Roles, Side, announce, card_prompt
+from usbrec.crs.catalogue import Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvaluationOptions, checked
 from usbrec.crs.wishes import card
@@ -223,8 +224,8 @@ def test_the_best_films_are_recommended_in_the_same_words_and_scored() -> None:
     ((requests, texts, k),) = llm.ranked
     assert (role_of(requests[0]), requests[0].adapter, k) == ("recommender", "rl", 4)
     assert texts == [announce(item.title) for item in FILMS]
-    assert roles_of(llm.generated) == [["summariser"]]
-    assert roles_of(llm.scored) == [["internal_judge"] * 4, ["card_judge"] * 4]
+    assert roles_of(llm.generated) == [["summariser"], ["memory"] * 4]
+    assert roles_of(llm.scored) == [["internal_judge"] * 4, ["card_judge"] * 4, ["card_judge"] * 4]
     heard = [request.messages[-2].content for request in llm.scored[0]]
     assert heard == [announce(x.title) for x in (NEW, OLD, LOFT, WELL)]
     assert "Likes: horror, crime" in llm.scored[0][0].messages[0].content
@@ -239,13 +240,15 @@ def test_the_best_films_are_recommended_in_the_same_words_and_scored() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_the_judge_with_cards_sees_the_card_of_each_film() -> None:
+def test_the_judges_with_cards_see_what_is_remembered_and_what_the_catalogue_has() -> None:
     llm, _ = judged(EXAMPLE)
-    expected = [
-        card_prompt(announce(x.title), card(x), "Likes: horror, crime. Dislikes: nothing said.")
-        for x in (NEW, OLD, LOFT, WELL)
-    ]
-    assert [request.messages for request in llm.scored[1]] == expected
+    told = "Likes: horror, crime. Dislikes: nothing said."  # the model remembers the same
+
+    def prompts(known: Callable[[Item], str]) -> list[Messages]:
+        return [card_prompt(announce(x.title), known(x), told) for x in (NEW, OLD, LOFT, WELL)]
+
+    found = [[request.messages for request in call] for call in llm.scored[1:]]
+    assert found == [prompts(lambda _: told), prompts(card)]
 
 
 def test_areas_are_within_a_dialogue_and_a_target_out_of_reach_does_not_count() -> None:

@@ -19,7 +19,7 @@ from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree, visibil
 from usbrec.llm.training import run_pass
 
 CONFIG = replace(TINY, hidden_size=48)  # transformers wants a multiple of the heads
-SIMPO = SimpoOptions(beta=2.5, gamma=0.7, nll_weight=0.3)
+SIMPO = SimpoOptions(beta=2.5, gamma_beta_ratio=0.28, nll_weight=0.3)
 
 
 class Dice:

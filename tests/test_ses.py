@@ -11,7 +11,7 @@ from scripted import SURE, Scripted, role_of, roles_of, talk
 
 from usbrec.chat import Message, Ranked, Request
 from usbrec.crs import ses
-from usbrec.crs.agents import JudgeScore, Roles, Side, card_prompt, closed_form
+from usbrec.crs.agents import JudgeScore, Roles, Side, card_prompt, closed_form, memory_prompt
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, add_turn
 from usbrec.crs.ses import Candidate, Node, SearchOptions, plan, search, select, value_of
@@ -343,6 +343,41 @@ def test_with_cards_the_judge_sees_profile_reply_and_facts_alone() -> None:
     (request,) = llm.scored[0]
     expected = card_prompt("Try Heat (1995).", card(FILMS.items[0]), PROFILE)
     assert request.messages == expected and request.messages[-1] == Message("system", PROFILE)
+
+
+def from_memory(memory: dict[str, str], *said: str) -> Scripted:
+    """Return a model that draws these replies and knows these cards by its replies."""
+    draw = drawing(*said)
+
+    def reply(request: Request) -> str:
+        known = role_of(request) == "memory"
+        return memory[request.messages[-1].content] if known else draw(request)
+
+    return Scripted(reply, lambda x: SURE[2 if "crime" in x.messages[-2].content else 0])
+
+
+def test_from_memory_the_judge_scores_by_what_it_has_written_of_each_reply() -> None:
+    """The card is the model's own, right or wrong; a film that it does not know is scored too."""
+    memory = {"Try Heat (1995).": "war, 1990s", "Try Up (2009).": "crime", "Well?": "nothing known"}
+    llm = from_memory(memory, *memory, *memory)
+    options = SearchOptions(samples=6, turns=1, memory=True, vote_temperature=0)
+    roles = Roles(Side(llm, "rl"), Side(llm, "simulator"), FILMS)
+    (result,) = search(roles, ROOTS[:1], [1], options)
+    expected = dict(zip(memory, (0, 2, 0), strict=True))
+    assert {x.reply: x.value for x in result.candidates} == expected
+    (asked,) = ([x.messages for x in call] for call in llm.generated[1:])
+    assert asked == list(map(memory_prompt, memory))  # equal replies once
+    prompts = [card_prompt(reply, text, PROFILE) for reply, text in memory.items()]
+    assert [x.messages for x in llm.scored[0]] == prompts
+    assert {x.adapter for x in llm.generated[1]} == {"simulator"}
+
+
+def test_with_cards_nothing_is_remembered() -> None:
+    llm = Scripted(drawing("Try Heat (1995)."))
+    options = SearchOptions(samples=1, turns=1, cards=True, memory=True)
+    search(of_films(llm), ROOTS[:1], [1], options)
+    assert "memory" not in {role_of(x) for call in llm.generated for x in call}
+    assert llm.scored[0][0].messages[2].content == card(FILMS.items[0])
 
 
 def test_with_cards_no_title_and_refused_titles_are_worth_nothing_unjudged() -> None:

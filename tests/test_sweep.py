@@ -19,10 +19,11 @@ import infer
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Reply, Request, Sampling
 from usbrec.crs.agents import Roles, Side
-from usbrec.crs.ses import CARDS, SearchOptions, plan
+from usbrec.crs.ses import SearchOptions, plan
 from usbrec.crs.wishes import attributes, write_attribute, write_profile
 from usbrec.llm.engine import Usage
 from usbrec.runs import read_rows
+from usbrec.settings import PRESETS
 
 sys.path.append(str(Path(infer.__file__).parent / "benchmarks"))
 import sweep  # noqa: E402
@@ -100,16 +101,17 @@ def test_every_kind_of_option_can_be_swept_and_equal_values_are_one_cell() -> No
 def test_flags_hold_for_every_cell_and_cards_bring_their_own_defaults() -> None:
     _, (_, one), (_, two) = grid("cards=no,yes --ses-turns 4")
     assert one == SearchOptions(turns=4)
-    assert two == SearchOptions(**{**CARDS, "turns": 4})
+    assert two == SearchOptions(**{**PRESETS["ses_cards"], "turns": 4})
     _, (_, one), (_, two) = grid("samples=2,3 --ses-cards --ses-turns 4")
-    assert (one, two) == tuple(SearchOptions(**{**CARDS, "samples": n, "turns": 4}) for n in (2, 3))
+    own = {**PRESETS["ses_cards"], "turns": 4}
+    assert (one, two) == tuple(SearchOptions(**{**own, "samples": n}) for n in (2, 3))
 
 
 def test_the_ladder_leads_from_the_papers_search_to_the_one_with_cards() -> None:
     plain, *rungs = grid("--ladder")
     searches = [asdict(search) for _, search in rungs if search]
     assert plain == ({}, None) and searches[0] == asdict(SearchOptions())
-    assert searches[-1] == asdict(SearchOptions(**CARDS))
+    assert searches[-1] == asdict(SearchOptions(**PRESETS["ses_cards"]))
     changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(searches)]
     assert [len(x) for x in changes] == [1, 2, 1, 2, 1, 1, 1, 1]  # two: what was tried goes back
 

@@ -25,7 +25,7 @@ from usbrec.crs.datasets import SPLITS
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 from usbrec.runs import locked, read_json, read_rows
-from usbrec.settings import ADAPTERS, DEFAULTS, FLAGS, SHOWN, STAGES, DataOptions, Settings
+from usbrec.settings import ADAPTERS, DEFAULTS, FLAGS, PRESETS, SHOWN, STAGES, DataOptions, Settings
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
@@ -125,7 +125,7 @@ def check_files(folder: Path) -> None:
         for side in ("prompt", "chosen", "rejected"):
             assert all(set(message) == {"role", "content"} for message in pair[side])
     stages = [row["stage"] for row in read_rows(folder / "metrics.jsonl")]
-    assert list(dict.fromkeys(stages)) == ["simulator", "sft", "simpo"]
+    assert list(dict.fromkeys(stages)) == ["sft", "simulator", "simpo"]
     timed = read_rows(folder / "timings.jsonl")
     assert [row["stage"] for row in timed] == list(STAGES)
     assert all(row["seconds"] >= 0 and row["peak_memory_bytes"] > 0 for row in timed)
@@ -296,21 +296,15 @@ def validated(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def test_with_validation_the_best_state_is_used_and_the_last_lies_beside_it(
-    validated: Path, finished: Path
-) -> None:
-    """The adapter's files hold what the training's own state calls best and last."""
-    for stage in ("simulator", "sft"):
+def test_with_validation_the_best_state_is_used(validated: Path) -> None:
+    """The adapter's file holds what the training's own state calls best, not what it calls last."""
+    for stage in ("sft", "simulator"):
         state = load_file(validated / stage / "training" / "state.safetensors")
-        found = {
-            kind: load_file(validated / stage / place / "adapter_model.safetensors")
-            for kind, place in (("best", "."), ("last", "last"))
-        }
-        for kind, tensors in found.items():
-            for name, tensor in tensors.items():
-                assert torch.equal(tensor, state[name.replace("base_model.model", kind)]), name
-        assert not (finished / stage / "last").exists()
-    assert any(not torch.equal(x, found["last"][name]) for name, x in found["best"].items())
+        found = load_file(validated / stage / "adapter_model.safetensors")
+        for name, tensor in found.items():
+            assert torch.equal(tensor, state[name.replace("base_model.model", "best")]), name
+        last = {name: state[name.replace("base_model.model", "last")] for name in found}
+        assert stage != "sft" or any(not torch.equal(x, last[name]) for name, x in found.items())
     lines = read_rows(validated / "metrics.jsonl")
     curves = {
         stage: [row["eval/loss"] for row in lines if row["stage"] == stage and "eval/loss" in row]
@@ -324,7 +318,6 @@ def test_with_validation_the_best_state_is_used_and_the_last_lies_beside_it(
     [
         ("simulator/training/metrics.jsonl", 4),
         ("sft/training/state.safetensors.part", 2),
-        ("sft/last/adapter_model.safetensors.part", 1),
         ("sft/adapter_model.safetensors.part", 1),
     ],
 )
@@ -375,7 +368,6 @@ def test_simpo_learns_from_all_pairs_after_the_prompts_of_inference(
     messages = [Message(**message) for message in pair_rows(10)[0]["prompt"]]
     prompt = ChatTokenizer.from_folder(inputs["--model"]).prompt(messages)
     assert list(learned[0][0].branches[0].ids) == prompt
-    assert not (run / "rl" / "last").exists()
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
@@ -534,7 +526,6 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--chunk-size", "0"], "chunk_size"),
         (["--simpo-schedule", "square"], "square"),
-        (["--simpo-loss-gamma", "1", "--simpo-loss-gamma-beta-ratio", "1"], "give one of them"),
         (["--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
         (["--kv-memory", "-1"], "kv_memory must be at least 0, got -1"),
         (["--simulator", "/no/such/simulator"], "/no/such/simulator"),
@@ -642,7 +633,7 @@ def test_the_tables_of_the_stages_name_what_is_there() -> None:
             assert stage["makes"] == [f"{adapter}/adapter_model.safetensors", adapter]
         earlier.append(name)
     for stage, search in train.COMPARED.values():
-        assert stage in {None, *ADAPTERS} and search in {None, "ses", "ses_cards"}
+        assert stage in {None, *ADAPTERS} and search in {None, "ses", *PRESETS}
 
 
 def test_a_search_with_cards_has_defaults_of_its_own_and_the_same_flags() -> None:

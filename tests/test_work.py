@@ -46,8 +46,8 @@ def changed(one: Work, other: Work) -> list[str]:
         (["--max-simulator", 7], ["simulator", *BOTH]),
         (["--max-summaries", 7], ["simulator", *BOTH]),
         (["--simulator-epochs", 7], ["simulator", *BOTH]),
-        (["--max-sft", 7], ["sft", *BOTH]),
-        (["--sft-epochs", 7], ["sft", *BOTH]),
+        (["--max-sft", 7], list(STAGES)),
+        (["--sft-epochs", 7], list(STAGES)),
         (["--max-pairs", 7], BOTH),
         (["--pairs-samples", 7], BOTH),
         (["--chunk-size", 7], BOTH),
@@ -114,6 +114,17 @@ def test_the_simulator_learns_from_rows_with_reactions_where_there_are_any(
     assert len(few.rows("sft")) == len(few.rows("pairs")) == 4
     assert few.rows("sft") != few.rows("pairs") and few.rows("sft") == few.rows("sft")
     assert few.rows("sft") != work(folder, "--max-train", 4, "--seed", 1).rows("sft")
+
+
+@pytest.mark.parametrize(("learned", "shared"), [(5, 0), (8, 2), (0, 6)])
+def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
+    data: Path, learned: int, shared: int
+) -> None:
+    """Of 12 rows six are wanted."""
+    made = work(data, "--max-sft", learned, "--max-pairs", 6)
+    sft, pairs = made.rows("sft"), made.rows("pairs")
+    assert len(pairs) == 6 and sum(x in sft for x in pairs) == shared
+    assert all(x in sft for x in pairs[6 - shared :])  # those come last
 
 
 def test_validation_rows_are_drawn_by_the_seed(data: Path) -> None:

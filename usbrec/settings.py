@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
 from usbrec.crs.datasets import placed
-from usbrec.crs.ses import CARDS, SearchOptions
+from usbrec.crs.ses import SearchOptions
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
@@ -30,14 +30,16 @@ STAGES: dict[str, dict[str, Any]] = TABLES["stages"]
 ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter" in STAGES[x]}
 # what --full has in place of the defaults, which were found on the sample set's validation
 # dialogues; the simulator's lessons are not shuffled, because their order is a curriculum
-DEFAULTS, FULL = TABLES["defaults"], TABLES["full"]
-DEFAULTS["ses_cards"] = CARDS
+# what a search with cards, and one from memory, has in place of the defaults, found there too
+PRESETS: dict[str, dict[str, Any]] = TABLES["searches"]
+DEFAULTS, FULL = {**TABLES["defaults"], **PRESETS}, TABLES["full"]
 # method -> the stage whose adapter recommends (None: none), and the options of its search; in the
 # order of the paper's table, which lacks the last
 COMPARED: dict[str, list[str | None]] = TABLES["methods"]
 FULL["data"]["methods"] = tuple(COMPARED)
 METHODS = tuple(name for name in COMPARED if name not in ("SES", "SFT+SES"))
-PREFIXES = {"data": "", "model": "", "ses_cards": "ses"}  # of flags; a group's own name elsewhere
+# of flags; a group's own name elsewhere
+PREFIXES = {"data": "", "model": "", **dict.fromkeys(PRESETS, "ses")}
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Settings:
     simpo_loss: SimpoOptions
     eval: evaluation.EvaluationOptions
     ses: SearchOptions
-    ses_cards: SearchOptions  # the same flags over the defaults of a search with cards
+    ses_memory: SearchOptions  # the same flags over another search's defaults
+    ses_cards: SearchOptions
 
 
 def add_settings(parser: Parser) -> None:
@@ -106,7 +109,7 @@ def add_settings(parser: Parser) -> None:
     for name, options in get_type_hints(Settings).items():
         learns, prefix = name in ADAPTERS, PREFIXES.get(name, name)
         own, fixed = DEFAULTS.get(name, {}), ["seed"] * learns
-        if name != "ses_cards":  # it is set by the flags of ses
+        if name not in PRESETS:  # they are set by the flags of ses
             add_flags(parser, options, prefix, own, fixed, hidden=learns)
     told = {}
     for name, default in asdict(TrainingOptions()).items():

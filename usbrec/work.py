@@ -14,7 +14,7 @@ from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.engine import Engine
 from usbrec.llm.loss import Objective
 from usbrec.llm.packing import Trees
-from usbrec.llm.training import TrainingJob, digest, put_weights, train
+from usbrec.llm.training import TrainingJob, digest, train
 from usbrec.loading import Find, Models, pick_rows, weights_digest
 from usbrec.options import seed_for
 from usbrec.settings import ADAPTERS, STAGES, Settings
@@ -59,7 +59,7 @@ class Work:
         settings, o, groups = self.settings, self.settings.data, asdict(self.settings)
         facts: dict[str, Any] = {"data": o.data, "data-dir": o.data_dir, "seed": o.seed}
         facts |= {"max-valid": o.max_valid, "model": settings.model.facts(), "lora": groups["lora"]}
-        for name in ["sft"] if stage == "sft" else [*STAGES][: [*STAGES].index(stage) + 1]:
+        for name in [*STAGES][: [*STAGES].index(stage) + 1]:
             own = [] if name in self.others else STAGES[name]["options"]  # not of --simulator's
             facts |= {f"max-{x}": o.rows(x) for x in own if hasattr(o, f"max_{x}")}
             facts |= {x.replace("_", "-"): getattr(o, x) for x in STAGES[name].get("data", ())}
@@ -118,11 +118,14 @@ class Work:
         """Return the training rows of a stage, the same ones in every run of these options.
 
         The simulator learns to play the user, and to sum up what a user says in several turns, from
-        rows with reactions, where the dataset has them.
+        rows with reactions, where the dataset has them. PODCS takes rows that `sft` has not learned
+        while there are any: of the others the recommender knows the gold reply by heart.
         """
         data, whole = self.settings.data, stage in ("simulator", "summaries")
         reacting = [x for x in self.train if x.accept is not None] if whole else []
-        return pick_rows(reacting or self.train, data.rows(stage), seed_for(data.seed, stage))
+        learned = set(map(id, self.rows("sft"))) if stage == "pairs" else ()
+        rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, stage))
+        return sorted(rows, key=lambda x: id(x) in learned)[: data.rows(stage) or None]
 
     def side(self, stage: str | None) -> Side:
         """Return the side that speaks with the adapter of a stage, None: the recommender's base.
@@ -156,21 +159,15 @@ class Work:
         return runs.Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
 
     def learn(self, stage: str, objective: Objective, trees: Trees, validation: Trees = ()) -> None:
-        """Train the adapter of a stage, which the model has, and save it.
-
-        With validation the best weights are saved, and the last ones in the subfolder `last`.
-        """
+        """Train the adapter of a stage, which the model has, and save it."""
         model, adapter = self.engine.model, ADAPTERS[stage]
         folder, seed = self.folder / adapter, seed_for(self.settings.data.seed, stage, "order")
         options = replace(getattr(self.settings, stage), seed=seed)
         job = TrainingJob(options, objective, folder / "training", stage, validation)
-        trained = train(model, adapter, trees, job)
-        last = {folder / "last": trained.last} if validation else {}
+        step = train(model, adapter, trees, job)
         if validation:
-            print(f"{stage}: its validation loss was lowest after step {trained.best_step}")
-        base_name = self.settings.model.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
-        for place, weights in {**last, folder: trained.best}.items():
-            put_weights(model, adapter, weights)
-            if parallel.rank() == 0:
-                save_adapter(model, adapter, place, base_name)
+            print(f"{stage}: its validation loss was lowest after step {step}")
+        if parallel.rank() == 0:
+            base_name = self.settings.model.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
+            save_adapter(model, adapter, folder, base_name)
         self.engine.clear_cache()

@@ -122,6 +122,17 @@ class Roles:
         prompts = map(summary_prompt, dialogues)
         return self.simulator.requests(prompts, Sampling(tokens, temperature=0.0), seeds)
 
+    def remember(self, replies: Sequence[str], tokens: int) -> list[str]:
+        """Return what the simulator knows of the title in each reply, in so many tokens at most.
+
+        Equal replies are asked for once.
+        """
+        known = dict.fromkeys(replies, "")
+        prompts, sampling = map(memory_prompt, known), Sampling(tokens, temperature=0.0)
+        asked = self.simulator.requests(prompts, sampling, [0] * len(known))
+        known = dict(zip(known, self.complete(asked), strict=True))
+        return [known[reply] for reply in replies]
+
     def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:
         """Return the recommender's next line per dialogue."""
         prompts = map(recommender_prompt, dialogues)
@@ -240,14 +251,19 @@ def internal_judge_prompt(dialogue: Dialogue, profile: str) -> Messages:
     return (*seeker_prompt(dialogue, profile), internal_question(profile))
 
 
+def memory_prompt(reply: str) -> Messages:
+    """Return the internal judge's prompt for what it knows of the title in a reply."""
+    return Message("system", prompt_text("judge_cards")), Message("user", reply)
+
+
 def card_prompt(reply: str, card: str, profile: str) -> Messages:
     """Return the internal judge's prompt with cards: the reply, its card, then the profile.
 
-    The dialogue is left out: what counts of it is in the profile, which stands next to the answer,
+    The card stands where the judge writes what it knows, whether it has written it or not. The
+    dialogue is left out: what counts of it is in the profile, which stands next to the answer,
     since a small model judges by the text closest to it.
     """
-    shown = Message("user", f"{reply}\nCard: {card}.")
-    return Message("system", prompt_text("judge_cards")), shown, Message("system", profile)
+    return (*memory_prompt(reply), Message("assistant", card), Message("system", profile))
 
 
 def closed_form(logprobs: Sequence[float], temperature: float) -> JudgeScore:

@@ -52,8 +52,8 @@ class LessonOptions(Options):
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
-    cards: int = option(100, "titles that the judge with cards learns to score", low=1)
-    profiles_per_card: int = option(12, "profiles that a lesson with a card scores", low=5)
+    cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
+    rehearsals: int = option(6, "replies with each of them that it scores", low=1)
     dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
 
@@ -275,44 +275,63 @@ def summary_lessons(examples: Examples, films: Catalogue, options: LessonOptions
 
 
 def card_lessons(
-    examples: Examples, catalogue: Catalogue, seed: int, options: LessonOptions
+    examples: Examples, draws: Suggestions, seed: int, options: LessonOptions
 ) -> Lessons:
-    """Return training dialogues of the judge with cards: a reply, its card, and profiles to score.
+    """Return training dialogues of the judge with cards: a reply, its title's card, a score.
 
-    The first have profiles of a single wish, where the score tells whether the card holds it: a
-    small model learns to compare several wishes only after that. The others, one per film, have the
-    profiles of examples: those whose target the film is, and those that it meets by half or less.
-    So no film is taught with all the wishes that it meets, except its own examples'. One reply in
-    four claims what is true of another film, which costs a point if it is false of this one.
+    The judge writes the card before it scores, so it learns to know the most frequent titles. Each
+    is met `rehearsals` times, each time with another profile: in the first quarter one of a single
+    wish, where the score tells whether the card holds it, since a small model learns to compare
+    several wishes only after that. One reply in four claims what is true of another film, which
+    costs a point if it is false of this one. Of one reply in nine nothing is known, and it is worth
+    0: it names a title of another year, an invented one or none.
     """
-    profiles = [wishes.read_profile(profile_of(x, catalogue), catalogue) for x in examples]
-    known = list(zip(examples, profiles, strict=True))
-    golds = {x: gold_items(x, catalogue) for x in examples}
-    films = list(dict.fromkeys(film for x in examples for film in golds[x]))[: options.cards]
-    first, then = [], []
-    for number, film in enumerate(films):
+    films, weight, chats = draws.catalogue, options.score_weight, list[Messages]()
+    order = np.argsort(-draws.shares, kind="stable")[: options.cards]
+    taught = [draws.pool[i] for i in order if attributes(draws.pool[i])]
+    met = profiles_to_score(examples, taught, films, seed)
+    for turn in range(options.rehearsals if taught else 0):
+        rng = np.random.default_rng(seed_for(seed, "cards", turn))
+        for number, place in enumerate(rng.permutation(len(taught))):
+            film, other = taught[place], examples[rng.integers(len(examples))]
+            tried = met[film][4 * turn >= options.rehearsals]
+            facts, reply, false = tried[turn % len(tried)], agents.announce(film.title), False
+            if turn % 4 == 3:
+                claim, stolen = claim_of(other.response, gold_items(other, films), film)
+                reply, false = (claim, stolen) if films.first(claim) == (film,) else (reply, False)
+            score = max(fit(film, facts) - false, 0)
+            chats.append(scored(reply, wishes.card(film), told(facts), score, weight))
+            if number % 8 == 0:
+                strange = f"{film.name} ({(film.year or 2000) + int(rng.integers(3, 20))})"
+                amiss = draws.amiss(other, seed_for(seed, "cards", turn, number)).reply
+                reply = amiss if turn % 2 or films.named(strange) else agents.announce(strange)
+                chats.append(scored(reply, wishes.UNKNOWN, profile_of(other, films), 0, weight))
+    return share_prompt(chats, options.dialogues_per_lesson)
+
+
+def scored(reply: str, card: str, profile: str, score: int, weight: float) -> Messages:
+    """Return a chat in which the judge learns to write the card and, at a weight, the score."""
+    system, said, shown, asked = agents.card_prompt(reply, card, profile)
+    return system, said, replace(shown, weight=1.0), asked, Message("assistant", str(score), weight)
+
+
+def profiles_to_score(
+    examples: Examples, taught: Sequence[Item], films: Catalogue, seed: int
+) -> dict[Item, list[list[Profile]]]:
+    """Return per film profiles of a single wish, and those of examples, both in a drawn order.
+
+    The latter are those whose target the film is, four at most, and those that it meets by half or
+    less. So no film is taught with all the wishes that it meets, except its own examples'.
+    """
+    known = [(x, wishes.read_profile(profile_of(x, films), films)) for x in examples]
+    met: dict[Item, list[list[Profile]]] = {}
+    for film in taught:
         rng = np.random.default_rng(seed_for(seed, "cards", film.title))
-        plain = agents.announce(film.title), False
-        other = examples[number % len(examples) - 1]
-        claim = claim_of(other.response, golds[other], film)
-        own = [facts for x, facts in known if film in golds[x]]
-        others = [facts for x, facts in known if film not in golds[x] and fit(film, facts) < 2]
-        tried = own[:4] + mixed(others, film, options.profiles_per_card - 4, rng)
-        first.append(card_lesson(film, *plain, single_wishes(film, catalogue, rng), options))
-        then.append(card_lesson(film, *(plain if number % 4 else claim), tried, options))
-    return first[: len(first) // 3] + then
-
-
-def card_lesson(
-    film: Item, reply: str, false: bool, profiles: Sequence[Profile], options: LessonOptions
-) -> TrainingDialogue:
-    """Return a reply about the film and its card, scored by rule for each profile."""
-    branches = []
-    for facts in profiles:
-        score = str(max(fit(film, facts) - false, 0))
-        system, shown, asked = agents.card_prompt(reply, wishes.card(film), told(facts))
-        branches.append((asked, Message("assistant", score, options.score_weight)))
-    return TrainingDialogue((system, shown), tuple(branches))
+        golds = [facts for x, facts in known if film.title in x.items]
+        others = [facts for x, facts in known if film.title not in x.items and fit(film, facts) < 2]
+        found = single_wishes(film, films, rng), golds[:4] + mixed(others, film, 8, rng)
+        met[film] = [[x[i] for i in rng.permutation(len(x))] for x in found]
+    return met
 
 
 def single_wishes(film: Item, catalogue: Catalogue, rng: Generator) -> list[list[Fact]]:

@@ -15,7 +15,6 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 Only the first response enters a pair; the roll-out with the external seeker scores it.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
@@ -41,7 +40,6 @@ class PairOptions(Options):
     votes: int = option(0, "sampled votes a score; 0 takes the most probable digit", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     worst: Literal["zero", "below-two"] = option("zero", "scores that a rejected sample may have")
-    rejected: int = option(1, "most rejected samples for one chosen, each a pair", low=1)
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
 
@@ -94,10 +92,10 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
 
 
 def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tuple[list[Row], str]:
-    """Return the rows of pairs.jsonl and the origins of the first one's sides, or the reason.
+    """Return a row of pairs.jsonl and the origins of its sides, or none and the reason.
 
     A row is trl's conversational preference format, with scores (None: gold) and origins. Samples
-    are ordered by the class of the score, then by the score; the worst is rejected first.
+    are ordered by the class of the score, then by the score.
     Classes of the samples -> (chosen, rejected), under `worst` zero; G is the gold response:
     2 2 2 -> 2 G;  2 1 0 -> 2 0;  2 1 1 -> 2 G;  1 1 0 -> G 0;  0 0 0 -> G 0;  1 1 1 -> none.
     """
@@ -110,29 +108,18 @@ def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tu
     rank, bound = itemgetter("label", "score"), 0 if options.worst == "zero" else 1
     gold, best = {"reply": example.response.strip()}, max(read, key=rank)  # the first of equals
     chosen = best if best["label"] == 2 else gold
-    worst = {x["reply"]: x for x in sorted(read, key=rank) if x["label"] <= bound}
-    rejected = list(worst.values())[: options.rejected] or [gold]
-    if not (chosen["reply"] and rejected[0]["reply"]):
+    rejected = min((x for x in read if x["label"] <= bound), key=rank, default=gold)
+    if not (chosen["reply"] and rejected["reply"]):
         return [], "gold response empty"
-    prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]
-    pairs = []
-    for other in (x for x in rejected if x["reply"] != chosen["reply"]):
-        pair: Row = {"prompt": prompt}
-        sides = {"chosen": chosen, "rejected": other}
-        pair |= {x: [{"role": "assistant", "content": y["reply"]}] for x, y in sides.items()}
-        pair |= {f"{x}_score": None if y is gold else float(y["label"]) for x, y in sides.items()}
-        origins = ["gold" if x is gold else f"samples[{drawn.index(x)}]" for x in sides.values()]
-        pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
-        pairs.append(pair)
-    if not pairs:
+    if chosen["reply"] == rejected["reply"]:
         return [], "chosen and rejected are equal"
-    first = (pairs[0]["chosen_from"], pairs[0]["rejected_from"])
-    return pairs, " over ".join(name.split("[")[0] for name in first)
-
-
-def count_reasons(records: Sequence[Row]) -> dict[str, int]:
-    """Return {reason: number of outcomes}: the kinds of pairs, and the causes of drops."""
-    return dict(sorted(Counter(record["reason"] for record in records).items()))
+    prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]
+    pair, sides = Row(prompt=prompt), {"chosen": chosen, "rejected": rejected}
+    pair |= {x: [{"role": "assistant", "content": y["reply"]}] for x, y in sides.items()}
+    pair |= {f"{x}_score": None if y is gold else float(y["label"]) for x, y in sides.items()}
+    origins = ["gold" if x is gold else f"samples[{drawn.index(x)}]" for x in sides.values()]
+    pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
+    return [pair], " over ".join(x.split("[")[0] for x in origins)
 
 
 def count_wins(catalogue: Catalogue, examples: Examples, records: Sequence[Row]) -> dict[str, int]:

@@ -13,9 +13,10 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 8. Beyond the paper, and off unless asked for: `candidates` of different titles, drawn until there
    are enough, or the announcements of the likeliest titles of the catalogue, of which the chosen
    one is written out; `scored="path"`, which also scores the candidate itself; `cards`, with which
-   the judge sees the catalogue's facts of the title. With cards a reply that the profile calls
-   refused or seen is 0 (`veto`), and so is a last reply without a title of the catalogue; a
-   question on the way is not scored.
+   the judge sees the catalogue's facts of the title; `memory`, with which it first writes what it
+   knows of the title itself, without a catalogue. With cards a reply that the profile calls refused
+   or seen is 0 (`veto`), and so is a last reply without a title of the catalogue; a question on the
+   way is not scored.
 9. Beyond the paper, and off unless asked for: a budget. A search that fits its tokens is not
    changed. Otherwise the first responses are judged at once; then at each turn the better half, or
    fewer if the tokens run out, is rolled out and judged. A value is that of the whole path. With
@@ -71,6 +72,7 @@ class SearchOptions(Options):
     )
     draws: int = option(24, "most draws in search of N different titles", low=1, high=BOUND)
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
+    memory: bool = option(False, "the judge first writes what it knows of the title")
     veto: bool = option(True, "with cards: no title, or a refused or seen one, is worth 0")
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     summary_tokens: int = option(48, "longest summary, in tokens", low=1)
@@ -89,10 +91,6 @@ class SearchOptions(Options):
         """The greatest number of replies at each level of one dialogue's search."""
         width = self.samples if self.mode == "tree" else 1
         return [self.samples * width**level for level in range(self.turns)]
-
-
-# what a search with cards takes where no flag says otherwise, found on validation dialogues
-CARDS: dict[str, Any] = dict(cards=True, candidates="ranked", samples=8, turns=1, value="majority")
 
 
 @dataclass
@@ -274,9 +272,9 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     """
     o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens
     chats = agents.recommender_prompt(root), agents.internal_judge_prompt(root, profile)
-    prompts = *chats, agents.card_prompt("", profile, profile) if o.cards else chats[1]
-    sizes = ([len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in prompt] for prompt in prompts)
-    asks, chat, judges = (longest + sum(each) for each in sizes)
+    by_card = agents.card_prompt("", profile, profile) if o.cards or o.memory else chats[1]
+    prompts = ((len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in y) for y in (*chats, by_card))
+    asks, chat, judges = (longest + sum(sizes) for sizes in prompts)
     calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
     ranking = RANKING_TOKENS * o.samples * (o.candidates == "ranked")
     left = given = (o.budget_tokens or MOST) - chat - calls * asks - ranking
@@ -285,7 +283,8 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
         # of one candidate; since the root
         nodes, said = count // o.samples, 2 * level * (longest + LAYOUT_TOKENS)
         drawn = parents * (chat + said) + nodes * (asks + said) * (level > 0 or calls == 0)
-        judged = nodes * max(1, o.votes) * (judges + said + agents.VOTE_TOKENS)
+        # to remember costs less than to judge
+        judged = nodes * (max(1, o.votes) + o.memory) * (judges + said + agents.VOTE_TOKENS)
         whole += drawn + judged * (o.scored == "path" or level == o.turns - 1)
         widths.append(int(min((widths[-1] + 1) // 2, left // (drawn + judged))))
         parents, left = nodes, left - widths[-1] * (drawn + judged)
@@ -367,7 +366,10 @@ def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[
 
 def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> None:
     """Set the inner judge's score of the last reply of each node."""
-    prompts = [judge_prompt(node, roles, options) for node in nodes]
+    said = [node.dialogue[-1].text for node in nodes]
+    remembers = options.memory and not options.cards
+    known = roles.remember(said, options.summary_tokens) if remembers else said
+    prompts = [judge_prompt(x, roles, options, y) for x, y in zip(nodes, known, strict=True)]
     seeds = [seed_for(node.seed, "judge") for node, x in zip(nodes, prompts, strict=True) if x]
     votes = Votes(options.votes, options.vote_temperature)
     scores = iter(roles.judge(list(filter(None, prompts)), votes, seeds))
@@ -376,18 +378,20 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
         node.score = next(scores) if prompt else JudgeScore() if asks else JudgeScore(0.0, 0)
 
 
-def judge_prompt(node: Node, roles: Roles, options: SearchOptions) -> Messages | None:
+def judge_prompt(node: Node, roles: Roles, o: SearchOptions, known: str) -> Messages | None:
     """Return the inner judge's prompt, or None for a last reply that is not worth judging.
 
     With cards that is one without a title of the catalogue and, with `veto`, one whose film the
-    profile calls refused or seen.
+    profile calls refused or seen. `known` is what the judge knows of the reply's title by itself.
     """
-    if not options.cards:
-        return agents.internal_judge_prompt(node.dialogue, node.profile)
     reply = node.dialogue[-1].text
+    if o.memory and not o.cards:
+        return agents.card_prompt(reply, known, node.profile)
+    if not o.cards:
+        return agents.internal_judge_prompt(node.dialogue, node.profile)
     item = next(iter(roles.catalogue.first(reply)), None)
-    known = {x.value for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"}
-    if item is None or (options.veto and item.title in known):
+    over = {x.value for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"}
+    if item is None or (o.veto and item.title in over):
         return None
     return agents.card_prompt(reply, card(item), node.profile)
 

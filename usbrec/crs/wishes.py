@@ -23,7 +23,7 @@ from usbrec.crs.titles import GENRE_FORMS, leaks
 FORMS = {"mood": "{} mood", "director": "by {}", "lead": "with {}"}  # other kinds: the value alone
 SECTIONS = {"Likes": "like", "Dislikes": "dislike", "Seen": "seen"}
 FACT_KINDS = ("genre", "mood", "decade", "director", "lead", "title")  # in the order of a profile
-NOTHING = "nothing said"
+NOTHING, UNKNOWN = "nothing said", "nothing known"  # in a profile, on a card
 _HEADS = "|".join(SECTIONS)
 _SECTION = re.compile(rf"\b({_HEADS}): *(.*?)(?:\.(?= *(?:{_HEADS}):)|\.?\s*$)")
 
@@ -92,7 +92,7 @@ def attributes(item: Item) -> list[tuple[str, str]]:
 
 def card(item: Item) -> str:
     """Return one line of a film's facts, what a user sees who looks the title up."""
-    return ", ".join(write_attribute(*x) for x in attributes(item)) or "nothing known"
+    return ", ".join(write_attribute(*x) for x in attributes(item)) or UNKNOWN
 
 
 def fit(item: Item, facts: Iterable[Fact]) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from usbrec.chat import Messages, Ranks, Row, Sampling
 from usbrec.crs import agents
 from usbrec.crs.agents import EXPLAIN, Roles, Votes
-from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions, is_target
 from usbrec.crs.lessons import gold_items
@@ -33,7 +33,7 @@ from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
 REPLIES = ("gold", "other")  # the two replies of a row
-JUDGES = ("internal judge", "judge with cards")
+JUDGES = ("internal judge", "judge from memory", "judge with cards")
 RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
 
@@ -145,7 +145,7 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     ranked = roles.likeliest(histories, options.ranked_titles, None)
     profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
     rows: list[Row] = []
-    cases: list[tuple[Row, Messages, Messages]] = []  # the scores of a film, and both prompts
+    cases: list[tuple[Row, Item, str, Dialogue]] = []  # the scores of a film, profile, dialogue
     for x, profile, best in zip(examples, profiles, ranked, strict=True):
         told, films = {RULE: x.profile, "rule on the summary": profile}, []
         wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
@@ -154,12 +154,15 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
             scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
             films.append({"title": item.title, "found": hit, "scores": scores})
             tried = add_turn(x.history, "recommender", agents.announce(item.title))
-            by_card = agents.card_prompt(tried[-1].text, card(item), profile)
-            cases.append((scores, agents.internal_judge_prompt(tried, profile), by_card))
+            cases.append((scores, item, profile, tried))
         ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
         rows.append({**ids, "profile": profile, "films": films})
-    for number, name in enumerate(JUDGES):
-        prompts = [asked[number] for _, *asked in cases]
+    known = roles.remember([tried[-1].text for *_, tried in cases], SUMMARY_TOKENS)
+    asked = []
+    for (_, item, profile, tried), own in zip(cases, known, strict=True):
+        by_card = (agents.card_prompt(tried[-1].text, x, profile) for x in (own, card(item)))
+        asked.append((agents.internal_judge_prompt(tried, profile), *by_card))
+    for name, prompts in zip(JUDGES, zip(*asked, strict=True), strict=True):
         marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
         for (scores, *_), mark in zip(cases, marks, strict=True):
             scores[name] = mark.score

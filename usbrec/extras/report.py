@@ -23,7 +23,8 @@ from usbrec.options import seed_for
 from usbrec.settings import COMPARED
 
 WIDTH = 120  # of the report's text
-CHOOSERS = {"RL+SES+cards": "judge with cards"}  # of other methods the internal judge
+# of other methods the internal judge
+CHOOSERS = {"RL+SES+cards": "judge with cards", "RL+SES+memory": "judge from memory"}
 CUTS = (1, 10, 50)  # K of a ranking's Recall@K
 HEADINGS = {
     "ieval": "iEval (0-2)", "recall@1": "Recall@1", "hit": "hit", "rule_grade": "rule grade (0-2)"
@@ -223,9 +224,10 @@ def _search_tables(report: Facts) -> list[list[str]]:
     kinds = {"all": "against all misses", "broken": "against misses that break a wish"}
     keys = next(iter(found.values()), ())  # every method has the same figures
     rows = {key.replace("_", " "): {name: x[key] for name, x in found.items()} for key in keys}
+    parts = [[*found][i : i + 4] for i in range(0, len(found), 4)]  # more are too wide
     return [
         _table("summary of", heads, report["summary"]),
-        _table("candidates of", {name: name for name in found}, rows),
+        *(_table("candidates of", dict(zip(x, x, strict=True)), rows) for x in parts),
         _table("AUC within a dialogue", kinds, within) or ["AUC within a dialogue: left out"],
     ]
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from usbrec.llm.packing import Packed, Tree
 from usbrec.options import Options, option
 
-USUAL_RATIO = 0.5  # of gamma to beta
 CHUNK_ROWS = 128  # (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower
 REPETITION_WINDOW = 32  # supervised tokens of the same response that a prediction may repeat
 
@@ -99,25 +98,11 @@ def response_logps(logps: Tensor, segment_ids: Tensor, responses: Tensor) -> Res
 
 @dataclass(frozen=True)
 class SimpoOptions(Options):
-    """Constants of SimPO's equation (6), with the margin gamma or its ratio to beta."""
+    """Constants of SimPO's equation (6); its margin gamma is gamma_beta_ratio * beta."""
 
     beta: float = option(2.0, "reward of one nat of a response's mean log-probability", above=0)
-    gamma_beta_ratio: float | None = option(None, f"margin over beta ({USUAL_RATIO} without gamma)")
-    gamma: float | None = option(None, "margin that chosen shall win by, in place of its ratio")
+    gamma_beta_ratio: float = option(0.5, "margin that chosen shall win by, over beta")
     nll_weight: float = option(0.0, "weight of the chosen response's NLL; 0: exactly SimPO", low=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gamma is not None and self.gamma_beta_ratio is not None:
-            told = f"gamma ({self.gamma}) and gamma_beta_ratio ({self.gamma_beta_ratio}) both set"
-            raise ValueError(f"{told} the margin: give one of them")
-
-    @property
-    def margin(self) -> float:
-        """Gamma, by which the chosen response's reward shall exceed the rejected one's."""
-        if self.gamma is not None:
-            return self.gamma
-        return self.beta * (USUAL_RATIO if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
 def simpo_loss(
@@ -132,7 +117,8 @@ def simpo_loss(
     chosen_means = chosen.logps / chosen.lengths
     chosen_rewards = options.beta * chosen_means
     rejected_rewards = options.beta * rejected.logps / rejected.lengths
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - options.margin)
+    gamma = options.gamma_beta_ratio * options.beta
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
     losses = losses - options.nll_weight * chosen_means
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 

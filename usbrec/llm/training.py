@@ -75,14 +75,6 @@ class TrainingJob(NamedTuple):
     validation: Trees = ()
 
 
-class Trained(NamedTuple):
-    """The adapter's weights after the last step, and those with the lowest validation loss."""
-
-    last: dict[str, Tensor]
-    best: dict[str, Tensor]
-    best_step: int
-
-
 def usable(trees: Trees, limit: int, objective: Objective) -> tuple[list[Tree], dict[str, int]]:
     """Return the trees that an objective can learn from, and the number dropped per reason.
 
@@ -98,11 +90,11 @@ def usable(trees: Trees, limit: int, objective: Objective) -> tuple[list[Tree], 
     return kept, dict(sorted(dropped.items()))
 
 
-def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> Trained:
-    """Train the adapter on the trees; return its last and its best weights.
+def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
+    """Train the adapter on the trees; return the step whose weights the model keeps.
 
-    An interrupted run is resumed. The model keeps the best weights: those with the lowest loss on
-    `job.validation`, or without it the last. Raises UserError without trees, for a folder of
+    An interrupted run is resumed. The weights with the lowest loss on `job.validation` are kept, or
+    without it the last. Raises UserError without trees, for a folder of
     another run, a broken state, a full disk, and a loss or metric that is not finite.
     """
     if not trees:
@@ -143,9 +135,10 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> Train
         if last or state.step % options.save_every == 0:
             state.save()
     model.requires_grad_(False)
-    final = copies(parameters)
-    put_weights(model, adapter, state.best or final)
-    return Trained(final, state.best or final, state.best_step or steps)
+    for name in state.best:
+        parameters[name].data.copy_(state.best[name])
+    model.ops.clear()
+    return state.best_step or steps
 
 
 def measure(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> dict[str, float]:
@@ -219,13 +212,6 @@ def trainable(model: Decoder, adapter: str) -> dict[str, nn.Parameter]:
         parameter.requires_grad_()
         parameter.grad = None  # a run that was stopped may have left one
     return parameters
-
-
-def put_weights(model: Decoder, adapter: str, weights: Tensors) -> None:
-    """Copy `weights`, named as in `Trained`, into the adapter."""
-    for name, parameter in adapter_parameters(model, adapter).items():
-        parameter.data.copy_(weights[name])
-    model.ops.clear()
 
 
 # --- the state of a run -----------------------------------------------------------------------
