@@ -231,6 +231,8 @@ def test_a_card_is_written_before_it_is_scored_by_rule_as_both_are_asked_later()
         claims[score - given] += said.content != announce(film.title)
     assert min(told.values()) > 20 and len(told) == 3
     assert claims.total() == 4 * 12 and claims[1] > 5  # one of four; false of the film
+    early = [said.content for _, said, shown, *_ in card_chats(3) if shown.content != UNKNOWN]
+    assert all(said.startswith("I recommend ") for said in early)  # the fourth is a claim
 
 
 def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wishes() -> None:
@@ -257,6 +259,11 @@ def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     named = {item.name for item in CATALOGUE}
     assert all(x[len("I recommend ") : -len(" (1990).")] in named for x in dated)
     assert len(dated) > 20 and {"", *FILMLESS} & set(strange)
+    films = Catalogue(read_item({"name": f"Film ({year})"}) for year in range(1960, 2030))
+    rows = [replace(TRAIN[0], items=("Film (1990)",), response="Try Film (1990).")]
+    lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, LessonOptions())
+    said = [x[0].content for lesson in lessons for x in lesson.branches if x[1].content == UNKNOWN]
+    assert len(said) == 6 and not any(map(films.find, said))  # every other year is a film here
 
 
 def test_near_misses_are_scored_beside_a_films_own_examples() -> None:
@@ -265,6 +272,8 @@ def test_near_misses_are_scored_beside_a_films_own_examples() -> None:
     same = [replace(example, dialog_id=str(n)) for n in range(6)]
     single, several = profiles_to_score(same, [film], CATALOGUE, 0)[film]
     assert several == [read_profile("Likes: crime.", CATALOGUE)] * 4 and len(single) > 8
+    stranger = replace(example, items=("Alien (1979)",), profile="Likes: 1990s.")  # as Heat is
+    assert profiles_to_score([*same, stranger], [film], CATALOGUE, 0)[film][1] == several
     texts = ("western, war, family", "crime, war, family", "crime, war")  # meets none, 1 and half
     far, near, half = (read_profile(f"Likes: {text}.", CATALOGUE) for text in texts)
     rng = np.random.default_rng(0)

@@ -141,6 +141,7 @@ def test_the_table_is_at_most_124_wide_with_the_longest_names(report: dict[str, 
         assert part in head
     assert not any(line.endswith("-") for line in text.splitlines())  # no flag is torn
     assert "\nRL+SES+cards - SFT+SES " in text and max(map(len, text.splitlines())) <= 124
+    assert text.count("\ncandidates of ") == 2  # of five methods
 
 
 def test_a_head_tells_the_least_and_the_greatest_number_of_values(report: dict[str, Any]) -> None:

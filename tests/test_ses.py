@@ -33,7 +33,8 @@ def by_role(request: Request) -> str:
 
 
 def last_two(request: Request) -> list[float]:
-    return SURE[int(request.messages[-2].content.split()[-1]) % 3]
+    said = request.messages[1 if role_of(request) == "card_judge" else -2]
+    return SURE[int(said.content.split()[-1]) % 3]
 
 
 @pytest.mark.parametrize(("mode", "branches"), [("chain", 1), ("tree", 3)])
@@ -449,6 +450,7 @@ SHAPES = [
     SearchOptions(samples=6, turns=3, scored="path"),
     SearchOptions(samples=6, turns=2, votes=3, value="majority"),
     SearchOptions(samples=5, turns=1),
+    SearchOptions(samples=5, turns=1, memory=True),
 ]
 
 

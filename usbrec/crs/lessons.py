@@ -293,7 +293,7 @@ def card_lessons(
     for turn in range(options.rehearsals if taught else 0):
         rng = np.random.default_rng(seed_for(seed, "cards", turn))
         for number, place in enumerate(rng.permutation(len(taught))):
-            film, other = taught[place], examples[rng.integers(len(examples))]
+            film, other = taught[place], examples[int(rng.integers(len(examples)))]
             tried = met[film][4 * turn >= options.rehearsals]
             facts, reply, false = tried[turn % len(tried)], agents.announce(film.title), False
             if turn % 4 == 3:
