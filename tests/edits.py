@@ -381,7 +381,7 @@ class Place:
             lessons.recommender_lessons(examples, self.films, options)
             lessons.simulator_lessons(examples, draws, 0, options)
             lessons.summary_lessons(examples, self.films, options)
-            lessons.card_lessons(examples, self.films, 0, options)
+            lessons.card_lessons(examples, draws, 0, options)
 
     def split(self, rng: Rng) -> None:
         datasets.load_split(str(self.folder), "train")

@@ -31,7 +31,7 @@ MUTATIONS = (
              "F.logsigmoid(chosen_rewards - rejected_rewards",
              "F.logsigmoid(rejected_rewards - chosen_rewards", "test_loss"),
     Mutation("the margin has the other sign", "usbrec/llm/loss.py",
-             "rejected_rewards - options.margin", "rejected_rewards + options.margin", "test_loss"),
+             "rejected_rewards - gamma", "rejected_rewards + gamma", "test_loss"),
     Mutation("the chosen response's sum is not averaged", "usbrec/llm/loss.py",
              "chosen_means = chosen.logps / chosen.lengths", "chosen_means = chosen.logps",
              "test_loss"),

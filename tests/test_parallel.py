@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,12 +131,27 @@ def half_done(alone: Path, tmp_path: Path) -> Path:
     return run
 
 
-def check_same(run: Path, alone: Path) -> None:
-    """All bytes are one process's, but for what is summed over processes: to rounding."""
+def rounded(value: Any) -> Any:
+    """Return the content of rows with short numbers, and without the checksums of their lines."""
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items() if name != "check"}
+    if isinstance(value, list):
+        return list(map(rounded, value))
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def check_same(run: Path, alone: Path, sharded: bool = False) -> None:
+    """All bytes are one process's, but for what is summed over processes: to rounding.
+
+    With sharded weights a token is decoded without the quicker kernels, and what the judge has
+    decoded is read again in its question.
+    """
     found, expected = bytes_of(run), bytes_of(alone)
     assert found.keys() == expected.keys() and expected.keys() > SUMMED
     for name in expected.keys() - SUMMED:
-        assert found[name] == expected[name], name
+        same = found[name] == expected[name]
+        assert same or (sharded and name == "rows.jsonl"), name
+    assert rounded(read_rows(run / "rows.jsonl")) == rounded(read_rows(alone / "rows.jsonl"))
     lines = zip(
         read_rows(run / "metrics.jsonl"),
         read_rows(alone / "metrics.jsonl"),
@@ -159,7 +175,7 @@ def test_torchrun_goes_through_all_stages_as_one_process_does(
         env=ONE_THREAD, capture_output=True, text=True, timeout=GUARD,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    check_same(tmp_path / "run", alone)
+    check_same(tmp_path / "run", alone, sharded=bool(extra))
     assert made.stdout.count(" is ready: ") == 1
     assert made.stderr.count("report: 100%") <= 2 and "report:" in made.stderr
 

@@ -27,7 +27,7 @@ from usbrec.options import UserError
 from usbrec.runs import locked, read_json, read_rows
 from usbrec.settings import ADAPTERS, DEFAULTS, FLAGS, PRESETS, SHOWN, STAGES, DataOptions, Settings
 
-METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
+METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+memory", "RL+SES+cards"]
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
 DIES = """
 import os, runpy, signal, sys
@@ -213,8 +213,8 @@ def test_fresh_deletes_nothing_before_all_that_is_needed_is_loaded(
 @pytest.mark.parametrize(
     ("name", "old", "new", "stage"),
     [
-        ("train.jsonl", '"resp": "', '"resp": "Well. ', "simulator/adapter_model.safetensors"),
-        ("items.json", '"mood": ["', '"mood": ["odd and ', "simulator/adapter_model.safetensors"),
+        ("train.jsonl", '"resp": "', '"resp": "Well. ', "sft/adapter_model.safetensors"),
+        ("items.json", '"mood": ["', '"mood": ["odd and ', "sft/adapter_model.safetensors"),
         ("test.jsonl", WORD, WORD.upper(), "report.json"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_validated_run_that_is_killed_goes_on_to_the_same_bytes(
         capture_output=True,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert not (run / "sft" / "adapter_model.safetensors").exists()
+    assert not (run / name.split("/")[0] / "adapter_model.safetensors").exists()
     assert train.main(command) == 0
     assert bytes_of(run) == bytes_of(validated)
 
@@ -421,8 +421,8 @@ def test_pairs_that_teach_nothing_are_counted_and_without_others_refused(
         ({"--max-sft": 3}, "sft/adapter_model.safetensors was made with max-sft 2, got 3"),
         ({"--lora-r": 3}, f"was made with lora-r {DEFAULTS['lora']['r']}, got 3"),
         ({"--ses-turns": 2}, "report.json was made with ses-turns 1, got 2"),
-        ({"--seed": 1}, "simulator/adapter_model.safetensors was made with seed 0, got 1"),
-        ({"--learning-rate": 0.5}, "was made with simulator-learning-rate 0.001, got 0.5"),
+        ({"--seed": 1}, "sft/adapter_model.safetensors was made with seed 0, got 1"),
+        ({"--learning-rate": 0.5}, "was made with sft-learning-rate 0.002, got 0.5"),
         ({"--sft-epochs": 2}, "was made with sft-epochs 1.0, got 2.0"),
     ],
 )
@@ -443,7 +443,7 @@ def test_other_options_are_refused_and_nothing_is_lost(
 @pytest.mark.parametrize(
     ("stage", "other", "named"),
     [
-        ("pairs", {"--seed": 1}, "simulator/adapter_model.safetensors was made with seed 0, got 1"),
+        ("pairs", {"--seed": 1}, "sft/adapter_model.safetensors was made with seed 0, got 1"),
         ("pairs", {"--sft-epochs": 2}, "sft/adapter_model.safetensors was made with sft-epochs"),
         ("simpo", {"--max-pairs": 3}, "pairs.jsonl was made with max-pairs 4, got 3"),
         ("report", {"--simpo-loss-beta": 1}, "rl/adapter_model.safetensors was made with simpo"),
@@ -615,7 +615,7 @@ def test_a_dataset_is_the_same_from_any_folder(
 
 def test_the_larger_preset_changes_defaults_and_no_flag() -> None:
     plain, full = settings(), settings("--full", "--max-pairs", "7")
-    assert plain.data.rows("sft") > 0 and full.data.rows("sft") == 0  # 0: all
+    assert full.data.rows("sft") > plain.data.rows("sft")
     assert full.data.rows("pairs") == 7 and full.sft.epochs > plain.sft.epochs
     assert list(full.data.methods) == list(train.COMPARED)
 

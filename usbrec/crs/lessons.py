@@ -294,7 +294,7 @@ def card_lessons(
         rng = np.random.default_rng(seed_for(seed, "cards", turn))
         for number, place in enumerate(rng.permutation(len(taught))):
             film, other = taught[place], examples[int(rng.integers(len(examples)))]
-            tried = met[film][4 * turn >= options.rehearsals]
+            tried = met[film][4 * turn >= options.rehearsals] or met[film][0]
             facts, reply, false = tried[turn % len(tried)], agents.announce(film.title), False
             if turn % 4 == 3:
                 claim, stolen = claim_of(other.response, gold_items(other, films), film)
