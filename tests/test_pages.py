@@ -104,6 +104,15 @@ def test_a_page_shows_profile_candidates_cards_votes_and_costs(tmp_path: Path) -
         assert told in whole
 
 
+def test_a_page_shows_what_the_judge_has_written_of_a_title(tmp_path: Path) -> None:
+    row = searched()
+    for candidate in row["search"]["candidates"]:
+        for leaf in candidate["leaves"]:
+            leaf["known"] = HOSTILE
+    first = page(tmp_path, row).of("details", "node")[0]
+    assert f"digit probability 1, by its memory: {HOSTILE}" in text(first)
+
+
 def test_a_tree_of_three_turns_is_a_tree_on_the_page(tmp_path: Path) -> None:
     """Two different candidates, each with one reply (three equal draws), and one below it."""
     found = page(tmp_path, searched("tree", 3))

@@ -332,8 +332,6 @@ def test_ranked_candidates_are_announced_and_the_chosen_one_is_written_out() -> 
     assert llm.generated[-1][0].seed == seed_for(1, "candidate", 1)  # of the chosen one's number
     judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
     assert judged == ["I recommend Up (2009).", "I recommend Alien (1979)."]
-    with pytest.raises(UserError, match="no titles to rank"):
-        search(replace(of_films(llm), catalogue=Catalogue([])), ROOTS[:1], [1], options)
     with pytest.raises(UserError, match="cannot rank"):
         search(of_films(Scripted(drawing("x"))), ROOTS[:1], [1], options)
 
@@ -371,6 +369,8 @@ def test_from_memory_the_judge_scores_by_what_it_has_written_of_each_reply() -> 
     prompts = [card_prompt(reply, text, PROFILE) for reply, text in memory.items()]
     assert [x.messages for x in llm.scored[0]] == prompts
     assert {x.adapter for x in llm.generated[1]} == {"simulator"}
+    leaves = [leaf for x in result.record()["candidates"] for leaf in x["leaves"]]
+    assert [leaf["known"] for leaf in leaves] == [*memory.values()] * 2
 
 
 def test_with_cards_nothing_is_remembered() -> None:

@@ -22,6 +22,7 @@ import train
 from usbrec import loading
 from usbrec.chat import Message
 from usbrec.crs.datasets import SPLITS
+from usbrec.extras.measures import JUDGES
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 from usbrec.runs import locked, read_json, read_rows
@@ -98,7 +99,7 @@ def check_report(folder: Path, dialogues: int, judged: int) -> None:
             assert {"mean", "low", "high"} <= report["differences"][name][key].keys()
     listeners = {"rule listener", "random listener"}
     assert set(report["baselines"]) == {"copy-last", "most-popular", "nearest"} | listeners
-    scorers = {"rule", "rule on the summary", "internal judge", "judge with cards"}
+    scorers = {"rule", "rule on the summary", *JUDGES}
     assert set(report["judge"]["within_dialogue"]) == scorers
     assert report["search"]["RL+SES"]["random"]["n"] == dialogues
     assert report["summary"]["all"]["exact"]["n"] == dialogues

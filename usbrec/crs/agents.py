@@ -101,15 +101,13 @@ class Roles:
         """Return the items' announcements that the recommender is likeliest to make, per dialogue.
 
         `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
-        texts, and for an empty catalogue.
+        texts.
         """
         side = self.recommender
         if not isinstance(side.llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
-        if not texts:
-            raise UserError("the catalogue has no titles to rank: sample the candidates instead")
         return side.llm.best_texts(requests, texts, count, tokens)
 
     def likeliest(self, dialogues: Dialogues, k: int, tokens: int | None) -> list[list[Item]]:
@@ -127,10 +125,9 @@ class Roles:
 
         Equal replies are asked for once.
         """
-        known = dict.fromkeys(replies, "")
-        prompts, sampling = map(memory_prompt, known), Sampling(tokens, temperature=0.0)
-        asked = self.simulator.requests(prompts, sampling, [0] * len(known))
-        known = dict(zip(known, self.complete(asked), strict=True))
+        unique, sampling = list(dict.fromkeys(replies)), Sampling(tokens, temperature=0.0)
+        asked = self.simulator.requests(map(memory_prompt, unique), sampling, [0] * len(unique))
+        known = dict(zip(unique, self.complete(asked), strict=True))
         return [known[reply] for reply in replies]
 
     def recommend(self, dialogues: Dialogues, sampling: Sampling, seeds: Seeds) -> list[str]:

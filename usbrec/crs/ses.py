@@ -99,7 +99,8 @@ class Node:
 
     The inner seeker and judge know `profile` alone. `draws` is the number of equal draws that the
     node stands for, those of its candidate left out. `score` is that of the last reply. Inner nodes
-    are scored with `scored="path"` alone.
+    are scored with `scored="path"` alone. `known` is what the judge has written of its title, "" if
+    it was not asked.
     """
 
     dialogue: Dialogue
@@ -108,16 +109,17 @@ class Node:
     draws: int = 1
     children: "list[Node]" = field(default_factory=list)
     score: JudgeScore = JudgeScore()
+    known: str = ""
 
     def paths(self) -> "list[list[Node]]":
         """Return the nodes from this one to each leaf, in order of draw."""
         return [[self, *path] for child in self.children for path in child.paths()] or [[self]]
 
     def record(self, start: int) -> dict[str, Any]:
-        """Return a leaf in JSON's own types: the lines from `start` on, its score, its draws."""
+        """Return a leaf in JSON's own types: the lines from `start` on, score, draws, `known`."""
         lines = [[line.speaker, line.text] for line in self.dialogue[start:]]
-        score = asdict(self.score)
-        return {"lines": lines, "value": score.pop("score"), **score, "weight": self.draws}
+        score, known = asdict(self.score), {"known": self.known} if self.known else {}
+        return {"lines": lines, "value": score.pop("score"), **score, "weight": self.draws, **known}
 
 
 @dataclass
@@ -366,10 +368,11 @@ def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[
 
 def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> None:
     """Set the inner judge's score of the last reply of each node."""
-    said = [node.dialogue[-1].text for node in nodes]
-    remembers = options.memory and not options.cards
-    known = roles.remember(said, options.summary_tokens) if remembers else said
-    prompts = [judge_prompt(x, roles, options, y) for x, y in zip(nodes, known, strict=True)]
+    if options.memory and not options.cards:
+        said = [node.dialogue[-1].text for node in nodes]
+        for node, text in zip(nodes, roles.remember(said, options.summary_tokens), strict=True):
+            node.known = text
+    prompts = [judge_prompt(node, roles, options) for node in nodes]
     seeds = [seed_for(node.seed, "judge") for node, x in zip(nodes, prompts, strict=True) if x]
     votes = Votes(options.votes, options.vote_temperature)
     scores = iter(roles.judge(list(filter(None, prompts)), votes, seeds))
@@ -378,15 +381,15 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
         node.score = next(scores) if prompt else JudgeScore() if asks else JudgeScore(0.0, 0)
 
 
-def judge_prompt(node: Node, roles: Roles, o: SearchOptions, known: str) -> Messages | None:
+def judge_prompt(node: Node, roles: Roles, o: SearchOptions) -> Messages | None:
     """Return the inner judge's prompt, or None for a last reply that is not worth judging.
 
     With cards that is one without a title of the catalogue and, with `veto`, one whose film the
-    profile calls refused or seen. `known` is what the judge knows of the reply's title by itself.
+    profile calls refused or seen.
     """
     reply = node.dialogue[-1].text
     if o.memory and not o.cards:
-        return agents.card_prompt(reply, known, node.profile)
+        return agents.card_prompt(reply, node.known, node.profile)
     if not o.cards:
         return agents.internal_judge_prompt(node.dialogue, node.profile)
     item = next(iter(roles.catalogue.first(reply)), None)

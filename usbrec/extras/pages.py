@@ -103,6 +103,7 @@ def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue)
         leaf = below[0]
         if not lines:
             votes = [f"{x} {leaf[x]:.3g}" for x in VOTES if leaf[x] is not None] or ["unread"]
+            votes += [f"by its memory: {leaf['known']}"] if leaf.get("known") else []
             inside.append(tag("p", f"judge: {', '.join(votes)}".replace("_", " "), class_="note"))
         else:  # an inner node has no value of its own
             badge = Markup() if leaf["lines"] else _badge(leaf["value"], leaf["weight"])
