@@ -282,6 +282,19 @@ def test_a_run_killed_in_the_midst_of_a_write_goes_on_to_the_same_bytes(
     assert bytes_of(run) == bytes_of(finished)
 
 
+def test_the_simulator_begins_as_a_copy_of_the_sft_adapter(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    """At a rate of next to nothing it stays one."""
+    command = ["--run-dir", str(tmp_path), *flags(inputs | {"--simulator-learning-rate": 1e-12})]
+    assert train.main([*command, "--stages", "sft", "simulator"]) == 0
+    files = (tmp_path / x / "adapter_model.safetensors" for x in ("sft", "simulator"))
+    learned, copied = map(load_file, files)
+    assert any(bool(x.any()) for name, x in learned.items() if "lora_B" in name)
+    for name, tensor in learned.items():
+        torch.testing.assert_close(copied[name], tensor, rtol=0, atol=1e-8)
+
+
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
     "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 40,
     "--sft-schedule": "constant", "--lesson-dialogues-per-lesson": 1,
