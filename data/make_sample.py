@@ -215,8 +215,7 @@ class Scene:
         runs = [list(wishes[a:b]) for a, b in pairwise([0, *cuts, len(wishes)])]
         first, wrong = [] if vague else runs.pop(0), None
         if first and runs and rng.random() < 0.3 and first[0].kind in ("genre", "decade", "mood"):
-            facts = {x for film in self.weights for x in facts_of(film) if x.kind == first[0].kind}
-            wrong = rng.choice(sorted(facts.difference(facts_of(self.target))))
+            wrong = self.mistaken(first[0].kind)
             runs[0].insert(0, first[0])
             first[0] = wrong
         self.open(first)
@@ -235,6 +234,11 @@ class Scene:
                 kind = f" {run[0].kind}" if rng.random() < 0.7 else ""
                 self.speak("recommender asks" + kind)
                 self.reveal(run)
+
+    def mistaken(self, kind: str) -> Wish:
+        """Return a wish of this kind that the target does not meet."""
+        facts = {fact for film in self.weights for fact in facts_of(film) if fact.kind == kind}
+        return self.rng.choice(sorted(facts.difference(facts_of(self.target))))
 
     def open(self, wishes: Sequence[Wish]) -> None:
         """Write the first lines, up to the seeker's first request, which reveals these wishes."""

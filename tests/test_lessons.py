@@ -274,6 +274,8 @@ def test_near_misses_are_scored_beside_a_films_own_examples() -> None:
     assert several == [read_profile("Likes: crime.", CATALOGUE)] * 4 and len(single) > 8
     stranger = replace(example, items=("Alien (1979)",), profile="Likes: 1990s.")  # as Heat is
     assert profiles_to_score([*same, stranger], [film], CATALOGUE, 0)[film][1] == several
+    undated = [replace(x, items=("Heat",)) for x in same]  # as OpenDialKG names a film
+    assert profiles_to_score(undated, [film], CATALOGUE, 0)[film][1] == several
     texts = ("western, war, family", "crime, war, family", "crime, war")  # meets none, 1 and half
     far, near, half = (read_profile(f"Likes: {text}.", CATALOGUE) for text in texts)
     rng = np.random.default_rng(0)

@@ -28,13 +28,13 @@ SHOWN: dict[str, str] = {script: " ".join(words) for script, words in TABLES["sh
 # trains one
 STAGES: dict[str, dict[str, Any]] = TABLES["stages"]
 ADAPTERS: dict[str, str] = {x: STAGES[x]["adapter"] for x in STAGES if "adapter" in STAGES[x]}
-# what --full has in place of the defaults, which were found on the sample set's validation
-# dialogues; the simulator's lessons are not shuffled, because their order is a curriculum
-# what a search with cards, and one from memory, has in place of the defaults, found there too
+# what a search with cards, and one from memory, has in place of the search's defaults
 PRESETS: dict[str, dict[str, Any]] = TABLES["searches"]
+# what --full has in place of the defaults; both and PRESETS were found on the sample set's
+# validation dialogues; the simulator's lessons are not shuffled: their order is a curriculum
 DEFAULTS, FULL = {**TABLES["defaults"], **PRESETS}, TABLES["full"]
 # method -> the stage whose adapter recommends (None: none), and the options of its search; in the
-# order of the paper's table, which lacks the last
+# order of the paper's table, which lacks the last two
 COMPARED: dict[str, list[str | None]] = TABLES["methods"]
 FULL["data"]["methods"] = tuple(COMPARED)
 METHODS = tuple(name for name in COMPARED if name not in ("SES", "SFT+SES"))

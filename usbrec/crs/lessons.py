@@ -8,6 +8,7 @@ one must learn to play the user. It learns per example:
                                  and as external judge 2, 1 or 0 for replies and explanations
     internal seeker, the profile the same, and as internal judge 2, 1 or 0 for the reply alone
     summariser                   the profile of the dialogue so far
+    judge with cards             a title's card, written by heart, and a reply's score by it
 
 A reply that deserves 1 or 0 is the gold reply rewritten for another film of the catalogue. The film
 is drawn by its count among the training labels and graded by rule (`Catalogue.grade`). A reply that
@@ -29,7 +30,7 @@ from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
-from usbrec.crs.wishes import Fact, attributes, describe, fit, rewrite_all
+from usbrec.crs.wishes import Fact, attributes, describe, fit, read_profile, rewrite_all
 from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
@@ -323,13 +324,13 @@ def profiles_to_score(
     The latter are those whose target the film is, four at most, and those that it meets by half or
     less. So no film is taught with all the wishes that it meets, except its own examples'.
     """
-    known = [(x, wishes.read_profile(profile_of(x, films), films)) for x in examples]
+    known = [(gold_items(x, films), read_profile(profile_of(x, films), films)) for x in examples]
     met: dict[Item, list[list[Profile]]] = {}
     for film in taught:
         rng = np.random.default_rng(seed_for(seed, "cards", film.title))
-        golds = [facts for x, facts in known if film.title in x.items]
-        others = [facts for x, facts in known if film.title not in x.items and fit(film, facts) < 2]
-        found = single_wishes(film, films, rng), golds[:4] + mixed(others, film, 8, rng)
+        own = [facts for golds, facts in known if film in golds]
+        others = [facts for golds, facts in known if film not in golds and fit(film, facts) < 2]
+        found = single_wishes(film, films, rng), own[:4] + mixed(others, film, 8, rng)
         met[film] = [[x[i] for i in rng.permutation(len(x))] for x in found]
     return met
 

@@ -274,9 +274,9 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     """
     o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens
     chats = agents.recommender_prompt(root), agents.internal_judge_prompt(root, profile)
-    by_card = agents.card_prompt("", profile, profile) if o.cards or o.memory else chats[1]
-    prompts = ((len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in y) for y in (*chats, by_card))
-    asks, chat, judges = (longest + sum(sizes) for sizes in prompts)
+    prompts = *chats, agents.card_prompt("", profile, profile) if o.cards or o.memory else chats[1]
+    sizes = ([len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in prompt] for prompt in prompts)
+    asks, chat, judges = (longest + sum(each) for each in sizes)
     calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
     ranking = RANKING_TOKENS * o.samples * (o.candidates == "ranked")
     left = given = (o.budget_tokens or MOST) - chat - calls * asks - ranking
@@ -388,10 +388,9 @@ def judge_prompt(node: Node, roles: Roles, o: SearchOptions) -> Messages | None:
     profile calls refused or seen.
     """
     reply = node.dialogue[-1].text
-    if o.memory and not o.cards:
-        return agents.card_prompt(reply, node.known, node.profile)
     if not o.cards:
-        return agents.internal_judge_prompt(node.dialogue, node.profile)
+        by_memory = agents.card_prompt(reply, node.known, node.profile)
+        return by_memory if o.memory else agents.internal_judge_prompt(node.dialogue, node.profile)
     item = next(iter(roles.catalogue.first(reply)), None)
     over = {x.value for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"}
     if item is None or (o.veto and item.title in over):

@@ -94,8 +94,8 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
     """Train the adapter on the trees; return the step whose weights the model keeps.
 
     An interrupted run is resumed. The weights with the lowest loss on `job.validation` are kept, or
-    without it the last. Raises UserError without trees, for a folder of
-    another run, a broken state, a full disk, and a loss or metric that is not finite.
+    without it the last. Raises UserError without trees, for a folder of another run, a broken
+    state, a full disk, and a loss or metric that is not finite.
     """
     if not trees:
         raise UserError(f"{job.label}: there is nothing to train on")
