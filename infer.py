@@ -100,8 +100,7 @@ def find_run(flags: Namespace) -> Path | None:
     if made := list(RUNS.glob("*/*/adapter_model.safetensors")):
         return max(made, key=lambda path: path.stat().st_mtime).parents[1]
     if flags.recommender is None:  # else a run would give the simulator and the dataset only
-        told = "make one with `python train.py`, or go round it with --model and --recommender"
-        raise UserError(f"there is no finished run in {RUNS}: {told}")
+        raise UserError(f"there is no finished run in {RUNS}: run train.py, or give --model")
     return None
 
 
@@ -113,8 +112,7 @@ def read_run(folder: Path) -> Setup:
     adapters = {stage: folder / name for stage, name in ADAPTERS.items()}
     done = {x: str(y) for x, y in adapters.items() if (y / "adapter_model.safetensors").exists()}
     if not done:
-        told = f"make one with `python train.py --run-dir {folder}`"
-        raise UserError(f"{folder} has no finished adapter: {told}")
+        raise UserError(f"{folder} has no finished adapter: `train.py --run-dir` makes one")
     recommender = done.get("simpo") or done.get("sft", "none")
     simulator, note = done.get("simulator", "none"), folder / "options" / f"{[*done][-1]}.json"
     notes = {path: runs.read_json(path) for path in sorted(note.parent.glob("*.json"))}

@@ -47,7 +47,7 @@ from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training import peak_memory, usable
 from usbrec.options import Parser, UserError, add_table, seed_for, tell
-from usbrec.settings import ADAPTERS, COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
+from usbrec.settings import COMPARED, FLAGS, SHOWN, STAGES, add_settings, read_settings
 from usbrec.work import Work
 
 RowsOf = Callable[[str], Examples]  # the name of a limit (--max-NAME) -> rows
@@ -111,8 +111,7 @@ def train_simpo(work: Work) -> None:
     path = work.need("pairs")
     trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
     if not trees:
-        told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
-        raise UserError(f"{path} holds no pair to learn from: {told}")
+        raise UserError(f"{path} holds no pair to learn from: raise --max-pairs, --pairs-samples")
     work.adapted("sft", "rl")  # the copy that learns
     work.learn("simpo", Simpo(work.settings.simpo_loss), trees)
 
@@ -193,7 +192,7 @@ def build_parser() -> Parser:
 
 
 def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
-    """Run the stages that are not yet done, in their order."""
+    """Run the stages that are not yet done, in their order, and note what each cost."""
     if flags.fresh:  # what is missing is told before anything is deleted
         work.prepare(stages)
     todo = parallel.from_first(lambda: work.claim(stages, flags.fresh))
@@ -205,25 +204,17 @@ def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
         start, before = time.perf_counter(), loading.usage_of(work.models.engines.values())
         DOES[stage](work)
         spent = loading.usage_of(work.models.engines.values()).since(before)
+        seconds = round(time.perf_counter() - start, 1)
         if parallel.rank() == 0:
-            note_stage(work, stage, round(time.perf_counter() - start, 1), spent)
+            peak = peak_memory(loading.pick_device(work.settings.model.device))
+            row = {"stage": stage, "seconds": seconds, "peak_memory_bytes": peak, **spent}
+            runs.append_rows(work.folder / "timings.jsonl", [row])
             if flags.verbose:
                 tell(f"{stage}: {loading.costs(spent)}")
         loading.give_back_memory()
         parallel.meet()  # the next stage reads what the first process has written
     for told in loading.shortened_lines(work.models.engines.values()):
         print(told)
-
-
-def note_stage(work: Work, stage: str, seconds: float, spent: Mapping[str, int]) -> None:
-    """Note a stage's seconds, memory and tokens; gather all stages' metrics in metrics.jsonl."""
-    peak = peak_memory(loading.pick_device(work.settings.model.device))
-    row = {"stage": stage, "seconds": seconds, "peak_memory_bytes": peak, **spent}
-    runs.append_rows(work.folder / "timings.jsonl", [row])
-    paths = {x: work.folder / ADAPTERS[x] / "training" / "metrics.jsonl" for x in ADAPTERS}
-    found = {name: runs.read_rows(path) for name, path in paths.items() if path.exists()}
-    rows = [{"stage": name, **metrics} for name in found for metrics in found[name]]
-    runs.write_rows(work.folder / "metrics.jsonl", rows)
 
 
 def work_through(arguments: Sequence[str] | None) -> None:

@@ -35,11 +35,10 @@ from contest import show
 from correlation import kappa, measured
 
 from usbrec import runs
-from usbrec.crs.catalogue import read_text
 from usbrec.crs.dialogue import SILENCE, Utterance, format_dialogue
 from usbrec.extras.intervals import mean_interval
 from usbrec.extras.report import interval
-from usbrec.options import Parser, UserError, seed_for
+from usbrec.options import Parser, UserError, read_text, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Row
 

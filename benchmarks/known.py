@@ -49,7 +49,7 @@ import infer
 from usbrec import loading, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.crs.agents import Roles, Votes, external_judge_prompt
+from usbrec.crs.agents import Roles, external_judge_prompt
 from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.crs.evaluation import EvaluationOptions
 from usbrec.crs.lessons import FILMLESS, Suggestion, Suggestions, popularity_of
@@ -122,14 +122,14 @@ def score_replies(
 ) -> None:
     """Set the scores of replies: (example, key, summary, reply, its scores) each."""
     o, films = EvaluationOptions(), roles.catalogue
-    plain, votes = Sampling(o.max_new_tokens, o.temperature), Votes(o.votes, o.vote_temperature)
+    plain = Sampling(o.max_new_tokens, o.temperature)
     talks = [add_turn(x.history, "recommender", each.reply) for x, _, _, each, _ in told]
     targets, keys = [x.items for x, *_ in told], [key for _, key, *_ in told]
-    explained = roles.explain_and_judge(talks, targets, keys, plain, votes)
+    explained = roles.explain_and_judge(talks, targets, keys, plain, o)
     pairs = zip(talks, told, strict=True)
     prompts = [external_judge_prompt(d, x[3].explanation, x[0].items) for d, x in pairs]
     seeds = [seed_for(key, "judge") for key in keys]
-    given = roles.judge(prompts, votes, seeds, roles.external)
+    given = roles.judge(prompts, o, seeds, roles.external)
     searched: dict[str, list[Node]] = {}
     for name, judge in JUDGES.items():
         searched[name] = [Node(d, x[2], 0) for d, x in zip(talks, told, strict=True)]

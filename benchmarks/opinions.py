@@ -131,7 +131,7 @@ def opinions_of(told: Reported, second: Side | None, seed: int) -> dict[str, Opi
     """Return the opinions by name, the report's first; the last only with a second judge."""
     found = {
         FIRST: Opinion(told.seed, told.votes),
-        f"{VOTES} votes": Opinion(seed, Votes(VOTES, told.votes.temperature)),
+        f"{VOTES} votes": Opinion(seed, Votes(VOTES, told.votes.vote_temperature)),
         "other words": Opinion(seed, told.votes, PARAPHRASE),
         SECOND: Opinion(seed, told.votes, by=second),
     }

@@ -51,7 +51,7 @@ from usbrec import loading, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.crs import datasets
 from usbrec.crs.agents import Roles
-from usbrec.crs.catalogue import Catalogue, parse_json, read_text
+from usbrec.crs.catalogue import Catalogue, parse_json
 from usbrec.crs.dialogue import Dialogue, Utterance, add_turn
 from usbrec.crs.ses import Node, SearchOptions, score_nodes
 from usbrec.crs.titles import GENRE_FORMS, key_of
@@ -60,7 +60,7 @@ from usbrec.extras.intervals import mean_interval
 from usbrec.extras.measures import SUMMARY_TOKENS
 from usbrec.extras.report import interval
 from usbrec.llm.training import digest
-from usbrec.options import Parser, UserError, add_flags, from_flags, seed_for
+from usbrec.options import Parser, UserError, add_flags, from_flags, read_text, seed_for
 from usbrec.parallel import run_together
 from usbrec.runs import Results, Row, run_chunks
 from usbrec.settings import COMPARED, PRESETS

@@ -23,11 +23,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from usbrec.chat import Row  # noqa: E402
 from usbrec.crs import wishes as prose  # noqa: E402
 from usbrec.crs.catalogue import Catalogue, Item  # noqa: E402
 from usbrec.options import seed_for  # noqa: E402
-from usbrec.runs import write_rows  # noqa: E402
+from usbrec.runs import Row, write_rows  # noqa: E402
 
 # act -> the phrases of phrases.txt
 _SECTIONS = Path(__file__).with_name("phrases.txt").read_text("utf-8").split("\n[")[1:]

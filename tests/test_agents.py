@@ -157,7 +157,7 @@ def test_the_recommenders_model_explains_and_the_simulators_judges() -> None:
     for votes in (Votes(), Votes(3)):
         ended = add_turn(DIALOGUE, "recommender", "Red Loft!")
         (found,) = cast(tuned, plain).explain_and_judge([ended], [["X"]], [7], Sampling(), votes)
-        assert found[0] == "It fits." and found[1].label == (2 if votes.count else 1)
+        assert found[0] == "It fits." and found[1].label == (2 if votes.votes else 1)
     assert roles_of(tuned.generated) == [["explainer"]] * 2 and tuned.scored == []
     assert roles_of(plain.scored) == [["judge"]] and roles_of(plain.generated) == [["judge"] * 3]
 

@@ -115,7 +115,7 @@ def test_a_row_becomes_an_example_with_its_extra_fields(tmp_path: Path) -> None:
         ({"turn_id": "9" * 5000}, "'turn_id' must be a number"),
         ({"resp": " "}, "'resp' must say something"),
         ({"turn_id": "three"}, "'turn_id' must be a number"),
-        ({"turn_id": [1]}, "no 'turn_id'"),
+        ({"turn_id": [1]}, "'turn_id' must be a number"),
         ({"profile": 3}, "'profile' must be a string"),
         ({"reactions": ["Yes"]}, "'reactions' must be an object"),
         ({"reactions": {"accept": "Yes"}}, "no 'refuse'"),

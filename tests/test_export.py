@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from usbrec.chat import Message
-from usbrec.crs.conversion import export, main
+from usbrec.crs.conversion import main
 from usbrec.llm.tokenizer import ChatTokenizer
 
 SYSTEM = ("system", "Recommend a film.")
@@ -25,7 +25,7 @@ PAIRS = [
         *("Try Alien.", "What do you like?"),
     ),
     pair_of(
-        [SYSTEM, ("assistant", "Welcome"), ("user", "Hm"), ("user", "Noir?")],
+        [SYSTEM, ("assistant", "Welcome"), ("user", "Noir?")],
         *("Try Laura.", "Try Heat."),
     ),
 ]
@@ -102,18 +102,29 @@ def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys
     columns = info["pairs"]["columns"]
     assert [as_llama_factory_reads(row, columns) for row in rows] == [
         ("Recommend a film.", ["Hello", "Hi.", "Sci-fi?"]),
-        ("Recommend a film.", ["", "Welcome", "Hm\nNoir?"]),
+        ("Recommend a film.", ["", "Welcome", "Noir?"]),
     ]
     assert [row["chosen"]["value"] for row in rows] == ["Try Alien.", "Try Laura."]
     assert [row["rejected"]["value"] for row in rows] == ["What do you like?", "Try Heat."]
 
 
-def test_a_chat_without_a_system_prompt_has_an_empty_one(tmp_path):
-    pair = pair_of([("user", "Hi\u2028")], "a", "b")
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [("user", "Hi")],
+        [SYSTEM],
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+        [SYSTEM, ("user", "Hi"), ("user", "Noir?")],
+        [SYSTEM, ("user", "Hi"), SYSTEM, ("user", "Noir?")],
+    ],
+)
+def test_a_prompt_that_no_run_writes_is_refused_with_its_roles(prompt, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(pair, ensure_ascii=False))
-    assert list(export(str(path), tmp_path)) == [f"1 pairs in {tmp_path}"]
-    assert json.loads((tmp_path / "pairs.json").read_text())[0]["system"] == ""
+    path.write_text(json.dumps(pair_of(prompt, "a", "b")) + "\n")
+    assert main(["export", str(path), str(tmp_path / "data")]) == 2
+    told = capsys.readouterr().err
+    assert "line 1: expected a prompt as train.py writes it, got " in told
+    assert " ".join(role for role, _ in prompt) in told and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

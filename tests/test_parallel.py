@@ -24,8 +24,7 @@ ROOT = Path(__file__).parents[1]
 GUARD = 600  # seconds: only against a test that hangs
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SUMMED = {  # what sums over two processes, in another order than one does, have made
-    "metrics.jsonl", "rl/adapter_model.safetensors", "rl/training/metrics.jsonl",
-    "rl/training/state.safetensors",
+    "rl/adapter_model.safetensors", "rl/training/metrics.jsonl", "rl/training/state.safetensors",
 }  # fmt: skip
 
 FAULTY = """
@@ -153,8 +152,8 @@ def check_same(run: Path, alone: Path, sharded: bool = False) -> None:
         assert same or (sharded and name == "rows.jsonl"), name
     assert rounded(read_rows(run / "rows.jsonl")) == rounded(read_rows(alone / "rows.jsonl"))
     lines = zip(
-        read_rows(run / "metrics.jsonl"),
-        read_rows(alone / "metrics.jsonl"),
+        read_rows(run / "rl" / "training" / "metrics.jsonl"),
+        read_rows(alone / "rl" / "training" / "metrics.jsonl"),
         strict=True,
     )
     for got, wanted in lines:

@@ -112,8 +112,6 @@ def test_equal_texts_and_empty_ones_make_no_pair_and_say_why() -> None:
     assert sides(pair) == ("a", G)
     unread = choose_pairs(EXAMPLES[0], [sample("a", None)], PairOptions())
     assert unread == ([], "no sample's score could be read")
-    silent = Example("d", 1, talk("Hi"), " ", ("X",))
-    assert choose_pairs(silent, [sample("a", 0)], PairOptions()) == ([], "gold response empty")
 
 
 def distinct(request: Request) -> str:

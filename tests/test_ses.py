@@ -247,8 +247,11 @@ def test_ties_go_to_the_first_and_no_value_never_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": 0}, {"turns": 0}, {"start_turn": 0}, {"votes": -1}, {"mode": "x"},
-              {"value": "x"}],
+    "wrong",
+    [
+        {"samples": 0}, {"turns": 0}, {"start_turn": 0}, {"votes": -1}, {"mode": "x"},
+        {"value": "x"}, {"samples": 10**4, "turns": 100, "mode": "tree"}, {"votes": 10**4},
+    ],
 )  # fmt: skip
 def test_wrong_options_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

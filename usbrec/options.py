@@ -7,7 +7,8 @@
     add_flags(parser, SearchOptions, "ses")            # --ses-samples
     options = from_flags(SearchOptions, arguments, "ses")
 
-Flags that belong to no dataclass are in tables of JSON (`add_table`).
+Flags that belong to no dataclass are in tables of JSON (`add_table`). Beside the options stand what
+all modules share: errors that a user can cause, seeds, text files, lines on stderr.
 
 A flag that is not given sets no value: `from_flags` takes the caller's default, else the
 dataclass's. So a stage's flag can override the flag that all stages share.
@@ -189,6 +190,14 @@ def from_flags(
 def _flag(prefix: str, name: str) -> str:
     own = name.removeprefix(f"{prefix}_")  # --lora-alpha
     return "--" + f"{prefix}-{own}".strip("-").replace("_", "-")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; raises UserError naming the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or not UTF-8 text: {error}") from error
 
 
 def tell(text: str) -> None:

@@ -3,9 +3,10 @@
 runs/sample/
     options/STAGE.json     the facts that decided a stage's result: see `claim`
     simulator/ sft/ rl/    adapters under peft's file names; training/ inside holds the state
+                           and metrics.jsonl, a line per step
     samples.jsonl    PODCS's samples, a line per example      pairs.jsonl    the pairs
     rows.jsonl       the evaluation, a line per dialogue      report.json, .txt, .html
-    metrics.jsonl    the training stages' metrics             timings.jsonl  times, memory, tokens
+    timings.jsonl    times, memory, tokens
 
 New content is written to NAME.part beside its place, synced to the disk, and renamed over the old
 file. The name is fixed, so the next start overwrites a part that a kill has left.
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from usbrec import parallel
 from usbrec.chat import Row
-from usbrec.options import UserError
+from usbrec.options import UserError, read_text
 
 try:
     import fcntl
@@ -120,11 +121,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError naming the file."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable text in UTF-8: {error}") from error
-    return _read_object(text, str(path))
+    return _read_object(read_text(path), str(path))
 
 
 def _read_object(text: str | bytes, place: str) -> dict[str, Any]:

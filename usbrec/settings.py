@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from usbrec.crs import evaluation, lessons, podcs
-from usbrec.crs.datasets import placed
+from usbrec.crs.datasets import DATASETS
 from usbrec.crs.ses import SearchOptions
 from usbrec.llm.endpoint import is_server
 from usbrec.llm.lora import LoraConfig
@@ -67,7 +67,8 @@ class DataOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "data", placed(self.data))  # the same from any folder
+        if self.data not in DATASETS:  # one's own folder or file, the same from any folder
+            object.__setattr__(self, "data", os.path.abspath(self.data))
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
         if self.recommender is not None and not is_server(self.recommender):

@@ -16,7 +16,7 @@ from unicodedata import normalize
 from usbrec.chat import LanguageModel, Message, Messages, Ranked, Ranks, Request, Sampling
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn, format_dialogue, from_viewpoint
-from usbrec.options import UserError, seed_for
+from usbrec.options import Options, UserError, option, seed_for
 
 SCORES = ("0", "1", "2")
 STAND_INS = 20  # sampled votes where closed form cannot be read
@@ -44,11 +44,11 @@ Asked = list[tuple[Side, Request]]  # who is asked, and what
 
 
 @dataclass(frozen=True)
-class Votes:
-    """The reading of a judge's score: `count` sampled votes, or closed form if `count` is 0."""
+class Votes(Options):
+    """The reading of a judge's score, which the options of all that ask a judge include."""
 
-    count: int = 0
-    temperature: float = 0.7
+    votes: int = option(0, "sampled votes a score; 0: read in closed form", low=0)
+    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
 
 
 @dataclass(frozen=True)
@@ -153,17 +153,17 @@ class Roles:
         In closed form, votes are sampled only for the prompts whose log-probabilities the language
         model does not tell.
         """
-        side, n = by or self.simulator, votes.count or STAND_INS
+        side, n = by or self.simulator, votes.votes or STAND_INS
         asked = [Request(prompt, adapter=side.adapter) for prompt in prompts]
-        closed = asked and not votes.count
+        closed = asked and not votes.votes
         table = side.llm.choice_logprobs(asked, SCORES) if closed else [[]] * len(asked)
         untold = [i for i, row in enumerate(table) if not row]
         ballots = [prompts[i] for i in untold for _ in range(n)]
         keys = [seed_for(seeds[i], vote) for i in untold for vote in range(n)]
-        sampling = Sampling(VOTE_TOKENS, votes.temperature)
+        sampling = Sampling(VOTE_TOKENS, votes.vote_temperature)
         marks = list(map(parse_score, self.complete(side.requests(ballots, sampling, keys))))
         voted = (count_votes(marks[i : i + n]) for i in range(0, len(marks), n))
-        return [closed_form(row, votes.temperature) if row else next(voted) for row in table]
+        return [closed_form(row, votes.vote_temperature) if row else next(voted) for row in table]
 
     def explain_and_judge(
         self, dialogues: Dialogues, targets: Titles, keys: Seeds, sampling: Sampling, votes: Votes

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from usbrec.crs import titles as rules
 from usbrec.crs.titles import Word, key_of, names_of, plain, split_title, words_of
-from usbrec.options import UserError
+from usbrec.options import UserError, read_text
 
 # The keys of an entry of items.json for genres, makers, stars and moods, of films, books, music and
 # products; of several the first that has a value counts.
@@ -66,14 +66,6 @@ class Named(NamedTuple):
         """Return the items that bear the name without a description in brackets; if none, all."""
         owners = (item for item in self.items if key_of(item.name) == key_of(self.name))
         return tuple(owners) or tuple(self.items)
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file; raises UserError naming the file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is missing or not UTF-8 text: {error}") from error
 
 
 def parse_json(text: str, told: str = "") -> Any:

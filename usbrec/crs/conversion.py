@@ -19,7 +19,7 @@ trl takes pairs.jsonl as it is: a conversational preference dataset (`prompt`, `
 `rejected`). LLaMA-Factory takes the folder that `export` writes as its `dataset_dir` (dataset
 `pairs`). Its `sharegpt` format needs a separate system prompt and alternating turns, the human's
 first. So a conversation that the recommender opened begins with an empty human turn, as in
-ReDial's own rows, and successive messages of one speaker are joined by a newline.
+ReDial's own rows.
 """
 
 import csv
@@ -40,9 +40,10 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from usbrec.crs import datasets
-from usbrec.crs.catalogue import Catalogue, parse_json, read_text
+from usbrec.crs.catalogue import Catalogue, parse_json
 from usbrec.crs.titles import GENRE_WORDS, SPACELESS, key_of
-from usbrec.options import Parser, UserError, add_table, tell
+from usbrec.options import Parser, UserError, add_table, read_text
+from usbrec.parallel import run_together
 from usbrec.runs import write_json, write_rows, write_whole
 
 Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat
@@ -229,18 +230,12 @@ def export(pairs: str, folder: Path) -> Iterator[str]:
 
 def llama_factory_row(pair: dict[str, Any], place: str) -> dict[str, Any]:
     """Return a pair in LLaMA-Factory's `sharegpt` preference format."""
-    messages = pair["prompt"]
-    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-    turns: list[dict[str, str]] = []
-    for role, same in groupby(messages, key=lambda message: message["role"]):
-        if role == "system":
-            raise UserError(f"{place}: LLaMA-Factory takes a system message in the beginning only")
-        if not turns and role == "assistant":
-            turns.append({"from": "human", "value": ""})
-        text = "\n".join(message["content"] for message in same)
-        turns.append({"from": "human" if role == "user" else "gpt", "value": text})
-    if not turns or turns[-1]["from"] != "human":
-        raise UserError(f"{place}: the prompt must end with a user's message")
+    roles = " ".join(message["role"] for message in pair["prompt"])
+    if not re.fullmatch("system( assistant)?( user assistant)* user", roles):
+        raise UserError(f"{place}: expected a prompt as train.py writes it, got {roles:.60}")
+    system, *said = (message["content"] for message in pair["prompt"])
+    said = said if len(said) % 2 else ["", *said]  # the recommender opened
+    turns = [{"from": "gpt" if n % 2 else "human", "value": text} for n, text in enumerate(said)]
     sides = {x: {"from": "gpt", "value": pair[x][-1]["content"]} for x in ("chosen", "rejected")}
     return {"conversations": turns, "system": system, **sides}
 
@@ -249,16 +244,15 @@ COMMANDS: Any = {"fetch": fetch_files, "convert": convert, "check": check, "expo
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Do what the words of a command say; return 2 for a user's fault."""
+    """Do what the words of a command say; return 2 for a user's fault, 130 for Ctrl-C."""
     parser = Parser(prog="datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (told, arguments) in KNOWN["commands"].items():
         add_table(commands.add_parser(name, help=told, description=told), arguments)
-    try:
+
+    def job() -> None:
         flags = vars(parser.parse_args(words))
         for told in COMMANDS[flags.pop("command")](**flags):
             print(told, flush=True)
-    except (OSError, UserError, KeyboardInterrupt) as error:
-        tell(f"datasets: {str(error) or 'stopped'}")
-        return 2
-    return 0
+
+    return run_together("datasets", job)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from usbrec.chat import ROLES, Row
-from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_item, read_text
+from usbrec.crs.catalogue import LONGEST_TITLE, Catalogue, parse_json, read_item
 from usbrec.crs.dialogue import Dialogue, Example, Utterance
 from usbrec.crs.titles import key_of, written_titles
-from usbrec.options import UserError, seed_for
+from usbrec.options import UserError, read_text, seed_for
 
 ROOT = Path(__file__).resolve().parents[2] / "data"
 DATASETS = ("sample", "redial", "opendialkg")
@@ -42,11 +42,6 @@ class Split(NamedTuple):
 
     examples: list[Example]
     notes: list[str]
-
-
-def placed(name: str) -> str:
-    """Return a dataset's name, or the full path of one's own folder or file."""
-    return name if name in DATASETS else os.path.abspath(name)
 
 
 def is_file_of_chats(name: str) -> bool:
@@ -117,8 +112,7 @@ def _find(folder: Path, content: str) -> Path:
     """Return the first of the existing files of `content`; raises UserError if there is none."""
     if found := _existing(folder, content):
         return found[0]
-    told = "{} has no {} (nor {}): name it with --data-dir FOLDER"
-    raise UserError(told.format(folder, *FILES[content]))
+    raise UserError(f"{folder} has no {' or '.join(FILES[content])}: name it with --data-dir")
 
 
 def _divide_valid(examples: Sequence[Example], split: str) -> Split:
@@ -141,8 +135,8 @@ def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator
     if unknown := [title for title in titles if not known.named(title)]:
         told = f"{len(unknown)} of {len(titles)} gold titles of {split} are not in the items"
         rows = sum(not any(map(known.named, x.items)) for x in examples)
-        told += f", such as {unknown[0]!r}: no reply to {rows} of {len(examples)} rows can be right"
-        yield f"{told}, and they teach the simulator little"
+        told += f", such as {unknown[0]!r}"
+        yield f"{told}: no reply to {rows} of {len(examples)} rows can be right"
     if split == "train" and _existing(folder, "test"):
         tests = {(x.history, x.response) for x in read_examples(_find(folder, "test"))}
         if shared := sum((x.history, x.response) in tests for x in examples):
@@ -197,11 +191,10 @@ def read_row(row: Any) -> Example:
     """
     if not isinstance(row, dict):
         raise UserError(f"a row must be an object, got {row!r:.60}")
-    for key in ("dialog_id", "turn_id"):
-        if not isinstance(row.get(key), (int, str)):
-            raise UserError(f"the row has no {key!r}, a number or a string")
-    if not re.fullmatch("[0-9]{1,18}", str(row["turn_id"])):
-        raise UserError(f"'turn_id' must be a number, got {row['turn_id']!r:.60}")
+    if not isinstance(row.get("dialog_id"), (int, str)):
+        raise UserError("the row has no 'dialog_id', a number or a string")
+    if not re.fullmatch("[0-9]{1,18}", str(row.get("turn_id"))):
+        raise UserError(f"'turn_id' must be a number, got {row.get('turn_id')!r:.60}")
     history = take_turns(_take(row, "context", list))
     if not history or history[-1].speaker != "seeker":
         raise UserError("'context' must end with a line of the seeker's")

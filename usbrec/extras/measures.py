@@ -69,10 +69,9 @@ def judge_agreement(
         told, both = row.pop("explanations") or [next(texts), next(texts)], dialogues_of(x, row)
         prompts["external"] += map(agents.external_judge_prompt, both, told, [x.items] * 2)
         prompts["internal"] += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
-    votes = Votes(options.votes, options.vote_temperature)
     for name, judge, first in (("external", roles.external, 0), ("internal", None, 2)):
         seeds = [seed_for(key, "judge", first + i) for _, key, _ in used for i in range(2)]
-        scores = iter(roles.judge(prompts[name], votes, seeds, judge))
+        scores = iter(roles.judge(prompts[name], options, seeds, judge))
         for _, _, row in used:
             row[name] = [next(scores).score for _ in REPLIES]
     return rows

@@ -37,8 +37,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     model = checkpoint.empty_decoder(load_config(base))
     settings = read_json(base / "config.json")
     if MERGED_BASE in settings:
-        told = f"{base} has an adapter of {settings[MERGED_BASE]} merged into it already"
-        raise UserError(f"{told}; merge into the base that the adapter was trained on")
+        raise UserError(f"{base}: {settings[MERGED_BASE]} has an adapter merged into it already")
     weights = checkpoint.SafetensorsWeights.from_folder(base)
     checkpoint.parameter_names(model, weights)  # the base itself must be whole
     config, matrices = read_adapter(model, adapter)

@@ -19,7 +19,6 @@ from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue
 from usbrec.crs.wishes import card
 from usbrec.extras import report
-from usbrec.extras.report import Facts
 from usbrec.runs import write_json, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
@@ -75,7 +74,7 @@ def _said(lines: Lines) -> list[Markup]:
     return [tag("p", text, class_=f"said {speaker}") for speaker, text in lines]
 
 
-def _search(search: Facts, films: Catalogue) -> list[Markup]:
+def _search(search: Row, films: Catalogue) -> list[Markup]:
     """Return a search's profile, and one node per different candidate."""
     parts = [tag("p", tag("b", "Profile: "), search["profile"], class_="profile")]
     for x, count, chosen in report.distinct(search):
@@ -90,7 +89,7 @@ def _badge(value: float | None, draws: int, mark: str = "", dropped: int | None 
     return tag("b" if mark else "span", mark + text, class_="value", style=style)
 
 
-def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue) -> Markup:
+def _node(badge: Markup, said: Lines, leaves: Sequence[Row], films: Catalogue) -> Markup:
     """Return a node of the tree: its badge and lines, of which the last is a reply.
 
     A click shows the reply's card, and a node per different continuation in the `leaves`, or the
@@ -114,7 +113,7 @@ def _node(badge: Markup, said: Lines, leaves: Sequence[Facts], films: Catalogue)
 # --- the report -------------------------------------------------------------------------------
 
 
-def write_report_page(path: Path, found: Facts, rows: Sequence[Facts], films: Catalogue) -> None:
+def write_report_page(path: Path, found: Row, rows: Sequence[Row], films: Catalogue) -> None:
     """Write the page of a report: its text with the intervals drawn, and one search.
 
     It is the first of the last method that searched in `rows`, which are those of rows.jsonl.
