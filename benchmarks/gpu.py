@@ -22,6 +22,7 @@ import argparse
 import copy
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -253,9 +254,10 @@ def training(bench: Bench) -> Rows:
         accelerate(model)
         add_adapter(model, "a", LoraConfig(r=32, lora_alpha=32), seed=0)  # as train.py does
         found = learn(model, trees, Sft(), options_for(steps, 1))
-        return sum(found["tokens"][1:]) / sum(found["seconds"][1:])
+        pairs = zip(found["tokens"][1:], found["seconds"][1:], strict=True)
+        return statistics.median(tokens / seconds for tokens, seconds in pairs)
 
-    fast, threads = rate(bench.device, 4 * size.steps), torch.get_num_threads()
+    fast, threads = rate(bench.device, 10 * size.steps), torch.get_num_threads()
     torch.set_num_threads(2)
     slow = beside(lambda: rate(torch.device("cpu"), size.steps))
     torch.set_num_threads(threads)

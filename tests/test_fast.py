@@ -13,9 +13,10 @@ from usbrec.llm.fast import FusedLinear, accelerate, lay_out, prepack, product
 from usbrec.llm.fast.kernels import (
     WindowAttention,
     adapted_linear,
-    attend_on_gpu,
+    attend_in_rectangles,
     lean_rms_norm,
-    window_mask,
+    rectangles,
+    windows,
 )
 from usbrec.llm.lora import (
     AdapterSpan,
@@ -24,7 +25,7 @@ from usbrec.llm.lora import (
     adapter_parameters,
     add_adapter,
 )
-from usbrec.llm.model import Decoder, ModelConfig, attend, linear, rms_norm
+from usbrec.llm.model import Decoder, ModelConfig, Stretch, attend, linear, rms_norm
 
 CHATGLM = replace(TINY, attention_bias=True, chatglm=True)
 CONFIGS = {
@@ -144,18 +145,22 @@ def test_windows_of_attention_equal_the_definition_under_random_masks(seed: int,
     visible &= torch.ones(n, past + n, dtype=torch.bool).tril(past)
     visible[n // 2 :, : past + n // 3] = False
     inputs = random(n, 4, 8, seed=1), random(2, past + n, 8, seed=2), random(2, past + n, 8, seed=3)
-    mask = window_mask(visible)
-    assert len(mask) == -(-n // 128)
-    compare(lambda *x: WindowAttention.apply(*x, mask), lambda *x: attend(*x, visible), inputs)
-    compare(lambda *x: attend_on_gpu(*x, visible), lambda *x: attend(*x, visible), inputs)
+    places = torch.arange(past + n)
+    arranged = windows([Stretch(places, visible)])
+    assert len(arranged) == -(-n // 128)
+    plain = lambda *x: attend(*x, visible)  # noqa: E731
+    compare(lambda *x: WindowAttention.apply(*x, arranged), plain, inputs)
+    arranged = rectangles([Stretch(places, visible)], 2, torch.float32, torch.device("cpu"))
+    compare(lambda *x: attend_in_rectangles(*x, arranged), plain, inputs)
 
 
 def test_one_mask_serves_two_dtypes() -> None:
-    mask = window_mask(torch.ones(3, 3, dtype=torch.bool).tril())
+    visible = torch.ones(3, 3, dtype=torch.bool).tril()
+    arranged = windows([Stretch(torch.arange(3), visible)])
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         q = random(3, 2, 8, dtype=dtype)
         k = q[:, :1].transpose(0, 1)
-        assert WindowAttention.apply(q, k, k, mask).dtype == dtype
+        assert WindowAttention.apply(q, k, k, arranged).dtype == dtype
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -222,16 +227,15 @@ class CausalRow:
 
     def __init__(self, model: Decoder, lengths: list[int]) -> None:
         self.ops, self.lengths = model.ops, lengths
-        self.masks = [self.ops.mask(torch.ones(n, n, dtype=torch.bool).tril()) for n in lengths]
+        ends = itertools.accumulate(lengths)
+        stretches = [Stretch(torch.arange(end - n, end), torch.ones(n, n, dtype=torch.bool).tril())
+                     for n, end in zip(lengths, ends, strict=True)]  # fmt: skip
+        self.arranged = self.ops.arrange(stretches)
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        parts = (x.split(self.lengths) for x in (q, k, v))
-        return torch.cat([
-            self.ops.attend(own_q, own_k.transpose(0, 1), own_v.transpose(0, 1), mask)
-            for own_q, own_k, own_v, mask in zip(*parts, self.masks, strict=True)
-        ])  # fmt: skip
+        return self.ops.attend(q, k.transpose(0, 1), v.transpose(0, 1), self.arranged)
 
 
 def with_adapters(config: ModelConfig) -> Decoder:

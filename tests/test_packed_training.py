@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.fast import accelerate
-from usbrec.llm.fast.kernels import window_mask
+from usbrec.llm.fast.kernels import windows
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.loss import Sft, Simpo, SimpoOptions
+from usbrec.llm.model import Stretch
 from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree, visibility
 from usbrec.llm.training import run_pass
 
@@ -208,4 +209,7 @@ def test_no_branch_sees_another(model, seed):
 
 def test_the_trees_of_these_tests_are_cut_into_several_windows():
     trees = [tree for seed in range(6) for tree in lessons(seed)]
-    assert max(len(window_mask(visibility(tree))) for tree in trees) > 2
+    assert (
+        max(len(windows([Stretch(torch.arange(len(tree)), visibility(tree))])) for tree in trees)
+        > 2
+    )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import TINY, random_decoder
 
-from usbrec.llm.fast.kernels import window_mask
+from usbrec.llm.fast.kernels import windows
+from usbrec.llm.model import Stretch
 from usbrec.llm.packing import Branch, Tree, pack, visibility
 
 
@@ -68,18 +69,23 @@ def test_a_changed_token_reaches_those_that_continue_it_and_nobody_else(tiny_mod
         assert torch.equal(before[index], after[index]) == (not sees), (t, b, i)
 
 
+def stretch(tree):
+    """A tree alone in its row."""
+    return Stretch(torch.arange(len(tree)), visibility(tree))
+
+
 def test_a_window_holds_the_keys_that_it_sees_alone():
     """Two conversations in one tree: the second one's window has no column for the first.
 
     In a tree of prompt and two branches the second branch's window skips the first branch.
     """
     tree = Tree([Branch([1] * 128, [0] * 128), Branch([2] * 128, [0] * 128)])
-    (start, stop, keys, hidden), second = window_mask(visibility(tree))
+    (start, stop, keys, hidden), second = windows([stretch(tree)])
     assert (start, stop, keys.tolist()) == (0, 128, [*range(128)])
     assert (*second[:2], second[2].tolist()) == (128, 256, [*range(128, 256)])
     assert torch.equal(hidden == 0, torch.ones(128, 128).tril().bool())
     parts = [Branch([1] * 128, [0] * 128, parent) for parent in (None, 0, 0)]
-    _, _, keys, _ = window_mask(visibility(Tree(parts)))[2]
+    _, _, keys, _ = windows([stretch(Tree(parts))])[2]
     assert keys.tolist() == [*range(128), *range(256, 384)]
 
 

@@ -10,8 +10,7 @@ as one rectangle. Each row also reads its own new tokens:
 """
 
 import itertools
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from usbrec.llm.cache import PrefixCache
 from usbrec.llm.lora import AdapterSpan
-from usbrec.llm.model import Decoder
+from usbrec.llm.model import Decoder, Spans, Stretch
 
-TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations
+TOKENS_PER_PASS = 2048  # bounds the memory of a prefill's activations; a GPU takes 4 times as many
 COPIED_TOKENS = 2000  # of a batch's prompts; up to here a copy costs less than a second product
 
 Rows = Sequence[tuple[str | None, list[int]]]  # (adapter, ids) each
@@ -68,7 +67,7 @@ def prefill(
     paths = [path for path, _ in found]
     passes: list[list[Piece]] = [[]]
     place: dict[int, int] = {}  # slot -> its token's place among all tokens computed
-    total = 0
+    total, most = 0, TOKENS_PER_PASS * (1 if cache.k.device.type == "cpu" else 4)
     for i in sorted(range(len(rows)), key=lambda i: rows[i][0] or ""):  # by adapter, for few spans
         (adapter, ids), (path, num_cached) = rows[i], found[i]
         slots, start = path.tolist(), min(num_cached, first_hidden[i])
@@ -76,10 +75,10 @@ def prefill(
             start += 1  # an earlier row of this call computes it
         place |= {slot: total + n for n, slot in enumerate(slots[start:])}
         total += len(ids) - start
-        for at in range(start, len(ids), TOKENS_PER_PASS):
-            stop = at + TOKENS_PER_PASS
+        for at in range(start, len(ids), most):
+            stop = at + most
             piece = Piece(adapter, ids[at:stop], at, path[:stop])
-            if sum(len(p.ids) for p in [*passes[-1], piece]) > TOKENS_PER_PASS:
+            if sum(len(p.ids) for p in [*passes[-1], piece]) > most:
                 passes.append([])
             passes[-1].append(piece)
     hidden = torch.cat([run_pieces(model, cache, pieces) for pieces in passes])  # (N, D)
@@ -91,22 +90,19 @@ def prefill(
 def run_pieces(model: Decoder, cache: PrefixCache, pieces: Sequence[Piece]) -> Tensor:
     """Return the hidden states (T, D) of the pieces' tokens, computed in one pass."""
     device = cache.k.device
-    counts = [len(piece.ids) for piece in pieces]
     written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(device)
-    slots = [piece.slots.to(device) for piece in pieces]
-    ones = partial(torch.ones, dtype=torch.bool, device=device)
     # each token sees its row up to itself
-    masks = [model.ops.mask(ones(len(x.ids), len(x.slots)).tril(x.start)) for x in pieces]
+    seen = (torch.ones(len(x.ids), len(x.slots), dtype=torch.bool).tril(x.start) for x in pieces)
+    arranged = model.ops.arrange(list(map(Stretch, [x.slots for x in pieces], seen)))
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.k[layer], cache.v[layer]  # (H_kv, slots, d)
         keys[:, written], values[:, written] = k.transpose(0, 1), v.transpose(0, 1)
-        parts = zip(q.split(counts), slots, masks, strict=True)
-        return torch.cat([model.ops.attend(x, keys[:, s], values[:, s], m) for x, s, m in parts])
+        return model.ops.attend(q, keys, values, arranged)
 
     ids = torch.tensor([token for piece in pieces for token in piece.ids])
     positions = torch.cat([torch.arange(piece.start, len(piece.slots)) for piece in pieces])
-    spans = adapter_spans([piece.adapter for piece in pieces], counts)
+    spans = adapter_spans([x.adapter for x in pieces], [len(x.ids) for x in pieces])
     return model(ids.to(device), positions.to(device), attention, spans)
 
 
@@ -119,7 +115,10 @@ class DecodeAttention:
     instead.
     """
 
-    def __init__(self, cache: PrefixCache, prompts: Sequence[Tensor]) -> None:
+    leave_share = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
+    ahead = False  # whether the next step begins before the last tokens are read
+
+    def __init__(self, cache: PrefixCache, prompts: Sequence[Tensor], new_tokens: int) -> None:
         self.cache, self.paths = cache, list(prompts)
         lengths = torch.tensor([len(path) for path in self.paths])
         self.P = int(lengths.max())
@@ -167,6 +166,14 @@ class DecodeAttention:
         x = x.unflatten(1, (-1, self.n)).flatten(2, 3)  # (H_kv, G, n g, x)
         out = (x @ y).unflatten(2, (self.n, -1)).flatten(1, 2)
         return out if self.seats is None else out[:, self.seats[1]]
+
+    def step(self, model: Decoder, ids: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+        """Return the hidden states (B, D) of the rows' newest tokens, ids and positions (B,)."""
+        return model(ids, positions, self, spans)
+
+    def read(self, drawn: Tensor) -> Callable[[], list[int]]:
+        """Return what gives the drawn tokens (B,) as numbers."""
+        return drawn.tolist
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d), k and v (B, H_kv, d) of the rows' newest tokens -> (B, H, d)."""

@@ -17,7 +17,7 @@ from usbrec.llm.cache import PrefixCache, token_bytes
 from usbrec.llm.decoding import DecodeAttention, Rows, adapter_spans, prefill
 from usbrec.llm.model import Decoder
 from usbrec.llm.ranking import Ranking
-from usbrec.llm.sampler import Sampler, finite, uniform_numbers
+from usbrec.llm.sampler import NOT_FINITE, Sampler, finite, uniform_numbers
 from usbrec.llm.tokenizer import ChatTokenizer, fit_prompt, prompt_room
 from usbrec.options import UserError
 from usbrec.parallel import as_first, world
@@ -25,7 +25,6 @@ from usbrec.parallel import as_first, world
 MAX_ROWS = 256  # rows decoded together
 TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens,
 LEAST_TOKENS = 480  # and the first of them most of these
-LEAVE_SHARE = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
 
 Ids = tuple[int, ...]
 Listener = Callable[[str], object]
@@ -101,9 +100,12 @@ class Batch:
     ignored.
     """
 
-    def __init__(self, rows: list[BatchRow], prompts: list[Tensor], cache: PrefixCache) -> None:
-        self.rows, self.cache = rows, cache
-        self.attention = DecodeAttention(cache, prompts)
+    def __init__(
+        self, rows: list[BatchRow], prompts: list[Tensor], cache: PrefixCache, model: Decoder
+    ) -> None:
+        self.rows, self.cache, self.model = rows, cache, model
+        new_tokens = max(row.request.sampling.max_new_tokens for row in rows)
+        self.attention = (model.ops.decoding or DecodeAttention)(cache, prompts, new_tokens)
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -118,13 +120,30 @@ class Batch:
         self.positions = torch.tensor([len(ids) - 1 for ids in texts], device=device)  # of last_ids
         self.spans = adapter_spans([row.request.adapter for row in self.rows], [1] * len(texts))
 
-    def append(self, drawn: Tensor) -> None:
-        """Add the drawn tokens (B,) to the rows that have not ended."""
+    def advance(self, drawn: Tensor) -> Tensor:
+        """Add the drawn tokens (B,) to their rows; return the hidden states (B', D) after them.
+
+        B' rows are left. A GPU computes on while Python reads the tokens, in vain if none is.
+        """
         self.last_ids = drawn
         self.positions += 1
-        for row, token in zip(self.rows, drawn.tolist(), strict=True):
+        sizes = [row.request.sampling.max_new_tokens - len(row.tokens) for row in self.rows]
+        numbers, hidden = self.attention.read(drawn), None
+        if self.attention.ahead and max(sizes) > 1:
+            hidden = self.step()
+        for row, token in zip(self.rows, numbers(), strict=True):
+            if token < 0:
+                raise UserError(NOT_FINITE)
             if not row.done:
                 row.append(token)
+        self.drop_finished()
+        if hidden is None:
+            hidden = self.step() if self.rows else torch.empty(0)
+        return hidden
+
+    def step(self) -> Tensor:
+        """Return the hidden states (B, D) after the rows' last tokens."""
+        return self.attention.step(self.model, self.last_ids, self.positions, self.spans)
 
     def drop_finished(self) -> None:
         """Drop the rows that have ended once they are many.
@@ -132,7 +151,7 @@ class Batch:
         The keys and values of their tokens go to the cache, for later turns.
         """
         going = [i for i, row in enumerate(self.rows) if not row.done]
-        if len(going) > (1 - LEAVE_SHARE) * len(self.rows):
+        if len(going) > (1 - self.attention.leave_share) * len(self.rows):
             return
         known = max(len(row.tokens) for row in self.rows) - 1  # the newest have no keys yet
         slots = [torch.empty(0, dtype=torch.long)]
@@ -200,13 +219,10 @@ class Engine:
         """Draw the replies of rows that fit the cache together."""
         prompts = [(row.request.adapter, row.prompt) for row in rows]
         paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
-        batch, hidden = Batch(rows, paths, self.cache), torch.cat(states)  # (B, D)
+        batch, hidden = Batch(rows, paths, self.cache, self.model), torch.cat(states)  # (B, D)
         while batch.rows:
             self.usage.decoded_tokens += sum(not row.done for row in batch.rows)
-            batch.append(self.agreed(batch.sampler.draw(self.model.logits(hidden))))
-            batch.drop_finished()
-            if batch.rows:
-                hidden = self.model(batch.last_ids, batch.positions, batch.attention, batch.spans)
+            hidden = batch.advance(self.agreed(batch.sampler.draw(self.model.logits(hidden))))
 
     @torch.inference_mode()
     def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
@@ -266,10 +282,14 @@ class Engine:
         return ids
 
     def batches(self, sizes: Sequence[int]) -> Iterator[slice]:
-        """Yield slices of rows, in order, whose token counts `sizes` fit the cache together."""
+        """Yield slices of rows, in order, that fit the cache together; `sizes` are in tokens.
+
+        Each counts as the longest does: while they are decoded they lie side by side.
+        """
         stop = 0
         while (start := stop) < len(sizes):
-            totals = itertools.accumulate(sizes[start : start + MAX_ROWS])
+            longest = itertools.accumulate(sizes[start : start + MAX_ROWS], max)
+            totals = (n * size for n, size in enumerate(longest, 1))
             stop += max(1, sum(total <= self.cache.capacity for total in totals))
             yield slice(start, stop)
 
@@ -297,7 +317,7 @@ def default_kv_bytes(model: Decoder) -> int:
     """
     if model.device.type == "cuda":
         own = sum(x.nbytes for x in model.parameters()) // (world() if model.sharded else 1)
-        size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 2
+        size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 3
     else:
         sysconf = getattr(os, "sysconf", lambda name: 0)  # Windows has none: the least is taken
         size = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 24

@@ -24,7 +24,8 @@ from torch import Tensor
 from usbrec.llm.packing import Packed, Tree
 from usbrec.options import Options, option
 
-CHUNK_ROWS = 128  # (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower
+# (128, 49152) fp32 logits are 25 MB; on two cores 64 rows and 512 were slower. A GPU takes 8 times
+CHUNK_ROWS = 128  # as many.
 REPETITION_WINDOW = 32  # supervised tokens of the same response that a prediction may repeat
 
 
@@ -48,8 +49,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
         predictions = torch.empty_like(targets)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        size = CHUNK_ROWS * (1 if hidden.device.type == "cpu" else 8)
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
             logits = F.linear(hidden[rows], head_weight).float()  # (rows, V)
             top, predictions[rows] = logits.max(-1)
             picked = logits.gather(1, targets[rows, None])[:, 0]

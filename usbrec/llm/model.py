@@ -50,6 +50,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of both side by side, (T, 2 n) -> (T, n) (arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 def linear(layers: Layers, x: Tensor, spans: Spans) -> Tensor:
     """Return the outputs, side by side, of layers that read one input: (T, in) -> (T, outs)."""
     outs = [layer(x, spans) for layer in layers]
@@ -68,19 +74,43 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     return torch.einsum("nhgs,hsd->nhgd", probs, v).flatten(1, 2)
 
 
+class Stretch(NamedTuple):
+    """Successive queries of a pass that see keys of one place; both tensors are on the CPU."""
+
+    places: Tensor  # (S,) of its keys, among all keys of the layer
+    visible: Tensor  # (n, S) bool: the keys that each of the n queries sees
+
+
+Stretches = Sequence[Stretch]
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches) -> Tensor:
+    """Return `attend` of all stretches, q (T, H, d), k and v (H_kv, all keys, d) -> (T, H, d)."""
+    parts = zip(q.split([len(x.visible) for x in stretches]), stretches, strict=True)
+    return torch.cat([
+        attend(own, k[:, places], v[:, places], visible.to(q.device))
+        for own, (places, visible) in parts
+    ])  # fmt: skip
+
+
 @dataclass
 class Ops:
     """The operations that faster equivalents may replace; these defaults are the definitions.
 
-    `mask` converts the visibility (n, S) of one stretch of queries once for the `attend` of all
-    layers. `clear` is called after any change of an adapter's weights.
+    `arrange` prepares the stretches of a pass once for the `attend` of all layers. `clear` is
+    called after any change of an adapter's weights. `decoding` takes the place of
+    `decoding.DecodeAttention`, and `learn` that of a training pass's `forward`.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    rotate: Callable[..., Tensor] = rotate
+    swiglu: Callable[[Tensor], Tensor] = swiglu
     linear: Callable[[Layers, Tensor, Spans], Tensor] = linear
-    mask: Callable[[Tensor], Any] = lambda visible: visible
-    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend
+    arrange: Callable[[Stretches], Any] = lambda stretches: stretches
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend_all
     clear: Callable[[], None] = lambda: None
+    decoding: Callable[..., Any] | None = None
+    learn: Callable[..., Tensor] | None = None
 
 
 def rotary_frequencies(theta: float, dim: int, scaling: Mapping[str, Any] | None) -> Tensor:
@@ -150,12 +180,12 @@ class SelfAttention(nn.Module):
         ops, rotary, attention, spans = shared
         heads = ops.linear(self.qkv, x, spans).unflatten(-1, (-1, self.d))  # (T, H + 2 H_kv, d)
         qk, v = heads.split_with_sizes([self.H + self.H_kv, self.H_kv], 1)
-        q, k = rotate(qk, *rotary).split_with_sizes([self.H, self.H_kv], 1)
+        q, k = ops.rotate(qk, *rotary).split_with_sizes([self.H, self.H_kv], 1)
         return ops.linear((self.o_proj,), attention(layer, q, k, v).flatten(1), spans)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """down(swiglu(gate(x), up(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -166,8 +196,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """(T, D) -> (T, D)."""
-        gate, up = shared.ops.linear(self.gate_up, x, shared.spans).chunk(2, -1)
-        return shared.ops.linear((self.down_proj,), F.silu(gate) * up, shared.spans)
+        gate_up = shared.ops.linear(self.gate_up, x, shared.spans)
+        return shared.ops.linear((self.down_proj,), shared.ops.swiglu(gate_up), shared.spans)
 
 
 class DecoderLayer(nn.Module):

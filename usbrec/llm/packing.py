@@ -13,15 +13,17 @@ Each branch attends to its own path and to nothing else, so loss and gradients a
 rows, one for each path, to rounding.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from usbrec.chat import TrainingDialogue
-from usbrec.llm.model import Attention, Decoder
+from usbrec.llm.model import Decoder, Stretch
 from usbrec.llm.tokenizer import ChatTokenizer
 
 
@@ -103,6 +105,25 @@ def pack_rows(trees: Trees, tokens_per_pass: int) -> list[list[Tree]]:
     return rows
 
 
+class PackedAttention:
+    """The attention of a packed row: each tree is a stretch that sees itself alone."""
+
+    def __init__(self, trees: Trees, model: Decoder) -> None:
+        ends = itertools.accumulate(map(len, trees))
+        places = (torch.arange(end - len(tree), end) for end, tree in zip(ends, trees, strict=True))
+        self.stretches = list(map(Stretch, places, map(visibility, trees)))
+        self.ops = model.ops
+
+    @cached_property
+    def arranged(self) -> Any:
+        """The stretches as `Ops.attend` wants them."""
+        return self.ops.arrange(self.stretches)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
+        return self.ops.attend(q, k.transpose(0, 1), v.transpose(0, 1), self.arranged)
+
+
 @dataclass(frozen=True)
 class Packed:
     """A flat row of T tokens, M of them predicted: hidden[label_positions] predict targets."""
@@ -114,20 +135,7 @@ class Packed:
     weights: Tensor  # (M,) fp32
     segment_ids: Tensor  # (M,) the branch of the target, counted over the whole row
     num_segments: int
-    attention: Attention
-
-
-def attention_of(trees: Trees, model: Decoder) -> Attention:
-    """Return the attention of a packed row: tree by tree, each tree with its own mask."""
-    sizes = [len(tree) for tree in trees]
-    masks = [model.ops.mask(visibility(tree).to(model.device)) for tree in trees]
-
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (H_kv, T, d)
-        parts = zip(q.split(sizes), k.split(sizes, 1), v.split(sizes, 1), masks, strict=True)
-        return torch.cat([model.ops.attend(*part) for part in parts])
-
-    return attention
+    attention: PackedAttention
 
 
 def pack(trees: Trees, model: Decoder) -> Packed:
@@ -148,7 +156,7 @@ def pack(trees: Trees, model: Decoder) -> Packed:
             segment += 1
     places, targets, weights, segments = zip(*labels, strict=True) if labels else [()] * 4
     weigh = torch.tensor(weights, dtype=torch.float32, device=model.device)
-    attend = attention_of([tree for tree in trees if len(tree)], model)
+    attend = PackedAttention([tree for tree in trees if len(tree)], model)
     row = partial(torch.tensor, dtype=torch.long, device=model.device)
     return Packed(
         row(ids), row(positions), row(places), row(targets), weigh, row(segments), segment, attend

@@ -33,6 +33,7 @@ from torch import Tensor
 from usbrec.chat import Ranked, Requests
 from usbrec.llm.cache import shared_length
 from usbrec.llm.decoding import adapter_spans
+from usbrec.llm.model import Stretch
 from usbrec.llm.sampler import finite
 
 if TYPE_CHECKING:  # engine.py imports this module
@@ -201,8 +202,9 @@ class Search:
         seen = torch.zeros(len(paths), self.used, dtype=torch.bool)
         for row, path in zip(seen, paths, strict=True):
             row[list(path)] = True
-        seen = F.pad(seen, (self.prompt_length, 0), value=True).to(self.k.device)
-        self.mask = self.engine.model.ops.mask(seen)
+        seen = F.pad(seen, (self.prompt_length, 0), value=True)
+        stretch = Stretch(torch.arange(self.k.shape[2]), seen)
+        self.arranged = self.engine.model.ops.arrange([stretch])
         ids = [token for best in chosen for token in best.run.fed]
         return ids, [self.prompt_length + len(path) - 1 for path in paths], ends
 
@@ -210,7 +212,7 @@ class Search:
         """Return the attention of a pass, q (T, H, d), k and v (T, H_kv, d) -> (T, H, d)."""
         keys, values = self.k[layer], self.v[layer]
         keys[:, self.first :], values[:, self.first :] = k.transpose(0, 1), v.transpose(0, 1)
-        return self.engine.model.ops.attend(q, keys, values, self.mask)
+        return self.engine.model.ops.attend(q, keys, values, self.arranged)
 
     def score(self, opened: Sequence[Open], ends: Sequence[Slots], states: Tensor) -> None:
         """Score the tokens after the states: the rest of each run, then its children's first."""

@@ -14,6 +14,7 @@ from usbrec.chat import Sampling
 from usbrec.options import UserError
 
 PORTION = 8  # rows drawn at once: the processor's cache holds their weights, 1.6 MB in fp32
+NOT_FINITE = "logits are not finite numbers: damaged weights, or try --dtype float32"
 COLDEST = 1e-6  # as good as greedy; colder quotients would exceed fp32 and give NaN
 
 
@@ -29,7 +30,7 @@ class Sampler:
         device = uniforms.device
         self.uniforms, self.step = uniforms.float(), 0
         warm = [how.temperature > 0 for how in samplings]
-        self.some_warm, self.some_cold = any(warm), not all(warm)
+        self.some_warm = any(warm)
         self.warm = torch.tensor(warm).to(device)
         heats = [[max(how.temperature, COLDEST)] for how in samplings]
         self.temperatures = torch.tensor(heats).to(device)  # (B, 1)
@@ -38,9 +39,10 @@ class Sampler:
         self.truncated = any(limit != (2**31, 1, 0) for limit in limits)
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Return the next token of each row, (B, V) -> (B,)."""
-        starts = range(0, len(logits), PORTION)
-        tokens = torch.cat([self.draw_rows(logits, slice(at, at + PORTION)) for at in starts])
+        """Return the next token of each row, (B, V) -> (B,); -1 if its logits are not finite."""
+        portion = PORTION if logits.device.type == "cpu" else len(logits)
+        starts = range(0, len(logits), portion)
+        tokens = torch.cat([self.draw_rows(logits, slice(at, at + portion)) for at in starts])
         self.step += 1
         return tokens
 
@@ -48,20 +50,20 @@ class Sampler:
         """Return the next tokens of the neighbouring rows `rows` alone, (B, V) -> (b,)."""
         logits = logits[rows].float()
         top, likeliest = logits.max(-1)
-        finite(top)
+        likeliest = torch.where(top.isfinite(), likeliest, -1)  # told later: reading waits
         if not self.some_warm:
             return likeliest
         probs = (logits / self.temperatures[rows]).softmax(-1)
         if self.truncated:
             probs = truncate(probs, self.limits[rows])
         drawn = pick(probs, self.uniforms[rows, self.step])
-        return torch.where(self.warm[rows], drawn, likeliest) if self.some_cold else drawn
+        return torch.where(self.warm[rows] & (likeliest >= 0), drawn, likeliest)
 
 
 def finite(numbers: Tensor) -> Tensor:
     """Return the numbers; raises UserError if one is infinite or none, as from damaged weights."""
     if not numbers.isfinite().all():
-        raise UserError("logits are not finite numbers: damaged weights, or try --dtype float32")
+        raise UserError(NOT_FINITE)
     return numbers
 
 

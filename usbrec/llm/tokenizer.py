@@ -27,6 +27,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,8 @@ class ChatTokenizer:
 
     def __init__(self, vocabulary: Vocabulary, style: ChatFormat, end_ids: frozenset[int]) -> None:
         self.vocabulary, self.chat_format = vocabulary, style
-        self.encode, self.decode = vocabulary.encode, vocabulary.decode  # of plain text
+        self.decode = vocabulary.decode  # to plain text
+        self.encoded = lru_cache(4096)(vocabulary.encode)  # what prompts share is encoded once
         for mark in style.marks:
             if mark not in vocabulary.control:
                 told = f"the chat format {style.name} needs the control token {mark}"
@@ -187,6 +189,10 @@ class ChatTokenizer:
         _, end = self._frame("assistant")
         stops = {vocabulary.control[x] for x in CHATS["end_tokens"] if x in vocabulary.control}
         self.stop_ids = end_ids | stops | {piece for piece in end if isinstance(piece, int)}
+
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Return the ids of plain text; `continued` text follows other text."""
+        return list(self.encoded(text, continued))
 
     @classmethod
     def from_folder(

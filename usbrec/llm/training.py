@@ -53,7 +53,7 @@ class TrainingOptions(Options):
     epochs: float = option(1.0, "passes over the items", above=0)
     steps: int = option(0, "stop after so many steps; 0: by epochs", low=0)
     batch_size: int = option(16, "items a step", low=1)
-    tokens_per_pass: int = option(1024, "tokens laid into one row", low=1)
+    tokens_per_pass: int = option(0, "tokens laid into one row; 0: 1024, on a GPU 4096", low=0)
     warmup: float = option(0.1, "share of the steps that warm up", low=0, high=1)
     schedule: Literal["constant", "cosine"] = option("cosine", "of the rate, after the warm-up")
     weight_decay: float = option(0.0, "AdamW's decay", low=0)
@@ -149,13 +149,15 @@ def measure(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> dic
     """
     size = sum(map(job.objective.size, trees))
     share = math.ceil(sum(map(len, trees)) / parallel.world())
+    most = job.options.tokens_per_pass or (1024 if model.device.type == "cpu" else 4096)
     sums = []
-    for row, weight in own_rows(pack_rows(trees, min(share, job.options.tokens_per_pass))):
+    for row, weight in own_rows(pack_rows(trees, min(share, most))):
         packed = pack(row, model)
         loss, metrics = job.objective(run_pass(model, adapter, packed), packed)
         if torch.is_grad_enabled():
             (loss * (weight / size)).backward()
         values = {"loss": loss.detach()[None], **metrics}
+        del loss, metrics  # and with them the pass's graph: the next pass may be recorded
         pairs = [torch.stack([x.double(), torch.ones_like(x).double()]) for x in values.values()]
         sums.append(weight * torch.stack([pair.sum(1) for pair in pairs]))  # (metrics, 2)
     totals = parallel.total(torch.stack(sums).sum(0)).tolist()
@@ -166,7 +168,8 @@ def measure(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> dic
 def run_pass(model: Decoder, adapter: str, packed: Packed) -> TokenLogps:
     """Return the log-probabilities of a packed row's labels, with the adapter on all of the row."""
     span = AdapterSpan(adapter, 0, len(packed.input_ids))
-    hidden = model(packed.input_ids, packed.position_ids, packed.attention, [span])
+    forward = model.ops.learn or model
+    hidden = forward(packed.input_ids, packed.position_ids, packed.attention, [span])
     return token_logps(hidden[packed.label_positions], model.lm_head.weight, packed.targets)
 
 

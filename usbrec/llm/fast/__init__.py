@@ -5,6 +5,7 @@
     adapters    laid out once, in the dtype of the base, until `Ops.clear`
     rms_norm, linear, attend    hand-written gradients in training (kernels.py)
     attend      windows of plain products on the CPU, torch's own attention on a GPU
+    decoding, learn    on a GPU: steps and passes that are recorded and replayed (graphs.py)
 
 Without this folder, and without the line that calls `accelerate`, a program is slower and its
 results are the same to rounding (tests/test_fast.py).
@@ -14,9 +15,10 @@ from collections.abc import Callable
 from functools import cache, cached_property, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from usbrec.llm.fast import kernels
+from usbrec.llm.fast import graphs, kernels
 from usbrec.llm.model import Decoder, DecoderLayer, Layers, Ops, Spans, linear
 
 Fused = dict[Layers, "FusedLinear"]
@@ -33,14 +35,33 @@ def accelerate(model: Decoder) -> None:
             attention, mlp = layer.self_attn, layer.mlp
             groups += [attention.qkv, (attention.o_proj,), mlp.gate_up, (mlp.down_proj,)]
         fused = {layers: FusedLinear(layers, adapters) for layers in groups}
-    on_cpu = model.device.type == "cpu"
-    model.ops = Ops(
-        rms_norm=kernels.lean_rms_norm,
-        linear=partial(fused_linear, fused),
-        mask=kernels.window_mask if on_cpu else lambda visible: visible,
-        attend=kernels.WindowAttention.apply if on_cpu else kernels.attend_on_gpu,
-        clear=adapters.cache_clear,
-    )
+    ops = Ops(linear=partial(fused_linear, fused), clear=adapters.cache_clear)
+    if model.device.type == "cpu":
+        ops.rms_norm = kernels.lean_rms_norm
+        ops.arrange, ops.attend = kernels.windows, kernels.WindowAttention.apply
+    else:
+        record_on_gpu(model, ops, adapters.cache_clear)
+    model.ops = ops
+
+
+def record_on_gpu(model: Decoder, ops: Ops, forget_adapters: Callable[[], None]) -> None:
+    """Give `ops` a GPU's large kernels, and passes that are recorded."""
+    if model.device.type == "cuda":
+        torch.set_num_threads(1)  # waking a thread takes longer than what is left to do here
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    heads, dtype = model.config.num_key_value_heads, model.dtype
+    ops.rms_norm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    ops.arrange = partial(kernels.rectangles, H_kv=heads, dtype=dtype, device=model.device)
+    ops.attend = kernels.attend_in_rectangles
+    if not model.sharded:
+        decoding = graphs.RecordedDecoding(ops)
+
+        def clear() -> None:
+            forget_adapters()
+            decoding.clear()
+
+        ops.clear, ops.decoding = clear, decoding.begin
+        ops.learn = graphs.RecordedLearning(model)
 
 
 class FusedLinear:
@@ -68,7 +89,11 @@ class FusedLinear:
         out = product(x, self.weight, self.bias)
         for name, start, stop in spans:
             if adapter := self.adapters(self.layers, name):
-                out[start:stop] += product(product(x[start:stop], adapter[0]), adapter[1])
+                low = product(x[start:stop], adapter[0])  # (stop - start, R)
+                if adapter[1].is_mkldnn:
+                    out[start:stop] += product(low, adapter[1])
+                else:
+                    out[start:stop].addmm_(low, adapter[1].T)
         return out
 
 
@@ -113,5 +138,5 @@ def prepack(weight: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b (T, out) for a weight of `prepack`."""
     if not weight.is_mkldnn:
-        return torch.nn.functional.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -9,21 +9,25 @@ gradients to its trainable inputs alone.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from usbrec.llm import model as plain
-from usbrec.llm.model import Layers, Spans
+from usbrec.llm.model import Layers, Spans, Stretches
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
+SIDE = 64  # a rectangle's sides are multiples of it, so that few shapes occur
 WINDOW = 128  # queries that attend at once; with 256 a pass of 250-token trees took 10% longer
 
 # The queries `start` to `stop`, the places (S,) of their keys, and what hides these (stop - start,
-# S): 0 for a visible key, else -inf. The places end with as many zeros as make S a multiple of
-# KEY_ALIGNMENT, and no query sees these.
+# S): 0 for a visible key, else -inf. The first place is repeated, hidden, until S is a multiple of
+# KEY_ALIGNMENT.
 Window = tuple[int, int, Tensor, Tensor]
 
 
@@ -119,25 +123,29 @@ def adapted_linear(layers: Layers, weights: Sequence[Tensor], x: Tensor, spans: 
     return _AdaptedLinear.apply(x, weights, joined(biases) if biases else None, parts, *adapters)
 
 
-def window_mask(visible: Tensor) -> list[Window]:
-    """Return a visibility (n, S) as windows of at most WINDOW queries.
+def windows(stretches: Stretches) -> list[Window]:
+    """Return the stretches of a pass as windows of at most WINDOW queries.
 
     A window takes the keys that any of its queries sees, so that other keys cost nothing: in a tree
     of many branches most of them belong to other branches.
     """
-    n, windows = len(visible), list[Window]()
-    parts = math.ceil(n / WINDOW)
-    for start, stop in itertools.pairwise([n * i // parts for i in range(parts + 1)]):
-        seen = visible[start:stop].any(0).nonzero()[:, 0]
-        keys = F.pad(seen, (0, -len(seen) % KEY_ALIGNMENT))
-        hidden = torch.full((stop - start, len(keys)), -torch.inf)
-        hidden[:, : len(seen)].masked_fill_(visible[start:stop, seen], 0)
-        windows.append((start, stop, keys, hidden))
-    return windows
+    found, first = list[Window](), 0
+    for places, visible in stretches:
+        n = len(visible)
+        parts = math.ceil(n / WINDOW)
+        for start, stop in itertools.pairwise([n * i // parts for i in range(parts + 1)]):
+            seen = visible[start:stop].any(0).nonzero()[:, 0]
+            own, spare = places[seen], -len(seen) % KEY_ALIGNMENT
+            hidden = torch.full((stop - start, len(seen) + spare), -torch.inf)
+            hidden[:, : len(seen)].masked_fill_(visible[start:stop, seen], 0)
+            keys = torch.cat([own, own[:1].expand(spare)])
+            found.append((first + start, first + stop, keys, hidden))
+        first += n
+    return found
 
 
 class WindowAttention(torch.autograd.Function):
-    """`model.attend` on the CPU: q (n, H, d), k and v (H_kv, S, d) -> (n, H, d).
+    """`model.attend_all` on the CPU: q (T, H, d), k and v (H_kv, all keys, d) -> (T, H, d).
 
     softmax(q k^T / sqrt(d)) v is computed window by window, by two plain products, which take half
     to a third of the time of torch's own attention with a mask. The query heads of a key head are
@@ -178,12 +186,67 @@ class WindowAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Return `model.attend` by torch's kernels, with no copy of the keys per query head."""
-    q = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # (H_kv, g, n, d)
-    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return out.permute(2, 0, 1, 3).flatten(1, 2)
+# for prompts, whose lengths vary: cuDNN's kernel is quicker, but a new shape costs it 0.1 s
+PROMPTS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Rectangle(NamedTuple):
+    """N neighbouring stretches, laid out for one call of torch's attention."""
+
+    queries: Tensor | None  # (N n,) places among the pass's queries; None: a single stretch
+    keys: Tensor  # (N, S) places among the keys
+    bias: Tensor  # (H_kv N, 1, n, S): 0 for a visible key, else -inf
+    rows: Tensor | None  # (T,) those of the (N n,) that are queries; the others fill up
+
+
+def rectangles(
+    stretches: Stretches, H_kv: int, dtype: torch.dtype, device: torch.device
+) -> list[Rectangle]:
+    """Return the stretches of a pass in one rectangle, or in many where one doubles the work."""
+    found, first = list[Rectangle](), 0
+    n, S = (max(x.visible.shape[axis] for x in stretches) for axis in (0, 1))
+    doubles = len(stretches) * n * S > 2 * sum(x.visible.numel() for x in stretches)
+    for group in [[x] for x in stretches] if doubles else [stretches]:
+        sizes = [len(x.visible) for x in group]
+        places = torch.arange(first, first := first + sum(sizes)).split(sizes)
+        queries = filled(places, SIDE if len(group) > 1 else 1)  # (N, n)
+        keys = filled([x.places for x in group], SIDE)  # (N, S)
+        hidden = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool)
+        for part, x in zip(hidden, group, strict=True):  # what fills up sees all, to be a number
+            part[: len(x.visible)] = F.pad(
+                ~x.visible, (0, len(part[0]) - len(x.places)), value=True
+            )
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        bias = bias.masked_fill_(hidden.to(device), -torch.inf).expand(H_kv, -1, -1, -1)
+        rows = torch.cat([torch.arange(size) + i * len(queries[0]) for i, size in enumerate(sizes)])
+        lone = len(stretches) == 1
+        own = [None if lone else x.to(device) for x in (queries.flatten(), rows)]
+        found.append(Rectangle(own[0], keys.to(device), bias.flatten(0, 1)[:, None], own[1]))
+    return found
+
+
+def filled(rows: Sequence[Tensor], step: int) -> Tensor:
+    """Return rows (n,) as one tensor whose length is a multiple of `step`, filled with a place."""
+    first = int(rows[0][0])
+    table = pad_sequence(list(rows), True, first)
+    return F.pad(table, (0, -table.shape[1] % step), value=first)
+
+
+def attend_in_rectangles(q: Tensor, k: Tensor, v: Tensor, arranged: Sequence[Rectangle]) -> Tensor:
+    """Return `model.attend_all` by torch's kernels, with no copy of the keys per query head."""
+    outs = []
+    for queries, keys, bias, rows in arranged:
+        own = q if queries is None else q.index_select(0, queries)
+        own = own.unflatten(0, (len(keys), -1)).unflatten(2, (len(k), -1))  # (N, n, H_kv, g, d)
+        own = own.permute(2, 0, 3, 1, 4).flatten(0, 1)  # (H_kv N, g, n, d)
+        both = (x.index_select(1, keys.flatten()).unflatten(1, keys.shape) for x in (k, v))
+        own_k, own_v = (x.flatten(0, 1)[:, None].expand(-1, own.shape[1], -1, -1) for x in both)
+        seen = bias.expand(-1, own.shape[1], -1, -1)
+        with nullcontext() if torch.is_grad_enabled() else sdpa_kernel(PROMPTS):
+            out = F.scaled_dot_product_attention(own, own_k, own_v, attn_mask=seen)
+        out = out.unflatten(0, (-1, len(keys))).permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)
+        outs.append(out if rows is None else out.index_select(0, rows))
+    return torch.cat(outs)  # (T, H, d)
 
 
 def fold(x: Tensor, H_kv: int) -> Tensor:
