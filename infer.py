@@ -28,7 +28,6 @@ from typing import Any
 from usbrec import loading, parallel, runs
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
-from usbrec.chatting import Answered, Chat, printer
 from usbrec.crs.agents import Roles
 from usbrec.crs.datasets import load_catalogue, load_split, read_dialogues
 from usbrec.crs.dialogue import Dialogue, Example, Examples, format_dialogue
@@ -36,6 +35,7 @@ from usbrec.crs.evaluation import EvaluationOptions, gold_labels
 from usbrec.crs.lessons import popularity_of
 from usbrec.crs.ses import SearchOptions
 from usbrec.extras import pages, report
+from usbrec.extras.chatting import Answered, Chat, printer
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import agreement, judge_agreement
 from usbrec.llm.endpoint import is_server

@@ -35,8 +35,9 @@ from usbrec.chat import Message, Row, TrainingDialogue
 from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
-from usbrec.crs.evaluation import baseline_labels, evaluate_method
+from usbrec.crs.evaluation import evaluate_method
 from usbrec.crs.podcs import build_pairs, count_wins
+from usbrec.extras.baselines import baseline_labels
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import judge_agreement, judge_ranked
 from usbrec.extras.pages import write_report_page

@@ -14,11 +14,11 @@ from test_ses import FILMS, Ranking
 from usbrec import chatting
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Request, Row, Sampling
-from usbrec.chatting import Chat
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import read_dialogues
 from usbrec.crs.dialogue import Dialogue, format_dialogue
 from usbrec.crs.ses import SearchOptions
+from usbrec.extras.chatting import Chat
 from usbrec.llm.engine import Usage
 from usbrec.options import UserError
 

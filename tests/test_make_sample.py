@@ -1,19 +1,15 @@
 """The sample set: what it promises of sizes, splits, facts, language and profiles."""
 
 import json
-import sys
 from collections import Counter
 
+import make_sample as sample
 import pytest
+from make_sample import FOLDER, PHRASES, Wish, facts_of
 
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.datasets import ROOT
 from usbrec.crs.titles import GENRE_FORMS
 from usbrec.crs.wishes import DECADE_NAMES
-
-sys.path.insert(0, str(ROOT))
-import make_sample as sample  # noqa: E402
-from make_sample import FOLDER, PHRASES, Wish, facts_of  # noqa: E402
 
 Rows = dict[str, list[dict]]
 

@@ -10,7 +10,7 @@ from test_evaluation import FILMS, LOFT, NEW, OLD, WELL
 from usbrec.chat import Row
 from usbrec.crs.agents import announce
 from usbrec.crs.dialogue import Example
-from usbrec.crs.evaluation import copied, popular
+from usbrec.extras.baselines import copied, popular
 from usbrec.extras.report import (
     build_report,
     format_recall,

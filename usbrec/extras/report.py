@@ -15,7 +15,8 @@ from usbrec.chat import Row
 from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
-from usbrec.crs.evaluation import Guesses, Labels, copied, gold_labels, popular
+from usbrec.crs.evaluation import Guesses, Labels, gold_labels
+from usbrec.extras.baselines import copied, popular
 from usbrec.extras.intervals import differences, mean_interval
 from usbrec.extras.measures import agreement, search_figures, summaries, within_dialogues
 from usbrec.loading import costs

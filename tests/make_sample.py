@@ -1,6 +1,6 @@
 """The sample set: dialogues about real films, written by a seeded generator.
 
-    python data/make_sample.py         # writes data/sample/{train,valid,test}.jsonl again
+    python tests/make_sample.py        # writes data/sample/{train,valid,test}.jsonl again
 
 Each dialogue has a hidden target film and wishes: facts of that film (genre, decade, director,
 star, mood) or a genre to avoid. The seeker reveals the wishes little by little, in the words of
@@ -29,9 +29,10 @@ from usbrec.options import seed_for  # noqa: E402
 from usbrec.runs import Row, write_rows  # noqa: E402
 
 # act -> the phrases of phrases.txt
-_SECTIONS = Path(__file__).with_name("phrases.txt").read_text("utf-8").split("\n[")[1:]
+DATA = Path(__file__).resolve().parents[1] / "data"
+_SECTIONS = (DATA / "phrases.txt").read_text("utf-8").split("\n[")[1:]
 PHRASES = {act: lines.strip().split("\n") for act, lines in (x.split("]\n") for x in _SECTIONS)}
-FOLDER = Path(__file__).resolve().with_name("sample")
+FOLDER = DATA / "sample"
 SEED = 7
 DIALOGUES = {"train": 3840, "valid": 600, "test": 340}
 LONG = 960  # a split's dialogues after so many are short: in train ten per film
