@@ -11,13 +11,13 @@ import pytest
 from scripted import role_of, roles_of
 from test_ses import FILMS, Ranking
 
-from usbrec import chatting
 from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Request, Row, Sampling
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.datasets import read_dialogues
 from usbrec.crs.dialogue import Dialogue, format_dialogue
 from usbrec.crs.ses import SearchOptions
+from usbrec.extras import chatting
 from usbrec.extras.chatting import Chat
 from usbrec.llm.engine import Usage
 from usbrec.options import UserError

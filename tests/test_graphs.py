@@ -131,6 +131,34 @@ def test_steps_are_forgotten_when_the_rows_need_more_memory(cuda: None) -> None:
     assert not decoding.steps
 
 
+def test_rows_that_fill_up_keep_nothing_of_an_earlier_batch(cuda: None) -> None:
+    """Eight rows of long prompts, then five of short ones, in as many rows of fewer columns."""
+    plain, (quick, decoding) = engine(), recorded_engine()
+    how = Sampling(6, temperature=0)
+    for count, text in ((8, "abc" * 60), (5, "ab")):
+        asked = drawing([chat(text + "abcdefgh"[i]) for i in range(count)], how, range(count))
+        assert quick.generate(asked) == plain.generate(asked)
+    assert [key[:2] for key in decoding.steps] == [(8, 256), (8, 128)]
+
+
+def test_a_changed_adapter_is_read_where_it_lies_now(cuda: None) -> None:
+    """`Ops.clear` forgets the recorded steps along with the adapters' layout."""
+    plain, quick = engine(), engine()
+    record_on_gpu(quick.model, quick.model.ops, lambda: None)
+    assert quick.model.ops.decoding is not None
+    decoding = quick.model.ops.decoding.__self__  # type: ignore[attr-defined]
+    decoding.works = True
+    asked = drawing([chat("abc", "one")], Sampling(6, temperature=0), [0])
+    for scale in (1, -3):
+        for e in (plain, quick):
+            for parameter in adapter_parameters(e.model, "one").values():
+                parameter.data.mul_(scale)
+            e.clear_cache()
+        assert not decoding.steps
+        assert quick.generate(asked) == plain.generate(asked)
+        assert len(decoding.steps) == 1
+
+
 def test_short_replies_are_not_recorded(cuda: None) -> None:
     quick, decoding = recorded_engine()
     quick.generate(drawing(CHATS, Sampling(2), range(6)))

@@ -77,7 +77,8 @@ class RecordedDecoding:
             self.clear()
             size_of_all, self.memory = max(size, len(self.memory)), torch.empty(0)
             self.memory = cache.k.new_zeros(size_of_all)
-            self.inputs = torch.zeros(2, max(rows, most), dtype=torch.long, device=cache.k.device)
+            self.inputs = torch.empty(2, max(rows, most), dtype=torch.long, device=cache.k.device)
+        self.inputs.zero_()  # rows that only fill up stay at position 0
         self.k, self.v = self.memory[:size].view(shape)
         # columns that no row sees as yet hold anything
         slots = pad_sequence(list(prompts), True, int(prompts[0][0])).to(cache.k.device)  # (B, P)

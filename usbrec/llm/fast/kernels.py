@@ -209,8 +209,8 @@ def rectangles(
     for group in [[x] for x in stretches] if doubles else [stretches]:
         sizes = [len(x.visible) for x in group]
         places = torch.arange(first, first := first + sum(sizes)).split(sizes)
-        queries = filled(places, SIDE if len(group) > 1 else 1)  # (N, n)
-        keys = filled([x.places for x in group], SIDE)  # (N, S)
+        queries = padded_places(places, SIDE if len(group) > 1 else 1)  # (N, n)
+        keys = padded_places([x.places for x in group], SIDE)  # (N, S)
         hidden = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool)
         for part, x in zip(hidden, group, strict=True):  # what fills up sees all, to be a number
             part[: len(x.visible)] = F.pad(
@@ -225,7 +225,7 @@ def rectangles(
     return found
 
 
-def filled(rows: Sequence[Tensor], step: int) -> Tensor:
+def padded_places(rows: Sequence[Tensor], step: int) -> Tensor:
     """Return rows (n,) as one tensor whose length is a multiple of `step`, filled with a place."""
     first = int(rows[0][0])
     table = pad_sequence(list(rows), True, first)
@@ -246,7 +246,7 @@ def attend_in_rectangles(q: Tensor, k: Tensor, v: Tensor, arranged: Sequence[Rec
             out = F.scaled_dot_product_attention(own, own_k, own_v, attn_mask=seen)
         out = out.unflatten(0, (-1, len(keys))).permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)
         outs.append(out if rows is None else out.index_select(0, rows))
-    return torch.cat(outs)  # (T, H, d)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)  # (T, H, d)
 
 
 def fold(x: Tensor, H_kv: int) -> Tensor:
