@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from usbrec.chat import Sampling
 from usbrec.llm.engine import Engine
-from usbrec.llm.fast import accelerate, kernels, record_on_gpu
+from usbrec.llm.fast import accelerate, graphs, kernels, record_on_gpu
 from usbrec.llm.fast.graphs import RecordedDecoding, RecordedLearning, rounded
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.loss import Sft
 from usbrec.llm.model import Decoder, Stretch, attend_all
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.llm.training import run_pass
+from usbrec.options import UserError
 
 
 class StandInGraph:
@@ -117,7 +118,7 @@ def test_a_later_turn_reads_what_recorded_steps_have_computed(cuda: None) -> Non
     quick.generate(asked)
     before = quick.usage.reused_tokens
     assert quick.generate(begun) == plain.generate(begun)
-    assert quick.usage.reused_tokens > before
+    assert quick.usage.reused_tokens == plain.usage.reused_tokens > before
 
 
 def test_steps_are_forgotten_when_the_rows_need_more_memory(cuda: None) -> None:
@@ -157,6 +158,35 @@ def test_a_changed_adapter_is_read_where_it_lies_now(cuda: None) -> None:
         assert not decoding.steps
         assert quick.generate(asked) == plain.generate(asked)
         assert len(decoding.steps) == 1
+
+
+def test_adapters_have_steps_of_their_own_and_the_steps_do_not_grow_without_end(
+    cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same chat by the base and by two adapters, when two steps are kept at most."""
+    monkeypatch.setattr(graphs, "MOST_STEPS", 2)
+    plain, (quick, decoding) = engine(), recorded_engine()
+    for adapter in (None, "one", "two", "one"):
+        asked = drawing([chat("abc", adapter)], Sampling(6, temperature=0), [0])
+        assert quick.generate(asked) == plain.generate(asked)
+        assert 1 <= len(decoding.steps) <= 2
+
+
+def test_logits_that_are_no_numbers_are_told_although_the_next_step_has_begun(cuda: None) -> None:
+    quick, _ = recorded_engine()
+    quick.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        quick.generate(drawing(CHATS, Sampling(6, temperature=0), range(6)))
+
+
+def test_no_step_begins_after_the_last_token(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies of 6 tokens, the first from the prompt: 5 steps, and a sixth for none."""
+    quick, _ = recorded_engine()
+    quick.tokenizer.stop_ids = frozenset()
+    steps, plain = [], RecordedDecoding.step
+    monkeypatch.setattr(RecordedDecoding, "step", lambda *x: steps.append(1) or plain(*x))
+    quick.generate(drawing(CHATS, Sampling(6), range(6)))
+    assert len(steps) == 5
 
 
 def test_short_replies_are_not_recorded(cuda: None) -> None:
@@ -208,6 +238,8 @@ def test_rectangles_equal_the_definition(lengths: tuple[int, ...], count: int) -
     q, k, v = (torch.randn(first, heads, 8, generator=generator) for heads in (4, 2, 2))
     arranged = kernels.rectangles(stretches, 2, torch.float32, torch.device("cpu"))
     assert len(arranged) == count
+    for rectangle in arranged:  # a row that sees nothing would be no number on a GPU
+        assert (rectangle.bias == 0).any(-1).all()
     results = []
     for attend, how in ((attend_all, stretches), (kernels.attend_in_rectangles, arranged)):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -215,6 +247,18 @@ def test_rectangles_equal_the_definition(lengths: tuple[int, ...], count: int) -
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(5, 9), (300, 40)])
+def test_slots_that_nobody_sees_may_hold_anything(sizes: tuple[int, int]) -> None:
+    """As in a cache whose first slots are free: no number of theirs reaches a result."""
+    places = [torch.arange(3, 3 + sizes[0]), torch.arange(3 + sizes[0], 3 + sum(sizes))]
+    stretches = [Stretch(x, torch.ones(len(x), len(x)).tril().bool()) for x in places]
+    q, k = torch.ones(sum(sizes), 4, 8), torch.ones(2, 3 + sum(sizes), 8)
+    k[:, :3] = torch.nan
+    assert kernels.WindowAttention.apply(q, k, k, kernels.windows(stretches)).isfinite().all()
+    arranged = kernels.rectangles(stretches, 2, torch.float32, torch.device("cpu"))
+    assert kernels.attend_in_rectangles(q, k, k, arranged).isfinite().all()
 
 
 # --- recorded training passes -----------------------------------------------------------------
@@ -256,6 +300,7 @@ def test_recorded_passes_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     def record(body: torch.nn.Module, inputs: Any, **how: Any) -> torch.nn.Module:
         made.append(len(inputs[0]))
         assert [x.shape[-1] for x in inputs] == [made[-1]] * 3 and made[-1] % 128 == 0
+        assert (inputs[2] == 0).any(-1).all()  # every token sees one
         return body
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
