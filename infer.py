@@ -100,7 +100,8 @@ def find_run(flags: Namespace) -> Path | None:
     if made := list(RUNS.glob("*/*/adapter_model.safetensors")):
         return max(made, key=lambda path: path.stat().st_mtime).parents[1]
     if flags.recommender is None:  # else a run would give the simulator and the dataset only
-        raise UserError(f"there is no finished run in {RUNS}: run train.py, or give --model")
+        told = "make one with `python train.py`, or go round it with --model and --recommender"
+        raise UserError(f"there is no finished run in {RUNS}: {told}")
     return None
 
 
@@ -112,7 +113,8 @@ def read_run(folder: Path) -> Setup:
     adapters = {stage: folder / name for stage, name in ADAPTERS.items()}
     done = {x: str(y) for x, y in adapters.items() if (y / "adapter_model.safetensors").exists()}
     if not done:
-        raise UserError(f"{folder} has no finished adapter: `train.py --run-dir` makes one")
+        told = f"make one with `python train.py --run-dir {folder}`"
+        raise UserError(f"{folder} has no finished adapter: {told}")
     recommender = done.get("simpo") or done.get("sft", "none")
     simulator, note = done.get("simulator", "none"), folder / "options" / f"{[*done][-1]}.json"
     notes = {path: runs.read_json(path) for path in sorted(note.parent.glob("*.json"))}

@@ -112,7 +112,8 @@ def train_simpo(work: Work) -> None:
     path = work.need("pairs")
     trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
     if not trees:
-        raise UserError(f"{path} holds no pair to learn from: raise --max-pairs, --pairs-samples")
+        told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
+        raise UserError(f"{path} holds no pair to learn from: {told}")
     work.adapted("sft", "rl")  # the copy that learns
     work.learn("simpo", Simpo(work.settings.simpo_loss), trees)
 

@@ -49,7 +49,7 @@ MUTATIONS = (
              "out[start:stop] += self.configs[name].scaling * F.linear(low, B)",
              "out[start:stop] += F.linear(low, B)", "test_fast test_adapter_files"),
     Mutation("adapters are laid out once and for all", "usbrec/llm/fast/__init__.py",
-             "        clear=adapters.cache_clear,", "        clear=lambda: None,", "test_fast"),
+             "clear=adapters.cache_clear)", "clear=lambda: None)", "test_fast"),
     Mutation("adapters share one cache", "usbrec/llm/cache.py",
              "self.roots.setdefault(adapter,", "self.roots.setdefault(None,", "test_engine"),
     Mutation("a cached prompt keeps its last hidden state", "usbrec/llm/decoding.py",

@@ -460,7 +460,12 @@ def test_a_search_is_the_same_here_and_behind_a_server(tmp_path: Path) -> None:
     said = [add_turn(x, "recommender", "Try Heat (1995).") for x in dialogues]
     favour_digits(engines["user"], [internal_judge_prompt(x, "Likes: dark.") for x in said])
     options = SearchOptions(
-        2, 2, temperature=0.0, rollout_temperature=0.0, max_new_tokens=8, summary_tokens=8
+        samples=2,
+        turns=2,
+        temperature=0.0,
+        rollout_temperature=0.0,
+        max_new_tokens=8,
+        summary_tokens=8,
     )
     here = Roles(Side(engines["rl"]), Side(engines["user"]), Catalogue([]))
     own = search(here, dialogues, [1, 2, 3], options)

@@ -180,7 +180,7 @@ def test_logits_that_are_no_numbers_are_told_although_the_next_step_has_begun(cu
 
 
 def test_no_step_begins_after_the_last_token(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replies of 6 tokens, the first from the prompt: 5 steps, and a sixth for none."""
+    """Replies of 6 tokens, the first from the prompt: 5 steps."""
     quick, _ = recorded_engine()
     quick.tokenizer.stop_ids = frozenset()
     steps, plain = [], RecordedDecoding.step

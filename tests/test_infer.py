@@ -18,12 +18,12 @@ from small_run import STAGE_FLAGS, flags, write_small_data, write_small_model
 
 import infer
 import train
-from usbrec import chatting
 from usbrec.answering import Recommender
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import ROOT
 from usbrec.crs.ses import SearchOptions, search
+from usbrec.extras import chatting
 from usbrec.extras.report import format_search
 from usbrec.llm.engine import Engine
 from usbrec.options import UserError

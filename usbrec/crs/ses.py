@@ -79,8 +79,10 @@ class SearchOptions(Votes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if max(sum(self.levels), self.levels[-1] * self.votes) > BOUND:
-            raise ValueError(f"samples, turns, mode, votes ask for over {BOUND} replies or votes")
+        replies, votes = (min(n, 1e99) for n in (sum(self.levels), self.levels[-1] * self.votes))
+        if max(replies, votes) > BOUND:
+            told = f"{replies:.3g} replies and {votes:.3g} votes per dialogue"
+            raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {BOUND} each")
 
     @property
     def levels(self) -> list[int]:

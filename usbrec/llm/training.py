@@ -53,7 +53,7 @@ class TrainingOptions(Options):
     epochs: float = option(1.0, "passes over the items", above=0)
     steps: int = option(0, "stop after so many steps; 0: by epochs", low=0)
     batch_size: int = option(16, "items a step", low=1)
-    tokens_per_pass: int = option(0, "tokens laid into one row; 0: 1024, on a GPU 4096", low=0)
+    tokens_per_pass: int = option(0, "tokens in a row; 0: 1024, GPU 4096", low=0)
     warmup: float = option(0.1, "share of the steps that warm up", low=0, high=1)
     schedule: Literal["constant", "cosine"] = option("cosine", "of the rate, after the warm-up")
     weight_decay: float = option(0.0, "AdamW's decay", low=0)

@@ -137,8 +137,7 @@ class RecordedDecoding:
             return drawn.tolist
         numbers = torch.empty(len(drawn), dtype=torch.long, pin_memory=True)
         numbers.copy_(drawn, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
+        copied = torch.cuda.current_stream().record_event()
 
         def wait() -> list[int]:
             copied.synchronize()
