@@ -36,10 +36,10 @@ from usbrec.crs import lessons
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import evaluate_method
-from usbrec.crs.podcs import build_pairs, count_wins
+from usbrec.crs.podcs import build_pairs
 from usbrec.extras.baselines import baseline_labels
 from usbrec.extras.default_model import find_model
-from usbrec.extras.measures import judge_agreement, judge_ranked
+from usbrec.extras.measures import count_wins, judge_agreement, judge_ranked
 from usbrec.extras.pages import write_report_page
 from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter

@@ -319,6 +319,22 @@ def test_recorded_passes_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     assert len(made) == 3 and made[0] == made[2] != made[1]
 
 
+def test_where_recording_fails_passes_are_learned_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any, **how: Any) -> None:
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", broken)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model, learning = learner()
+    with pytest.warns(UserWarning, match="without CUDA graphs: no graphs here"):
+        got = gradients(model, "new", [lessons()])
+    assert not learning.works
+    for one, other in zip(got, gradients(model, "new", [lessons()]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_long_passes_and_recomputed_ones_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("usbrec.llm.fast.graphs.LARGE", 200)
     model, _ = learner()  # recording would fail: there is no GPU

@@ -16,8 +16,8 @@ from usbrec.crs.podcs import (
     PairOptions,
     build_pairs,
     choose_pairs,
-    count_wins,
 )
+from usbrec.extras.measures import count_wins
 from usbrec.options import seed_for
 
 FILMS = Catalogue(

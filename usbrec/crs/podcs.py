@@ -22,7 +22,6 @@ from typing import Literal
 
 from usbrec.chat import Row, Sampling
 from usbrec.crs.agents import JudgeScore, Roles, Votes, recommender_prompt
-from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Example, Examples, add_turn
 from usbrec.options import option, seed_for
 
@@ -115,18 +114,3 @@ def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tu
     origins = ["gold" if x is gold else f"samples[{drawn.index(x)}]" for x in sides.values()]
     pair |= {"chosen_from": origins[0], "rejected_from": origins[1]}
     return [pair], " over ".join(x.split("[")[0] for x in origins)
-
-
-def count_wins(catalogue: Catalogue, examples: Examples, records: Sequence[Row]) -> dict[str, int]:
-    """Return the number of pairs whose chosen side is better, equal or worse by rule alone.
-
-    A side's grade is that of its first title against the gold titles (`Catalogue.grade`). The judge
-    has no part in it, so it shows what the judge's preferences are worth.
-    """
-    wins = {"better": 0, "equal": 0, "worse": 0}
-    for example, record in zip(examples, records, strict=True):
-        for pair in record["pairs"]:
-            texts = (pair[side][0]["content"] for side in ("chosen", "rejected"))
-            first, second = (catalogue.grade_of(text, example.items) for text in texts)
-            wins["better" if first > second else "worse" if first < second else "equal"] += 1
-    return wins

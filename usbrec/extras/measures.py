@@ -5,7 +5,7 @@ film. The film is drawn by its count among the training labels and is never a ta
 judge sees either reply with an explanation: the row's own (rewritten likewise) where the dataset
 has one, else the recommender's explanation of that reply. The internal judge sees a summary
 generated from the history alone. A reply whose gold title cannot be found or replaced is skipped
-with the reason.
+with the reason. `count_wins` compares PODCS' pairs with the gold titles, by rule.
 
 What a search's choice can gain depends on how well its judge tells a dialogue's target from other
 films. `judge_ranked` measures this on the films that the recommender ranks highest. Only these two
@@ -39,6 +39,21 @@ STEPS = 1000  # of the sum in `hit_rate`
 
 
 # --- the judges against the truth -------------------------------------------------------------
+
+
+def count_wins(catalogue: Catalogue, examples: Examples, records: Sequence[Row]) -> dict[str, int]:
+    """Return the number of pairs whose chosen side is better, equal or worse by rule alone.
+
+    A side's grade is that of its first title against the gold titles (`Catalogue.grade`). The judge
+    has no part in it, so it shows what the judge's preferences are worth.
+    """
+    wins = {"better": 0, "equal": 0, "worse": 0}
+    for example, record in zip(examples, records, strict=True):
+        for pair in record["pairs"]:
+            texts = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+            first, second = (catalogue.grade_of(text, example.items) for text in texts)
+            wins["better" if first > second else "worse" if first < second else "equal"] += 1
+    return wins
 
 
 def judge_agreement(

@@ -200,9 +200,14 @@ class RecordedLearning:
         inputs = (*row, whole.bias.contiguous())
         if room not in self.passes:
             body = TrainingBody(model, spans[0].adapter, room)
-            self.passes[room] = torch.cuda.make_graphed_callables(
-                body, inputs, num_warmup_iters=1, pool=self.pool
-            )
+            try:
+                self.passes[room] = torch.cuda.make_graphed_callables(
+                    body, inputs, num_warmup_iters=1, pool=self.pool
+                )
+            except RuntimeError as error:
+                self.works = False
+                warnings.warn(f"passes are learned without CUDA graphs: {error}", stacklevel=2)
+                return model(ids, positions, attention, spans)
         if learning[0].grad is None:  # else autograd keeps a replay's gradient, not a copy
             torch._foreach_zero_(self.grads)
             for parameter, grad in zip(learning, self.grads, strict=True):
