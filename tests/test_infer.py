@@ -490,6 +490,8 @@ def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixt
         "ses-draws has no effect without --ses-candidates distinct",
         "ses-veto has no effect without --ses-cards",
     }
+    both = told(*quick, "--ses-cards", "--ses-memory")
+    assert both == {"ses-memory has no effect without --no-ses-cards"}
     shallow = ["--ses-turns", "1", "--ses-mode", "tree"]
     assert told(*quick, *shallow) == {"ses-mode has no effect without --ses-turns above 1"}
     [judged] = told("--validate-simulator", "--limit", "2", "--rank", "3")

@@ -108,6 +108,7 @@ class Recommender:
             ({"rank_tokens"}, "--rank", o.rank == 0),
             ({"ses_draws"}, "--ses-candidates distinct", searching.candidates != "distinct"),
             ({"ses_veto"}, "--ses-cards", not searching.cards),
+            ({"ses_memory"}, "--no-ses-cards", searching.cards),
             ({"ses_mode", "ses_rollout_temperature"}, "--ses-turns above 1", searching.turns == 1),
         )
         needs = {x: y for names, y, idle in reversed(cases) if idle for x in names & set(given)}
