@@ -23,7 +23,8 @@ WITH_PEER = {
     *(f"{name}_{what}" for name in TRAINING for what in ("pairs", "memory")),
 }  # fmt: skip
 ALONE = {
-    "batch1_share", "batch1_adapter_share", "trees32_seconds", "same_greedy", "same_replies",
+    "batch1_share", "batch1_adapter_share", "trees32_seconds",
+    "greedy", "same_greedy", "same_replies",
     *(f"{name}_share" for name in TRAINING),
 }  # fmt: skip
 
