@@ -13,9 +13,10 @@ from test_checkpoint import FAMILIES, logits_of, oracle_of, random_ids
 
 from usbrec.extras.merge import main as merge_main
 from usbrec.extras.merge import merge
-from usbrec.llm.adapter_files import load_adapter, save_adapter
-from usbrec.llm.checkpoint import load_model
+from usbrec.llm.adapter_files import load_adapter, read_adapter, save_adapter
+from usbrec.llm.checkpoint import empty_decoder, load_model
 from usbrec.llm.lora import AdapterSpan, LoraConfig, adapter_parameters, add_adapter
+from usbrec.llm.model_config import load_config
 from usbrec.llm.packing import Branch, Tree, pack
 from usbrec.options import UserError
 
@@ -100,6 +101,7 @@ def test_pefts_adapters_load_with_equal_logits(base, layout, tmp_path):
         {},
         {"r": 3, "lora_alpha": 5.0, "target_modules": ("k_proj", "up_proj")},
         {"use_rslora": True},
+        {"lora_alpha": 2.5},
     ],
 )
 def test_our_adapters_load_in_peft_with_equal_logits(base, options, tmp_path):
@@ -139,6 +141,9 @@ def test_pefts_adapter_saved_again_is_what_it_was(base, layout, tmp_path):
     again = peft.PeftModel.from_pretrained(oracle_of(name), tmp_path / "ours").eval()
     ids = random_ids(40)
     assert torch.equal(oracle_logits(again, ids), oracle_logits(oracle, ids))
+    load_adapter(model, tmp_path / "ours", "again")  # it names the layers that it has, no others
+    first, second = (adapter_parameters(model, x) for x in ("adapter", "again"))
+    assert first.keys() == second.keys()
 
 
 def test_loading_over_a_name_replaces_the_adapter(llama, tmp_path):
@@ -148,6 +153,39 @@ def test_loading_over_a_name_replaces_the_adapter(llama, tmp_path):
     randomise(p * 2 for p in adapter_parameters(model, "sft").values())
     load_adapter(model, tmp_path, "sft")
     assert torch.equal(adapted_logits(model, ids, "sft"), expected)
+
+
+def test_an_adapter_of_fewer_layers_leaves_nothing_of_the_one_it_replaces(llama, tmp_path):
+    model = our_adapter(llama, tmp_path / "all")
+    our_adapter(llama, tmp_path / "few", target_modules=("q_proj",))
+    load_adapter(model, tmp_path / "few", "sft")
+    assert {path.split(".")[-3] for path in adapter_parameters(model, "sft")} == {"q_proj"}
+
+
+def test_an_alpha_of_zero_is_no_adapter(llama, tmp_path):
+    model = our_adapter(llama, tmp_path)
+    path, ids = tmp_path / "adapter_config.json", random_ids(10)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 0}))
+    assert load_adapter(model, tmp_path, "none").lora_alpha == 0
+    assert torch.equal(adapted_logits(model, ids, "none"), logits_of(model, ids))
+
+
+def test_an_adapter_is_refused_on_its_base_with_an_adapter_merged_in(llama, tmp_path):
+    our_adapter(llama, tmp_path / "adapter")
+    merge(llama, tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(UserError, match="merged into it already: name the base"):
+        load_adapter(load_model(tmp_path / "merged"), tmp_path / "adapter", "again")
+
+
+def test_a_base_without_values_knows_no_weight_beside_loras(llama, tmp_path):
+    """As on the meta device, where adapters are checked before a model is loaded."""
+    our_adapter(llama, tmp_path, target_modules=("q_proj",))
+    key, path = "base_model.model.model.norm.weight", tmp_path / "adapter_model.safetensors"
+    own = load_file(llama / "model.safetensors")["model.norm.weight"]
+    save_file({**load_file(path), key: own}, path)
+    read_adapter(load_model(llama), tmp_path)
+    with pytest.raises(UserError, match="norm.weight, neither LoRA"):
+        read_adapter(empty_decoder(load_config(llama)), tmp_path)
 
 
 def test_keys_and_settings_are_pefts(llama, tmp_path):
@@ -194,6 +232,10 @@ def test_an_interrupted_save_leaves_the_old_adapter(llama, tmp_path, monkeypatch
         ({"peft_type": "IA3"}, "IA3"),
         ({"r": 0}, "r must"),
         ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"lora_alpha": 1e10}, "lora_alpha"),
+        ({"lora_alpha": 1e-40}, "lora_alpha"),
+        ({"target_modules": ["proj"]}, "names no linear layer"),
+        ({"target_modules": ["q.proj"]}, "names no linear layer"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": ["lm_head"]}, "lm_head"),
         ({"target_modules": "("}, "pattern"),

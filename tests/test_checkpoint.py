@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from usbrec.llm import checkpoint
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.model_config import load_config
 from usbrec.llm.packing import Branch, Tree, pack
@@ -110,6 +111,42 @@ def test_a_sharded_folder_equals_a_single_file(family, tmp_path_factory):
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
+def test_frequencies_that_old_checkpoints_hold_are_passed_over(folder, tmp_path_factory):
+    """In a single file, and in shards whose index names them; either way they are computed."""
+    expected, tensors = load_model(folder).state_dict(), load_file(folder / "model.safetensors")
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    save_file({**tensors, **old}, folder / "model.safetensors")
+    sharded = tmp_path_factory.mktemp("sharded")
+    (sharded / "config.json").write_bytes((folder / "config.json").read_bytes())
+    parts = {"a.safetensors": tensors, "b.safetensors": old}
+    for name, part in parts.items():
+        save_file(part, sharded / name)
+    weight_map = {key: name for name, part in parts.items() for key in part}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for each in (folder, sharded):
+        found = load_model(each).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_shards_are_as_full_as_they_may_be_and_two_have_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)
+    sizes = {"a": 60, "b": 40, "c": 60}
+    checkpoint.write_shards(tmp_path, sizes, lambda name: torch.zeros(sizes[name] // 4))
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"a": names[0], "b": names[0], "c": names[1]}
+    assert index["metadata"] == {"total_size": 160}
+    assert sorted(load_file(tmp_path / names[0])) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_a_pickle_in_place_of_weights_is_refused_by_name(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=f"{name} is a pickle"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_arrive_frozen_in_the_target_dtype(folder, dtype):
     model = load_model(folder, dtype=dtype)
@@ -181,6 +218,9 @@ def edit_config(folder, **changes):
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"rope_parameters": {**LLAMA31_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"head_dim": 7}, "even"),
     ],
 )

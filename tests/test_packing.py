@@ -6,7 +6,7 @@ from conftest import TINY, random_decoder
 
 from usbrec.llm.fast.kernels import windows
 from usbrec.llm.model import Stretch
-from usbrec.llm.packing import Branch, Tree, pack, visibility
+from usbrec.llm.packing import Branch, Tree, pack, pack_rows, visibility
 
 
 def plain_layout(tree):
@@ -87,6 +87,11 @@ def test_a_window_holds_the_keys_that_it_sees_alone():
     parts = [Branch([1] * 128, [0] * 128, parent) for parent in (None, 0, 0)]
     _, _, keys, _ = windows([stretch(Tree(parts))])[2]
     assert keys.tolist() == [*range(128), *range(256, 384)]
+
+
+def test_rows_are_filled_longest_first():
+    trees = [Tree([Branch([1] * n, [0] * n)]) for n in (4, 6, 4, 6, 12)]
+    assert [[len(tree) for tree in row] for row in pack_rows(trees, 10)] == [[12], [6, 4], [6, 4]]
 
 
 def test_an_empty_branch_is_passed_over():
