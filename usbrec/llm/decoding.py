@@ -119,6 +119,10 @@ class DecodeAttention:
     ahead = False  # whether the next step begins before the last tokens are read
 
     def __init__(self, cache: PrefixCache, prompts: Sequence[Tensor], new_tokens: int) -> None:
+        """Take the prompts' slots; the room for new tokens grows, whatever `new_tokens` will be.
+
+        What takes this class's place on a GPU (`Ops.decoding`) needs it beforehand.
+        """
         self.cache, self.paths = cache, list(prompts)
         lengths = torch.tensor([len(path) for path in self.paths])
         self.P = int(lengths.max())
