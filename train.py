@@ -40,6 +40,7 @@ from usbrec.crs.podcs import build_pairs
 from usbrec.extras.baselines import baseline_labels
 from usbrec.extras.default_model import find_model
 from usbrec.extras.measures import count_wins, judge_agreement, judge_ranked
+from usbrec.extras.once import share_answers
 from usbrec.extras.pages import write_report_page
 from usbrec.extras.report import format_report, report_of
 from usbrec.llm.lora import add_adapter
@@ -142,11 +143,12 @@ def evaluate(work: Work) -> None:
     met = max(talked, judged, key=len)
     print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
     ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
-    roles = {stage: work.roles(stage, o.judge) for stage, _ in COMPARED.values()}
+    speakers = {stage: work.roles(stage, o.judge) for stage, _ in COMPARED.values()}
     compared = {name: made for name, made in COMPARED.items() if name in o.methods}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
+        roles = share_answers(speakers)
         agreed = judge_agreement(roles["sft"], checked, popularity, o.seed, settings.eval)
         found = {"agreement": agreed, "ranked": judge_ranked(roles["simpo"], tried, settings.eval)}
         for name, (stage, group) in compared.items():

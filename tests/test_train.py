@@ -23,6 +23,7 @@ from usbrec import loading
 from usbrec.chat import Message
 from usbrec.crs.datasets import SPLITS
 from usbrec.extras.measures import JUDGES
+from usbrec.llm.engine import Engine
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 from usbrec.runs import locked, read_json, read_rows
@@ -190,6 +191,29 @@ def test_fresh_starts_the_chosen_stages_over(run: Path, inputs: dict[str, Any]) 
     changed = {name for name in before if before[name] != after[name]}
     of_report = {"options/report.json", "report.json", "report.txt", "report.html", "rows.jsonl"}
     assert {"report.json", "rows.jsonl"} <= changed <= of_report
+
+
+def test_the_report_computes_equal_requests_once(
+    run: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three searches read the same summaries, and two of them rank the same titles."""
+    asked: list[Any] = []
+
+    def note(call: str) -> None:
+        compute = getattr(Engine, call)
+
+        def noting(engine: Engine, requests: Any, *others: Any) -> Any:
+            asked.extend((call, request, str(others)) for request in requests)
+            return compute(engine, requests, *others)
+
+        monkeypatch.setattr(Engine, call, noting)
+
+    for call in ("generate", "choice_logprobs", "best_texts"):
+        note(call)
+    command = ["--run-dir", str(run), *flags(inputs | {"--chunk-size": 3})]  # all rows
+    assert train.main([*command, "--stages", "report", "--fresh"]) == 0
+    assert {call for call, *_ in asked} == {"generate", "choice_logprobs", "best_texts"}
+    assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize(
