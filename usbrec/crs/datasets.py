@@ -336,7 +336,7 @@ def rows_of_chats(
     order = sorted(own, key=lambda name: (seed_for(seed, "divide", name), name))
     parts = [split for split in ("test", "valid") if split not in chats] + ["train"]
     if len(order) < len(parts):
-        raise UserError(f"{note}: expected {len(parts)} dialogues with one at least")
+        raise UserError(f"{place}: {note}: expected {len(parts)} dialogues with one at least")
     tenth, made = max(len(order) // 10, 1), {split: list[Row]() for split in SPLITS}
     place_of = {name: parts[min(n // tenth, len(parts) - 1)] for n, name in enumerate(order)}
     for split, row in kept:
