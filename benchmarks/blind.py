@@ -140,7 +140,7 @@ def export(flags: Namespace) -> None:
     for place in (path, key):
         if place.exists():
             raise UserError(f"{place} is there already and is not overwritten: name another sheet")
-    run = flags.run_dir or runs.newest_run(runs.RUNS)
+    run = flags.run_dir or runs.RUNS / "sample"
     first, second = flags.methods
     if first == second:
         raise UserError(f"--methods must name two different methods, got {first!r} twice")
@@ -348,7 +348,7 @@ def build_parser() -> Parser:
     what.add_argument("--human", type=Path, nargs="+", metavar="SHEET.csv", help="read filled ones")
     told = "the key (default: beside the sheet, or the first one, as SHEET.key.json)"
     parser.add_argument("--key", type=Path, metavar="FILE.json", help=told)
-    parser.add_argument("--run-dir", type=Path, help="a finished run of train.py (or the newest)")
+    parser.add_argument("--run-dir", type=Path, help="a run of train.py (default: runs/sample)")
     told = f"two columns of its report (default: {' '.join(METHODS)})"
     parser.add_argument("--methods", nargs=2, metavar="M", default=METHODS, help=told)
     parser.add_argument("--limit", type=int, default=50, help="dialogues, 0 for all (default 50)")

@@ -41,14 +41,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from small_run import STAGE_FLAGS, bytes_of, flags, write_small_data, write_small_model  # noqa: E402
 
+from usbrec import settings  # noqa: E402
+
 OFTEN = {"--save-every": 1, "--batch-size": 1, "--epochs": 2, "--dtype": "float32"}
-ENDS = (  # what stands in a run folder when a stage is over
-    ("simulator", "simulator/adapter_model.safetensors"),
-    ("sft", "sft/adapter_model.safetensors"),
-    ("pairs", "pairs.jsonl"),
-    ("simpo", "rl/adapter_model.safetensors"),
-    ("report", "report.json"),
-)
+# what stands in a run folder when a stage is over
+ENDS = [(stage, made["makes"][0]) for stage, made in settings.STAGES.items()]
 STAGES = (*(stage for stage, _ in ENDS), "finished")
 WORD = "née 東京"  # in each line of the test dialogues
 SPACE = ["unshare", "-m"] if os.getuid() == 0 else ["unshare", "-r", "-m"]

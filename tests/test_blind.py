@@ -155,6 +155,17 @@ def test_nothing_is_overwritten(run: Path, sheet: Path, capsys: pytest.CaptureFi
     assert (sheet.read_bytes(), key.read_bytes()) == (whole, known)
 
 
+def test_without_a_run_that_of_the_sample_set_is_shown(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.rename(tmp_path / "sample")
+    monkeypatch.setattr(blind.runs, "RUNS", tmp_path)
+    assert blind.main(["--export", str(tmp_path / "other.csv")]) == 0
+    named = ["--run-dir", str(tmp_path / "sample")]
+    assert blind.main(["--export", str(tmp_path / "same.csv"), *named]) == 0
+    assert (tmp_path / "other.csv").read_bytes() == (tmp_path / "same.csv").read_bytes()
+
+
 def test_a_talk_of_several_turns_is_shown_to_its_end() -> None:
     """The dialogue that both met has one line; what follows is not the same."""
     lines = [["seeker", "Hi"], ["recommender", "A"], ["seeker", "No"], ["recommender", "..."]]

@@ -71,7 +71,7 @@ class SearchOptions(Votes):
     draws: int = option(24, "most draws in search of N different titles", low=1, high=BOUND)
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
     memory: bool = option(False, "the judge first writes what it knows of the title")
-    veto: bool = option(True, "with cards: no title, or a refused or seen one, is worth 0")
+    veto: bool = option(True, "with cards: a refused or seen title is worth 0, as none is")
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     summary_tokens: int = option(48, "longest summary, in tokens", low=1)
     budget_tokens: int = option(0, "most tokens of a search, by estimate; 0: any", low=0)

@@ -10,8 +10,8 @@
     /help            show these commands
 
 An empty line or the end of the input ends the conversation. A reply without a search is printed
-while it is drawn. Commands print to stderr. A line that cannot be answered does not end the
-conversation.
+while it is drawn. Commands, /why aside, print to stderr. A line that cannot be answered does not
+end the conversation.
 """
 
 import os
