@@ -260,11 +260,8 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     made = run_chunks(results, rows, lambda x: judge_agreement(roles, x, popularity, seed, options))
     recommender.spent()
     found = agreement(made, seed)
-    if flags.json:
-        print(runs.dump(found))
-        return
-    print(f"{setup.data}, {split}, {len(rows)} dialogues; AUC [95% interval], 0.5 is chance")
-    print("\n".join(report.judge_lines(found)))
+    head = f"{setup.data}, {split}, {len(rows)} dialogues; AUC [95% interval], 0.5 is chance"
+    print(runs.dump(found) if flags.json else "\n".join([head, *report.judge_lines(found)]))
 
 
 # --- the command ------------------------------------------------------------------------------

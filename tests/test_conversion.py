@@ -503,6 +503,7 @@ def test_a_name_of_several_items_stays_open_and_the_first_spelling_of_a_title_is
     [
         ([chat(1, "Heat (1995)"), chat(2, "Heat (1995)")], "chats.jsonl, .* 2 turns .* 3 dial"),
         ([chat(n) for n in range(9)], "chats.jsonl, line 9: 9 dialogues have 0 turns"),
+        ([], "nothing was read: 0 dialogues have 0 turns"),
         ([{"messages": [{"role": "critic", "content": "x"}]}], "line 1: a message needs a role"),
         ([[{"role": "user", "content": "x", "items": "Up"}]], "line 1: 'items' must be a list"),
         ([[{"role": "user", "content": "x", "items": [" "]}]], "line 1: the item has no name"),

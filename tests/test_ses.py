@@ -571,10 +571,16 @@ def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
     judged = [x.messages[1].content.splitlines()[0] for x in llm.scored[0]]
     assert judged == ["I recommend Up (2009).", "I recommend Heat (1995)."]
     assert [x.dropped for x in result.candidates] == [None, 1, None]
-    assert llm.granted == 180 and counted(llm) + 180 <= budget
+    assert llm.granted == 480 and counted(llm) + 480 <= budget
     llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
     (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, 1))
     assert result.reply == "I recommend Heat (1995). Good." and llm.scored == []
+    search(of_films(llm), ROOTS[:1], [1], options)
+    assert llm.granted == 480  # the same titles are found with a budget and without
+
+
+def test_a_model_that_cannot_rank_is_not_asked_to_where_nothing_is_searched() -> None:
+    assert search(of_films(Scripted(by_role)), [], [], SearchOptions(candidates="ranked")) == []
 
 
 def test_a_reply_without_a_title_gives_way_to_a_film_that_does_not_fit() -> None:

@@ -173,11 +173,12 @@ def pick_rows(examples: Examples, count: int, seed: int, apart: bool = False) ->
     """Return `count` examples (0: all), the first by a seeded hash of their ids.
 
     So the choice of an example does not depend on the contents of others. `apart` takes at most one
-    example per dialogue.
+    example per dialogue, and each dialogue is as likely, however many examples it has.
     """
     order = sorted(examples, key=lambda x: seed_for(seed, "pick", x.dialog_id, x.turn_id))
     if apart:
-        order = list({x.dialog_id: x for x in reversed(order)}.values())[::-1]
+        firsts = {x.dialog_id: x for x in reversed(order)}.values()
+        order = sorted(firsts, key=lambda x: seed_for(seed, "pick", x.dialog_id))
     return order[:count] if count else order
 
 

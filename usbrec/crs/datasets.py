@@ -315,7 +315,7 @@ def rows_of_chats(
     before a year. A row is left out if the catalogue has none of its titles. Each missing split
     gets a tenth (at least one) of train's dialogues, by a seeded hash of their ids.
     """
-    talks: list[tuple[str, str, list[Marked]]] = []
+    talks, place = list[tuple[str, str, list[Marked]]](), "nothing was read"
     for split, values in chats.items():
         for number, (place, value) in enumerate(values, 1):
             unnamed = number if split == "train" else f"{split} {number}"

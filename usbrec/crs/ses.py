@@ -49,8 +49,7 @@ from usbrec.crs.wishes import card, fit, read_profile
 from usbrec.options import MOST, option, seed_for
 
 BOUND = 10_000  # replies, and votes, of one dialogue's search
-# in a budget: of a chat layout around a message, and granted to the ranking for each candidate
-LAYOUT_TOKENS, RANKING_TOKENS = 6, 60
+LAYOUT_TOKENS = 6  # in a budget: of a chat layout around a message
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ class SearchOptions(Votes):
         if max(replies, votes) > BOUND:
             told = f"{replies:.3g} replies and {votes:.3g} votes per dialogue"
             raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {BOUND} each")
+
+    @property
+    def ranking_tokens(self) -> int:
+        """The most tokens of a dialogue's ranking: 60 a candidate, but enough for eight."""
+        return 60 * max(8, self.samples)
 
     @property
     def levels(self) -> list[int]:
@@ -238,10 +242,9 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
 
     Summaries and sampled candidates share one `complete`.
     """
-    ranked = options.candidates == "ranked"
-    limited = options.budget_tokens or options.budget_seconds
-    tokens = RANKING_TOKENS * options.samples if limited else None
-    best = roles.likeliest([x.root for x in results], options.samples, tokens) if ranked else []
+    ranked = options.candidates == "ranked" and bool(results)
+    roots, tokens = [x.root for x in results], options.ranking_tokens
+    best = roles.likeliest(roots, options.samples, tokens) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in best]
     bare = [x for x in results if not x.profile]
     roots, seeds = [x.root for x in bare], [x.seed for x in bare]
@@ -276,7 +279,7 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     sizes = ([len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in prompt] for prompt in prompts)
     asks, chat, judges = (longest + sum(each) for each in sizes)
     calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
-    ranking = RANKING_TOKENS * o.samples * (o.candidates == "ranked")
+    ranking = o.ranking_tokens * (o.candidates == "ranked")
     left = given = (o.budget_tokens or MOST) - chat - calls * asks - ranking
     parents, whole, widths = 0, 0, [2 * o.samples]
     for level, count in enumerate(o.levels):

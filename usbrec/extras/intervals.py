@@ -70,7 +70,7 @@ def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int
     """Return {"auc", "low", "high", "n"}: P(positive > negative) + half the ties, over all pairs.
 
     The two lists are paired by row (a gold reply and its rewriting), and a row's two values are
-    drawn together. An area of 0 or 1 allows a share of rows that are otherwise (`unseen_share`).
+    drawn together. Where all draws agree, a share of rows may be otherwise (`unseen_share`).
     """
     n = len(positive)
     if n == 0:
@@ -79,7 +79,7 @@ def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int
     areas = [np.einsum("bi,ij,bj->b", c, wins, c, optimize=True) / n**2 for c in draws(n, seed)]
     area = float(wins.mean())
     low, high = np.percentile(np.concatenate(areas), ENDS).tolist()
-    if area in (0, 1):
+    if low == high:
         seen = (1 - unseen_share(n)) ** 2  # of all pairs: those whose two rows are like the drawn
         low, high = area * seen, 1 - (1 - area) * seen
     return {"auc": area, "low": low, "high": high, "n": n}

@@ -11,13 +11,14 @@ from typing import Any
 from usbrec.chat import Ranked, Ranks, Reply, Requests
 from usbrec.crs.agents import Roles, Side
 
+SIDES = ("recommender", "simulator", "external")  # of `Roles`
+
 
 class Once:
     """A language model that ranks, and that remembers its answers as long as this object lives."""
 
     def __init__(self, llm: Any) -> None:
-        self.llm = llm
-        self.known: dict[Any, Any] = {}
+        self.llm, self.known = llm, dict[Any, Any]()
 
     def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request."""
@@ -27,11 +28,9 @@ class Once:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
         return self.ask("choice_logprobs", requests, tuple(choices))
 
-    def best_texts(
-        self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
-    ) -> list[Ranked]:
-        """Return per request the k most probable texts as its reply's beginning."""
-        return self.ask("best_texts", requests, tuple(texts), k, tokens)
+    def best_texts(self, requests: Requests, texts: Sequence[str], *limits: Any) -> list[Ranked]:
+        """Return per request the most probable texts as its reply's beginning; see `Ranks`."""
+        return self.ask("best_texts", requests, tuple(texts), *limits)
 
     def ask(self, call: str, requests: Requests, *others: Any) -> list[Any]:
         """Return the answers of a call, computed where no equal request of it was answered."""
@@ -46,13 +45,8 @@ def share_answers(roles: Mapping[str | None, Roles]) -> dict[str | None, Roles]:
     """Return the same roles, with equal requests to a model of this process computed once."""
     shared: dict[int, Once] = {}
 
-    def once(side: Side) -> Side:
-        if not isinstance(side.llm, Ranks):  # a server
-            return side
-        return replace(side, llm=shared.setdefault(id(side.llm), Once(side.llm)))
+    def once(side: Any) -> Any:
+        own = isinstance(side, Side) and isinstance(side.llm, Ranks)  # no server's, and not None
+        return replace(side, llm=shared.setdefault(id(side.llm), Once(side.llm))) if own else side
 
-    def of(x: Roles) -> Roles:
-        external = once(x.external) if x.external else None
-        return Roles(once(x.recommender), once(x.simulator), x.catalogue, external)
-
-    return {stage: of(x) for stage, x in roles.items()}
+    return {k: replace(r, **{x: once(getattr(r, x)) for x in SIDES}) for k, r in roles.items()}

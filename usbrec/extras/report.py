@@ -107,8 +107,7 @@ def _means(figures: Figures, groups: Sequence[str], seed: int, signed: bool = Fa
     found = {}
     for name, (values, weights) in figures.items():
         most = GREATEST.get(name, 1.0)
-        limits = (-most if signed else 0.0, most)
-        found[name] = mean_interval(values, seed, weights, groups, limits)
+        found[name] = mean_interval(values, seed, weights, groups, (-most if signed else 0.0, most))
     return found
 
 
