@@ -108,6 +108,13 @@ def test_an_area_of_one_or_zero_leaves_room_too() -> None:
     assert sure["low"] == pytest.approx(0.4782, abs=1e-4) == 1 - wrong["high"]
 
 
+def test_an_area_of_ties_alone_leaves_room_on_both_sides() -> None:
+    """Ten rows: 0.5 is seen in 0.4782 of the pairs at least; the others may win or lose."""
+    tied = auc_interval([1] * 10, [1] * 10, 0)
+    assert tied["auc"] == 0.5 and tied["low"] == pytest.approx(0.2391, abs=1e-4)
+    assert tied["high"] == pytest.approx(1 - 0.2391, abs=1e-4)
+
+
 def test_the_interval_of_the_area_is_that_of_resampled_rows() -> None:
     random = np.random.default_rng(3)
     high, low = random.normal(1, 1, 40), random.normal(0, 1, 40)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from small_run import write_small_model
 from test_merge import whole_model
 
 from usbrec.chat import Message, Request
+from usbrec.crs.dialogue import Example
 from usbrec.extras.default_model import find_model
 from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.cache import token_bytes
@@ -21,12 +23,40 @@ from usbrec.loading import (
     ModelOptions,
     Models,
     load_engine,
+    pick_rows,
     usage_of,
     weights_digest,
 )
 from usbrec.options import UserError
 
 HELLO = (Message("user", "Hello"),)
+
+
+def rows_of(sizes):
+    """Return examples of dialogues that have so many rows each."""
+    return [Example(name, turn, (), "", ()) for name, n in sizes.items() for turn in range(n)]
+
+
+def test_a_dialogue_of_many_rows_is_picked_as_often_as_one_of_a_single_row():
+    """5 of 10 dialogues: in 400 picks each stands some 200 times, with a deviation of 10."""
+    rows = rows_of({"many": 9, **{f"one {i}": 1 for i in range(9)}})
+    picks = [pick_rows(rows, 5, seed, apart=True) for seed in range(400)]
+    assert all(len({x.dialog_id for x in pick}) == 5 for pick in picks)
+    counts = Counter(x.dialog_id for pick in picks for x in pick)
+    assert all(150 < counts[x.dialog_id] < 250 for x in rows)
+    turns = Counter(x.turn_id for pick in picks for x in pick if x.dialog_id == "many")
+    assert len(turns) == 9  # and its rows stand for it in turn
+
+
+def test_a_pick_depends_on_ids_and_seed_alone():
+    rows = rows_of({"a": 3, "b": 1, "c": 4, "d": 2})
+    for apart in (False, True):
+        whole = pick_rows(rows, 0, 7, apart)
+        assert whole == pick_rows(rows[::-1], 0, 7, apart) != pick_rows(rows, 0, 8, apart)
+        assert whole[:2] == pick_rows(rows, 2, 7, apart)
+    fewer = [x for x in rows if x.dialog_id != "c"]
+    left = [x for x in pick_rows(rows, 0, 7, True) if x.dialog_id != "c"]
+    assert pick_rows(fewer, 0, 7, True) == left
 
 
 def first_prompt(**options):
