@@ -1,6 +1,7 @@
 """Recorded passes, without a GPU: a stand-in records what is computed, and computes it again."""
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -140,6 +141,40 @@ def test_rows_that_fill_up_keep_nothing_of_an_earlier_batch(cuda: None) -> None:
         asked = drawing([chat(text + "abcdefgh"[i]) for i in range(count)], how, range(count))
         assert quick.generate(asked) == plain.generate(asked)
     assert [key[:2] for key in decoding.steps] == [(8, 256), (8, 128)]
+
+
+def test_a_batch_without_numbers_leaves_none_to_the_next(cuda: None) -> None:
+    """No mask hides NaN: it may not stay in columns that a later batch has."""
+    plain, (quick, _) = engine(), recorded_engine()
+    how = Sampling(6, temperature=0)
+    asked, weight = drawing(CHATS, how, range(6)), quick.model.model.layers[0].self_attn.q_proj
+    expected, kept = plain.generate(asked), weight.weight.clone()
+    assert quick.generate(asked) == expected
+    long = drawing([chat("abcabcabc" * 8 + x) for x in "abcdef"], how, range(6))
+    with torch.no_grad(), pytest.raises(UserError):
+        weight.weight.fill_(torch.nan)
+        quick.generate(long)
+    weight.weight.data.copy_(kept)
+    quick.clear_cache()
+    assert quick.generate(asked) == expected
+
+
+def test_old_memory_goes_before_its_successor_comes(cuda: None) -> None:
+    """On a GPU both together may be more than there is."""
+    e, decoding = recorded_engine()
+    how = Sampling(6, temperature=0)
+    e.generate(drawing(CHATS[:1], how, [0]))
+    old = weakref.ref(decoding.memory.untyped_storage())
+    made = torch.Tensor.new_empty
+
+    def new_empty(own: torch.Tensor, *args: Any) -> torch.Tensor:
+        assert old() is None
+        return made(own, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        e.generate(drawing([chat("abc" * 60)], how, [0]))
+    assert old() is None
 
 
 def test_a_changed_adapter_is_read_where_it_lies_now(cuda: None) -> None:

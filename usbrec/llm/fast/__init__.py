@@ -48,7 +48,7 @@ def record_on_gpu(model: Decoder, ops: Ops, forget_adapters: Callable[[], None])
     """Give `ops` a GPU's large kernels, and passes that are recorded."""
     if model.device.type == "cuda":
         torch.set_num_threads(1)  # waking a thread takes longer than what is left to do here
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        torch.cuda.set_device(model.device)  # passes are recorded on the thread's own
     heads, dtype = model.config.num_key_value_heads, model.dtype
     ops.rms_norm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
     ops.arrange = partial(kernels.rectangles, H_kv=heads, dtype=dtype, device=model.device)

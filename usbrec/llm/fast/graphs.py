@@ -63,10 +63,11 @@ class RecordedDecoding:
         self.steps: dict[Any, tuple[Any, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
-    def begin(
-        self, cache: PrefixCache, prompts: Sequence[Tensor], new_tokens: int
-    ) -> "RecordedDecoding":
-        """Copy the keys and values of a batch's prompts, whose slots are given."""
+    def begin(self, cache: PrefixCache, prompts: Sequence[Tensor], new_tokens: int) -> Any:
+        """Copy the keys and values of a batch's prompts, whose slots are given; return itself."""
+        if self.on_gpu:  # settings of a thread, and the server's is not the main one
+            torch.cuda.set_device(cache.k.device)
+            torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         (L, H_kv, _, d), B = cache.k.shape, len(prompts)
         self.cache, self.recording = cache, new_tokens >= WORTH
         self.lengths = torch.tensor([len(path) for path in prompts])
@@ -75,12 +76,12 @@ class RecordedDecoding:
         size, most = torch.Size(shape).numel(), self.inputs.shape[1]
         if size > len(self.memory) or rows > most or self.memory.device != cache.k.device:
             self.clear()
-            size_of_all, self.memory = max(size, len(self.memory)), torch.empty(0)
-            self.memory = cache.k.new_zeros(size_of_all)
+            self.k = self.v = self.memory = torch.empty(0)  # goes before its successor comes
+            self.memory = cache.k.new_empty(size)
             self.inputs = torch.empty(2, max(rows, most), dtype=torch.long, device=cache.k.device)
         self.inputs.zero_()  # rows that only fill up stay at position 0
-        self.k, self.v = self.memory[:size].view(shape)
-        # columns that no row sees as yet hold anything
+        # columns that no row sees as yet may hold anything but NaN, which no mask hides
+        self.k, self.v = self.memory[:size].zero_().view(shape)
         slots = pad_sequence(list(prompts), True, int(prompts[0][0])).to(cache.k.device)  # (B, P)
         for mine, arena in ((self.k, cache.k), (self.v, cache.v)):
             for own, layers in zip(mine.split(8), arena.split(8), strict=True):  # copies of 8
@@ -89,8 +90,8 @@ class RecordedDecoding:
 
     def step(self, model: Decoder, ids: Tensor, positions: Tensor, spans: Spans) -> Tensor:
         """Return the hidden states (B, D) of the rows' newest tokens, ids and positions (B,)."""
-        ids = ids.clamp_min(0)  # -1, which the sampler gives for NaN, is told after this step
-        self.inputs[:, : len(ids)] = torch.stack([ids, positions])
+        # -1, which the sampler gives for NaN, is told after this step
+        self.inputs[:, : len(ids)] = torch.stack([ids.clamp_min(0), positions])
         key = (*self.k.shape[1:4:2], *spans)
         if key in self.steps:
             graph, states = self.steps[key]

@@ -22,7 +22,9 @@ from usbrec.llm import model as plain
 from usbrec.llm.model import Layers, Spans, Stretches
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
-SIDE = 64  # a rectangle's sides are multiples of it, so that few shapes occur
+# A rectangle's sides are multiples of it, so that few shapes occur. With odd multiples of 64
+# cuDNN's gradients can be NaN where a row's scores are all very low (pytorch issue 196678).
+SIDE = 128
 WINDOW = 128  # queries that attend at once; with 256 a pass of 250-token trees took 10% longer
 
 # The queries `start` to `stop`, the places (S,) of their keys, and what hides these (stop - start,
