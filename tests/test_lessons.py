@@ -275,9 +275,10 @@ def test_a_claim_that_leaves_the_film_open_is_not_scored() -> None:
     films = Catalogue(read_item({"name": name, "genre": ["crime"]}) for name in names)
     rows = [Example(x, 1, talk("Hi."), "Try Heat.", (x,)) for x in names]
     rows[1:] = [replace(x, response=f"Try {x.items[0]}.") for x in rows[1:]]
-    lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, LessonOptions())
+    options, draws = LessonOptions(rehearsals=32), Suggestions(films, popularity_of(rows))
+    lessons = card_lessons(rows, draws, 0, options)
     chats = [x for lesson in lessons for x in lesson.branches if x[1].content != UNKNOWN]
-    assert all(len(films.first(said.content)) == 1 for said, *_ in chats) and len(chats) == 18
+    assert all(len(films.first(said.content)) == 1 for said, *_ in chats) and len(chats) == 96
 
 
 def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:

@@ -133,18 +133,17 @@ def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
 def test_a_result_may_be_of_another_chunk_size_or_simulator_but_of_no_other_options(
     data: Path, tmp_path: Path
 ) -> None:
-    made = work(data)
+    one, two = (("--simulator", f"http://localhost:9/v1#{name}") for name in ("one", "two"))
+    made = work(data, *one)
     made.folder = tmp_path / "run"
     made.claim(["pairs"], False)
     path = made.folder / STAGES["pairs"]["makes"][0]
     path.write_text("made")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
-    for words in ([], ["--chunk-size", 7], ["--simulator", tmp_path]):
+    for words in (one, [*one, "--chunk-size", 7], two, []):
         later = work(data, *words)
         later.folder = made.folder
         assert later.need("pairs") == path
-    other = work(data, "--pairs-samples", 7)
+    other = work(data, *one, "--pairs-samples", 7)
     other.folder = made.folder
     with pytest.raises(UserError, match="--fresh"):
         other.need("pairs")
