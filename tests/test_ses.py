@@ -496,21 +496,22 @@ def test_a_budget_counts_bytes_since_other_scripts_take_more_tokens() -> None:
     assert accented == doubled > plain
 
 
-def test_each_way_to_get_candidates_has_its_price() -> None:
-    """Two of two ranked titles: the ranking's prompt and the written reply's, and 60 tokens each.
+def test_each_way_to_get_candidates_pays_for_its_prompts() -> None:
+    """Ranked titles: the ranking's and that of the reply written out, as many as of two samples.
 
     Eight first draws of different titles cost as much as eight samples, though `draws` is three.
     """
+
+    def least(root: Dialogue, kind: str, samples: int) -> int:
+        options = SearchOptions(samples=samples, turns=1, candidates=kind, draws=3)
+        return least_whole(root, options)
+
+    long = talk("A comedy. " * 60)
     sampled, ranked = (
-        least_whole(ROOTS[0], SearchOptions(samples=2, turns=1, candidates=kind))
-        for kind in ("sampled", "ranked")
+        least(long, kind, 2) - least(ROOTS[0], kind, 2) for kind in ("sampled", "ranked")
     )
-    assert ranked == sampled + 2 * 60
-    sampled, distinct = (
-        least_whole(ROOTS[0], SearchOptions(samples=8, turns=1, candidates=kind, draws=3))
-        for kind in ("sampled", "distinct")
-    )
-    assert distinct == sampled
+    assert ranked == sampled
+    assert least(ROOTS[0], "distinct", 8) == least(ROOTS[0], "sampled", 8)
 
 
 def test_a_judge_that_does_not_see_the_dialogue_is_not_paid_for_it() -> None:
@@ -659,14 +660,6 @@ def test_before_it_is_judged_an_open_title_promises_what_its_worst_reading_does(
     told = "Likes: crime, family. Dislikes: nothing said."
     (result,) = search(roles, ROOTS[:1], [1], with_tokens(options, budget), told)
     assert [x.dropped for x in result.candidates] == [1, None, None]
-
-
-def test_a_budget_of_seconds_limits_the_ranking_too() -> None:
-    llm = Ranking(drawing(*["Good."] * 3))
-    options = SearchOptions(samples=2, turns=1, candidates="ranked")
-    for seconds, granted in ((0.0, None), (1e9, 2 * 60)):
-        search(of_films(llm), ROOTS[:1], [1], replace(options, budget_seconds=seconds))
-        assert llm.granted == granted
 
 
 def test_a_reply_without_a_title_gives_way_to_a_film_that_does_not_fit() -> None:
