@@ -122,6 +122,14 @@ def test_only_the_cleaned_words_of_the_seeker_enter_the_dialogue() -> None:
     assert llm.generated[0][0].adapter == "simulator"
 
 
+def test_every_target_is_kept_out_of_the_seekers_words() -> None:
+    llm = Scripted(lambda request: "Red Loft (2001) or Dark Well (1999)?")
+    ended = add_turn(DIALOGUE, "recommender", "What else?")
+    targets = ("Red Loft (2001)", "Dark Well (1999)")
+    (after,) = cast(llm).seek([ended], [targets], Sampling(), [1])
+    assert after[-1].text == "that film or that film?"
+
+
 def test_no_call_is_made_for_no_prompts() -> None:
     llm = Scripted(lambda request: "")
     both = cast(llm)
@@ -249,7 +257,7 @@ def test_sampled_votes_of_all_prompts_are_one_call_with_seeds_of_their_own() -> 
     verdicts = cast(llm).judge(prompts, Votes(3, 0.7), [10, 11])
     assert len(llm.generated) == 1 and len(llm.generated[0]) == 6
     assert len({request.seed for request in llm.generated[0]}) == 6
-    assert llm.generated[0][0].sampling.temperature == 0.7
+    assert llm.generated[0][0].sampling == Sampling(16, 0.7)  # room for a short sentence
     assert [judged.score for judged in verdicts] == [1.5, 1.5]
     assert [judged.parse_rate for judged in verdicts] == [pytest.approx(2 / 3)] * 2
     assert [judged.digit_probability for judged in verdicts] == [None] * 2

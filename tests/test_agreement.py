@@ -94,6 +94,15 @@ def test_one_call_generates_and_each_judge_has_one_call() -> None:
     assert roles_of(llm.scored) == [["judge"] * 4, ["internal_judge"] * 4]
 
 
+def test_no_two_draws_share_a_seed() -> None:
+    """Two summaries, explanations of four replies, and two votes each of eight."""
+    llm = Scripted(line)
+    examples = [BARE, replace(BARE, turn_id=4)]
+    judge_agreement(cast(llm), examples, COUNTS, 0, EvaluationOptions(votes=2))
+    seeds = [request.seed for requests in llm.generated for request in requests]
+    assert len(set(seeds)) == len(seeds) == 2 + 4 + 2 * 8
+
+
 def test_two_models_give_the_rows_that_one_does_and_each_gets_its_own_requests() -> None:
     tuned, plain = Scripted(line), Scripted(line, by_title)
     rows = judge_agreement(cast(tuned, plain), [EXAMPLE, BARE], COUNTS, 0, EvaluationOptions())

@@ -1,7 +1,9 @@
 """The answers of a scripted model as rows: who is searched, by which seeds, what a row tells."""
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from scripted import role_of, roles_of, talk
 from test_chatting import PROFILE, Model
 from test_ses import FILMS
@@ -90,6 +92,12 @@ def test_seconds_and_tokens_are_shares_of_the_call_alone() -> None:
         assert rows[0]["seconds"] == rows[1]["seconds"]
 
 
+def test_a_calls_seconds_are_divided_among_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter((10.0, 13.0))
+    monkeypatch.setattr("usbrec.answering.time.perf_counter", lambda: next(ticks))
+    assert [row["seconds"] for row in recommender()[0].answer(EXAMPLES)] == [1.5, 1.5]
+
+
 def test_every_dialogue_is_ranked_within_the_given_tokens() -> None:
     made, model = recommender(2, ses=True, rank=2, rank_tokens=7)
     for row in made.answer(EXAMPLES):
@@ -113,3 +121,12 @@ def test_options_without_an_effect_are_told_with_what_they_need() -> None:
     ]  # fmt: skip
     assert told("ses_veto", ses=True) == ["--ses-veto has no effect without --ses-cards"]
     assert told("ses_mode", ses=True) == ["--ses-mode has no effect without --ses-turns above 1"]
+    assert told("simulator", judging=True) == []
+
+
+def test_only_distinct_candidates_need_a_limit_of_draws() -> None:
+    need = "--ses-draws has no effect without --ses-candidates distinct"
+    for kind, expected in (("sampled", [need]), ("ranked", [need]), ("distinct", [])):
+        made, _ = recommender(ses=True)
+        made.searching = replace(made.searching, candidates=kind)
+        assert made.unread(["ses_draws"], False) == expected

@@ -5,6 +5,7 @@ from dataclasses import replace
 from scripted import talk
 from test_evaluation import EXAMPLES, FILMS, LOFT, NEW, OLD, WELL
 
+from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.dialogue import Example
 from usbrec.extras.baselines import baseline_labels, copied, nearest, popular
 
@@ -75,6 +76,22 @@ def test_the_nearest_baseline_guesses_that_dialogues_target() -> None:
     asked = [said("x", "A dark one?"), said("y", "funny")]
     found = baseline_labels(FILMS, asked, train)["nearest"]
     assert [row[0]["found"] for row in found] == [True, False]
+
+
+def test_of_several_targets_of_the_nearest_dialogue_the_first_is_guessed() -> None:
+    train = [replace(said("a", "dark"), items=(LOFT.title, WELL.title))]
+    (row,) = baseline_labels(FILMS, [replace(said("x", "dark"), items=train[0].items)], train)[
+        "nearest"
+    ]
+    assert [(x["title"], x["found"]) for x in row] == [(LOFT.title, True), (WELL.title, False)]
+
+
+def test_of_equally_popular_films_the_rule_listener_takes_the_first_by_title() -> None:
+    """The catalogue has them the other way round."""
+    asked = replace(said("x", "Hi", title=OLD.title), profile="Likes: crime.")
+    films = Catalogue([NEW, OLD, WELL])
+    (row,) = baseline_labels(films, [asked], [said("a", "Hm.")])["rule listener"]
+    assert row[0]["found"]
 
 
 def test_two_listeners_hear_every_wish_of_the_gold_profile() -> None:

@@ -83,6 +83,7 @@ def test_items_of_redial_opendialkg_and_the_sample_set_are_read_by_one_reader() 
         }
     )
     assert (kg.title, kg.name, kg.year) == ("Heat", "Heat", 1995)
+    assert read_item({"name": "Heat (1995)", "year": "1986"}).year == 1995
     assert kg.genres == ("crime", "sci-fi", "animation", "romance")
     assert kg.stars == ("A", "B") and kg.directors == ()
     assert read_item({"name": "Nobody Knows"}).decade is None
@@ -261,6 +262,7 @@ def test_titles_in_real_responses_are_those_that_annotators_marked() -> None:
         ("Spider-Man 2, not spider man", "Spider-Man (2002)", "Spider-Man 2, not that film"),
         ("Mission Impossible", "Mission: Impossible (1996)", "that film"),
         ("Is it Fury Road?", "Mad Max: Fury Road (2015)", "Is it that film?"),
+        ("I saw the X yesterday.", "X (2022)", "I saw the that film yesterday."),
         ("Which year? 2049.", "Night Ferry: 2049 (2017)", "Which year? 2049."),
     ],
 )
@@ -322,6 +324,7 @@ def trains() -> Catalogue:
         "Star Wars - Rogue One, Star Wars: Episode V",
         "Alien: Covenant, Alien vs. Predator, Alien³",
         "Dante's Alien is a poem.",
+        "Star; Wars. That was last Night\nTrain is late.",
     ],
 )
 def test_a_longer_title_is_another_film(trains: Catalogue, text: str) -> None:
@@ -428,6 +431,7 @@ def test_a_title_is_found_and_hidden_in_every_spelling(title: str, texts: list[s
     ("title", "text"),
     [
         ("远山 (1994)", "永远山高"),
+        ("远山高 (1994)", "永远山高地"),
         ("火 (1990)", "火很大"),
         ("春江花月 (2001)", "《春江花月夜》很好"),
         ("战争之狼 (2015)", "战争之狼2很好"),
@@ -467,6 +471,19 @@ def test_a_mention_with_invisible_characters_keeps_its_place() -> None:
     text = "Oh \ufeffse\u0301e Oce\u0301\u200bane!"
     (mention,) = one.find(text)
     assert text[mention.start : mention.end] == "Oce\u0301\u200bane"
+
+
+def test_names_without_a_space_between_them_are_two_titles() -> None:
+    names = ("春江花月 (2001)", "海辺手紙 (2016)")
+    films = Catalogue(read_item({"name": name}) for name in names)
+    assert found(films, "春江花月海辺手紙") == [*names]
+
+
+def test_hiding_spares_a_title_that_ends_with_the_hidden_name() -> None:
+    names = ("Night Lantern (1986)", "Lantern (2002)")
+    films = Catalogue(read_item({"name": name}) for name in names)
+    text = "I saw Night Lantern, not Lantern."
+    assert films.hide(text, names[1:]) == "I saw Night Lantern, not that film."
 
 
 def test_a_bare_name_means_the_item_without_a_description() -> None:

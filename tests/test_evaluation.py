@@ -165,6 +165,19 @@ def test_an_open_year_counts_only_if_no_reading_is_another_film() -> None:
     assert row["items"] == [[OLD.title, NEW.title]]
 
 
+def test_a_gold_title_without_a_year_is_found_by_each_of_its_films() -> None:
+    example = Example("d", 1, talk("Hi"), "x", ("Night Ferry",))
+    for title in ("Night Ferry (1990)", "Night Ferry"):
+        (row,) = evaluate_method(cast(speaker(title)), [example], 0, EvaluationOptions())
+        assert row["labels"][0]["found"] and row["hit"] and row["grade"] == 2
+
+
+def test_a_title_that_the_recommender_has_named_is_repeated_too() -> None:
+    example = Example("d", 3, talk("Hi", "Dark Well (1999)?", "No."), "x", (WELL.title,))
+    (row,) = evaluate_method(cast(speaker("Hm.")), [example], 0, EvaluationOptions())
+    assert row["labels"] == [{"title": WELL.title, "repeated": True, "found": False}]
+
+
 def test_search_takes_over_from_its_start_turn() -> None:
     llm = speaker("Red Loft (2001)", "Dark Well (1999)", "Later")
     searching = SearchOptions(start_turn=2, samples=2, turns=1)
@@ -222,11 +235,26 @@ def test_no_two_draws_of_a_talk_share_a_seed() -> None:
     assert not set(seeds) & {seed_for(0, "ieval", x.dialog_id, x.turn_id) for x in examples}
 
 
+@pytest.mark.parametrize("protocol", ["targets", "profile"])
+def test_no_two_votes_share_a_seed(protocol: str) -> None:
+    llm = Scripted(lambda request: "1")
+    options = EvaluationOptions(protocol=protocol, votes=3)
+    evaluate_method(cast(llm), EXAMPLES, 0, options)
+    seeds = [request.seed for request in llm.generated[-1]]
+    assert len(set(seeds)) == len(seeds) == 2 * 3
+
+
 def test_rows_survive_json() -> None:
     llm = speaker("Red Loft (2001)", "b", "c")
     rows = evaluate_method(cast(llm), EXAMPLES, 0, EvaluationOptions(turns=2), SearchOptions())
     for row in rows:
         assert json.loads(json.dumps(row)) == row
+
+
+def test_the_defaults_are_those_of_the_results() -> None:
+    o = EvaluationOptions()
+    assert (o.protocol, o.turns, o.votes, o.vote_temperature) == ("targets", 1, 0, 0.7)
+    assert (o.temperature, o.seeker_temperature) == (0.0, 0.1)
 
 
 @pytest.mark.parametrize("wrong", [{"turns": 0}, {"ranked_titles": 1}, {"votes": -1}])

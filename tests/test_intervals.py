@@ -93,6 +93,11 @@ def test_a_difference_leaves_out_rows_that_one_side_lacks() -> None:
     assert found["low"] == pytest.approx(1 - 0.975 * 2)  # one dialogue excludes next to nothing
 
 
+def test_a_row_without_a_value_leaves_the_others_in_their_dialogues() -> None:
+    found = mean_interval([None, 0.0, 1.0], 0, groups=["a", "b", "b"])
+    assert (found["low"], found["mean"], found["high"]) == (0.5, 0.5, 0.5)
+
+
 def test_the_area_counts_all_pairs_and_half_the_ties() -> None:
     """Of 2 x 2 pairs 3 > 2, 3 > 1 win, 1 against 1 ties, 1 < 2 loses: 2.5 / 4."""
     assert auc([3, 1], [2, 1]) == 0.625

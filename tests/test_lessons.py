@@ -32,6 +32,7 @@ from usbrec.crs.lessons import (
     recommender_lessons,
     same_dialogue,
     simulator_lessons,
+    single_wishes,
     summary_lessons,
     telling_words,
     told,
@@ -101,6 +102,11 @@ def test_a_rewriting_that_still_names_a_target_is_left_out() -> None:
     titles = ("Heat (1995)", "Lost Reel (1930)")
     example = Example("d", 1, talk("Hi."), "Try Heat (1995) or Lost Reel (1930).", titles)
     assert [each.score for each in DRAWS.draw(example, 7)] == [2, 0]
+
+
+def test_a_reply_that_names_no_target_teaches_nothing() -> None:
+    example = Example("d", 1, talk("Hi."), "Which genre?", ("Heat (1995)",))
+    assert DRAWS.draw(example, 7) == []
 
 
 def test_other_films_are_drawn_by_their_count_among_the_labels() -> None:
@@ -241,7 +247,8 @@ def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wish
     counts = sorted(DRAWS.shares, reverse=True)[:12]
     frequent = {film for film, x in zip(DRAWS.pool, DRAWS.shares, strict=True) if x > counts[-1]}
     assert frequent <= set(films) and set(Counter(films).values()) == {8} == {len(chats) // 12}
-    assert all(len(set(films[i : i + 12])) == 12 for i in range(0, 96, 12))  # in rounds
+    rounds = [films[i : i + 12] for i in range(0, 96, 12)]
+    assert all(len(set(x)) == 12 for x in rounds) and len(set(map(tuple, rounds))) == 8
     own = {(x.items[0], read_profile(str(x.profile), CATALOGUE)) for x in TRAIN}
     for number, (film, chat) in enumerate(zip(films, chats, strict=True)):
         facts = read_profile(chat[3].content, CATALOGUE)
@@ -252,6 +259,28 @@ def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wish
             assert fit(film, facts) < 2 or (film.title, facts) in own
 
 
+def test_the_seed_decides_which_profile_a_film_meets_first() -> None:
+    def first_round(seed: int) -> dict[str, str]:
+        lessons = card_lessons(TRAIN, DRAWS, seed, LessonOptions(cards=12, rehearsals=1))
+        chats = [x for lesson in lessons for x in lesson.branches if x[1].content != UNKNOWN]
+        return {said.content: asked.content for said, _, asked, _ in chats}
+
+    one, other = first_round(0), first_round(1)
+    assert one.keys() == other.keys() and one != other
+
+
+def test_a_claim_that_leaves_the_film_open_is_not_scored() -> None:
+    """ "Try Heat." said of a Night Ferry means either; "Try Heat (1995)." would mean one."""
+    names = ("Heat (1995)", "Night Ferry (1950)", "Night Ferry (1990)")
+    films = Catalogue(read_item({"name": name, "genre": ["crime"]}) for name in names)
+    rows = [Example(x, 1, talk("Hi."), "Try Heat.", (x,)) for x in names]
+    rows[1:] = [replace(x, response=f"Try {x.items[0]}.") for x in rows[1:]]
+    options, draws = LessonOptions(rehearsals=32), Suggestions(films, popularity_of(rows))
+    lessons = card_lessons(rows, draws, 0, options)
+    chats = [x for lesson in lessons for x in lesson.branches if x[1].content != UNKNOWN]
+    assert all(len(films.first(said.content)) == 1 for said, *_ in chats) and len(chats) == 96
+
+
 def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     strange = [x[1].content for x in card_chats(12, 30) if x[2].content == UNKNOWN]
     assert len(strange) == 12 * 4
@@ -259,11 +288,37 @@ def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     named = {item.name for item in CATALOGUE}
     assert all(x[len("I recommend ") : -len(" (1990).")] in named for x in dated)
     assert len(dated) > 20 and {"", *FILMLESS} & set(strange)
+    turns = [set(map(bool, strange[i : i + 4])) for i in range(4, 48, 8)]  # those without a year
+    assert sum(len(x) == 2 for x in turns) > 2  # empty or not: each is a draw of its own
     films = Catalogue(read_item({"name": f"Film ({year})"}) for year in range(1960, 2030))
     rows = [replace(TRAIN[0], items=("Film (1990)",), response="Try Film (1990).")]
     lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, LessonOptions())
     said = [x[0].content for lesson in lessons for x in lesson.branches if x[1].content == UNKNOWN]
     assert len(said) == 6 and not any(map(films.find, said))  # every other year is a film here
+
+
+def test_films_with_the_same_facts_are_taught_in_orders_of_their_own() -> None:
+    names = ("Heat (1995)", "Casino (1995)")
+    films = Catalogue(read_item({"name": x, "genre": ["crime", "war", "drama"]}) for x in names)
+    met = profiles_to_score([], list(films), films, 0)
+    assert len({tuple(map(tuple, single)) for single, _ in met.values()}) == 2
+    assert met != profiles_to_score([], list(films), films, 1)
+
+
+def test_no_single_wish_is_refused_in_the_same_breath() -> None:
+    (film,) = CATALOGUE.named("Heat (1995)")
+    profiles = single_wishes(film, CATALOGUE, np.random.default_rng(0))
+    refused = [{x.value for x in facts if x.attitude == "dislike"} for facts in profiles]
+    wished = [{x.value for x in facts if x.attitude == "like"} for facts in profiles]
+    assert any(refused) and not any(a & b for a, b in zip(wished, refused, strict=True))
+
+
+def test_no_more_than_four_of_a_films_own_examples_are_scored() -> None:
+    """The film meets half of their wishes, as it may of strangers'."""
+    (film,) = CATALOGUE.named("Heat (1995)")
+    own = Example("d", 1, talk("Hi."), "Try it.", (film.title,), "Likes: crime, 1950s.")
+    rows = [replace(own, dialog_id=str(n)) for n in range(6)]
+    assert len(profiles_to_score(rows, [film], CATALOGUE, 0)[film][1]) == 4
 
 
 def test_near_misses_are_scored_beside_a_films_own_examples() -> None:

@@ -107,6 +107,17 @@ def test_intervals_of_facts_draw_whole_dialogues() -> None:
     assert (found["mean"], found["low"], found["high"]) == (0.5, 0.0, 1.0)
     same = summary_facts([x | {"dialog_id": "d0"} for x in rows], 0)["recall"]
     assert (same["mean"], same["low"], same["high"]) == (0.5, 0.5, 0.5)
+    exact = summary_facts([x | {"dialog_id": "d0"} for x in rows], 0)["exact"]
+    assert (exact["mean"], exact["low"], exact["high"]) == (0.5, 0.5, 0.5)
+
+
+def test_the_figures_are_those_of_the_first_searched_turn() -> None:
+    """At the second the summary is wrong and the target is no longer among the candidates."""
+    first, later = searched(EXAMPLE, GOLD, WELL.title), searched(EXAMPLE, "Likes: war.", LOFT.title)
+    both = first | {"searches": [*first["searches"], *later["searches"]]}
+    assert summary_facts([both], 0) == summary_facts([first], 0) != summary_facts([later], 0)
+    figures = [search_figures([x], 0.8, 0) for x in (both, first, later)]
+    assert figures[0] == figures[1] != figures[2]
 
 
 def test_equal_summaries_are_reported_once_and_others_per_method() -> None:
@@ -171,6 +182,21 @@ def test_the_number_of_titles_may_reach_that_of_the_candidates() -> None:
     rows = [searched(EXAMPLE, GOLD, WELL.title, WELL.title, WELL.title)]
     found = search_figures(rows, 0.5, 0)["different_titles"]
     assert (found["mean"], found["high"]) == (1.0, pytest.approx(2.95))
+
+
+def test_a_gain_may_be_a_loss() -> None:
+    """A single candidate gains nothing; one dialogue excludes neither a gain nor a loss."""
+    found = search_figures([searched(EXAMPLE, GOLD, WELL.title)], 0.8, 0)
+    for name in ("gain", "gain_predicted"):
+        ends = [found[name][x] for x in ("low", "mean", "high")]
+        assert ends == pytest.approx([-0.975, 0, 0.975])
+
+
+def test_intervals_of_a_choice_draw_whole_dialogues() -> None:
+    """One dialogue of two turns: the target is chosen, and is not."""
+    rows = [searched(EXAMPLE, GOLD, x.title) for x in (WELL, LOFT)]
+    chosen = search_figures(rows, None, 0)["chosen"]
+    assert (chosen["low"], chosen["mean"], chosen["high"]) == (0.5, 0.5, 0.5)
 
 
 def test_a_binormal_judge_finds_the_hit_as_often_as_its_area_says() -> None:
@@ -251,6 +277,13 @@ def test_the_judges_with_cards_see_what_is_remembered_and_what_the_catalogue_has
     assert found == [prompts(lambda _: told), prompts(card)]
 
 
+def test_films_are_scored_at_the_stated_temperature() -> None:
+    llm = Ranker(lambda request: "Likes: horror.", by_film)
+    options = EvaluationOptions(ranked_titles=4, vote_temperature=0.0)
+    (row,) = judge_ranked(Roles(Side(llm), Side(llm), FILMS), [EXAMPLE], options)
+    assert [x["scores"]["internal judge"] for x in row["films"]] == [1.0, 0.0, 0.0, 2.0]
+
+
 def test_areas_are_within_a_dialogue_and_a_target_out_of_reach_does_not_count() -> None:
     """EXAMPLE's target, Dark Well, comes fourth, so three titles do not reach it.
 
@@ -268,6 +301,14 @@ def test_areas_are_within_a_dialogue_and_a_target_out_of_reach_does_not_count() 
     _, rows = judged(EXAMPLE, other, k=3)
     found = within_dialogues(rows, 0)
     assert (found["internal judge"]["all"]["mean"], found["internal judge"]["all"]["n"]) == (1.0, 1)
+
+
+def test_intervals_of_areas_draw_whole_dialogues() -> None:
+    """Two turns of one dialogue, with areas of 1 and 2 / 3."""
+    other = replace(EXAMPLE, turn_id=4, items=(NEW.title,), profile="Likes: crime, 1990s.")
+    _, rows = judged(EXAMPLE, other)
+    area = within_dialogues(rows, 0)["internal judge"]["all"]
+    assert area["low"] == area["high"] == pytest.approx(5 / 6)
 
 
 def test_misses_that_break_no_wish_are_left_out_of_the_harder_comparison() -> None:

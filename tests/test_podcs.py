@@ -254,6 +254,12 @@ def test_records_are_json_and_a_pair_is_a_conversational_preference_row() -> Non
     }
 
 
+def test_the_defaults_are_those_of_the_results() -> None:
+    o = PairOptions()
+    assert (o.samples, o.turns, o.worst, o.votes) == (3, 2, "zero", 0)
+    assert (o.temperature, o.rollout_temperature, o.vote_temperature) == (0.8, 0.1, 0.7)
+
+
 def test_no_examples_need_no_calls() -> None:
     llm = Scripted(distinct)
     assert build_pairs(cast(llm), [], 0, PairOptions()) == [] and llm.generated == []

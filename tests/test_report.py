@@ -1,6 +1,7 @@
 """The report: figures and recall by hand, the fields that readers rely on, a search to be read."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from usbrec.extras.report import (
     format_recall,
     format_report,
     format_search,
+    interval,
     ranked_recall,
     report_of,
 )
@@ -73,6 +75,22 @@ def test_the_report_has_the_fields_that_readers_rely_on(report: dict[str, Any]) 
     for name in ("external", "internal"):
         assert {"auc", "low", "high", "n"} <= set(report["judge"][name])
     assert report["options"] == {"turns": 2} and report["counts"] == {"test": 3}
+
+
+def test_the_intervals_of_a_report_draw_whole_dialogues() -> None:
+    """Two turns of one dialogue, found and not: each draw has both. As two dialogues 0 to 1."""
+    plain = [row(0, 1.0, label(False)), row(0, 1.0, label(False))]
+    tuned = [row(0, 1.0, label(False)), row(0, 2.0, label(True))]
+    labels = [x["labels"] for x in tuned]
+    found = build_report({"B/L": plain, "RL": tuned}, {"nearest": labels}, JUDGE, 0)
+    method, gap = found["methods"]["RL"], found["differences"]["RL - B/L"]
+    for each in (method, gap, found["baselines"]["nearest"]):
+        recall = each["recall@1"]
+        assert (recall["low"], recall["mean"], recall["high"]) == (0.5, 0.5, 0.5)
+    assert gap["ieval"]["low"] == gap["ieval"]["high"] == 0.5
+    apart = [x | {"dialog_id": f"d{i}"} for i, x in enumerate(tuned)]
+    recall = build_report({"RL": apart}, {}, JUDGE, 0)["methods"]["RL"]["recall@1"]
+    assert (recall["low"], recall["high"]) == (0.0, 1.0)
 
 
 def test_means_leave_out_what_was_not_read_and_count_it(report: dict[str, Any]) -> None:
@@ -213,15 +231,19 @@ def test_the_judge_within_a_dialogue_is_told_or_said_to_be_left_out(report: dict
 
 
 def test_each_searched_methods_gain_is_predicted_from_its_own_judge() -> None:
-    """A hit and a miss: the internal judge's 0.75 less 0.5. Cards have another judge."""
+    """A hit and a miss: the internal judge's 0.75 less 0.5. Cards and memory have other judges."""
     searched = [x | {"searches": [SEARCH]} for x in TUNED]
-    methods = {"RL+SES": searched, "RL+SES+cards": searched}
+    methods = {name: searched for name in ("RL+SES", "RL+SES+memory", "RL+SES+cards")}
     found = build_report(methods, {}, JUDGE, 0)["search"]
     assert found["RL+SES"]["gain_predicted"]["mean"] == pytest.approx(0.25, abs=1e-3)
-    assert found["RL+SES+cards"]["gain_predicted"]["mean"] is None
-    judge = {**JUDGE, "within_dialogue": {"judge with cards": {"all": {**MEAN, "mean": 0.9}}}}
-    found = build_report(methods, {}, judge, 0)["search"]
-    assert found["RL+SES+cards"]["gain_predicted"]["mean"] == pytest.approx(0.4, abs=1e-3)
+    for name, chooser in (
+        ("RL+SES+cards", "judge with cards"),
+        ("RL+SES+memory", "judge from memory"),
+    ):
+        assert found[name]["gain_predicted"]["mean"] is None
+        judge = {**JUDGE, "within_dialogue": {chooser: {"all": {**MEAN, "mean": 0.9}}}}
+        own = build_report(methods, {}, judge, 0)["search"][name]["gain_predicted"]
+        assert own["mean"] == pytest.approx(0.4, abs=1e-3)
 
 
 def test_a_random_guess_counts_as_its_probability() -> None:
@@ -319,6 +341,26 @@ def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
     assert (ten["recall@1_new"]["mean"], ten["recall@1_new"]["n"]) == (0.5, 2)
     text = format_recall(found)
     assert "\nranked @10" in text and "\nmost-popular @1 " in text and "@50" not in text
+
+
+def test_recall_goes_as_far_as_the_longest_ranking() -> None:
+    ranked = [[WELL.title, *FILLER, OLD.title], [LOFT.title]]  # ten titles and one
+    found = ranked_recall(FILMS, EXAMPLES, ranked, {}, 0)["ranked"]
+    assert {k: x["recall@1"]["mean"] for k, x in found.items()} == {1: 2 / 3, 10: 2 / 3}
+
+
+def test_intervals_of_rankings_draw_whole_dialogues() -> None:
+    """One dialogue of two turns, whose targets are found and not."""
+    same = [
+        replace(EXAMPLES[0], turn_id=turn, items=(x.title,)) for turn, x in enumerate((WELL, OLD))
+    ]
+    recall = ranked_recall(FILMS, same, [[WELL.title]] * 2, {}, 0)["ranked"][1]["recall@1"]
+    assert (recall["low"], recall["mean"], recall["high"]) == (0.5, 0.5, 0.5)
+
+
+def test_no_zero_has_a_minus() -> None:
+    gap = {"mean": -1e-4, "low": -4e-4, "high": 0.0, "n": 3}
+    assert interval(gap, form="+.3f") == "+0.000 [+0.000, +0.000] n 3"
 
 
 def test_copied_titles_are_newest_first_and_once_each() -> None:

@@ -68,8 +68,16 @@ def test_two_genres_become_one_where_the_new_film_has_one(films: Catalogue) -> N
         ({"year": 1995}, {"year": 1997}, "A film of the '90s.", "A film of the '90s."),
         ({"stars": ("Ida Day",)}, {"stars": ("Bo Lind",)},
          "Ida Day, seen on New Year's Day.", "Bo Lind, seen on New Year's Day."),
+        ({"stars": ("Ida Dane", "Bo Lind")}, {"stars": ("Cy Moss", "Di Kerr")},
+         "With Ida Dane and Lind.", "With Cy Moss and Kerr."),
+        ({"stars": ("Ida Dane", "Bo Lind")}, {"stars": ("Bo Lind", "Cy Moss")},
+         "With Bo Lind.", "With Bo Lind."),
+        ({"stars": ("Ida Dane",)}, {"stars": ("Bo Lind",)}, "With IDA DANE.", "With Bo Lind."),
+        ({"stars": ("Ann", "Ann Ray")}, {"stars": ("Bo Lind", "Cy Moss")},
+         "With Ann Ray.", "With Cy Moss."),
     ],
-    ids=["each genre its own", "a shared genre", "an article", "a shared decade", "a short name"],
+    ids=["each genre its own", "a shared genre", "an article", "a shared decade", "a short name",
+         "each star its own", "a shared star", "any case", "a name in a name"],
 )  # fmt: skip
 def test_what_differs_is_replaced_and_nothing_else(
     old: dict[str, Any], new: dict[str, Any], text: str, expected: str

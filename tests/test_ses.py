@@ -216,6 +216,14 @@ def test_a_terminal_sees_how_far_a_long_search_is(monkeypatch: pytest.MonkeyPatc
     assert shown == [(3, None)]
 
 
+def test_the_defaults_are_those_of_the_results() -> None:
+    o = SearchOptions()
+    assert (o.samples, o.turns, o.mode, o.value, o.scored) == (3, 2, "chain", "mean", "leaf")
+    assert (o.temperature, o.rollout_temperature, o.vote_temperature) == (0.5, 0.1, 0.7)
+    assert (o.candidates, o.votes, o.start_turn, o.draws, o.veto) == ("sampled", 0, 1, 24, True)
+    assert not (o.cards or o.memory or o.budget_tokens or o.budget_seconds)
+
+
 def test_no_dialogues_need_no_calls() -> None:
     llm = Scripted(by_role)
     assert search(cast(llm), [], [], SearchOptions()) == []
@@ -305,6 +313,14 @@ def test_drawing_goes_on_until_there_are_enough_titles_and_stops_at_the_limit() 
     assert [len(requests) for requests in llm.generated] == [3, 1]
 
 
+def test_an_empty_draw_does_not_stand_for_a_question() -> None:
+    """Both are without a title, and only the question can be said."""
+    options = SearchOptions(samples=2, turns=1, candidates="distinct", draws=2)
+    llm = Scripted(drawing(" ", "Which genre?"))
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options)
+    assert [x.reply for x in result.candidates] == ["Which genre?"]
+
+
 def test_draws_that_are_all_empty_end_with_an_empty_reply() -> None:
     llm = Scripted(lambda request: "")
     options = SearchOptions(samples=2, candidates="distinct", draws=6)
@@ -372,6 +388,7 @@ def test_from_memory_the_judge_scores_by_what_it_has_written_of_each_reply() -> 
     prompts = [card_prompt(reply, text, PROFILE) for reply, text in memory.items()]
     assert [x.messages for x in llm.scored[0]] == prompts
     assert {x.adapter for x in llm.generated[1]} == {"simulator"}
+    assert {x.sampling.temperature for x in llm.generated[1]} == {0.0}
     leaves = [leaf for x in result.record()["candidates"] for leaf in x["leaves"]]
     assert [leaf["known"] for leaf in leaves] == [*memory.values()] * 2
 
@@ -470,6 +487,43 @@ def test_a_budget_that_pays_for_the_whole_search_changes_nothing(options: Search
         cast(Scripted(by_role, last_two)), [root], [2], with_tokens(options, enough - 1)
     )
     assert less.widths and less.record() != expected[0].record()
+
+
+def test_a_budget_counts_bytes_since_other_scripts_take_more_tokens() -> None:
+    options = SearchOptions(samples=3)
+    roots = (talk(letter * 200) for letter in ("\u00e9", "xx", "x"))
+    accented, doubled, plain = (least_whole(root, options) for root in roots)
+    assert accented == doubled > plain
+
+
+def test_each_way_to_get_candidates_pays_for_its_prompts() -> None:
+    """Ranked titles: the ranking's and that of the reply written out, as many as of two samples.
+
+    Eight first draws of different titles cost as much as eight samples, though `draws` is three.
+    """
+
+    def least(root: Dialogue, kind: str, samples: int) -> int:
+        options = SearchOptions(samples=samples, turns=1, candidates=kind, draws=3)
+        return least_whole(root, options)
+
+    long = talk("A comedy. " * 60)
+    sampled, ranked = (
+        least(long, kind, 2) - least(ROOTS[0], kind, 2) for kind in ("sampled", "ranked")
+    )
+    assert ranked == sampled
+    assert least(ROOTS[0], "distinct", 8) == least(ROOTS[0], "sampled", 8)
+
+
+def test_a_judge_that_does_not_see_the_dialogue_is_not_paid_for_it() -> None:
+    def growth(**options: bool) -> int:
+        own = SearchOptions(turns=1, **options)
+        return least_whole(talk("A comedy. " * 60), own) - least_whole(ROOTS[0], own)
+
+    assert growth(memory=True) == growth(cards=True) < growth()
+
+
+def test_half_of_an_odd_number_is_rounded_up() -> None:
+    assert plan(ROOTS[0], SearchOptions(samples=5, turns=4, budget_seconds=9.0)) == [5, 3, 2]
 
 
 @pytest.mark.parametrize("options", SHAPES)
@@ -581,6 +635,37 @@ def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
 
 def test_a_model_that_cannot_rank_is_not_asked_to_where_nothing_is_searched() -> None:
     assert search(of_films(Scripted(by_role)), [], [], SearchOptions(candidates="ranked")) == []
+
+
+def test_after_the_first_judgement_the_judge_chooses_and_not_the_rule() -> None:
+    """By rule both replies about Heat would be rolled out; the judge prefers those about Up."""
+    first = iter(["Try Heat (1995).", "Heat (1995)!", "Try Up (2009).", "Up (2009)!"])
+
+    def reply(request: Request) -> str:
+        if role_of(request) != "recommender":
+            return PROFILE
+        return next(first, "Up (2009)?")
+
+    llm = Scripted(reply, lambda x: SURE[2 if "Up" in x.messages[1].content else 0])
+    options = SearchOptions(samples=4, cards=True)
+    budget = least_whole(ROOTS[0], options) - 1
+    (result,) = search(of_films(llm), ROOTS[:1], [1], with_tokens(options, budget))
+    assert result.widths == [4, 2] and [x.dropped for x in result.candidates] == [2, 2, None, None]
+
+
+def test_before_it_is_judged_an_open_title_promises_what_its_worst_reading_does() -> None:
+    """Night Ferry of 1990 is a crime film, that of 1950 a war film: less than a sure half fit."""
+    ferries = [
+        Item(f"Night Ferry ({y})", "Night Ferry", y, (x,))
+        for y, x in ((1950, "war"), (1990, "crime"))
+    ]
+    draws = ("Night Ferry!", "Night Ferry.", "Up (2009)!", "Heat (1995)!", "Hm.")
+    roles = Roles(*[Side(Scripted(drawing(*draws)))] * 2, Catalogue([*FILMS, *ferries]))
+    options = SearchOptions(samples=3, turns=1, candidates="distinct", draws=5, cards=True)
+    budget = next(n for n in range(1, 10**5) if plan(ROOTS[0], with_tokens(options, n)) == [2])
+    told = "Likes: crime, family. Dislikes: nothing said."
+    (result,) = search(roles, ROOTS[:1], [1], with_tokens(options, budget), told)
+    assert [x.dropped for x in result.candidates] == [1, None, None]
 
 
 def test_a_reply_without_a_title_gives_way_to_a_film_that_does_not_fit() -> None:

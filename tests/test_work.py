@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Scripted
 from small_run import write_small_data
 
 import train
-from usbrec.settings import STAGES, read_settings
+from usbrec.crs.agents import Side
+from usbrec.options import UserError
+from usbrec.settings import ADAPTERS, STAGES, read_settings
 from usbrec.work import Work
 
 BOTH = ["pairs", "simpo", "report"]  # what needs the recommender and the simulator
@@ -125,6 +128,37 @@ def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
     sft, pairs = made.rows("sft"), made.rows("pairs")
     assert len(pairs) == 6 and sum(x in sft for x in pairs) == shared
     assert all(x in sft for x in pairs[6 - shared :])  # those come last
+
+
+def test_a_result_may_be_of_another_chunk_size_or_simulator_but_of_no_other_options(
+    data: Path, tmp_path: Path
+) -> None:
+    one, two = (("--simulator", f"http://localhost:9/v1#{name}") for name in ("one", "two"))
+    made = work(data, *one)
+    made.folder = tmp_path / "run"
+    made.claim(["pairs"], False)
+    path = made.folder / STAGES["pairs"]["makes"][0]
+    path.write_text("made")
+    for words in (one, [*one, "--chunk-size", 7], two, []):
+        later = work(data, *words)
+        later.folder = made.folder
+        assert later.need("pairs") == path
+    other = work(data, *one, "--pairs-samples", 7)
+    other.folder = made.folder
+    with pytest.raises(UserError, match="--fresh"):
+        other.need("pairs")
+
+
+def test_a_server_has_the_recommenders_adapters_and_not_the_simulators(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = work(data, "--recommender", "http://localhost:9/v1#BASE")
+    server, own = Scripted(str), Scripted(str)
+    monkeypatch.setattr(made.models, "side", lambda path, name: Side(server, "BASE"))
+    monkeypatch.setattr(made, "adapted", lambda stage, name: Side(own, name))
+    assert made.side(None) == Side(server, "BASE")
+    assert made.side("sft") == Side(server, ADAPTERS["sft"])
+    assert made.side("simulator") == Side(own, ADAPTERS["simulator"])
 
 
 def test_validation_rows_are_drawn_by_the_seed(data: Path) -> None:
