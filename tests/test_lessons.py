@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from scripted import talk
 
 from usbrec.chat import Message, TrainingDialogue
@@ -16,7 +17,7 @@ from usbrec.crs.agents import (
     memory_prompt,
     summary_prompt,
 )
-from usbrec.crs.catalogue import Catalogue, read_item
+from usbrec.crs.catalogue import Catalogue, Item, read_item
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.dialogue import Example, Utterance
 from usbrec.crs.lessons import (
@@ -42,6 +43,7 @@ from usbrec.crs.wishes import UNKNOWN, card, fit, read_profile
 from usbrec.options import seed_for
 
 CATALOGUE = load_catalogue("sample")
+BARE = Item("Night Patrol", "Night Patrol", None, ("comedy", "war"))  # genres are all it has
 TRAIN = load_split("sample", "train").examples[:60]
 DRAWS = Suggestions(CATALOGUE, popularity_of(TRAIN))
 OPTIONS = LessonOptions(score_weight=10.0, line_weight=0.5)
@@ -305,8 +307,8 @@ def test_films_with_the_same_facts_are_taught_in_orders_of_their_own() -> None:
     assert met != profiles_to_score([], list(films), films, 1)
 
 
-def test_no_single_wish_is_refused_in_the_same_breath() -> None:
-    (film,) = CATALOGUE.named("Heat (1995)")
+@pytest.mark.parametrize("film", [*CATALOGUE.named("Heat (1995)"), BARE])
+def test_no_single_wish_is_refused_in_the_same_breath(film: Item) -> None:
     profiles = single_wishes(film, CATALOGUE, np.random.default_rng(0))
     refused = [{x.value for x in facts if x.attitude == "dislike"} for facts in profiles]
     wished = [{x.value for x in facts if x.attitude == "like"} for facts in profiles]

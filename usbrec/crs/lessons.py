@@ -341,7 +341,7 @@ def single_wishes(film: Item, catalogue: Catalogue, rng: Generator) -> list[list
     pool = sorted({x for item in catalogue for x in attributes(item)} - set(own))
     wrong = [pool[i] for i in rng.choice(len(pool), len(own) if pool else 0)]
     absent = sorted({value for kind, value in wrong if kind == "genre"})
-    pairs = [*((own[-1], genre) for genre in film.genres), *((own[0], genre) for genre in absent)]
+    pairs = [(own[-1], x) for x in film.genres if own[-1][1] != x] + [(own[0], x) for x in absent]
     single = [[Fact("like", *x)] for x in (*own, *wrong)]
     return single + [[Fact("like", *x), Fact("dislike", "genre", genre)] for x, genre in pairs]
 
