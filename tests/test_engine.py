@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import TINY, random_decoder
 from usbrec.chat import Message, Request, Sampling
 from usbrec.llm import decoding
 from usbrec.llm import engine as engine_module
+from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.cache import token_bytes
 from usbrec.llm.decoding import DecodeAttention
 from usbrec.llm.engine import Batch, BatchRow, Engine
@@ -211,10 +213,21 @@ def test_the_same_prompt_of_another_adapter_or_of_newer_weights_reuses_nothing()
     assert ids_of(other) == plain_reply(e.model, adapted)
     for parameter in adapter_parameters(e.model, "one").values():
         parameter.data.mul_(-2)
+    e.model.ops.clear()
     e.clear_cache()
     newer = e.generate([adapted])[0]
     assert ids_of(newer) == plain_reply(e.model, adapted)
     assert e.generate([plain])[0] == base
+
+
+def test_an_adapter_that_is_loaded_over_another_is_read(tmp_path: Path) -> None:
+    e = engine()
+    save_adapter(e.model, "two", tmp_path, "base")
+    asked = drawing([CHATS[0]], COLD, [0])
+    one, two = (e.generate([replace(asked[0], adapter=x)])[0] for x in ("one", "two"))
+    load_adapter(e.model, tmp_path, "one")
+    e.clear_cache()
+    assert e.generate([replace(asked[0], adapter="one")])[0] == two != one
 
 
 def test_a_soak_of_forks_evictions_and_adapters_equals_the_plain_reference(

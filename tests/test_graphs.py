@@ -143,6 +143,14 @@ def test_rows_that_fill_up_keep_nothing_of_an_earlier_batch(cuda: None) -> None:
     assert [key[:2] for key in decoding.steps] == [(8, 256), (8, 128)]
 
 
+def test_recorded_steps_outlive_the_keys_of_a_chunk(cuda: None) -> None:
+    e, decoding = recorded_engine()
+    asked = drawing(CHATS, Sampling(6, temperature=0), range(6))
+    replies, steps = e.generate(asked), dict(decoding.steps)
+    e.clear_cache()
+    assert e.generate(asked) == replies and decoding.steps == steps
+
+
 def test_a_batch_without_numbers_leaves_none_to_the_next(cuda: None) -> None:
     """No mask hides NaN: it may not stay in columns that a later batch has."""
     plain, (quick, _) = engine(), recorded_engine()
@@ -189,6 +197,7 @@ def test_a_changed_adapter_is_read_where_it_lies_now(cuda: None) -> None:
         for e in (plain, quick):
             for parameter in adapter_parameters(e.model, "one").values():
                 parameter.data.mul_(scale)
+            e.model.ops.clear()
             e.clear_cache()
         assert not decoding.steps
         assert quick.generate(asked) == plain.generate(asked)

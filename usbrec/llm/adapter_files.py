@@ -69,6 +69,7 @@ def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
     layers = linear_layers(model)
     for path, (lora_A, lora_B) in matrices.items():
         layers[path].add(name, config, lora_A, lora_B)
+    model.ops.clear()
     return config
 
 

@@ -190,9 +190,11 @@ class Engine:
         self.listeners: Mapping[int, Listener] = {}
 
     def clear_cache(self) -> None:
-        """Drop all cached keys and values, as needed after any change of an adapter's weights."""
+        """Drop all cached keys and values.
+
+        A change of an adapter's weights calls for this, and for `model.ops.clear`.
+        """
         self.cache.clear()
-        self.model.ops.clear()
 
     def generate(self, requests: Requests) -> list[Reply]:
         """Return one reply per request, which depends on its own request alone.
