@@ -24,13 +24,13 @@ class Counting(Model):
 
     def __init__(self) -> None:
         super().__init__(lambda x: f"Heat (1995), {x.seed}." if drawn(x) else PROFILE)
-        self.ranked: list[tuple[int, int | None]] = []
+        self.ranked: list[tuple[int, int]] = []
 
     def generate(self, requests: Any) -> Any:
         self.usage.decoded_tokens += 100
         return super().generate(requests)
 
-    def best_texts(self, requests: Any, texts: Any, k: int, tokens: int | None = None) -> Any:
+    def best_texts(self, requests: Any, texts: Any, k: int, tokens: int) -> Any:
         self.ranked.append((len(requests), tokens))
         return super().best_texts(requests, texts, k, tokens)
 

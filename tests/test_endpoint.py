@@ -83,7 +83,7 @@ def test_an_endpoint_is_a_language_model_that_does_not_rank(tmp_path: Path) -> N
     assert not isinstance(llm, Ranks)
     roles = Roles(Side(llm, "m"), Side(llm, "m"), Catalogue([]))
     with pytest.raises(UserError, match="cannot rank titles"):
-        roles.rank([talk("Hi")], 3)
+        roles.rank([talk("Hi")], 3, 9)
 
 
 def test_replies_are_in_order_however_late_each_answer_comes(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class Ranker(Scripted):
         self.ranked: list[tuple[list[Request], list[str], int]] = []
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int
     ) -> list[Ranked]:
         self.ranked.append((list(requests), list(texts), k))
         best = [(place, -1.0 * place) for place in reversed(range(len(texts)))]

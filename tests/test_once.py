@@ -22,7 +22,7 @@ class Server:
 
 
 class Model(Server):
-    def best_texts(self, requests, texts, k, tokens=None):
+    def best_texts(self, requests, texts, k, tokens):
         self.asked.append([x.messages[-1].content for x in requests])
         return [Ranked([(i, -float(i)) for i in range(k)], len(texts)) for _ in requests]
 
@@ -56,10 +56,10 @@ def test_calls_and_their_arguments_are_told_apart():
     llm.generate([request("a")])
     assert llm.choice_logprobs([request("a")] * 2, ["0", "1"]) == [[1.0, 0.0, 1.0]] * 2
     assert llm.choice_logprobs([request("a")], ["2"]) == [[1.0, 2.0]]
-    assert [x.proven for x in llm.best_texts([request("a")] * 2, ["x", "y"], 2)] == [2, 2]
-    assert [x.proven for x in llm.best_texts([request("a")], ["x"], 1)] == [1]
-    assert len(llm.best_texts([request("a")], ["x", "y"], 1)[0].texts) == 1
-    llm.best_texts([request("a")], ["x", "y"], 1, 9)
+    assert [x.proven for x in llm.best_texts([request("a")] * 2, ["x", "y"], 2, 9)] == [2, 2]
+    assert [x.proven for x in llm.best_texts([request("a")], ["x"], 1, 9)] == [1]
+    assert len(llm.best_texts([request("a")], ["x", "y"], 1, 9)[0].texts) == 1
+    llm.best_texts([request("a")], ["x", "y"], 1, 8)
     assert model.asked == [["a"]] * 7
 
 

@@ -70,20 +70,13 @@ def test_the_engine_ranks_and_keeps_the_trie_of_the_last_texts() -> None:
     assert isinstance(e, Ranks)
     for texts in (LED, few, few, LED):
         kept = e.ranking
-        found, expected = e.best_texts(CHATS, texts, 3), Ranking(engine(), texts).best(CHATS, 3)
+        found, expected = (
+            e.best_texts(CHATS, texts, 3, 0),
+            Ranking(engine(), texts).best(CHATS, 3, 0),
+        )
         for one, other in zip(found, expected, strict=True):
             assert_equal(one.texts, other.texts)
         assert (e.ranking is kept) == (kept is not None and kept.texts == texts)
-
-
-def test_few_texts_get_tokens_enough_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share per text alone would end the search for one text before its first full text."""
-    spent = []
-    monkeypatch.setattr(Ranking, "best", lambda self, requests, k, n: spent.append(n) or [])
-    for k in (1, 8, 20):
-        engine().best_texts(CHATS, LED, k)
-    engine().best_texts(CHATS, LED, 1, 0)  # until the result is exact
-    assert spent == [480, 480, 1200, 0]
 
 
 def test_a_chats_ranking_does_not_depend_on_the_others() -> None:

@@ -282,7 +282,7 @@ class Ranking(Scripted):
     granted: int | None = None  # the tokens of its last ranking
 
     def best_texts(
-        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int | None = None
+        self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int
     ) -> list[Ranked]:
         self.granted = tokens
         best = [(i, -1.0) for i in reversed(range(len(texts)))]
@@ -631,6 +631,14 @@ def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
     assert result.reply == "I recommend Heat (1995). Good." and llm.scored == []
     search(of_films(llm), ROOTS[:1], [1], options)
     assert llm.granted == 480  # the same titles are found with a budget and without
+
+
+@pytest.mark.parametrize(("titles", "tokens"), [(1, 480), (8, 480), (20, 1200)])
+def test_few_titles_get_tokens_enough_to_be_found(titles: int, tokens: int) -> None:
+    """A share per title alone would end the search for one before its first full title."""
+    llm = Ranking(by_role)
+    of_films(llm).likeliest(ROOTS[:1], titles)
+    assert llm.granted == tokens
 
 
 def test_a_model_that_cannot_rank_is_not_asked_to_where_nothing_is_searched() -> None:

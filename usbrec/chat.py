@@ -121,9 +121,9 @@ class Ranks(Protocol):
     """A third call, which a language model may have: the ranking of thousands of given replies."""
 
     def best_texts(
-        self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
+        self, requests: Requests, texts: Sequence[str], k: int, tokens: int
     ) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
-        `tokens` limits a request's search, 0: until its result is exact; None: enough for k texts.
+        `tokens` limits a request's search; 0: until its result is exact.
         """

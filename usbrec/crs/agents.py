@@ -97,22 +97,24 @@ class Roles:
                 texts[i] = reply.text.strip()
         return texts
 
-    def rank(self, dialogues: Dialogues, count: int, tokens: int | None = None) -> list[Ranked]:
+    def rank(self, dialogues: Dialogues, count: int, tokens: int) -> list[Ranked]:
         """Return the items' announcements that the recommender is likeliest to make, per dialogue.
 
         `tokens` is that of `best_texts`. Raises UserError for a language model that cannot rank
-        texts.
+        texts, if there is a dialogue.
         """
         side = self.recommender
+        if not dialogues:
+            return []
         if not isinstance(side.llm, Ranks):
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
         return side.llm.best_texts(requests, texts, count, tokens)
 
-    def likeliest(self, dialogues: Dialogues, k: int, tokens: int | None) -> list[list[Item]]:
+    def likeliest(self, dialogues: Dialogues, k: int) -> list[list[Item]]:
         """Return the k items that the recommender is likeliest to name, best first, by `rank`."""
-        ranked = self.rank(dialogues, k, tokens)
+        ranked = self.rank(dialogues, k, ranking_tokens(k))
         return [[self.catalogue.items[i] for i, _ in row.texts] for row in ranked]
 
     def summaries(self, dialogues: Dialogues, tokens: int, seeds: Seeds) -> Asked:
@@ -209,6 +211,14 @@ def announce(title: str) -> str:
     "Heat (1995)".
     """
     return f"I recommend {title}."
+
+
+def ranking_tokens(count: int) -> int:
+    """Return the tokens within which a ranking finds its `count` best announcements.
+
+    Of 288 titles the first takes most of 450, and the ten best hardly more.
+    """
+    return max(480, 60 * count)
 
 
 def summary_prompt(dialogue: Dialogue) -> Messages:

@@ -84,11 +84,6 @@ class SearchOptions(Votes):
             raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {BOUND} each")
 
     @property
-    def ranking_tokens(self) -> int:
-        """The most tokens of a dialogue's ranking: 60 a candidate, but enough for eight."""
-        return 60 * max(8, self.samples)
-
-    @property
     def levels(self) -> list[int]:
         """The greatest number of replies at each level of one dialogue's search."""
         width = self.samples if self.mode == "tree" else 1
@@ -242,9 +237,8 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
 
     Summaries and sampled candidates share one `complete`.
     """
-    ranked = options.candidates == "ranked" and bool(results)
-    roots, tokens = [x.root for x in results], options.ranking_tokens
-    best = roles.likeliest(roots, options.samples, tokens) if ranked else []
+    ranked = options.candidates == "ranked"
+    best = roles.likeliest([x.root for x in results], options.samples) if ranked else []
     drawn = [[agents.announce(item.title) for item in items] for items in best]
     bare = [x for x in results if not x.profile]
     roots, seeds = [x.root for x in bare], [x.seed for x in bare]
@@ -279,7 +273,7 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     sizes = ([len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in prompt] for prompt in prompts)
     asks, chat, judges = (longest + sum(each) for each in sizes)
     calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
-    ranking = o.ranking_tokens * (o.candidates == "ranked")
+    ranking = agents.ranking_tokens(o.samples) * (o.candidates == "ranked")
     left = given = (o.budget_tokens or MOST) - chat - calls * asks - ranking
     parents, whole, widths = 0, 0, [2 * o.samples]
     for level, count in enumerate(o.levels):

@@ -156,7 +156,7 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     if not examples or not isinstance(roles.recommender.llm, Ranks):
         return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
     histories = [x.history for x in examples]
-    ranked = roles.likeliest(histories, options.ranked_titles, None)
+    ranked = roles.likeliest(histories, options.ranked_titles)
     profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
     rows: list[Row] = []
     cases: list[tuple[Row, Item, str, Dialogue]] = []  # the scores of a film, profile, dialogue

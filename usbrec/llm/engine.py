@@ -23,8 +23,6 @@ from usbrec.options import UserError
 from usbrec.parallel import as_first, world
 
 MAX_ROWS = 256  # rows decoded together
-TOKENS_PER_TEXT = 60  # of `best_texts`: ten titles of 288 need some 450 tokens,
-LEAST_TOKENS = 480  # and the first of them most of these
 
 Ids = tuple[int, ...]
 Listener = Callable[[str], object]
@@ -251,18 +249,17 @@ class Engine:
         return self.agreed(finite(torch.stack(scores))).tolist() if scores else []
 
     def best_texts(
-        self, requests: Requests, texts: Sequence[str], k: int, tokens: int | None = None
+        self, requests: Requests, texts: Sequence[str], k: int, tokens: int
     ) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
-        `tokens` are spent on a request, 0: until its result is exact. Without them TOKENS_PER_TEXT
-        per text are, at least LEAST_TOKENS, so later places may miss better texts.
+        `tokens` are spent on a request, so later places may miss better texts; 0: until its result
+        is exact.
         """
         self.usage.calls += 1
         if self.ranking is None or self.ranking.texts != list(texts):
             self.ranking = Ranking(self, texts)
-        usual = max(TOKENS_PER_TEXT * k, LEAST_TOKENS)
-        return self.ranking.best(requests, k, usual if tokens is None else tokens)
+        return self.ranking.best(requests, k, tokens)
 
     def variants(self, choice: str) -> list[Ids]:
         """Return the distinct token sequences that render a choice at the start of a reply."""
