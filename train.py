@@ -59,10 +59,10 @@ RowsOf = Callable[[str], Examples]  # the name of a limit (--max-NAME) -> rows
 
 
 def train_sft(work: Work) -> None:
-    """Train an adapter on the recommender's gold turns."""
-    options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
+    """Train an adapter on the recommender's gold turns, and on profiles and gold titles."""
+    o, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
     add_adapter(work.engine.model, "sft", work.settings.lora, seed_for(seed, "sft"))
-    teach(work, "sft", lambda rows: lessons.recommender_lessons(rows("sft"), films, options))
+    teach(work, "sft", lambda x: lessons.recommender_lessons(x("sft"), x("profiles"), films, o))
 
 
 def train_simulator(work: Work) -> None:

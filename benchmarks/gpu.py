@@ -246,7 +246,7 @@ def training(bench: Bench) -> Rows:
         folder = write_folder(bench.work / "small", size.small)
     tokenizer = ChatTokenizer.from_folder(folder)
     examples = load_split("sample", "train").examples[: size.rows]
-    taught = recommender_lessons(examples, load_catalogue("sample"), size.lessons)
+    taught = recommender_lessons(examples, [], load_catalogue("sample"), size.lessons)
     trees = [dialogue_tree(tokenizer, lesson) for lesson in taught]
 
     def rate(device: torch.device, steps: int) -> float:

@@ -378,7 +378,7 @@ class Place:
         if rng.random() < 0.05:
             options = lessons.LessonOptions()
             draws = lessons.Suggestions(self.films, {x["name"]: 1 for x in FILMS.values()})
-            lessons.recommender_lessons(examples, self.films, options)
+            lessons.recommender_lessons(examples, examples, self.films, options)
             lessons.simulator_lessons(examples, draws, 0, options)
             lessons.summary_lessons(examples, self.films, options)
             lessons.card_lessons(examples, draws, 0, options)

@@ -28,6 +28,7 @@ CONFIG = {
 }
 STAGE_FLAGS = {  # a handful of rows through every stage
     "--max-simulator": 2, "--max-summaries": 2, "--max-cards": 1, "--max-sft": 2,
+    "--max-profiles": 2,
     "--max-pairs": 4, "--max-eval": 3,
     "--max-agreement": 2, "--chunk-size": 2, "--pairs-turns": 1, "--pairs-max-new-tokens": 6,
     "--eval-turns": 1, "--eval-max-new-tokens": 6, "--ses-samples": 2, "--ses-turns": 1,

@@ -15,6 +15,7 @@ from usbrec.crs.agents import (
     external_judge_prompt,
     internal_judge_prompt,
     memory_prompt,
+    recommender_prompt,
     summary_prompt,
 )
 from usbrec.crs.catalogue import Catalogue, Item, read_item
@@ -61,7 +62,7 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     second = Example("d", 3, (seeker, said, other), "Then Alien (1979).", ("Alien (1979)",))
     stranger = Example("e", 1, (seeker,), "Try Heat (1995).", ("Heat (1995)",))
     assert same_dialogue([second, stranger, first]) == [[first, second], [stranger]]
-    (lesson,) = recommender_lessons([second, stranger, first], CATALOGUE, OPTIONS)
+    (lesson,) = recommender_lessons([second, stranger, first], [], CATALOGUE, OPTIONS)
     assert [m.role for m in lesson.prefix] == ["system"]  # once for all dialogues
     (_, *both), other_dialogue = lesson.branches[0][:4], lesson.branches[1]
     learned = [m.content for m in lesson.branches[0][:4] if m.weight == 1]
@@ -75,16 +76,30 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
 def test_only_the_gold_one_of_two_equal_lines_is_learned() -> None:
     said = talk("Hi.", "Try Heat (1995).", "Again?")
     example = Example("d", 3, said, "Try Heat (1995).", ("Heat (1995)",))
-    (lesson,) = recommender_lessons([example], CATALOGUE, OPTIONS)
+    (lesson,) = recommender_lessons([example], [], CATALOGUE, OPTIONS)
     assert [m.weight for m in lesson.branches[0][:4]] == [0, 0, 0, 1]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
-    lesson = recommender_lessons(TRAIN[:1], CATALOGUE, OPTIONS)[0]
+    lesson = recommender_lessons(TRAIN[:1], [], CATALOGUE, OPTIONS)[0]
     gold, asked, told = lesson.branches[0][-3:]
     assert gold == Message("assistant", TRAIN[0].response, 1.0)
     assert asked == Message("user", EXPLAIN)
     assert told == Message("assistant", str(TRAIN[0].explanation), 0.3)
+
+
+def test_a_profile_alone_is_answered_with_the_title() -> None:
+    """The profile is the dataset's own, without "nothing said"; a title has the whole weight."""
+    bare, full = TRAIN[0], next(x for x in TRAIN if "Dislikes: nothing" not in x.profile)
+    bare = replace(bare, profile="Likes: crime. Dislikes: nothing said. Seen: Heat (1995).")
+    (lesson,) = recommender_lessons([], [bare, full], CATALOGUE, OPTIONS)
+    asked, answered = zip(*lesson.branches, strict=True)
+    assert lesson.prefix == recommender_prompt(())
+    assert asked[0] == Message("user", "Likes: crime. Seen: Heat (1995).")
+    assert asked[1] == Message("user", full.profile)
+    told = [Message("assistant", f"I recommend {x.items[0]}.", 1.0) for x in (bare, full)]
+    assert list(answered) == told
+    assert len(recommender_lessons([], TRAIN[:9], CATALOGUE, OPTIONS)) == 2  # of 8 dialogues
 
 
 def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> None:
@@ -414,6 +429,6 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
 
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
     options = LessonOptions(explain_every=4, dialogues_per_lesson=1)
-    lessons = recommender_lessons(TRAIN[:9], CATALOGUE, options)
+    lessons = recommender_lessons(TRAIN[:9], [], CATALOGUE, options)
     explained = [Message("user", EXPLAIN) in lesson.branches[0] for lesson in lessons]
     assert explained == [i % 4 == 0 for i in range(len(lessons))]

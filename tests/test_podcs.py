@@ -176,7 +176,7 @@ def test_an_empty_sample_is_neither_rolled_out_nor_scored() -> None:
     llm = Scripted(lambda x: next(drawn, "More.") if role_of(x) == "recommender" else "x")
     (row,) = build_pairs(cast(llm), EXAMPLES[:1], 0, PairOptions())
     assert [len(requests) for requests in llm.generated] == [3, 1, 1, 1] and len(llm.scored[0]) == 1
-    assert [x["end"] for x in row["samples"]] == ["empty", "turns", "empty"]
+    assert [bool(x["lines"]) for x in row["samples"]] == [False, True, False]
 
 
 def test_no_two_draws_of_a_run_share_a_seed() -> None:
@@ -236,7 +236,6 @@ def test_records_are_json_and_a_pair_is_a_conversational_preference_row() -> Non
         "digit_probability": pytest.approx(1.0),
         "parse_rate": None,
         "explanation": "explainer says Dark Well (1999)",
-        "end": "turns",
     }
     assert rows[0]["adapters"] == {"recommender": "sft", "seeker": "simulator"}
     (pair,), _ = choose_pairs(EXAMPLES[0], [sample("a", 0)], PairOptions())

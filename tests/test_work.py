@@ -50,6 +50,7 @@ def changed(one: Work, other: Work) -> list[str]:
         (["--max-summaries", 7], ["simulator", *BOTH]),
         (["--simulator-epochs", 7], ["simulator", *BOTH]),
         (["--max-sft", 7], list(STAGES)),
+        (["--max-profiles", 7], list(STAGES)),
         (["--sft-epochs", 7], list(STAGES)),
         (["--max-pairs", 7], BOTH),
         (["--pairs-samples", 7], BOTH),
@@ -119,15 +120,19 @@ def test_the_simulator_learns_from_rows_with_reactions_where_there_are_any(
     assert few.rows("sft") != work(folder, "--max-train", 4, "--seed", 1).rows("sft")
 
 
-@pytest.mark.parametrize(("learned", "shared"), [(5, 0), (8, 2), (0, 6)])
+@pytest.mark.parametrize(
+    ("dialogues", "profiles", "shared"), [(5, 1, 0), (8, 2, 2), (2, 8, 2), (0, 1, 6)]
+)
 def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
-    data: Path, learned: int, shared: int
+    data: Path, dialogues: int, profiles: int, shared: int
 ) -> None:
-    """Of 12 rows six are wanted."""
-    made = work(data, "--max-sft", learned, "--max-pairs", 6)
-    sft, pairs = made.rows("sft"), made.rows("pairs")
-    assert len(pairs) == 6 and sum(x in sft for x in pairs) == shared
-    assert all(x in sft for x in pairs[6 - shared :])  # those come last
+    """Of 12 rows six are wanted; the profiles are first those of the dialogues."""
+    limits = ("--max-sft", dialogues, "--max-profiles", profiles, "--max-pairs", 6)
+    made = work(data, *limits)
+    learned, pairs = made.rows("sft") + made.rows("profiles"), made.rows("pairs")
+    assert made.rows("profiles")[: len(made.rows("sft"))] == made.rows("sft")[:profiles]
+    assert len(pairs) == 6 and sum(x in learned for x in pairs) == shared
+    assert all(x in learned for x in pairs[6 - shared :])  # those come last
 
 
 def test_a_result_may_be_of_another_chunk_size_or_simulator_but_of_no_other_options(

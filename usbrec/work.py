@@ -119,12 +119,13 @@ class Work:
 
         The simulator learns to play the user, and to sum up what a user says in several turns, from
         rows with reactions, where the dataset has them. PODCS takes rows that `sft` has not learned
-        while there are any: of the others the recommender knows the gold reply by heart.
+        while there are any: of the others the recommender knows the gold title by heart.
         """
-        data, whole = self.settings.data, stage in ("simulator", "summaries")
-        reacting = [x for x in self.train if x.accept is not None] if whole else []
-        learned = set(map(id, self.rows("sft"))) if stage == "pairs" else ()
-        rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, stage))
+        data, order = self.settings.data, stage.replace("profiles", "sft")  # parts of one stage
+        reacting = [x for x in self.train if x.accept and stage in ("simulator", "summaries")]
+        before = ("sft", "profiles") if stage == "pairs" else ()
+        learned = {id(row) for part in before for row in self.rows(part)}
+        rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
         return sorted(rows, key=lambda x: id(x) in learned)[: data.rows(stage) or None]
 
     def side(self, stage: str | None) -> Side:

@@ -143,8 +143,7 @@ class Roles:
         """Return the dialogues plus the seeker's next lines, in which target titles are hidden."""
         prompts = map(seeker_prompt, dialogues, told)
         lines = self.complete(self.simulator.requests(prompts, sampling, seeds))
-        targets = (() if isinstance(x, str) else x for x in told)
-        hidden = map(self.catalogue.hide, lines, targets)
+        hidden = map(self.catalogue.hide, lines, (() if isinstance(x, str) else x for x in told))
         return [add_turn(d, "seeker", x) for d, x in zip(dialogues, hidden, strict=True)]
 
     def judge(

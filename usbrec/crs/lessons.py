@@ -1,8 +1,9 @@
 """Training dialogues of the recommender and the simulator, made from a dataset's examples.
 
 The recommender learns the gold turns of a dialogue, all in one training dialogue, and the
-explanation of its last recommendation. arXiv 2509.20381 uses a large simulator untrained; a small
-one must learn to play the user. It learns per example:
+explanation of its last recommendation. Beyond the paper it learns to answer a profile alone with
+the gold title, which takes half the tokens. arXiv 2509.20381 uses a large simulator untrained; a
+small one must learn to play the user. It learns per example:
 
     seeker, knows the target     its own lines, its reactions to the gold film and to another,
                                  and as external judge 2, 1 or 0 for replies and explanations
@@ -29,7 +30,7 @@ import numpy as np
 from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
-from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance
+from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance, add_turn
 from usbrec.crs.wishes import Fact, attributes, describe, fit, read_profile, rewrite_all
 from usbrec.options import Options, option, seed_for
 
@@ -58,21 +59,28 @@ class LessonOptions(Options):
     dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
 
-def recommender_lessons(examples: Examples, films: Catalogue, options: LessonOptions) -> Lessons:
+def recommender_lessons(
+    examples: Examples, told: Examples, films: Catalogue, options: LessonOptions
+) -> Lessons:
     """Return training dialogues whose gold turns have weight 1.
 
     `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
-    `explain_every` goes on with the explanation of its last gold turn.
+    `explain_every` goes on with the explanation of its last gold turn. Of each of `told` follows a
+    dialogue of two lines, the profile and the announcement of its first gold title.
     """
     chats = []
     for number, rows in enumerate(same_dialogue(examples)):
         gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
         system, *said = agents.recommender_prompt(_with_response(rows[-1]))
         lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
-        told = "" if number % options.explain_every else explanation_of(rows[-1], films)
-        answer = Message("assistant", told, options.explanation_weight)
-        asked = (Message("user", agents.EXPLAIN), answer) if told else ()
+        why = "" if number % options.explain_every else explanation_of(rows[-1], films)
+        answer = Message("assistant", why, options.explanation_weight)
+        asked = (Message("user", agents.EXPLAIN), answer) if why else ()
         chats.append((system, *lines, *asked))
+    for row in told:
+        profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
+        prompt = agents.recommender_prompt(add_turn((), "seeker", profile))
+        chats.append((*prompt, Message("assistant", agents.announce(row.items[0]), 1.0)))
     return share_prompt(chats, options.dialogues_per_lesson)
 
 

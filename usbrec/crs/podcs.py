@@ -55,7 +55,7 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
     drawn = dict.fromkeys((i // k, text) for i, text in enumerate(texts) if text)
     cases = [(examples[i], text, seed_for(keys[i], "rollout", text)) for i, text in drawn]
     tried = dict(zip(drawn, roll_out(roles, cases, options), strict=True))
-    empty = {"reply": "", **asdict(JudgeScore()), "explanation": "", "lines": [], "end": "empty"}
+    empty = {"reply": "", **asdict(JudgeScore()), "explanation": "", "lines": []}
     rows = []
     for i, example in enumerate(examples):
         samples = [tried.get((i, text), empty) for text in texts[i * k : (i + 1) * k]]
@@ -67,10 +67,7 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
 
 
 def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
-    """Yield one roll-out per case: the reply, the score, the explanation, the lines from it on.
-
-    `end` tells why it ended: "turns", all that it may have.
-    """
+    """Yield one roll-out per case: the reply, the score, the explanation, the lines from it on."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
     targets, keys = [example.items for example, _, _ in cases], [key for _, _, key in cases]
     dialogues = [add_turn(example.history, "recommender", reply) for example, reply, _ in cases]
@@ -83,8 +80,7 @@ def roll_out(roles: Roles, cases: Cases, options: PairOptions) -> Iterator[Row]:
     judged = roles.explain_and_judge(dialogues, targets, keys, sampling, options)
     for (example, reply, _), said, (told, score) in zip(cases, dialogues, judged, strict=True):
         lines = [[line.speaker, line.text] for line in said[len(example.history) :]]
-        row = {"reply": reply, **asdict(score), "explanation": told}
-        yield {**row, "lines": lines, "end": "turns"}
+        yield {"reply": reply, **asdict(score), "explanation": told, "lines": lines}
 
 
 def choose_pairs(example: Example, drawn: list[Row], options: PairOptions) -> tuple[list[Row], str]:

@@ -28,11 +28,9 @@ class Once:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
         return self.ask("choice_logprobs", requests, tuple(choices))
 
-    def best_texts(
-        self, requests: Requests, texts: Sequence[str], k: int, tokens: int
-    ) -> list[Ranked]:
+    def best_texts(self, requests: Requests, texts: Sequence[str], *limits: int) -> list[Ranked]:
         """Return per request the most probable texts as its reply's beginning; see `Ranks`."""
-        return self.ask("best_texts", requests, tuple(texts), k, tokens)
+        return self.ask("best_texts", requests, tuple(texts), *limits)
 
     def ask(self, call: str, requests: Requests, *others: Any) -> list[Any]:
         """Return the answers of a call, computed where no equal request of it was answered."""

@@ -115,8 +115,9 @@ class DecodeAttention:
     instead.
     """
 
-    leave_share = 0.25  # of a batch's rows must have ended before any leaves: leaving copies
-    ahead = False  # whether the next step begins before the last tokens are read
+    # of a batch's rows must have ended before any leaves: leaving copies; at 1 the next step begins
+    # before the last tokens are read
+    leave_share = 0.25
 
     def __init__(self, cache: PrefixCache, prompts: Sequence[Tensor], new_tokens: int) -> None:
         """Take the prompts' slots; the room for new tokens grows, whatever `new_tokens` will be.

@@ -127,7 +127,7 @@ class Batch:
         self.positions += 1
         sizes = [row.request.sampling.max_new_tokens - len(row.tokens) for row in self.rows]
         numbers, hidden = self.attention.read(drawn), None
-        if self.attention.ahead and max(sizes) > 1:
+        if self.attention.leave_share == 1 and max(sizes) > 1:
             hidden = self.step()
         for row, token in zip(self.rows, numbers(), strict=True):
             if token < 0:
@@ -330,5 +330,4 @@ def choice_logprob(logps: Mapping[Ids, Tensor], variants: Sequence[Ids]) -> Tens
     `logps` maps the first n - 1 tokens of a variant to the log-probabilities (n, V) of its n
     tokens.
     """
-    own = [logps[ids[:-1]][range(len(ids)), ids].sum() for ids in variants]
-    return torch.stack(own).logsumexp(0)
+    return torch.stack([logps[x[:-1]][range(len(x)), x].sum() for x in variants]).logsumexp(0)

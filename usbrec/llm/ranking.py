@@ -203,8 +203,7 @@ class Search:
         for row, path in zip(seen, paths, strict=True):
             row[list(path)] = True
         seen = F.pad(seen, (self.prompt_length, 0), value=True)
-        stretch = Stretch(torch.arange(self.k.shape[2]), seen)
-        self.arranged = self.engine.model.ops.arrange([stretch])
+        self.arranged = self.engine.model.ops.arrange([Stretch(torch.arange(seen.shape[1]), seen)])
         ids = [token for best in chosen for token in best.run.fed]
         return ids, [self.prompt_length + len(path) - 1 for path in paths], ends
 

@@ -47,7 +47,7 @@ class RecordedDecoding:
     ended. In a step, small operations are one kernel each (torch.compile).
     """
 
-    leave_share, ahead = 1.0, True
+    leave_share = 1.0
 
     def __init__(self, ops: Ops) -> None:
         self.on_gpu = self.works = torch.cuda.is_available()
