@@ -55,7 +55,7 @@ class LessonOptions(Options):
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
-    rehearsals: int = option(6, "replies with each of them that it scores", low=1)
+    rehearsals: int = option(4, "replies with each of them that it scores", low=1)
     dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
 
 
