@@ -309,7 +309,8 @@ def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     assert sum(len(x) == 2 for x in turns) > 2  # empty or not: each is a draw of its own
     films = Catalogue(read_item({"name": f"Film ({year})"}) for year in range(1960, 2030))
     rows = [replace(TRAIN[0], items=("Film (1990)",), response="Try Film (1990).")]
-    lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, LessonOptions())
+    options = LessonOptions(rehearsals=6)
+    lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, options)
     said = [x[0].content for lesson in lessons for x in lesson.branches if x[1].content == UNKNOWN]
     assert len(said) == 6 and not any(map(films.find, said))  # every other year is a film here
 
