@@ -60,12 +60,12 @@ class LessonOptions(Options):
 
 
 def recommender_lessons(
-    examples: Examples, told: Examples, films: Catalogue, options: LessonOptions
+    examples: Examples, brief: Examples, films: Catalogue, options: LessonOptions
 ) -> Lessons:
     """Return training dialogues whose gold turns have weight 1.
 
     `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
-    `explain_every` goes on with the explanation of its last gold turn. Of each of `told` follows a
+    `explain_every` goes on with the explanation of its last gold turn. Of each of `brief` follows a
     dialogue of two lines, the profile and the announcement of its first gold title.
     """
     chats = []
@@ -77,7 +77,7 @@ def recommender_lessons(
         answer = Message("assistant", why, options.explanation_weight)
         asked = (Message("user", agents.EXPLAIN), answer) if why else ()
         chats.append((system, *lines, *asked))
-    for row in told:
+    for row in brief:
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
         prompt = agents.recommender_prompt(add_turn((), "seeker", profile))
         chats.append((*prompt, Message("assistant", agents.announce(row.items[0]), 1.0)))
