@@ -70,10 +70,8 @@ def test_the_engine_ranks_and_keeps_the_trie_of_the_last_texts() -> None:
     assert isinstance(e, Ranks)
     for texts in (LED, few, few, LED):
         kept = e.ranking
-        found, expected = (
-            e.best_texts(CHATS, texts, 3, 0),
-            Ranking(engine(), texts).best(CHATS, 3, 0),
-        )
+        found = e.best_texts(CHATS, texts, 3, 0)
+        expected = Ranking(engine(), texts).best(CHATS, 3, 0)
         for one, other in zip(found, expected, strict=True):
             assert_equal(one.texts, other.texts)
         assert (e.ranking is kept) == (kept is not None and kept.texts == texts)
