@@ -75,7 +75,7 @@ WHOLE = Size(LLAMA, SMALL)
 REHEARSAL = Size(
     TINY | {"tie_word_embeddings": False}, TINY, prompt=24, long_prompt=48, new_tokens=4, reply=4,
     dialogues=3, pair=(9, 3), long_pair=(15, 3), steps=2,
-    lessons=LessonOptions(dialogues_per_lesson=1), rows=12, rounds=1,
+    lessons=LessonOptions(sft_chats=1, simulator_chats=1), rows=12, rounds=1,
 )  # fmt: skip
 
 

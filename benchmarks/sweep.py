@@ -78,9 +78,9 @@ LADDER: dict[str, dict[str, Any]] = {  # a row -> what it changes
     "three different titles": {"candidates": "distinct"},
     "cards": {"cards": True, "veto": False},
     "veto": {"veto": True},
-    "the three likeliest titles": {"candidates": "ranked"},
+    "the three likeliest titles": {"candidates": "ranked", "prior": 0.0},
     "eight of them": {"samples": 8},
-    "classes in place of means": {"value": "majority"},
+    "values weighted by probability": {"prior": 0.3},
 }
 BUDGETED: dict[str, dict[str, Any]] = {"chain, N=8": {"samples": 8}, "cards": PRESETS["ses_cards"]}
 SHARES = (1.0, 0.5, 0.25)  # of the tokens of a whole search, which comes first

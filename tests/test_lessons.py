@@ -219,7 +219,7 @@ def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
 
 
 def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> None:
-    options = LessonOptions(dialogues_per_lesson=2)
+    options = LessonOptions(simulator_chats=2)
     lessons = summary_lessons(TRAIN[:3], CATALOGUE, options)
     assert [len(lesson.branches) for lesson in lessons] == [2, 1]
     (asked, told) = lessons[1].branches[0]
@@ -231,7 +231,7 @@ def card_chats(rehearsals: int = 8, cards: int = 12) -> list[tuple[Message, ...]
     """Return the chats of the judge with cards, the shared system prompt in front of each."""
     options = LessonOptions(cards=cards, rehearsals=rehearsals)
     lessons = card_lessons(TRAIN, DRAWS, 0, options)
-    assert [len(x.branches) for x in lessons[:-1]] == [8] * (len(lessons) - 1)
+    assert [len(x.branches) for x in lessons[:-1]] == [4] * (len(lessons) - 1)
     return [(*lesson.prefix, *branch) for lesson in lessons for branch in lesson.branches]
 
 
@@ -421,7 +421,7 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
     row = Example("d", 1, (Utterance("seeker", "Hi"),), ", ".join(titles[:4]), titles[:4])
     rows = [row, replace(row, items=titles[2:])]
     draws = Suggestions(films, popularity_of(rows))
-    (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1))
+    (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1, simulator_chats=8))
     assert len(lesson.branches) == 6 + 1
     bare = Catalogue(read_item({"name": f"Film {x}"}) for x in "ABC")  # nothing to know
     rows = [replace(row, items=("Film A",))]
@@ -429,7 +429,7 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
 
 
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
-    options = LessonOptions(explain_every=4, dialogues_per_lesson=1)
+    options = LessonOptions(explain_every=4, sft_chats=1)
     lessons = recommender_lessons(TRAIN[:9], [], CATALOGUE, options)
     explained = [Message("user", EXPLAIN) in lesson.branches[0] for lesson in lessons]
     assert explained == [i % 4 == 0 for i in range(len(lessons))]

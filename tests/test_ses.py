@@ -236,15 +236,19 @@ def leaf(score: float | None, label: int | None, draws: int = 1) -> Node:
 
 def test_a_value_is_the_weighted_mean_or_the_majority_of_the_leaves_that_were_read() -> None:
     leaves = [leaf(0.5, 0, 2), leaf(2.0, 2), leaf(None, None, 5)]
-    assert value_of([[x] for x in leaves], "mean") == pytest.approx(1.0)
-    assert value_of([[x] for x in leaves], "majority") == 0.0
-    assert value_of([[leaf(1.9, 2)], [leaf(0.1, 0)]], "majority") == 0.0
-    assert value_of([[leaf(None, None)]], "mean") is None
+    mean, majority = SearchOptions(), SearchOptions(value="majority", prior=0.5)
+    assert value_of([[x] for x in leaves], mean) == pytest.approx(1.0)
+    assert value_of([[x] for x in leaves], majority) == 0.0
+    assert value_of([[leaf(1.9, 2)], [leaf(0.1, 0)]], majority) == 0.0
+    assert value_of([[leaf(None, None)]], mean) is None
     # an inner node counts as often as its leaf was drawn
-    assert value_of([[leaf(2.0, 2), leaf(1.0, 1, 3)], [leaf(2.0, 2), leaf(0.0, 0)]], "mean") == (
+    assert value_of([[leaf(2.0, 2), leaf(1.0, 1, 3)], [leaf(2.0, 2), leaf(0.0, 0)]], mean) == (
         pytest.approx((3 * 2 + 3 * 1 + 2 + 0) / 8)
     )
-    assert value_of([], "majority") is None
+    assert value_of([], majority) is None
+    # of a title that is a quarter as likely as the likeliest
+    assert value_of([[leaf(1.9, 2)]], majority, 0.25) == 2 * 0.5
+    assert value_of([[leaf(1.6, 2)]], mean, 1 / 16) == pytest.approx(1.6 / 2)
 
 
 def test_ties_go_to_the_first_and_no_value_never_wins() -> None:
@@ -291,6 +295,30 @@ class Ranking(Scripted):
 
 def of_films(llm: Scripted) -> Roles:
     return Roles(Side(llm), Side(llm), FILMS)
+
+
+def test_a_likely_title_may_win_over_one_that_the_judge_likes_a_little_better() -> None:
+    """Up is e times as likely as Alien, which is e times as likely as Heat."""
+
+    class Unsure(Ranking):
+        def best_texts(
+            self, requests: Sequence[Request], texts: Sequence[str], k: int, tokens: int
+        ) -> list[Ranked]:
+            rows = super().best_texts(requests, texts, k, tokens)
+            return [Ranked([(i, -5.0 - n) for n, (i, _) in enumerate(x.texts)], 3) for x in rows]
+
+    def votes(request: Request) -> list[float]:
+        reply = request.messages[1].content
+        shares = {"Up": (0.5, 0.5), "Alien": (1.0, 0.0), "Heat": (0.4, 0.6)}
+        low, high = next(x for name, x in shares.items() if name in reply)
+        return [math.log(low), -math.inf, math.log(high) if high else -math.inf]
+
+    options = SearchOptions(samples=3, turns=1, candidates="ranked", cards=True, vote_temperature=1)
+    for prior, chosen, values in ((0.0, 2, [1.0, 0.0, 1.2]), (0.1, 0, [1.0, 0.0, 0.98])):
+        llm = Unsure(lambda x: " Good." if role_of(x) == "recommender" else "Likes: crime.", votes)
+        (result,) = search(of_films(llm), ROOTS[:1], [1], replace(options, prior=prior))
+        assert result.best == chosen
+        assert [x.value for x in result.candidates] == pytest.approx(values, abs=0.01)
 
 
 def drawing(*replies: str) -> Callable[[Request], str]:

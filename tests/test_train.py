@@ -321,7 +321,7 @@ def test_the_simulator_begins_as_a_copy_of_the_sft_adapter(
 
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
     "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 1,
-    "--sft-schedule": "constant", "--lesson-dialogues-per-lesson": 1,
+    "--sft-schedule": "constant", "--lesson-sft-chats": 1,
 }  # fmt: skip
 
 

@@ -106,6 +106,7 @@ class Recommender:
             (shapes, "--ses-start-turn above 1", o.ses and searching.start_turn == 1),
             ({"top_k", "top_p", "min_p"}, "--temperature above 0", self.sampling.temperature == 0),
             ({"rank_tokens"}, "--rank", o.rank == 0),
+            ({"ses_prior"}, "--ses-candidates ranked", searching.candidates != "ranked"),
             ({"ses_draws"}, "--ses-candidates distinct", searching.candidates != "distinct"),
             ({"ses_veto"}, "--ses-cards", not searching.cards),
             ({"ses_memory"}, "--no-ses-cards", searching.cards),

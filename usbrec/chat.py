@@ -26,6 +26,7 @@ class Message:
 
 
 Messages = Sequence[Message]
+Texts = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ class LanguageModel(Protocol):
 class Ranks(Protocol):
     """A third call, which a language model may have: the ranking of thousands of given replies."""
 
-    def best_texts(
-        self, requests: Requests, texts: Sequence[str], k: int, tokens: int
-    ) -> list[Ranked]:
+    def best_texts(self, requests: Requests, texts: Texts, k: int, tokens: int) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
         `tokens` limits a request's search; 0: until its result is exact.

@@ -112,10 +112,13 @@ class Roles:
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
         return side.llm.best_texts(requests, texts, count, tokens)
 
-    def likeliest(self, dialogues: Dialogues, k: int) -> list[list[Item]]:
-        """Return the k items that the recommender is likeliest to name, best first, by `rank`."""
+    def likeliest(self, dialogues: Dialogues, k: int) -> list[list[tuple[Item, float]]]:
+        """Return the k items that the recommender is likeliest to name, best first, by `rank`.
+
+        Beside each stands its announcement's log-probability.
+        """
         ranked = self.rank(dialogues, k, ranking_tokens(k))
-        return [[self.catalogue.items[i] for i, _ in row.texts] for row in ranked]
+        return [[(self.catalogue.items[i], x) for i, x in row.texts] for row in ranked]
 
     def summaries(self, dialogues: Dialogues, tokens: int, seeds: Seeds) -> Asked:
         """Return the requests for the dialogues' summaries, of so many tokens at most."""

@@ -56,7 +56,8 @@ class LessonOptions(Options):
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
     rehearsals: int = option(4, "replies with each of them that it scores", low=1)
-    dialogues_per_lesson: int = option(8, "dialogues that share a system prompt", low=1)
+    sft_chats: int = option(8, "chats that share a system prompt in a lesson of sft", low=1)
+    simulator_chats: int = option(4, "the same, in one of the simulator", low=1)
 
 
 def recommender_lessons(
@@ -64,7 +65,7 @@ def recommender_lessons(
 ) -> Lessons:
     """Return training dialogues whose gold turns have weight 1.
 
-    `dialogues_per_lesson` dialogues share one system prompt: each is a branch after it. One in
+    `sft_chats` dialogues share one system prompt: each is a branch after it. One in
     `explain_every` goes on with the explanation of its last gold turn. Of each of `brief` follows a
     dialogue of two lines, the profile and the announcement of its first gold title.
     """
@@ -81,7 +82,7 @@ def recommender_lessons(
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
         prompt = agents.recommender_prompt(add_turn((), "seeker", profile))
         chats.append((*prompt, Message("assistant", agents.announce(row.items[0]), 1.0)))
-    return share_prompt(chats, options.dialogues_per_lesson)
+    return share_prompt(chats, options.sft_chats)
 
 
 def share_prompt(chats: Sequence[Messages], size: int) -> Lessons:
@@ -276,16 +277,14 @@ def woven(*lists: Sequence[TrainingDialogue]) -> Lessons:
 
 
 def summary_lessons(examples: Examples, films: Catalogue, options: LessonOptions) -> Lessons:
-    """Return training dialogues of summaries, `dialogues_per_lesson` chats in each."""
+    """Return training dialogues of summaries, `simulator_chats` chats in each."""
     profiles = [Message("assistant", profile_of(x, films), 1.0) for x in examples]
     prompts = [agents.summary_prompt(x.history) for x in examples]
     chats = [(*prompt, profile) for prompt, profile in zip(prompts, profiles, strict=True)]
-    return share_prompt(chats, options.dialogues_per_lesson)
+    return share_prompt(chats, options.simulator_chats)
 
 
-def card_lessons(
-    examples: Examples, draws: Suggestions, seed: int, options: LessonOptions
-) -> Lessons:
+def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonOptions) -> Lessons:
     """Return training dialogues of the judge with cards: a reply, its title's card, a score.
 
     The judge writes the card before it scores, so it learns to know the most frequent titles. Each
@@ -298,11 +297,11 @@ def card_lessons(
     films, weight, chats = draws.catalogue, options.score_weight, list[Messages]()
     order = np.argsort(-draws.shares, kind="stable")[: options.cards]
     taught = [draws.pool[i] for i in order if attributes(draws.pool[i])]
-    met = profiles_to_score(examples, taught, films, seed)
+    met = profiles_to_score(rows, taught, films, seed)
     for turn in range(options.rehearsals if taught else 0):
         rng = np.random.default_rng(seed_for(seed, "cards", turn))
         for number, place in enumerate(rng.permutation(len(taught))):
-            film, other = taught[place], examples[int(rng.integers(len(examples)))]
+            film, other = taught[place], rows[int(rng.integers(len(rows)))]
             tried = met[film][4 * turn >= options.rehearsals] or met[film][0]
             facts, reply, false = tried[turn % len(tried)], agents.announce(film.title), False
             if turn % 4 == 3:
@@ -315,7 +314,7 @@ def card_lessons(
                 amiss = draws.amiss(other, seed_for(seed, "cards", turn, number)).reply
                 reply = amiss if turn % 2 or films.named(strange) else agents.announce(strange)
                 chats.append(scored(reply, wishes.UNKNOWN, profile_of(other, films), 0, weight))
-    return share_prompt(chats, options.dialogues_per_lesson)
+    return share_prompt(chats, options.simulator_chats)
 
 
 def scored(reply: str, card: str, profile: str, score: int, weight: float) -> Messages:

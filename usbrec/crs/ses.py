@@ -11,12 +11,13 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 6. The inner judge scores the last reply itself; no explanation is asked for.
 7. Later branches of the tree are drawn at the roll-out temperature, as the chain's replies are.
 8. Beyond the paper, and off unless asked for: `candidates` of different titles, drawn until there
-   are enough, or the announcements of the likeliest titles of the catalogue, of which the chosen
-   one is written out; `scored="path"`, which also scores the candidate itself; `cards`, with which
-   the judge sees the catalogue's facts of the title; `memory`, with which it first writes what it
-   knows of the title itself, without a catalogue. With cards a reply that the profile calls refused
-   or seen is 0 (`veto`), and so is a last reply without a title of the catalogue; a question on the
-   way is not scored.
+   are enough, or the announcements of the likeliest titles of the catalogue, whose values are
+   weighted by the titles' probability (`prior`), and of which the chosen one is written out;
+   `scored="path"`, which also scores the candidate itself; `cards`, with which the judge sees the
+   catalogue's facts of the title; `memory`, with which it first writes what it knows of the title
+   itself, without a catalogue. With cards a reply that the profile calls refused or seen is 0
+   (`veto`), and so is a last reply without a title of the catalogue; a question on the way is not
+   scored.
 9. Beyond the paper, and off unless asked for: a budget. A search that fits its tokens is not
    changed. Otherwise the first responses are judged at once; then at each turn the better half, or
    fewer if the tokens run out, is rolled out and judged. A value is that of the whole path. With
@@ -32,6 +33,7 @@ All dialogues of a chunk are searched level by level, each level in one `generat
 model. `python infer.py --ses` shows a search.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -67,6 +69,7 @@ class SearchOptions(Votes):
     candidates: Literal["sampled", "distinct", "ranked"] = option(
         "sampled", "draws, draws of N different titles, or the likeliest titles' announcements"
     )
+    prior: float = option(0.3, "ranked: weight of a title's own probability", low=0)
     draws: int = option(24, "most draws in search of N different titles", low=1, high=BOUND)
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
     memory: bool = option(False, "the judge first writes what it knows of the title")
@@ -125,12 +128,14 @@ class Candidate:
 
     `value` is None if there is no node or none of its leaves could be read. `dropped` is the turn,
     from 1, that a budget went on to without it; what was dropped at turn 1 was never judged.
+    `chance` is a ranked title's probability, as a share of the likeliest one's.
     """
 
     reply: str
     node: Node | None
     value: float | None = None
     dropped: int | None = None
+    chance: float = 1.0
 
     @property
     def paths(self) -> list[list[Node]]:
@@ -209,7 +214,7 @@ def search(
     score_nodes(roles, [node for level in scored for node in level], options)
     for result in results:
         for candidate in result.candidates:
-            candidate.value = value_of(candidate.paths, options.value)
+            candidate.value = value_of(candidate.paths, options, candidate.chance)
         result.best = select(result.candidates)
     if options.candidates == "ranked":
         write_out(roles, results, options)
@@ -239,10 +244,9 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
     """
     ranked = options.candidates == "ranked"
     best = roles.likeliest([x.root for x in results], options.samples) if ranked else []
-    drawn = [[agents.announce(item.title) for item in items] for items in best]
+    drawn = [[agents.announce(item.title) for item, _ in row] for row in best]
     bare = [x for x in results if not x.profile]
-    roots, seeds = [x.root for x in bare], [x.seed for x in bare]
-    asked = roles.summaries(roots, options.summary_tokens, seeds)
+    asked = roles.summaries([x.root for x in bare], options.summary_tokens, [x.seed for x in bare])
     firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
     for result, numbers in zip(results, firsts, strict=True):
         asked += result.firsts(roles.recommender, options, numbers)
@@ -252,12 +256,14 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
     drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, results, drawn, options)
-    for x, replies in zip(results, drawn, strict=True):
+    for x, replies, row in zip(results, drawn, best or [[]] * len(results), strict=True):
         nodes = {}  # equal replies are searched once, empty ones not at all
         for reply in filter(None, replies):
             said, key = add_turn(x.root, "recommender", reply), seed_for(x.seed, "root", reply)
             nodes[reply] = Node(said, x.profile, key)
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
+        for candidate, (_, logprob) in zip(x.candidates, row, strict=False):  # none if sampled
+            candidate.chance = math.exp(logprob - row[0][1])
 
 
 def plan(root: Dialogue, options: SearchOptions) -> list[int]:
@@ -336,7 +342,7 @@ def keep(result: SearchResult, level: int, catalogue: Catalogue, options: Search
     def promise(x: Candidate) -> float:
         if level == 0 and options.cards:
             return min((fit(item, told) for item in catalogue.first(x.reply)), default=-1)
-        return value_of(x.paths, options.value) or 0.0
+        return value_of(x.paths, options, x.chance) or 0.0
 
     left = [x for x in result.candidates if x.node and not x.dropped]
     best = list(dict.fromkeys(x.reply for x in sorted(left, key=promise, reverse=True)))
@@ -392,17 +398,18 @@ def judge_prompt(node: Node, roles: Roles, o: SearchOptions) -> Messages | None:
     return agents.card_prompt(reply, card(item), node.profile)
 
 
-def value_of(paths: Sequence[Sequence[Node]], value: str) -> float | None:
+def value_of(paths: list[list[Node]], options: SearchOptions, chance: float = 1.0) -> float | None:
     """Return the mean of the scored nodes of all paths, or their most frequent class.
 
-    A path is weighted by the draws of its leaf. The value is None if no score was read.
+    A path is weighted by the draws of its leaf. The result is less where the title's `chance` is:
+    it is multiplied by the chance to the power of `prior`. It is None if no score was read.
     """
-    nodes = [(node.score, path[-1].draws) for path in paths for node in path]
-    if value == "majority":
+    nodes, w = [(x.score, path[-1].draws) for path in paths for x in path], chance**options.prior
+    if options.value == "majority":
         majority = agents.count_votes([score.label for score, n in nodes for _ in range(n)]).label
-        return None if majority is None else float(majority)
+        return None if majority is None else majority * w
     read = [(score.score, n) for score, n in nodes if score.score is not None]
-    return sum(mean * n for mean, n in read) / sum(n for _, n in read) if read else None
+    return w * sum(mean * n for mean, n in read) / sum(n for _, n in read) if read else None
 
 
 def select(candidates: Sequence[Candidate]) -> int:

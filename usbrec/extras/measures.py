@@ -163,7 +163,7 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     for x, profile, best in zip(examples, profiles, ranked, strict=True):
         told, films = {RULE: x.profile, "rule on the summary": profile}, []
         wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
-        for item in best:
+        for item, _ in best:
             hit = is_target(catalogue, (item,), x.items)
             scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
             films.append({"title": item.title, "found": hit, "scores": scores})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from usbrec.chat import Ranked, Reply, Request, Requests
+from usbrec.chat import Ranked, Reply, Request, Requests, Texts
 from usbrec.llm.cache import PrefixCache, token_bytes
 from usbrec.llm.decoding import DecodeAttention, Rows, adapter_spans, prefill
 from usbrec.llm.model import Decoder
@@ -248,9 +248,7 @@ class Engine:
                 scores.append(torch.stack([choice_logprob(logps, group) for group in variants]))
         return self.agreed(finite(torch.stack(scores))).tolist() if scores else []
 
-    def best_texts(
-        self, requests: Requests, texts: Sequence[str], k: int, tokens: int
-    ) -> list[Ranked]:
+    def best_texts(self, requests: Requests, texts: Texts, k: int, tokens: int) -> list[Ranked]:
         """Return per request the k most probable texts as its reply's beginning.
 
         `tokens` are spent on a request, so later places may miss better texts; 0: until its result

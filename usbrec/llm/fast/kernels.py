@@ -214,10 +214,8 @@ def rectangles(
         queries = padded_places(places, SIDE if len(group) > 1 else 1)  # (N, n)
         keys = padded_places([x.places for x in group], SIDE)  # (N, S)
         hidden = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool)
-        for part, x in zip(hidden, group, strict=True):  # what fills up sees all, to be a number
-            part[: len(x.visible)] = F.pad(
-                ~x.visible, (0, len(part[0]) - len(x.places)), value=True
-            )
+        for box, x in zip(hidden, group, strict=True):  # what fills up sees all, to be a number
+            box[: len(x.visible)] = F.pad(~x.visible, (0, len(box[0]) - len(x.places)), value=True)
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
         bias = bias.masked_fill_(hidden.to(device), -torch.inf).expand(H_kv, -1, -1, -1)
         rows = torch.cat([torch.arange(size) + i * len(queries[0]) for i, size in enumerate(sizes)])
