@@ -236,7 +236,7 @@ def leaf(score: float | None, label: int | None, draws: int = 1) -> Node:
 
 def test_a_value_is_the_weighted_mean_or_the_majority_of_the_leaves_that_were_read() -> None:
     leaves = [leaf(0.5, 0, 2), leaf(2.0, 2), leaf(None, None, 5)]
-    mean, majority = SearchOptions(), SearchOptions(value="majority", prior=0.5)
+    mean, majority = SearchOptions(prior=0.25), SearchOptions(value="majority", prior=0.5)
     assert value_of([[x] for x in leaves], mean) == pytest.approx(1.0)
     assert value_of([[x] for x in leaves], majority) == 0.0
     assert value_of([[leaf(1.9, 2)], [leaf(0.1, 0)]], majority) == 0.0

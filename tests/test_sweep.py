@@ -113,7 +113,16 @@ def test_the_ladder_leads_from_the_papers_search_to_the_one_with_cards() -> None
     assert plain == ({}, None) and searches[0] == asdict(SearchOptions())
     assert searches[-1] == asdict(SearchOptions(**PRESETS["ses_cards"]))
     changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(searches)]
-    assert [len(x) for x in changes] == [1, 2, 1, 2, 1, 2, 1, 1]  # two: what was tried goes back, or is new
+    assert [len(x) for x in changes] == [
+        1,
+        2,
+        1,
+        2,
+        1,
+        2,
+        1,
+        1,
+    ]  # two: what was tried goes back, or is new
 
 
 def test_flags_may_stand_between_the_words() -> None:

@@ -263,7 +263,7 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
             nodes[reply] = Node(said, x.profile, key)
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
         for candidate, (_, logprob) in zip(x.candidates, row, strict=False):  # none if sampled
-            candidate.chance = math.exp(logprob - row[0][1])
+            candidate.chance = math.exp(round(logprob - row[0][1], 3))  # without the last bits
 
 
 def plan(root: Dialogue, options: SearchOptions) -> list[int]:
