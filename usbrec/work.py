@@ -123,8 +123,7 @@ class Work:
         """
         data, order = self.settings.data, stage.replace("profiles", "sft")  # parts of one stage
         reacting = [x for x in self.train if x.accept and stage in ("simulator", "summaries")]
-        before = ("sft", "profiles") if stage == "pairs" else ()
-        learned = {id(row) for part in before for row in self.rows(part)}
+        learned = {id(x) for y in ("sft", "profiles") if stage == "pairs" for x in self.rows(y)}
         rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
         return sorted(rows, key=lambda x: id(x) in learned)[: data.rows(stage) or None]
 

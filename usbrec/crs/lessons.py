@@ -55,7 +55,7 @@ class LessonOptions(Options):
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
-    rehearsals: int = option(4, "replies with each of them that it scores", low=1)
+    rehearsals: int = option(4, "times it scores a reply with each, and writes its card", low=1)
     sft_chats: int = option(8, "chats that share a system prompt in a lesson of sft", low=1)
     simulator_chats: int = option(4, "the same, in one of the simulator", low=1)
 
@@ -290,7 +290,8 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
     The judge writes the card before it scores, so it learns to know the most frequent titles. Each
     is met `rehearsals` times, each time with another profile: in the first quarter one of a single
     wish, where the score tells whether the card holds it, since a small model learns to compare
-    several wishes only after that. One reply in four claims what is true of another film, which
+    several wishes only after that. As often its card is asked for without a score, which teaches
+    it by heart at half the price. One reply in four claims what is true of another film, which
     costs a point if it is false of this one. Of one reply in nine nothing is known, and it is worth
     0: it names a title of another year, an invented one or none.
     """
@@ -309,6 +310,8 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
                 reply, false = (claim, stolen) if films.first(claim) == (film,) else (reply, False)
             score = max(fit(film, facts) - false, 0)
             chats.append(scored(reply, wishes.card(film), told(facts), score, weight))
+            bare = taught[place - len(taught) // 2]  # met half a round ago
+            chats.append(scored(agents.announce(bare.title), wishes.card(bare), "", 0, weight)[:3])
             if number % 8 == 0:
                 strange = f"{film.name} ({(film.year or 2000) + int(rng.integers(3, 20))})"
                 amiss = draws.amiss(other, seed_for(seed, "cards", turn, number)).reply
