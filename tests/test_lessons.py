@@ -2,12 +2,13 @@
 
 from collections import Counter
 from dataclasses import replace
+from operator import ne
 
 import numpy as np
 import pytest
 from scripted import talk
 
-from usbrec.chat import Message, TrainingDialogue
+from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs.agents import (
     EXPLAIN,
     announce,
@@ -228,11 +229,30 @@ def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> Non
 
 
 def card_chats(rehearsals: int = 8, cards: int = 12) -> list[tuple[Message, ...]]:
-    """Return the chats of the judge with cards, the shared system prompt in front of each."""
+    """Return the chats that end with a score, the shared system prompt in front of each."""
     options = LessonOptions(cards=cards, rehearsals=rehearsals)
     lessons = card_lessons(TRAIN, DRAWS, 0, options)
     assert [len(x.branches) for x in lessons[:-1]] == [4] * (len(lessons) - 1)
-    return [(*lesson.prefix, *branch) for lesson in lessons for branch in lesson.branches]
+    return [(*lesson.prefix, *branch) for lesson in lessons for branch in with_score(lesson)]
+
+
+def with_score(lesson: TrainingDialogue) -> list[Messages]:
+    return [branch for branch in lesson.branches if len(branch) == 4]
+
+
+def test_each_card_is_written_as_often_without_a_score_beside_another() -> None:
+    lessons = card_lessons(TRAIN, DRAWS, 0, LessonOptions(cards=12, rehearsals=3))
+    chats = [(*lesson.prefix, *branch) for lesson in lessons for branch in lesson.branches]
+    known = [x for x in chats if x[2].content != UNKNOWN]
+    assert [len(x) for x in known] == [5, 3] * 3 * 12
+    films = [CATALOGUE.first(said.content)[0] for _, said, *_ in known]
+    bare = films[1::2]
+    assert all(map(ne, films[0::2], bare)) and set(Counter(bare).values()) == {3} == {
+        len(bare) // 12
+    }
+    for film, chat in zip(bare, known[1::2], strict=True):
+        assert chat[:2] == memory_prompt(announce(film.title))
+        assert chat[2] == Message("assistant", card(film), 1.0)
 
 
 def test_a_card_is_written_before_it_is_scored_by_rule_as_both_are_asked_later() -> None:
@@ -279,7 +299,7 @@ def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wish
 def test_the_seed_decides_which_profile_a_film_meets_first() -> None:
     def first_round(seed: int) -> dict[str, str]:
         lessons = card_lessons(TRAIN, DRAWS, seed, LessonOptions(cards=12, rehearsals=1))
-        chats = [x for lesson in lessons for x in lesson.branches if x[1].content != UNKNOWN]
+        chats = [x for lesson in lessons for x in with_score(lesson) if x[1].content != UNKNOWN]
         return {said.content: asked.content for said, _, asked, _ in chats}
 
     one, other = first_round(0), first_round(1)
@@ -294,7 +314,7 @@ def test_a_claim_that_leaves_the_film_open_is_not_scored() -> None:
     rows[1:] = [replace(x, response=f"Try {x.items[0]}.") for x in rows[1:]]
     options, draws = LessonOptions(rehearsals=32), Suggestions(films, popularity_of(rows))
     lessons = card_lessons(rows, draws, 0, options)
-    chats = [x for lesson in lessons for x in lesson.branches if x[1].content != UNKNOWN]
+    chats = [x for lesson in lessons for x in with_score(lesson) if x[1].content != UNKNOWN]
     assert all(len(films.first(said.content)) == 1 for said, *_ in chats) and len(chats) == 96
 
 
@@ -421,8 +441,8 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
     row = Example("d", 1, (Utterance("seeker", "Hi"),), ", ".join(titles[:4]), titles[:4])
     rows = [row, replace(row, items=titles[2:])]
     draws = Suggestions(films, popularity_of(rows))
-    (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1, simulator_chats=8))
-    assert len(lesson.branches) == 6 + 1
+    (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1, simulator_chats=16))
+    assert len(lesson.branches) == 2 * 6 + 1
     bare = Catalogue(read_item({"name": f"Film {x}"}) for x in "ABC")  # nothing to know
     rows = [replace(row, items=("Film A",))]
     assert card_lessons(rows, Suggestions(bare, popularity_of(rows)), 0, LessonOptions()) == []

@@ -310,7 +310,7 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
                 reply, false = (claim, stolen) if films.first(claim) == (film,) else (reply, False)
             score = max(fit(film, facts) - false, 0)
             chats.append(scored(reply, wishes.card(film), told(facts), score, weight))
-            bare = taught[place - len(taught) // 2]  # met half a round ago
+            bare = taught[place - len(taught) // 2]  # another film
             chats.append(scored(agents.announce(bare.title), wishes.card(bare), "", 0, weight)[:3])
             if number % 8 == 0:
                 strange = f"{film.name} ({(film.year or 2000) + int(rng.integers(3, 20))})"
