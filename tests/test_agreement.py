@@ -150,9 +150,13 @@ def test_the_area_tells_a_good_judge_from_a_blind_one_and_counts_the_unread() ->
     rows = [json.loads(json.dumps(row)) for row in run(llm, *[EXAMPLE] * 3)]
     found = agreement(rows, 0)
     low = pytest.approx(0.025 ** (2 / 3))
-    assert found["external"] == {"auc": 1.0, "low": low, "high": 1.0, "n": 3, "unparsed": 0}
-    assert found["internal"]["auc"] == 0.5
+    area = {"auc": 1.0, "low": low, "high": 1.0, "n": 3}
+    gold, other = ([row["external"][i] for row in rows] for i in range(2))
+    means = [pytest.approx(sum(x) / 3) for x in (gold, other)]
+    assert gold > other and found["external"] == {**area, "means": means, "unparsed": 0}
+    same = found["internal"]["means"]
+    assert found["internal"]["auc"] == 0.5 and same[0] == same[1] > 0
     blind = Scripted(line, lambda request: [-math.inf] * 3)
     assert agreement(run(blind, EXAMPLE), 0)["external"] == {
-        "auc": None, "low": None, "high": None, "n": 0, "unparsed": 1,
+        "auc": None, "low": None, "high": None, "n": 0, "means": [None, None], "unparsed": 1,
     }  # fmt: skip

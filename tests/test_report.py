@@ -51,9 +51,9 @@ SEARCH = {
 FACTS = {"options": {"turns": 2}, "counts": {"test": 3}}
 MEAN = {"mean": 0.75, "low": 0.5, "high": 1.0, "n": 8}
 WITHIN = {"internal judge": {"all": MEAN, "broken": MEAN}, "rule": {"all": MEAN, "broken": MEAN}}
-JUDGE = {"skipped": 0, "external": {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "unparsed": 1},
-         "internal": {"auc": None, "low": None, "high": None, "n": 0, "unparsed": 9},
-         "within_dialogue": WITHIN}  # fmt: skip
+READ = {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "means": [1.5, 0.25], "unparsed": 1}
+UNREAD = {"auc": None, "low": None, "high": None, "n": 0, "means": [None, None], "unparsed": 9}
+JUDGE = {"skipped": 0, "external": READ, "internal": UNREAD, "within_dialogue": WITHIN}
 
 
 @pytest.fixture
@@ -136,7 +136,8 @@ def test_the_table_says_all_that_the_report_holds(report: dict[str, Any]) -> Non
         "B/L",
         "RL+SES - B/L",
         "copy-last",
-        "AUC 0.900 [0.800, 1.000] n 9, 1 unparsed, 0 skipped",
+        "AUC 0.900 [0.800, 1.000] n 9, means 1.50 and 0.25, 1 unparsed, 0 skipped",
+        "AUC none, means none and none, 9 unparsed, 0 skipped",
         "internal judge",
         "33.3%",
         "digits' probability: B/L 0.50, RL+SES 0.50",

@@ -319,6 +319,8 @@ def test_a_likely_title_may_win_over_one_that_the_judge_likes_a_little_better() 
         (result,) = search(of_films(llm), ROOTS[:1], [1], replace(options, prior=prior))
         assert result.best == chosen
         assert [x.value for x in result.candidates] == pytest.approx(values, abs=0.01)
+        for x in result.record()["candidates"]:  # tells all that its value is made of
+            assert x["value"] == pytest.approx(x["leaves"][0]["value"] * x["chance"] ** prior)
 
 
 def drawing(*replies: str) -> Callable[[Request], str]:

@@ -128,7 +128,7 @@ class Candidate:
 
     `value` is None if there is no node or none of its leaves could be read. `dropped` is the turn,
     from 1, that a budget went on to without it; what was dropped at turn 1 was never judged.
-    `chance` is a ranked title's probability, as a share of the likeliest one's.
+    `chance` is a ranked title's probability, as a share of the likeliest one's, and else 1.
     """
 
     reply: str
@@ -150,8 +150,8 @@ class Candidate:
     def record(self, start: int) -> dict[str, Any]:
         """Return the candidate in JSON's own types, its leaves as `Node.record`."""
         dropped = {"dropped": self.dropped} if self.dropped else {}
-        leaves = [leaf.record(start) for leaf in self.leaves]
-        return {"reply": self.reply, "value": self.value, **dropped, "leaves": leaves}
+        own = {"reply": self.reply, "value": self.value, "chance": self.chance, **dropped}
+        return {**own, "leaves": [leaf.record(start) for leaf in self.leaves]}
 
 
 @dataclass
@@ -404,12 +404,12 @@ def value_of(paths: list[list[Node]], options: SearchOptions, chance: float = 1.
     A path is weighted by the draws of its leaf. The result is less where the title's `chance` is:
     it is multiplied by the chance to the power of `prior`. It is None if no score was read.
     """
-    nodes, w = [(x.score, path[-1].draws) for path in paths for x in path], chance**options.prior
-    if options.value == "majority":
-        majority = agents.count_votes([score.label for score, n in nodes for _ in range(n)]).label
-        return None if majority is None else majority * w
+    nodes = [(x.score, path[-1].draws) for path in paths for x in path]
     read = [(score.score, n) for score, n in nodes if score.score is not None]
-    return w * sum(mean * n for mean, n in read) / sum(n for _, n in read) if read else None
+    value = sum(mean * n for mean, n in read) / sum(n for _, n in read) if read else None
+    if options.value == "majority":
+        value = agents.count_votes([score.label for score, n in nodes for _ in range(n)]).label
+    return None if value is None else value * chance**options.prior
 
 
 def select(candidates: Sequence[Candidate]) -> int:

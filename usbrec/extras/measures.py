@@ -126,15 +126,18 @@ def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key
 
 
 def agreement(rows: Sequence[Row], seed: int) -> Row:
-    """Return {"auc", "low", "high", "n", "unparsed"} per judge, and the number of skipped rows.
+    """Return {"auc", "low", "high", "n", "means", "unparsed"} per judge, and the skipped rows.
 
-    `unparsed` counts the rows with a score that could not be read; the AUC leaves them out.
+    `means` are the mean scores of the gold replies and of the others: an order can be right where a
+    judge gives all replies much the same. `unparsed` counts the rows with a score that could not be
+    read, which are left out.
     """
     used = [row for row in rows if row["skipped"] is None]
     result: Row = {"skipped": len(rows) - len(used)}
     for judge_name in ("external", "internal"):
         read = [row[judge_name] for row in used if None not in row[judge_name]]
         area = auc_interval([gold for gold, _ in read], [other for _, other in read], seed)
+        area["means"] = [fmean(x[i] for x in read) if read else None for i in range(len(REPLIES))]
         result[judge_name] = {**area, "unparsed": len(used) - len(read)}
     return result
 

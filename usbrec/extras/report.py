@@ -234,10 +234,10 @@ def _search_tables(report: Facts) -> list[list[str]]:
 
 def judge_lines(judge: Facts) -> list[str]:
     """Return a line per judge of an `agreement`."""
-    line = "{} judge, gold reply against a rewritten one: AUC {}, {} unparsed, {} skipped"
+    line = "{} judge, gold against rewritten: AUC {}, means {} and {}, {} unparsed, {} skipped"
     found = {x: judge[x] for x in ("external", "internal")}
-    areas = {x: interval(area, mean="auc") for x, area in found.items()}
-    return [line.format(x, areas[x], found[x]["unparsed"], judge["skipped"]) for x in found]
+    areas = {x: (interval(y, mean="auc"), *map(_number, y["means"])) for x, y in found.items()}
+    return [line.format(x, *areas[x], found[x]["unparsed"], judge["skipped"]) for x in found]
 
 
 def interval(found: Facts, mean: str = "mean", form: str = ".3f") -> str:
