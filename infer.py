@@ -248,7 +248,7 @@ def show(dialogue: Dialogue, row: Row, as_json: bool, printed: bool = False) -> 
 
 
 def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup) -> None:
-    """Print either judge's AUC for held-out gold replies against ones for another film."""
+    """Print how either judge tells held-out gold replies from ones for another film."""
     seed, options = recommender.options.seed, EvaluationOptions()
     split, limit = flags.split or "valid", 100 if flags.limit is None else flags.limit
     rows = loading.pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
@@ -260,7 +260,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     made = run_chunks(results, rows, lambda x: judge_agreement(roles, x, popularity, seed, options))
     recommender.spent()
     found = agreement(made, seed)
-    head = f"{setup.data}, {split}, {len(rows)} dialogues; AUC [95% interval], 0.5 is chance"
+    head = f"{setup.data}, {split}, {len(rows)} dialogues; AUC [95% interval], and mean scores"
     print(runs.dump(found) if flags.json else "\n".join([head, *report.judge_lines(found)]))
 
 

@@ -48,7 +48,7 @@ UNLIKE = 4  # replies without a word of the profile; with 2 the internal judge m
 
 @dataclass(frozen=True)
 class LessonOptions(Options):
-    """Loss weights of the parts of a training dialogue."""
+    """Weights and sizes of training dialogues, and the titles that the judge learns."""
 
     score_weight: float = option(10.0, "weight of a score's token in the loss", above=0)
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
