@@ -174,6 +174,7 @@ def reply(recommender: Recommender, asked: Examples, flags: Namespace, setup: Se
     out = flags.out
     if out is None and len(asked) > 1 and from_data:
         out = results_file(setup, f"{flags.split or 'test'}-replies", facts)
+    popularity = popularity_of(setup.rows("train")) if options.rank and out and from_data else {}
     rows = reply_into(out, recommender, asked, facts) if out else by_chunks(recommender, asked)
     answered: Answered = []
     for x, row in zip(asked, rows, strict=True):
@@ -186,7 +187,6 @@ def reply(recommender: Recommender, asked: Examples, flags: Namespace, setup: Se
         found = {"first title of the reply": {1: report.recall(labels, groups, options.seed)}}
         if options.rank:
             ranked = [[best["title"] for best in row["ranked"]] for row in rows]
-            popularity = popularity_of(setup.rows("train"))
             found |= report.ranked_recall(catalogue, asked, ranked, popularity, options.seed)
         tell(report.format_recall(found))
     return answered

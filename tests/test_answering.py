@@ -24,14 +24,14 @@ class Counting(Model):
 
     def __init__(self) -> None:
         super().__init__(lambda x: f"Heat (1995), {x.seed}." if drawn(x) else PROFILE)
-        self.ranked: list[tuple[int, int]] = []
+        self.ranked: list[tuple[int, int, int]] = []
 
     def generate(self, requests: Any) -> Any:
         self.usage.decoded_tokens += 100
         return super().generate(requests)
 
     def best_texts(self, requests: Any, texts: Any, k: int, tokens: int) -> Any:
-        self.ranked.append((len(requests), tokens))
+        self.ranked.append((len(requests), k, tokens))
         return super().best_texts(requests, texts, k, tokens)
 
 
@@ -98,12 +98,22 @@ def test_a_calls_seconds_are_divided_among_its_rows(monkeypatch: pytest.MonkeyPa
     assert [row["seconds"] for row in recommender()[0].answer(EXAMPLES)] == [1.5, 1.5]
 
 
+def test_no_dialogues_are_no_rows() -> None:
+    assert recommender()[0].answer([]) == []
+
+
+def test_more_titles_than_there_are_cost_no_memory() -> None:
+    made, model = recommender(2, rank=10**12, rank_tokens=7)
+    made.answer(EXAMPLES)
+    assert model.ranked == [(2, len(FILMS.items), 7)]
+
+
 def test_every_dialogue_is_ranked_within_the_given_tokens() -> None:
     made, model = recommender(2, ses=True, rank=2, rank_tokens=7)
     for row in made.answer(EXAMPLES):
         assert [x["title"] for x in row["ranked"]] == ["Up (2009)", "Alien (1979)"]
         assert (row["ranked"][0]["logprob"], row["proven"]) == (-1.0, 2)
-    assert model.ranked == [(2, 7)]
+    assert model.ranked == [(2, 2, 7)]
 
 
 def test_options_without_an_effect_are_told_with_what_they_need() -> None:
@@ -117,8 +127,8 @@ def test_options_without_an_effect_are_told_with_what_they_need() -> None:
     assert told("ses_mode", ses=True, turns=2) == told("judge", judging=True) == []
     assert told("judge") == ["--judge has no effect without --validate-simulator"]
     assert told("ses_veto", "ses_mode") == [
-        "--ses-mode has no effect without --ses", "--ses-veto has no effect without --ses"
-    ]  # fmt: skip
+        f"--ses-{x} has no effect without --ses, or /ses on in a chat" for x in ("mode", "veto")
+    ]
     assert told("ses_veto", ses=True) == ["--ses-veto has no effect without --ses-cards"]
     assert told("ses_mode", ses=True) == ["--ses-mode has no effect without --ses-turns above 1"]
     assert told("simulator", judging=True) == []

@@ -379,6 +379,14 @@ def test_dialogues_without_names_are_other_ones_in_another_split(
     assert code == 0 and "4 rows of 4 dialogues" in out and "dialogues of both" not in out
 
 
+def test_a_dialogue_whose_name_is_null_has_none(tmp_path: Path) -> None:
+    chats = ({**chat(n, f"Heat ({n})"), "id": None} for n in range(1990, 2000))
+    path = write_lines(tmp_path / "in.jsonl", *chats)
+    list(conversion.convert("chats", str(path), str(tmp_path / "out"), None, "0"))
+    rows = [row for part in rows_in(tmp_path / "out").values() for row in part]
+    assert {row["dialog_id"] for row in rows} == set(map(str, range(1, 11)))
+
+
 def test_what_has_no_splits_is_divided_by_dialogue_with_a_seed(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "in.jsonl", *(chat(n, "Heat (1995)", "Up (2009)") for n in range(40))
@@ -413,6 +421,7 @@ def test_rows_whose_titles_the_items_lack_are_counted(
         ("redial", "a.jsonl", "{", "a.jsonl, line 1: not JSON"),
         ("inspired", "a.tsv", "a\tb\n1\t2\n", "not in the format inspired: KeyError"),
         ("opendialkg", "a.csv", "Messages\n{}x\n", "not JSON"),
+        ("opendialkg", "a.csv", "Messages\n" + "x" * 140_000, "field larger than field limit"),
         ("crslab", "a.json", '[{"dialog": [{"text": "x"}]}]', "KeyError('role')"),
         ("crslab", "a.json", '[{"dialog": [{"text": "x", "role": "Bot"}]}]', "needs a role"),
         ("chats", "a.jsonl", '{"lines": []}', "a.jsonl, line 1: expected a list of messages"),

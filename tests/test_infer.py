@@ -478,12 +478,15 @@ def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixt
         return {x.removeprefix("note: --") for x in lines if " has no effect without " in x}
 
     short, quick = ["--max-new-tokens", "6"], ["--ses", *SHORT[2:]]
+    need = "has no effect without --ses, or /ses on in a chat"
     assert told(*short, "--temperature", "1", "--top-p", "0.9", "--seed", "2") == set()
     assert told(*short, "--top-p", "0.9") == {"top-p has no effect without --temperature above 0"}
-    assert told(*short, "--ses-samples", "2") == {"ses-samples has no effect without --ses"}
-    assert told(*short, "--rank-tokens", "9") == {"rank-tokens has no effect without --rank"}
+    assert told(*short, "--ses-samples", "2") == {f"ses-samples {need}"}
+    assert told(*short, "--rank-tokens", "9") == {
+        "rank-tokens has no effect without --rank, or /top in a chat"
+    }
     assert told(*quick) == told(*quick, "--ses-vote-temperature", "1") == set()
-    assert told(*short, "--simulator", "none") == {"simulator has no effect without --ses"}
+    assert told(*short, "--simulator", "none") == {f"simulator {need}"}
     named = ["--temperature", "1", "--ses-draws", "2"]
     assert told(*quick, *named, "--no-ses-veto") == {
         "temperature has no effect without --ses-start-turn above 1",

@@ -365,6 +365,7 @@ def test_too_many_clients_are_turned_away(
         ({"messages": [{"role": "system", "content": "Be brief."}, *HELLO]}, "'system'"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
         ({"messages": "Hello"}, "list of messages"),
+        ({"messages": {"messages": HELLO}}, "list of messages"),
         ({"messages": HELLO, "temperature": -1}, "temperature must be at least 0, got -1"),
         ({"messages": HELLO, "temperature": "hot"}, "temperature must be"),
         ({"messages": HELLO, "top_p": 0}, "top_p must be"),

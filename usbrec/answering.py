@@ -76,8 +76,8 @@ class Recommender:
         said = iter(roles.recommend(awaited, self.sampling, drawn))
         ranked = roles.rank(dialogues, o.rank, o.rank_tokens) if o.rank else []
         items = roles.catalogue.items
-        seconds = round((time.perf_counter() - start) / len(asked), 3)
-        tokens = {name: round(n / len(asked)) for name, n in self.spent().items()}
+        seconds = round((time.perf_counter() - start) / max(len(asked), 1), 3)
+        tokens = {name: round(n / max(len(asked), 1)) for name, n in self.spent().items()}
         rows = []
         for i, x in enumerate(asked):
             named = {"dialog_id": x.dialog_id, "turn_id": x.turn_id, "gold": x.items}
@@ -102,10 +102,10 @@ class Recommender:
         cases = (  # options, what they need, and whether that is missing
             (every, "a reply, which --validate-simulator does not ask for", judging),
             ({"judge"}, "--validate-simulator", not judging),
-            (search | {"simulator"}, "--ses", not (o.ses or judging)),
+            (search | {"simulator"}, "--ses, or /ses on in a chat", not (o.ses or judging)),
             (shapes, "--ses-start-turn above 1", o.ses and searching.start_turn == 1),
             ({"top_k", "top_p", "min_p"}, "--temperature above 0", self.sampling.temperature == 0),
-            ({"rank_tokens"}, "--rank", o.rank == 0),
+            ({"rank_tokens"}, "--rank, or /top in a chat", o.rank == 0),
             ({"ses_prior"}, "--ses-candidates ranked", searching.candidates != "ranked"),
             ({"ses_draws"}, "--ses-candidates distinct", searching.candidates != "distinct"),
             ({"ses_veto"}, "--ses-cards", not searching.cards),

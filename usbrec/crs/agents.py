@@ -110,7 +110,7 @@ class Roles:
             raise UserError("this language model cannot rank titles: sample the candidates instead")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
-        return side.llm.best_texts(requests, texts, count, tokens)
+        return side.llm.best_texts(requests, texts, min(count, len(texts)), tokens)
 
     def likeliest(self, dialogues: Dialogues, k: int) -> list[list[tuple[Item, float]]]:
         """Return the k items that the recommender is likeliest to name, best first, by `rank`.

@@ -220,7 +220,7 @@ class Catalogue:
         """Return the text with the titles replaced by neutral words.
 
         Stricter than `find`: any case, quoted or not, with or without (any) year, without the
-        leading article, and the parts of a name before and after a colon. A name that is an
+        leading article, and the parts of a name beside a colon or a dash. A name that is an
         ordinary word is replaced after a naming word, with a year, in quotes, with a capital within
         a sentence, or as a whole sentence. Other catalogue titles that contain the name
         ("Spider-Man 2"), and what is surely a longer title, are kept.

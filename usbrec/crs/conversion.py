@@ -172,7 +172,7 @@ def convert(form: str, source: str, folder: str, items: str | None, seed: str) -
     try:
         paths = paths or {"train": Path(source)}
         chats = {split: list(read(path)) for split, path in paths.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{source} is not in the format {form}: {error!r}") from error
     known = Catalogue.load(Path(items)) if items else None
     made, catalogue, note = datasets.rows_of_chats(chats, known, seed)

@@ -318,9 +318,9 @@ def rows_of_chats(
     talks, place = list[tuple[str, str, list[Marked]]](), "nothing was read"
     for split, values in chats.items():
         for number, (place, value) in enumerate(values, 1):
-            unnamed = number if split == "train" else f"{split} {number}"
-            name = value.get("id", unnamed) if isinstance(value, dict) else unnamed
-            talks.append((split, str(name), _at(place, read_lines, value)))
+            nth = number if split == "train" else f"{split} {number}"
+            key = value.get("id") if isinstance(value, dict) else None
+            talks.append((split, str(nth if key is None else key), _at(place, read_lines, value)))
     lines = [line for *_, said in talks for line in said]
     marked = [title for _, titles in lines for title in titles]
     named = marked or [title for line, _ in lines for title in written_titles(line.text)]

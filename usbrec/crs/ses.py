@@ -21,8 +21,9 @@ Departures from the paper (arXiv 2509.20381) and its release, and our choice whe
 9. Beyond the paper, and off unless asked for: a budget. A search that fits its tokens is not
    changed. Otherwise the first responses are judged at once; then at each turn the better half, or
    fewer if the tokens run out, is rolled out and judged. A value is that of the whole path. With
-   cards the rule `wishes.fit`, which asks no model, chooses the candidates to be judged. A single
-   candidate is not judged. A search spends at least a summary and a candidate.
+   cards the rule `wishes.fit`, which asks no model, chooses the candidates to be judged, and a
+   first response without a title is scored, as 0, even if a later one follows. A single candidate
+   is not judged. A search spends at least a summary and a candidate.
 
     dialogue + profile                  summary and first responses: one call for all dialogues
     |- candidate -- seeker -- reply     the later reply is a leaf, which the inner judge scores
@@ -269,8 +270,9 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
 def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     """Return how many candidates a budget keeps at each turn, none if it pays for the whole search.
 
-    Prices are known before the first call, and hold for any language model or server. A prompt
-    counts a token for every four bytes of its text, cached or not, and its layout's. What is yet to
+    Prices are known before the first call, whatever the language model or server; one that tells no
+    log-probabilities votes more often than is counted. A prompt counts a token for every four bytes
+    of its text, cached or not, and its layout's. What is yet to
     be said counts at its longest, a card as a summary. A budget of seconds halves every search.
     """
     o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens

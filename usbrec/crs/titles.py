@@ -292,8 +292,8 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
     """Return the pattern of all forms of a title in plain text; group `name` without the year."""
     names = [name for x in (title, *names_of(title)) if (name := plain(x)[0]).strip()]
     year = split_title(title)[1]
-    parts = [re.sub(r"^(?:the|a|an)\s+", "", name, flags=re.IGNORECASE) for name in names]
-    parts += [part for name in names for part in name.split(": ")]
+    parts = [part for name in names for part in (name, *re.split(r": | [-–—] ", name))]
+    parts += [re.sub(r"^(?:the|a|an)\s+", "", part, flags=re.IGNORECASE) for part in parts]
     telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]
     spellings = sorted({_spelling(form) for form in (*names, *telling)}, key=len, reverse=True)
     bare_year = rf"|,?\s+{year}(?!{LETTER})" if year else ""

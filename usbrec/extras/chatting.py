@@ -102,7 +102,7 @@ class Chat:
     def rank(self, count: int) -> None:
         """Tell the titles that the recommender is likeliest to name in place of its last reply."""
         roles, tokens = self.recommender.roles, self.recommender.options.rank_tokens
-        [ranked] = roles.rank([self.turns[-1][0]], min(count, len(roles.catalogue.items)), tokens)
+        [ranked] = roles.rank([self.turns[-1][0]], count, tokens)
         for place, (number, logprob) in enumerate(ranked.texts, 1):
             tell(f"  {place:>3}. {roles.catalogue.items[number].title}  {logprob:.2f}")
 

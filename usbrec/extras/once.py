@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from usbrec.chat import Ranked, Ranks, Reply, Requests
+from usbrec.chat import Ranked, Ranks, Reply, Requests, Texts
 from usbrec.crs.agents import Roles, Side
 
 SIDES = ("recommender", "simulator", "external")  # of `Roles`
@@ -28,7 +28,7 @@ class Once:
         """Return the unnormalised log-probability of each choice as the reply, per request."""
         return self.ask("choice_logprobs", requests, tuple(choices))
 
-    def best_texts(self, requests: Requests, texts: Sequence[str], *limits: int) -> list[Ranked]:
+    def best_texts(self, requests: Requests, texts: Texts, *limits: int) -> list[Ranked]:
         """Return per request the most probable texts as its reply's beginning; see `Ranks`."""
         return self.ask("best_texts", requests, tuple(texts), *limits)
 

@@ -83,7 +83,7 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., object]) ->
     sampling = from_flags(Sampling, flags, defaults=vars(recommender.sampling))
     searching = from_flags(ses.SearchOptions, flags, defaults=vars(recommender.searching))
     messages = given.get("messages", ())
-    dialogue = datasets.read_messages(messages)
+    dialogue = datasets.read_messages(messages if isinstance(messages, list) else None)
     if any(str(x.get("role")).strip().lower() == "system" for x in messages if isinstance(x, dict)):
         raise UserError("a message of role 'system' has no effect here: leave it out")
     seed = seed_for(options.seed, "reply", format_dialogue(dialogue))
