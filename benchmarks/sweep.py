@@ -14,7 +14,7 @@ the differences to the plain reply are paired. The newest run's recommender answ
 decided them: the same command goes on from there, and another grid takes over the cells that it
 shares. The table is kept as sweep/NAME.json. Nothing here chooses a cell.
 
-The ladder leads from the paper's search to the one with cards, and changes one thing per row. Its
+The ladder leads from the paper's search to those whose judge knows films, a change per row. Its
 control needs no judge: the last column is Recall@1 of the candidate whose card fits the summary
 best by rule, ties to the first.
 
@@ -81,6 +81,7 @@ LADDER: dict[str, dict[str, Any]] = {  # a row -> what it changes
     "the three likeliest titles": {"candidates": "ranked", "prior": 0.0},
     "eight of them": {"samples": 8},
     "values weighted by probability": {"prior": 0.3},
+    "from memory in place of cards": {"cards": False, "memory": True},
 }
 BUDGETED: dict[str, dict[str, Any]] = {"chain, N=8": {"samples": 8}, "cards": PRESETS["ses_cards"]}
 SHARES = (1.0, 0.5, 0.25)  # of the tokens of a whole search, which comes first

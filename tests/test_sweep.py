@@ -107,22 +107,15 @@ def test_flags_hold_for_every_cell_and_cards_bring_their_own_defaults() -> None:
     assert (one, two) == tuple(SearchOptions(**{**own, "samples": n}) for n in (2, 3))
 
 
-def test_the_ladder_leads_from_the_papers_search_to_the_one_with_cards() -> None:
+def test_the_ladder_leads_from_the_papers_search_to_those_that_know_films() -> None:
     plain, *rungs = grid("--ladder")
     searches = [asdict(search) for _, search in rungs if search]
     assert plain == ({}, None) and searches[0] == asdict(SearchOptions())
-    assert searches[-1] == asdict(SearchOptions(**PRESETS["ses_cards"]))
+    for search, name in zip(searches[-2:], ("ses_cards", "ses_memory"), strict=True):
+        assert search == asdict(SearchOptions(**PRESETS[name]))
     changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(searches)]
-    assert [len(x) for x in changes] == [
-        1,
-        2,
-        1,
-        2,
-        1,
-        2,
-        1,
-        1,
-    ]  # two: what was tried goes back, or is new
+    # two: what was tried goes back, or is new
+    assert list(map(len, changes)) == [1, 2, 1, 2, 1, 2, 1, 1, 2]
 
 
 def test_flags_may_stand_between_the_words() -> None:
