@@ -272,8 +272,8 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
 
     Prices are known before the first call, whatever the language model or server; one that tells no
     log-probabilities votes more often than is counted. A prompt counts a token for every four bytes
-    of its text, cached or not, and its layout's. What is yet to
-    be said counts at its longest, a card as a summary. A budget of seconds halves every search.
+    of its text, cached or not, and its layout's. What is yet to be said counts at its longest, a
+    card as a summary. A budget of seconds halves every search.
     """
     o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens
     chats = agents.recommender_prompt(root), agents.internal_judge_prompt(root, profile)
