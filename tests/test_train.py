@@ -11,6 +11,7 @@ from argparse import SUPPRESS
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -317,6 +318,22 @@ def test_the_simulator_begins_as_a_copy_of_the_sft_adapter(
     assert any(bool(x.any()) for name, x in learned.items() if "lora_B" in name)
     for name, tensor in learned.items():
         torch.testing.assert_close(copied[name], tensor, rtol=0, atol=1e-8)
+
+
+def test_half_of_the_external_judges_lessons_come_again_among_the_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It learns first and alone, and may forget."""
+    made = {"simulator": (list("abcd"), list("ij")), "summary": list("stuv"), "card": list("12345")}
+    for name, lessons in made.items():
+        monkeypatch.setattr(train.lessons, f"{name}_lessons", lambda *_, own=lessons: own)
+    monkeypatch.setattr(train.lessons, "Suggestions", lambda *_: None)
+    taught: list[list[str]] = []
+    monkeypatch.setattr(train, "teach", lambda _, stage, make: taught.append(make(lambda _: [])))
+    train.train_simulator(MagicMock())
+    [order] = taught
+    assert order[:4] == list("abcd") and sorted(order[4:]) == sorted("acijstuv12345")
+    assert 0 < order[4:].index("a") < order[4:].index("c") - 1 < 10
 
 
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
