@@ -471,6 +471,23 @@ def test_a_split_ends_with_the_recall_of_its_replies(
     assert "Recall" not in capsys.readouterr().err  # of one dialogue
 
 
+def test_a_ranking_without_training_rows_is_refused_before_any_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = infer.load_split
+
+    def without_train(data: str, split: str, *rest: Any) -> Any:
+        if split == "train":
+            raise UserError("train.jsonl is missing")
+        return plain(data, split, *rest)
+
+    monkeypatch.setattr(infer, "load_split", without_train)
+    out = tmp_path / "out.jsonl"
+    assert infer.main([*SHORT, "--limit", "2", "--rank", "1", "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert "train.jsonl is missing" in said.err and said.out == "" and not out.exists()
+
+
 def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(*words: str) -> set[str]:
         assert infer.main(["--json", *words]) == 0
