@@ -21,7 +21,7 @@ from usbrec.crs.agents import (
 )
 from usbrec.crs.catalogue import Catalogue, Item, read_item
 from usbrec.crs.datasets import load_catalogue, load_split
-from usbrec.crs.dialogue import Example, Utterance
+from usbrec.crs.dialogue import SILENCE, Example, Utterance
 from usbrec.crs.lessons import (
     FILMLESS,
     LessonOptions,
@@ -139,7 +139,8 @@ def test_replies_amiss_name_no_film_and_are_worth_nothing_whatever_they_explain(
     kinds = {"empty": 0, "filmless": 0, "invented": 0, "as if it were gold": 0}
     for example, each in zip([x for x in TRAIN for _ in range(4)], made, strict=True):
         assert each.score == 0 and not CATALOGUE.find(each.reply)
-        kind = "filmless" if each.reply in FILMLESS else "invented" if each.reply else "empty"
+        own = "empty" if each.reply == SILENCE else "invented"  # as a prompt shows it
+        kind = "filmless" if each.reply in FILMLESS else own
         kinds[kind] += 1
         kinds["as if it were gold"] += each.explanation == example.explanation
         if kind == "invented":  # all but the title is the gold reply's
@@ -324,8 +325,9 @@ def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     dated = [x for x in strange if x.startswith("I recommend ")]
     named = {item.name for item in CATALOGUE}
     assert all(x[len("I recommend ") : -len(" (1990).")] in named for x in dated)
-    assert len(dated) > 20 and {"", *FILMLESS} & set(strange)
-    turns = [set(map(bool, strange[i : i + 4])) for i in range(4, 48, 8)]  # those without a year
+    assert len(dated) > 20 and {SILENCE, *FILMLESS} & set(strange) and "" not in strange
+    empty = [x == SILENCE for x in strange]
+    turns = [set(empty[i : i + 4]) for i in range(4, 48, 8)]  # those without a year
     assert sum(len(x) == 2 for x in turns) > 2  # empty or not: each is a draw of its own
     films = Catalogue(read_item({"name": f"Film ({year})"}) for year in range(1960, 2030))
     rows = [replace(TRAIN[0], items=("Film (1990)",), response="Try Film (1990).")]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, random_decoder
 from peft import PeftModel
-from test_training import gradient_of
+from peft.optimizers import create_loraplus_optimizer
+from test_training import gradient_of, learn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from usbrec.llm.adapter_files import save_adapter
@@ -17,7 +18,7 @@ from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.loss import Sft, Simpo, SimpoOptions
 from usbrec.llm.model import Stretch
 from usbrec.llm.packing import Branch, Tree, pack, pack_rows, pair_tree, visibility
-from usbrec.llm.training import run_pass
+from usbrec.llm.training import TrainingOptions, run_pass
 
 CONFIG = replace(TINY, hidden_size=48)  # transformers wants a multiple of the heads
 SIMPO = SimpoOptions(beta=2.5, gamma_beta_ratio=0.28, nll_weight=0.3)
@@ -168,6 +169,39 @@ def test_packed_rows_learn_what_plain_autograd_learns_from_padded_ones(
         wanted = theirs[f"base_model.model.{name}".replace(".weight", ".default.weight")].grad
         error = (piece.view_as(parameter) - wanted).norm() / wanted.norm()
         assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 8.0])
+def test_b_learns_faster_than_a_as_in_peft_s_lora_plus(model, tmp_path, ratio):
+    """Three steps of a tree each: the adapter's movement, to 1e-3 of its norm."""
+    trees = lessons(2)[:3]
+    plain = plain_model(model, tmp_path / "plain")
+    start = {x: p.detach().clone() for x, p in adapter_parameters(model, "one").items()}
+    options = TrainingOptions(
+        learning_rate=1e-3,
+        loraplus_lr_ratio=ratio,
+        batch_size=1,
+        warmup=0.0,
+        schedule="constant",
+        max_grad_norm=0.0,
+        shuffle=False,
+    )
+    learn(model, trees, Sft(), options, tmp_path / "ours")
+    optimizer = create_loraplus_optimizer(
+        plain, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio, weight_decay=0.0
+    )
+    for tree in trees:
+        plain_sft(plain, [tree]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs, moved = dict(plain.named_parameters()), {}
+    for name, parameter in adapter_parameters(model, "one").items():
+        wanted = theirs[f"base_model.model.{name}".replace(".weight", ".default.weight")]
+        moved[name] = (parameter - start[name]).abs().mean()
+        error = (parameter - wanted).norm() / (wanted - start[name]).norm()
+        assert error < 1e-3, (name, error)
+    means = [sum(x for n, x in moved.items() if part in n) for part in ("lora_A", "lora_B")]
+    assert means[1] / means[0] == pytest.approx(ratio, rel=0.3)
 
 
 def logps_by_branch(model, trees):

@@ -30,7 +30,7 @@ import numpy as np
 from usbrec.chat import Message, Messages, TrainingDialogue
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
-from usbrec.crs.dialogue import Dialogue, Example, Examples, Utterance, add_turn
+from usbrec.crs.dialogue import SILENCE, Dialogue, Example, Examples, Utterance, add_turn
 from usbrec.crs.wishes import Fact, attributes, describe, fit, read_profile, rewrite_all
 from usbrec.options import Options, option, seed_for
 
@@ -183,17 +183,17 @@ class Suggestions:
         """
         rng = np.random.default_rng(seed_for(seed, "amiss"))
         filmless, why = map(str, rng.choice(FILMLESS, 2))
-        reply = rng.choice([self.invented(example, rng), filmless, ""])
+        reply = rng.choice([self.invented(example, rng), filmless, SILENCE])
         told = rng.choice([why, explanation_of(example, self.catalogue)])
         return Suggestion(str(reply), str(told), 0)
 
     def invented(self, example: Example, rng: Generator) -> str:
-        """Return the gold reply with a title that no film has, "" if a film happens to have it."""
+        """Return the gold reply with a title that no film has, SILENCE if a film has it."""
         first, last = (self.pool[i].name.split() for i in rng.choice(len(self.pool), 2))
         name, golds = f"{first[0]} {last[-1]}", gold_items(example, self.catalogue)
         films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in golds]
         made = rewrite_all(example.response, films)
-        return "" if self.catalogue.find(made) else made
+        return SILENCE if self.catalogue.find(made) else made
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return up to UNLIKE replies (0) that share nothing with the target or the profile."""

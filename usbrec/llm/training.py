@@ -2,7 +2,8 @@
 
 A step takes `batch_size` trees, lays them into rows of at most `tokens_per_pass` tokens and divides
 the summed loss by the whole step's total. So cutting a step into passes, or spreading its passes
-over the processes of `torchrun`, changes nothing but rounding. The base never changes.
+over the processes of `torchrun`, changes nothing but rounding. The base never changes. An adapter's
+B, which begins at zero, may have a higher rate than its A (LoRA+, arXiv 2402.12354).
 
 A run can be killed at any moment. Started again with the same arguments, it resumes from its last
 state and ends with the bytes of an uninterrupted run on the same machine.
@@ -50,6 +51,7 @@ class TrainingOptions(Options):
     """Length, learning rate, batches and validation of a training run."""
 
     learning_rate: float = option(3e-4, "peak rate of AdamW", above=0)
+    loraplus_lr_ratio: float = option(1.0, "rate of B over that of A (LoRA+)", above=0)
     epochs: float = option(1.0, "passes over the items", above=0)
     steps: int = option(0, "stop after so many steps; 0: by epochs", low=0)
     batch_size: int = option(16, "items a step", low=1)
@@ -105,8 +107,10 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
     parameters = trainable(model, adapter)
     facts = {"adapter": adapter, "objective": repr(job.objective), **asdict(options)}
     facts |= {"items": digest(trees), "validation": digest(job.validation)}
-    decay = options.weight_decay
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
+    ratios = {".lora_A.": 1.0, ".lora_B.": options.loraplus_lr_ratio}
+    owned = ([x for name, x in parameters.items() if part in name] for part in ratios)
+    groups = [{"params": x, "ratio": y} for x, y in zip(owned, ratios.values(), strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
     state = State(job.folder, parameters, optimizer)
     state.resume({**facts, "weights": digest(copies(parameters))})
     todo = range(state.step, steps)
@@ -118,7 +122,9 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
             parallel.total(parameter.grad)
         norm = clip_grad_norm_(parameters.values(), options.max_grad_norm or math.inf).item()
         refuse_infinite(f"step {step + 1}", {**found, "grad_norm": norm})
-        rate = optimizer.param_groups[0]["lr"] = learning_rate(options, step, steps)
+        rate = learning_rate(options, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
         optimizer.step()
         optimizer.zero_grad()
         model.ops.clear()
@@ -198,10 +204,8 @@ def step_items(options: TrainingOptions, items: int) -> list[list[int]]:
 def learning_rate(options: TrainingOptions, step: int, steps: int) -> float:
     """Return the rate of step `step` of `steps`: a linear warm-up, then flat or half a cosine."""
     warm = math.ceil(options.warmup * steps)
-    if step < warm:
-        return options.learning_rate * (step + 1) / warm
-    if options.schedule == "constant":
-        return options.learning_rate
+    if step < warm or options.schedule == "constant":
+        return options.learning_rate * min((step + 1) / max(warm, 1), 1)
     share = (step - warm) / max(steps - warm, 1)
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 

@@ -197,8 +197,7 @@ class RecordedLearning:
         # spare tokens see themselves: one that sees nothing would be no number
         trees = [*(x.visible for x in attention.stretches), torch.eye(room - T)]
         [whole] = model.ops.arrange([Stretch(torch.arange(room), torch.block_diag(*trees).bool())])
-        row = (F.pad(x, (0, room - T)) for x in (ids, positions))
-        inputs = (*row, whole.bias.contiguous())
+        inputs = (*(F.pad(x, (0, room - T)) for x in (ids, positions)), whole.bias.contiguous())
         if room not in self.passes:
             body = TrainingBody(model, spans[0].adapter, room)
             try:

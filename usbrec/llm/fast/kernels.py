@@ -181,8 +181,7 @@ class WindowAttention(torch.autograd.Function):
             grad_v.index_add_(1, keys, torch.bmm(probs.mT, grad))
             grad_probs = torch.bmm(grad, v[:, keys].mT)
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            own = torch.bmm(grad_scores, k[:, keys])
-            grad_q[start:stop] = unfold(own, stop - start) * scale
+            grad_q[start:stop] = unfold(torch.bmm(grad_scores, k[:, keys]), stop - start) * scale
             folded = fold(q[start:stop] * scale, H_kv)
             grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, folded))
         return grad_q, grad_k, grad_v, None
@@ -219,8 +218,7 @@ def rectangles(
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
         bias = bias.masked_fill_(hidden.to(device), -torch.inf).expand(H_kv, -1, -1, -1)
         rows = torch.cat([torch.arange(size) + i * len(queries[0]) for i, size in enumerate(sizes)])
-        lone = len(stretches) == 1
-        own = [None if lone else x.to(device) for x in (queries.flatten(), rows)]
+        own = [x.to(device) if len(stretches) > 1 else None for x in (queries.flatten(), rows)]
         found.append(Rectangle(own[0], keys.to(device), bias.flatten(0, 1)[:, None], own[1]))
     return found
 
