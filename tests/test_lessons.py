@@ -275,8 +275,9 @@ def test_a_card_is_written_before_it_is_scored_by_rule_as_both_are_asked_later()
         claims[score - given] += said.content != announce(film.title)
     assert min(told.values()) > 20 and len(told) == 3
     assert claims.total() == 4 * 12 and claims[1] > 5  # one of four; false of the film
-    early = [said.content for _, said, shown, *_ in card_chats(3) if shown.content != UNKNOWN]
-    assert all(said.startswith("I recommend ") for said in early)  # the fourth is a claim
+    few = [said.content for _, said, shown, *_ in card_chats(2) if shown.content != UNKNOWN]
+    claimed = [not said.startswith("I recommend ") for said in few]
+    assert not any(claimed[:18]) and sum(claimed[18:]) > 3  # the last quarter, of any number
 
 
 def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wishes() -> None:
@@ -299,9 +300,9 @@ def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wish
 
 def test_the_seed_decides_which_profile_a_film_meets_first() -> None:
     def first_round(seed: int) -> dict[str, str]:
-        lessons = card_lessons(TRAIN, DRAWS, seed, LessonOptions(cards=12, rehearsals=1))
+        lessons = card_lessons(TRAIN, DRAWS, seed, LessonOptions(cards=12, rehearsals=4))
         chats = [x for lesson in lessons for x in with_score(lesson) if x[1].content != UNKNOWN]
-        return {said.content: asked.content for said, _, asked, _ in chats}
+        return {said.content: asked.content for said, _, asked, _ in chats[:12]}
 
     one, other = first_round(0), first_round(1)
     assert one.keys() == other.keys() and one != other

@@ -188,8 +188,8 @@ def from_flags(
 
 
 def _flag(prefix: str, name: str) -> str:
-    own = name.removeprefix(f"{prefix}_")  # --lora-alpha
-    return "--" + f"{prefix}-{own}".strip("-").replace("_", "-")
+    # no prefix twice: --lora-alpha
+    return "--" + f"{prefix}-{name.removeprefix(prefix + '_')}".strip("-").replace("_", "-")
 
 
 def read_text(path: Path) -> str:

@@ -55,7 +55,7 @@ class LessonOptions(Options):
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
-    rehearsals: int = option(4, "times it scores a reply with each, and writes its card", low=1)
+    rehearsals: int = option(2, "times it scores a reply with each, and writes its card", low=1)
     sft_chats: int = option(8, "chats that share a system prompt in a lesson of sft", low=1)
     simulator_chats: int = option(4, "the same, in one of the simulator", low=1)
 
@@ -290,10 +290,10 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
     The judge writes the card before it scores, so it learns to know the most frequent titles. Each
     is met `rehearsals` times, each time with another profile: in the first quarter one of a single
     wish, where the score tells whether the card holds it, since a small model learns to compare
-    several wishes only after that. As often its card is asked for without a score, which teaches
-    it by heart at half the price. One reply in four claims what is true of another film, which
-    costs a point if it is false of this one. Of one reply in nine nothing is known, and it is worth
-    0: it names a title of another year, an invented one or none.
+    several wishes only after that. In the last quarter the reply claims what is true of another
+    film, which costs a point if it is false of this one. As often as it is scored a card is asked
+    for without a score, which teaches it by heart at half the price. Of one reply in nine nothing
+    is known, and it is worth 0: it names a title of another year, an invented one or none.
     """
     films, weight, chats = draws.catalogue, options.score_weight, list[Messages]()
     order = np.argsort(-draws.shares, kind="stable")[: options.cards]
@@ -303,9 +303,10 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
         rng = np.random.default_rng(seed_for(seed, "cards", turn))
         for number, place in enumerate(rng.permutation(len(taught))):
             film, other = taught[place], rows[int(rng.integers(len(rows)))]
-            tried = met[film][4 * turn >= options.rehearsals] or met[film][0]
+            share = (turn + number / len(taught)) / options.rehearsals  # of all, so far
+            tried = met[film][share >= 0.25] or met[film][0]
             facts, reply, false = tried[turn % len(tried)], agents.announce(film.title), False
-            if turn % 4 == 3:
+            if share >= 0.75:
                 claim, stolen = claim_of(other.response, gold_items(other, films), film)
                 reply, false = (claim, stolen) if films.first(claim) == (film,) else (reply, False)
             score = max(fit(film, facts) - false, 0)
