@@ -143,7 +143,8 @@ def test_the_default_model_goes_through_all_stages_and_answers(
     monkeypatch.setattr(train.runs, "RUNS", tmp_path)
     monkeypatch.setattr(infer, "RUNS", tmp_path)
     few = STAGE_FLAGS | {"--max-simulator": 2, "--max-pairs": 3, "--max-eval": 2}
-    few |= {"--simulator-steps": 8, "--pairs-max-new-tokens": 12}
+    few |= {"--simulator-steps": 8, "--pairs-max-new-tokens": 12, "--loraplus-lr-ratio": 1}
+    few |= {"--sft-learning-rate": 2e-3, "--simulator-learning-rate": 1e-3}
     assert train.main([*flags(few), "--pairs-worst", "below-two"]) == 0
     check_files(tmp_path / "sample")
     check_report(tmp_path / "sample", dialogues=2, judged=2)
@@ -338,7 +339,7 @@ def test_half_of_the_external_judges_lessons_come_again_among_the_later_ones(
 
 VALIDATED = {  # at this rate the loss of sft's validation rises at last
     "--max-valid": 3, "--sft-epochs": 10, "--sft-save-every": 2, "--sft-learning-rate": 1,
-    "--sft-schedule": "constant", "--lesson-sft-chats": 1,
+    "--sft-schedule": "constant", "--lesson-sft-chats": 1, "--sft-loraplus-lr-ratio": 1,
 }  # fmt: skip
 
 
@@ -476,7 +477,7 @@ def test_pairs_that_teach_nothing_are_counted_and_without_others_refused(
         ({"--lora-r": 3}, f"was made with lora-r {DEFAULTS['lora']['r']}, got 3"),
         ({"--ses-turns": 2}, "report.json was made with ses-turns 1, got 2"),
         ({"--seed": 1}, "sft/adapter_model.safetensors was made with seed 0, got 1"),
-        ({"--learning-rate": 0.5}, "was made with sft-learning-rate 0.002, got 0.5"),
+        ({"--learning-rate": 0.5}, "was made with sft-learning-rate 0.0005, got 0.5"),
         ({"--sft-epochs": 2}, "was made with sft-epochs 1.0, got 2.0"),
     ],
 )
@@ -705,7 +706,7 @@ def test_an_unknown_method_is_named() -> None:
 def test_a_stages_flag_goes_before_the_shared_one_then_the_stages_default() -> None:
     """`simulator` has a learning rate of its own by default, `simpo` epochs; nobody a norm."""
     plain = settings()
-    assert (plain.simulator.learning_rate, plain.simulator.max_grad_norm) == (1e-3, 1.0)
+    assert (plain.simulator.learning_rate, plain.simulator.max_grad_norm) == (5e-4, 1.0)
     shared = settings("--learning-rate", "0.5", "--max-grad-norm", "2", "--no-shuffle")
     for stage in ("simulator", "sft", "simpo"):
         options = getattr(shared, stage)
@@ -722,11 +723,12 @@ def test_every_training_option_can_be_overridden_for_one_stage(stage: str) -> No
     others = {"--schedule": "constant", "--warmup": 0.5, "--save-every": 7, "--steps": 7}
     others |= {"--eval-every": 7, "--batch-size": 7, "--tokens-per-pass": 7, "--epochs": 7}
     others |= {"--weight-decay": 7, "--max-grad-norm": 7, "--learning-rate": 7}
+    others |= {"--loraplus-lr-ratio": 7}
     words = [word.replace("--", f"--{stage}-", 1) for word in flags(others)]
     found, plain = settings(*words, f"--{stage}-checkpointing"), settings()
     for name in ("simulator", "sft", "simpo"):
         changed = asdict(getattr(found, name)).items() - asdict(getattr(plain, name)).items()
-        assert len(changed) == (12 if name == stage else 0)
+        assert len(changed) == (13 if name == stage else 0)
     assert set(asdict(plain.sft)) == {x[2:].replace("-", "_") for x in others} | {
         "checkpointing", "shuffle", "seed",
     }  # fmt: skip
