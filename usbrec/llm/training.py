@@ -107,10 +107,8 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
     parameters = trainable(model, adapter)
     facts = {"adapter": adapter, "objective": repr(job.objective), **asdict(options)}
     facts |= {"items": digest(trees), "validation": digest(job.validation)}
-    ratios = {".lora_A.": 1.0, ".lora_B.": options.loraplus_lr_ratio}
-    owned = ([x for name, x in parameters.items() if part in name] for part in ratios)
-    groups = [{"params": x, "ratio": y} for x, y in zip(owned, ratios.values(), strict=True)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
+    optimizer = adamw(parameters, options.weight_decay)
+    of_A, of_B = optimizer.param_groups
     state = State(job.folder, parameters, optimizer)
     state.resume({**facts, "weights": digest(copies(parameters))})
     todo = range(state.step, steps)
@@ -122,9 +120,8 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
             parallel.total(parameter.grad)
         norm = clip_grad_norm_(parameters.values(), options.max_grad_norm or math.inf).item()
         refuse_infinite(f"step {step + 1}", {**found, "grad_norm": norm})
-        rate = learning_rate(options, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["ratio"]
+        rate = of_A["lr"] = learning_rate(options, step, steps)
+        of_B["lr"] = rate * options.loraplus_lr_ratio
         optimizer.step()
         optimizer.zero_grad()
         model.ops.clear()
@@ -187,6 +184,12 @@ def own_rows(rows: Sequence[list[Tree]]) -> list[tuple[list[Tree], float]]:
     """
     own = [(row, 1.0) for row in rows[parallel.rank() :: parallel.world()]]
     return own if len(own) * parallel.world() >= len(rows) else [*own, (rows[-1], 0.0)]
+
+
+def adamw(parameters: Tensors, decay: float) -> torch.optim.Optimizer:
+    """Return AdamW over an adapter in two groups, A and B, whose rates may differ (LoRA+)."""
+    own = [[x for name, x in parameters.items() if y in name] for y in (".lora_A.", ".lora_B.")]
+    return torch.optim.AdamW([{"params": x} for x in own], weight_decay=decay, fused=True)
 
 
 def step_items(options: TrainingOptions, items: int) -> list[list[int]]:
