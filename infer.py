@@ -115,7 +115,6 @@ def read_run(folder: Path) -> Setup:
     if not done:
         told = f"make one with `python train.py --run-dir {folder}`"
         raise UserError(f"{folder} has no finished adapter: {told}")
-    recommender = done.get("simpo") or done.get("sft", "none")
     simulator, note = done.get("simulator", "none"), folder / "options" / f"{[*done][-1]}.json"
     notes = {path: runs.read_json(path) for path in sorted(note.parent.glob("*.json"))}
     try:
@@ -126,7 +125,7 @@ def read_run(folder: Path) -> Setup:
         data = DataOptions(facts["data"], facts.get("data-dir"), simulator=str(Path(simulator)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{note} is not as train.py writes it") from error
-    sides = {"recommender": recommender, "simulator": simulator}
+    sides = {"recommender": done.get("simpo") or done.get("sft", "none"), "simulator": simulator}
     return Setup(model, sides, data.data, data.data_dir, folder)
 
 
@@ -295,7 +294,7 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and (flags.chat or flags.out.is_dir()):
         raise UserError(f"--out must name a file, and not stand beside --chat, got {flags.out}")
-    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
+    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in (".html", ".json")):
         raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")
 
 

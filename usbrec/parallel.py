@@ -160,8 +160,7 @@ def shard(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> None
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device.type, (world(),))
-    inside = {parameter for layer in layers for parameter in layer.parameters()}
-    outside = set(model.parameters()) - inside
+    outside = set(model.parameters()) - set(layers.parameters())
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=outside)  # fetches a layer while another computes

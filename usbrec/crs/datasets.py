@@ -134,9 +134,8 @@ def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator
     titles = [title for x in examples for title in x.items]
     if unknown := [title for title in titles if not known.named(title)]:
         told = f"{len(unknown)} of {len(titles)} gold titles of {split} are not in the items"
-        rows = sum(not any(map(known.named, x.items)) for x in examples)
-        told += f", such as {unknown[0]!r}"
-        yield f"{told}: no reply to {rows} of {len(examples)} rows can be right"
+        rows = f"{sum(not any(map(known.named, x.items)) for x in examples)} of {len(examples)}"
+        yield f"{told}, such as {unknown[0]!r}: no reply to {rows} rows can be right"
     if split == "train" and _existing(folder, "test"):
         tests = {(x.history, x.response) for x in read_examples(_find(folder, "test"))}
         if shared := sum((x.history, x.response) in tests for x in examples):
@@ -256,8 +255,7 @@ def read_dialogues(path: Path) -> list[Dialogue]:
         values = value if isinstance(value, list) and any(map(_is_dialogue, value)) else [value]
         found = [(f"{path}, dialogue {n}", value) for n, value in enumerate(values, 1)]
     except UserError:
-        found = list(read_jsonl(path))
-        if not found:
+        if not (found := list(read_jsonl(path))):
             raise UserError(f"{path} has no dialogue") from None
     if all(isinstance(value, dict) and not _is_dialogue(value) for _, value in found):
         found = [(str(path), [value for _, value in found])]  # the messages of one dialogue

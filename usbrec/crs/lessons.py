@@ -224,8 +224,7 @@ def simulator_lessons(
     first, last, then = [], [], []
     for number, example in enumerate(examples):
         key = seed_for(seed, "lesson", example.dialog_id, example.turn_id)
-        made = draws.draw(example, key)
-        if not made:
+        if not (made := draws.draw(example, key)):
             continue
         *named, filmless = made
         at_times = [filmless] if number % 4 == 0 else []
@@ -278,9 +277,8 @@ def woven(*lists: Sequence[TrainingDialogue]) -> Lessons:
 
 def summary_lessons(examples: Examples, films: Catalogue, options: LessonOptions) -> Lessons:
     """Return training dialogues of summaries, `simulator_chats` chats in each."""
-    profiles = [Message("assistant", profile_of(x, films), 1.0) for x in examples]
-    prompts = [agents.summary_prompt(x.history) for x in examples]
-    chats = [(*prompt, profile) for prompt, profile in zip(prompts, profiles, strict=True)]
+    answers = (Message("assistant", profile_of(x, films), 1.0) for x in examples)
+    chats = [(*agents.summary_prompt(x.history), y) for x, y in zip(examples, answers, strict=True)]
     return share_prompt(chats, options.simulator_chats)
 
 

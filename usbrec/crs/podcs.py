@@ -48,9 +48,8 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
     """
     keys = [seed_for(seed, "pairs", example.dialog_id, example.turn_id) for example in examples]
     k, first = options.samples, Sampling(options.max_new_tokens, options.temperature)
-    histories = [example.history for example in examples for _ in range(k)]
     seeds = [seed_for(key, "sample", n) for key in keys for n in range(k)]
-    texts = roles.recommend(histories, first, seeds)
+    texts = roles.recommend([x.history for x in examples for _ in range(k)], first, seeds)
     # equal texts of an example are rolled out once
     drawn = dict.fromkeys((i // k, text) for i, text in enumerate(texts) if text)
     cases = [(examples[i], text, seed_for(keys[i], "rollout", text)) for i, text in drawn]

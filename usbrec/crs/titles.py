@@ -297,10 +297,8 @@ def _leak_pattern(title: str) -> re.Pattern[str]:
     telling = [x for x in parts if any(not key.isdigit() for key in _uncommon_words(x))]
     spellings = sorted({_spelling(form) for form in (*names, *telling)}, key=len, reverse=True)
     bare_year = rf"|,?\s+{year}(?!{LETTER})" if year else ""
-    return re.compile(
-        rf"(?P<name>{'|'.join(spellings) or '(?!)'})"
-        rf"""(?P<year>[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}{bare_year})?"""
-    )
+    form = rf"(?P<name>{'|'.join(spellings) or '(?!)'})"
+    return re.compile(rf"""{form}(?P<year>[!?.]{{0,3}}["'”*»」》〉』)\]]*\s*{YEAR}{bare_year})?""")
 
 
 def leaks(text: str, title: str) -> list[tuple[int, int]]:

@@ -219,11 +219,10 @@ def _other_person(person: str, old: Item, new: Item, match: re.Match[str]) -> st
 
     A full name becomes a full name, a surname a surname.
     """
-    found = match.group()
     told = re.search(r"\b(by|from|director)\s*$", match.string[: match.start()])
     directs = person in old.directors and (told or person not in old.stars)
     people, role = (new.directors, old.directors) if directs else (new.stars, old.stars)
     if not people or person in people:
-        return found if people else "someone else"
+        return match[0] if people else "someone else"
     name = people[min(role.index(person), len(people) - 1)]
-    return name if found.lower() == person.lower() else name.split()[-1]
+    return name if match[0].lower() == person.lower() else name.split()[-1]

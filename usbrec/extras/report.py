@@ -40,8 +40,7 @@ Facts = Mapping[str, Any]
 
 def report_of(rows: Sequence[Facts], baselines: Facts, run: Facts, seed: int) -> Row:
     """Return `build_report` of the rows of rows.jsonl, the options and counts of their `run`."""
-    names = (*COMPARED, "agreement", "ranked")
-    noted = {name: [row[name] for row in rows if name in row] for name in names}
+    noted = {x: [row[x] for row in rows if x in row] for x in (*COMPARED, "agreement", "ranked")}
     methods = {name: noted[name] for name in COMPARED if noted[name]}
     judge = agreement(noted["agreement"], seed)
     judge["within_dialogue"] = within_dialogues(noted["ranked"], seed)
@@ -146,7 +145,6 @@ def ranked_recall(
     the dialogue, newest first; most-popular guesses the training labels, most frequent first. The
     mean is over labels, as in iEvaLM; intervals draw whole dialogues.
     """
-    groups = [example.dialog_id for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
         "copy-last": [copied(catalogue, example) for example in examples],
@@ -156,7 +154,7 @@ def ranked_recall(
 
     def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
         labels = [gold_labels(catalogue, x, y[:k]) for x, y in zip(examples, guesses, strict=True)]
-        return recall(labels, groups, seed)
+        return recall(labels, [x.dialog_id for x in examples], seed)
 
     return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
 
@@ -208,8 +206,7 @@ def _table(title: str, columns: Mapping[str, str], rows: Facts, form: str = ".3f
     lines = [[title, *columns.values()], *([name] for name in rows)]
     for place, key in enumerate(columns, 1):
         found = [row.get(key, "") for row in rows.values()]
-        counts = sorted({x["n"] for x in found if not isinstance(x, str)})
-        if counts:
+        if counts := sorted({x["n"] for x in found if not isinstance(x, str)}):
             lines[0][place] += f", n {'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
         for line, x in zip(lines[1:], found, strict=True):
             line.append(x if isinstance(x, str) else interval(x, form=form).split(" n ")[0])

@@ -36,17 +36,16 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
 
     Each file is written whole or not at all, the weights last: a folder with weights is complete.
     """
-    every = linear_layers(model)
-    layers = {path: layer for path, layer in every.items() if name in layer.lora_A}
+    layers = {path: x for path, x in linear_layers(model).items() if name in x.lora_A}
     assert layers, f"the model has no adapter {name!r} to save"
     config = next(iter(layers.values())).configs[name]
-    last_names = {path.rpartition(".")[2] for path in layers}
-    named_so = {path for path in every if path.rpartition(".")[2] in last_names}
+    last_names = sorted({path.rpartition(".")[2] for path in layers})
+    named_so = targeted(model, last_names, folder)
     alpha = config.lora_alpha
     scale = {"r": config.r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
     settings = {**PEFT["written"], "base_model_name_or_path": base_name, **scale}
     settings["use_rslora"] = config.use_rslora
-    settings["target_modules"] = sorted(last_names if named_so == layers.keys() else layers)
+    settings["target_modules"] = last_names if named_so.keys() == layers.keys() else sorted(layers)
     own = adapter_parameters(model, name)
     tensors = {PREFIX + stored_name(model.config, x): own[x].data.cpu().contiguous() for x in own}
     write_json(folder / CONFIG_FILE, settings)

@@ -76,8 +76,7 @@ def prefill(
         place |= {slot: total + n for n, slot in enumerate(slots[start:])}
         total += len(ids) - start
         for at in range(start, len(ids), most):
-            stop = at + most
-            piece = Piece(adapter, ids[at:stop], at, path[:stop])
+            piece = Piece(adapter, ids[at : at + most], at, path[: at + most])
             if sum(len(p.ids) for p in [*passes[-1], piece]) > most:
                 passes.append([])
             passes[-1].append(piece)
@@ -89,8 +88,7 @@ def prefill(
 
 def run_pieces(model: Decoder, cache: PrefixCache, pieces: Sequence[Piece]) -> Tensor:
     """Return the hidden states (T, D) of the pieces' tokens, computed in one pass."""
-    device = cache.k.device
-    written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(device)
+    written = torch.cat([piece.slots[piece.start :] for piece in pieces]).to(model.device)
     # each token sees its row up to itself
     seen = (torch.ones(len(x.ids), len(x.slots), dtype=torch.bool).tril(x.start) for x in pieces)
     arranged = model.ops.arrange(list(map(Stretch, [x.slots for x in pieces], seen)))
@@ -103,7 +101,7 @@ def run_pieces(model: Decoder, cache: PrefixCache, pieces: Sequence[Piece]) -> T
     ids = torch.tensor([token for piece in pieces for token in piece.ids])
     positions = torch.cat([torch.arange(piece.start, len(piece.slots)) for piece in pieces])
     spans = adapter_spans([x.adapter for x in pieces], [len(x.ids) for x in pieces])
-    return model(ids.to(device), positions.to(device), attention, spans)
+    return model(ids.to(model.device), positions.to(model.device), attention, spans)
 
 
 class DecodeAttention:
@@ -155,9 +153,8 @@ class DecodeAttention:
 
     def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the rows' prompts, (layers, H_kv, rows, P, d) each."""
-        slots = torch.zeros(len(rows), self.P, dtype=torch.long)  # slot 0 is always written
-        for own, row in zip(slots, rows, strict=True):
-            own[: len(self.paths[row])] = self.paths[row]
+        paths = [self.paths[row] for row in rows]
+        slots = torch.stack([F.pad(x, (0, self.P - len(x))) for x in paths])  # 0 is always written
         first, device = int(slots[0, 0]), self.cache.k.device
         where: slice | Tensor = slots.flatten().to(device)
         if torch.equal(slots, torch.arange(first, first + self.P)[None]):

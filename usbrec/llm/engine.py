@@ -98,12 +98,10 @@ class Batch:
     ignored.
     """
 
-    def __init__(
-        self, rows: list[BatchRow], prompts: list[Tensor], cache: PrefixCache, model: Decoder
-    ) -> None:
-        self.rows, self.cache, self.model = rows, cache, model
-        new_tokens = max(row.request.sampling.max_new_tokens for row in rows)
-        self.attention = (model.ops.decoding or DecodeAttention)(cache, prompts, new_tokens)
+    def __init__(self, rows: list[BatchRow], prompts: list[Tensor], engine: "Engine") -> None:
+        self.rows, self.cache, self.model = rows, engine.cache, engine.model
+        longest = max(row.request.sampling.max_new_tokens for row in rows)
+        self.attention = (self.model.ops.decoding or DecodeAttention)(self.cache, prompts, longest)
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -159,8 +157,7 @@ class Batch:
                 computed = row.prompt + row.tokens[:known]
                 path, num_cached = self.cache.insert(row.request.adapter, computed)
                 slots.append(path[num_cached:])
-                first = num_cached - len(row.prompt)
-                places += [(i, column) for column in range(first, len(computed) - len(row.prompt))]
+                places += [(i, at - len(row.prompt)) for at in range(num_cached, len(computed))]
         self.attention.compact(going, torch.tensor(places), torch.cat(slots))
         self.rows = [self.rows[i] for i in going]
         if self.rows:
@@ -219,7 +216,7 @@ class Engine:
         """Draw the replies of rows that fit the cache together."""
         prompts = [(row.request.adapter, row.prompt) for row in rows]
         paths, states = self.prefill(prompts, [len(row.prompt) - 1 for row in rows])
-        batch, hidden = Batch(rows, paths, self.cache, self.model), torch.cat(states)  # (B, D)
+        batch, hidden = Batch(rows, paths, self), torch.cat(states)  # (B, D)
         while batch.rows:
             self.usage.decoded_tokens += sum(not row.done for row in batch.rows)
             hidden = batch.advance(self.agreed(batch.sampler.draw(self.model.logits(hidden))))

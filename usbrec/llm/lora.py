@@ -79,7 +79,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
     """Add a fresh adapter `name` to the model: A uniform as in peft, B zero; equal for a seed."""
-    generator, wanted = torch.Generator().manual_seed(seed), {*config.target_modules}
+    rng, wanted = torch.Generator().manual_seed(seed), {*config.target_modules}
     layers = lora_layers(model)
     if missing := wanted - {path.rpartition(".")[2] for path in layers} - {ALL_LINEAR}:
         raise UserError(f"target_modules names no linear layer of this model: {sorted(missing)}")
@@ -87,8 +87,7 @@ def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> N
         if wanted & {ALL_LINEAR, path.rpartition(".")[2]}:
             assert name not in layer.lora_A, f"the model already has an adapter {name!r} at {path}"
             bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft
-            A = torch.empty(config.r, layer.in_features)
-            A.uniform_(-bound, bound, generator=generator)
+            A = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=rng)
             layer.add(name, config, A, torch.zeros(layer.out_features, config.r))
 
 

@@ -87,10 +87,8 @@ Stretches = Sequence[Stretch]
 def attend_all(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches) -> Tensor:
     """Return `attend` of all stretches, q (T, H, d), k and v (H_kv, all keys, d) -> (T, H, d)."""
     parts = zip(q.split([len(x.visible) for x in stretches]), stretches, strict=True)
-    return torch.cat([
-        attend(own, k[:, places], v[:, places], visible.to(q.device))
-        for own, (places, visible) in parts
-    ])  # fmt: skip
+    outs = [attend(own, k[:, x.places], v[:, x.places], x.visible.to(q.device)) for own, x in parts]
+    return torch.cat(outs)
 
 
 @dataclass

@@ -126,8 +126,7 @@ def rope_of(settings: "CheckedSettings") -> dict[str, Any]:
     if kind == "default":
         rope.refuse_others({"factor": (None,)})  # no type says how to use it
         return {"rope_theta": theta}
-    names = ("factor", "low_freq_factor", "high_freq_factor")
-    scaling = {"rope_type": "llama3", **{name: rope.number(name) for name in names}}
+    scaling = {x: rope.number(x) for x in ("factor", "low_freq_factor", "high_freq_factor")}
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise UserError(f"{settings.source}: high_freq_factor must be above low_freq_factor")
     scaling["original_max_position_embeddings"] = rope.size("original_max_position_embeddings")

@@ -128,7 +128,6 @@ class Ranking:
 
 def advance(engine: "Engine", going: Sequence[tuple["Search", list[Open]]]) -> None:
     """Open the chosen runs of several searches in one pass, and score what follows them."""
-    model, usage = engine.model, engine.usage
     laid_out = [search.lay_out(chosen) for search, chosen in going]
     ids, places = ([x for own in laid_out for x in own[i]] for i in (0, 1))
     counts = [len(own[0]) for own in laid_out]
@@ -137,11 +136,11 @@ def advance(engine: "Engine", going: Sequence[tuple["Search", list[Open]]]) -> N
         own = zip(going, *(x.split(counts) for x in qkv), strict=True)
         return torch.cat([search.attend(layer, *x) for (search, _), *x in own])
 
-    rows = (torch.tensor(x, device=model.device) for x in (ids, places))
+    rows = (torch.tensor(x, device=engine.model.device) for x in (ids, places))
     spans = adapter_spans([search.adapter for search, _ in going], counts)
-    states = model(*rows, attention, spans).split(counts)
-    usage.prompt_tokens += len(ids)
-    usage.computed_tokens += len(ids)
+    states = engine.model(*rows, attention, spans).split(counts)
+    engine.usage.prompt_tokens += len(ids)
+    engine.usage.computed_tokens += len(ids)
     for (search, chosen), (_, _, ends), own in zip(going, laid_out, states, strict=True):
         search.score(chosen, ends, own)
 
@@ -173,9 +172,8 @@ class Search:
     def choose(self) -> list[Open]:
         """Return the runs to open next: the most promising of those that beat the k-th text."""
         chosen: list[Open] = []
-        room = min(PASS_TOKENS, self.tokens - self.used)
-        if max(self.found)[0] == -math.inf:
-            room = PASS_TOKENS  # a search gives at least one text
+        found_none = max(self.found)[0] == -math.inf  # a search gives at least one text
+        room = PASS_TOKENS if found_none else min(PASS_TOKENS, self.tokens - self.used)
         while self.open and room > 0:
             best = heapq.heappop(self.open)
             if best.bound > self.found[0][0]:

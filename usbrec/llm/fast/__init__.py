@@ -70,9 +70,8 @@ class FusedLinear:
     @torch.no_grad()
     def __init__(self, layers: Layers, adapters: Callable[..., tuple[Tensor, ...]]) -> None:
         self.layers, self.adapters = layers, adapters
-        self.rows: Tensor = layers[0].weight.detach()
+        self.rows = kernels.joined([layer.weight.detach() for layer in layers])
         if len(layers) > 1:  # one storage: each layer's own weight becomes a view of it
-            self.rows = torch.cat([layer.weight.detach() for layer in layers])
             parts = self.rows.split([layer.out_features for layer in layers])
             for layer, part in zip(layers, parts, strict=True):
                 layer.weight = torch.nn.Parameter(part, requires_grad=False)

@@ -200,10 +200,9 @@ class RecordedLearning:
         inputs = (*(F.pad(x, (0, room - T)) for x in (ids, positions)), whole.bias.contiguous())
         if room not in self.passes:
             body = TrainingBody(model, spans[0].adapter, room)
+            record = torch.cuda.make_graphed_callables
             try:
-                self.passes[room] = torch.cuda.make_graphed_callables(
-                    body, inputs, num_warmup_iters=1, pool=self.pool
-                )
+                self.passes[room] = record(body, inputs, num_warmup_iters=1, pool=self.pool)
             except RuntimeError as error:
                 self.works = False
                 warnings.warn(f"passes are learned without CUDA graphs: {error}", stacklevel=2)

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from usbrec.llm import model as plain
-from usbrec.llm.model import Layers, Spans, Stretches
+from usbrec.llm.model import Layers, Spans, Stretches, linear, rms_norm
 
 KEY_ALIGNMENT = 32  # a bf16 softmax over 251 keys takes twice as long as one over 256
 # A rectangle's sides are multiples of it, so that few shapes occur. With odd multiples of 64
@@ -56,7 +55,7 @@ def lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `model.rms_norm`; its gradient keeps no fp32 copy of x."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)
-    return plain.rms_norm(x, weight, eps)
+    return rms_norm(x, weight, eps)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -87,9 +86,8 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        n = len(ctx.parts)
         x, low, A, *kept = ctx.saved_tensors
-        B, weight = kept[:n], joined(kept[n:])
+        B, weight = kept[: len(ctx.parts)], joined(kept[len(ctx.parts) :])
         own = [grad[:, columns] for columns, _ in ctx.parts]
         grad_low = torch.cat([g @ b for g, b in zip(own, B, strict=True)], -1)  # (T, R)
         grad_x = (grad @ weight).addmm_(grad_low, A) if ctx.needs_input_grad[0] else None
@@ -120,7 +118,7 @@ def adapted_linear(layers: Layers, weights: Sequence[Tensor], x: Tensor, spans: 
             adapters += [layer.lora_A[name], layer.lora_B[name]]
         at += layer.out_features
     if not parts:
-        return plain.linear(layers, x, spans)
+        return linear(layers, x, spans)
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return _AdaptedLinear.apply(x, weights, joined(biases) if biases else None, parts, *adapters)
 
@@ -161,11 +159,10 @@ class WindowAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: Sequence[Window]) -> Tensor:
         out, kept = torch.empty_like(q), []
         for start, stop, keys, hidden in windows:
-            own_k, own_v = k[:, keys], v[:, keys]
-            scores = torch.bmm(fold(q[start:stop] * q.shape[-1] ** -0.5, len(k)), own_k.mT)
+            scores = torch.bmm(fold(q[start:stop] * q.shape[-1] ** -0.5, len(k)), k[:, keys].mT)
             scores.unflatten(1, (-1, stop - start)).add_(hidden.to(q.dtype))
             probs = scores.softmax(-1)  # in fp32 inside, whatever the dtype
-            out[start:stop] = unfold(torch.bmm(probs, own_v), stop - start)
+            out[start:stop] = unfold(torch.bmm(probs, v[:, keys]), stop - start)
             kept.append(probs)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.windows = windows
