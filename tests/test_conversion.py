@@ -413,12 +413,16 @@ def test_rows_whose_titles_the_items_lack_are_counted(
     assert sum(map(len, rows_in(tmp_path / "out").values())) == 4
 
 
+NAMELESS = '{"initiatorWorkerId": 1, "respondentWorkerId": 2, "movieMentions": ["abc"]}'
+
+
 @pytest.mark.parametrize(
     ("form", "name", "text", "fault"),
     [
         ("redial", "a.jsonl", '{"messages": []}', "not in the format redial: KeyError"),
         ("redial", "a.jsonl", "[1]", "not in the format redial: TypeError"),
         ("redial", "a.jsonl", "{", "a.jsonl, line 1: not JSON"),
+        ("redial", "a.jsonl", NAMELESS, "not in the format redial: AttributeError"),
         ("inspired", "a.tsv", "a\tb\n1\t2\n", "not in the format inspired: KeyError"),
         ("opendialkg", "a.csv", "Messages\n{}x\n", "not JSON"),
         ("opendialkg", "a.csv", "Messages\n" + "x" * 140_000, "field larger than field limit"),
@@ -437,6 +441,18 @@ def test_a_source_of_another_form_is_one_sentence(
     code, _, err = run(capsys, "convert", form, source, tmp_path / "out")
     assert code == 2 and fault in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_several_datasets_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither is chosen silently, nor are one's training and the other's test dialogues mixed."""
+    for name in ("a/train.jsonl", "a/test.jsonl", "b/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / name, *(chat(n, "Heat (1995)") for n in range(3)))
+    code, _, err = run(capsys, "convert", "chats", tmp_path, tmp_path / "out")
+    assert code == 2 and f"name one, {tmp_path / 'a' / 'train.jsonl'}" in err
+    assert run(capsys, "convert", "chats", tmp_path / "a", tmp_path / "out")[0] == 0
 
 
 def test_a_folder_that_exists_is_not_written_to(

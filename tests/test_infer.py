@@ -445,7 +445,7 @@ def test_a_ranked_split_ends_with_its_recall_beside_the_baselines(
         scores = [best["logprob"] for best in row["ranked"]]
         assert set(row) == KEPT | {"ranked", "proven"} and len(scores) == 10
         assert scores == sorted(scores, reverse=True) and 0 <= row["proven"] <= 10
-    for line in ("ranked @1 ", "ranked @10 ", "copy-last @10 ", "most-popular @10 "):
+    for line in ("ranked @1 ", "ranked @10 ", "copy-last @10 ", "copy, then popular @10 "):
         assert f"\n{line}" in said.err
     assert "@50" not in said.err
     [again] = answers(["--limit", "1", "--rank", "2", "--rank-tokens", "0"], capsys)
@@ -704,6 +704,10 @@ def test_the_judges_are_checked_on_held_out_dialogues(
         (["--ses", "--ses-samples", "1000000000"], "samples must be at least 1 and at most 10000"),
         (["--ses", "--ses-turns", "1000000000"], "turns must be at least 1 and at most 100"),
         (["--ses", "--ses-mode", "tree", "--ses-samples", "9", "--ses-turns", "9"], "replies and"),
+        (
+            ["--ses", "--ses-samples", "9", "--ses-votes", "999", "--ses-scored", "path"],
+            "18 replies and 1.8e+04 votes",
+        ),
         (["--ses", "--ses-samples", "101", "--ses-votes", "100"], "1.01e+04 votes per dialogue"),
         (["--dialogue", "x" * 300], "File name too long"),
         (["--limit", "two"], "two"),

@@ -336,6 +336,7 @@ def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
         "ranked": {1: third, 10: 2 * third},
         "copy-last": {1: third, 10: third},
         "most-popular": {1: third, 10: 2 * third},
+        "copy, then popular": {1: third, 10: 1.0},
     }
     ten = found["ranked"][10]
     assert (ten["recall@1_repeated"]["mean"], ten["recall@1_repeated"]["n"]) == (1.0, 1)

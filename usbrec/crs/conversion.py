@@ -103,7 +103,8 @@ def read_redial(path: Path) -> Chats:
     """Yield ReDial's dialogues: "@123" in a text is a film, which `movieMentions` names."""
     for place, value in datasets.read_jsonl(path):
         roles = {value["initiatorWorkerId"]: "seeker", value["respondentWorkerId"]: "recommender"}
-        names = {f"@{x}": " ".join(y.split()) for x, y in dict(value["movieMentions"]).items() if y}
+        films = value["movieMentions"] or {}  # the release writes an empty list for none
+        names = {f"@{x}": " ".join(y.split()) for x, y in films.items() if y}
         said = []
         for message in value["messages"]:
             role, parts = roles.get(message["senderWorkerId"]), re.split(r"(@\d+)", message["text"])
@@ -168,7 +169,10 @@ def convert(form: str, source: str, folder: str, items: str | None, seed: str) -
     """Write a source's rows and items to a new folder; yield what was written and left out."""
     read, name, out = READERS[form], KNOWN["formats"][form], Path(folder)
     names = [(x, name.format(x)) for x in datasets.SPLITS] + [("valid", name.format("dev"))]
-    paths = {split: path for split, file in names for path in sorted(Path(source).rglob(file))}
+    found = [(split, path) for split, file in names for path in sorted(Path(source).rglob(file))]
+    paths = dict(found)
+    if len(paths) < len(found):
+        raise UserError(f"{source} holds several datasets: name one, {found[0][1]} or the like")
     try:
         paths = paths or {"train": Path(source)}
         chats = {split: list(read(path)) for split, path in paths.items()}

@@ -82,7 +82,8 @@ class SearchOptions(Votes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        replies, votes = (min(n, 1e99) for n in (sum(self.levels), self.levels[-1] * self.votes))
+        judged = self.levels if self.scored == "path" else self.levels[-1:]
+        replies, votes = (min(n, 1e99) for n in (sum(self.levels), sum(judged) * self.votes))
         if max(replies, votes) > BOUND:
             told = f"{replies:.3g} replies and {votes:.3g} votes per dialogue"
             raise ValueError(f"samples, turns, mode and votes ask for {told}, at most {BOUND} each")

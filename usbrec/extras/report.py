@@ -141,14 +141,18 @@ def ranked_recall(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Return {method: {K: `recall` at K}} for each K of CUTS up to the length of the rankings.
 
-    Rankings are best first. Two baselines are measured beside them: copy-last guesses the titles of
-    the dialogue, newest first; most-popular guesses the training labels, most frequent first. The
-    mean is over labels, as in iEvaLM; intervals draw whole dialogues.
+    Rankings are best first. Three baselines are measured beside them: copy-last guesses the titles
+    of the dialogue, newest first; most-popular guesses the training labels, most frequent first;
+    copy, then popular guesses the one and then the other. The mean is over labels, as in iEvaLM;
+    intervals draw whole dialogues.
     """
+    most = popular(catalogue, popularity)
+    copies = [copied(catalogue, example) for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
-        "copy-last": [copied(catalogue, example) for example in examples],
-        "most-popular": [popular(catalogue, popularity)] * len(examples),
+        "copy-last": copies,
+        "most-popular": [most] * len(examples),
+        "copy, then popular": [list(dict.fromkeys([*own, *most])) for own in copies],
     }
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
