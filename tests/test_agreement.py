@@ -13,6 +13,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Example
 from usbrec.crs.evaluation import EvaluationOptions
+from usbrec.crs.wishes import card
 from usbrec.extras.measures import agreement, contrast, judge_agreement
 
 WELL = Item("Dark Well (1999)", "Dark Well", 1999, ("horror",), ("Ann Ray",))
@@ -91,16 +92,27 @@ def test_one_call_generates_and_each_judge_has_one_call() -> None:
     run(llm, EXAMPLE, BARE)
     (requests,) = llm.generated
     assert [role_of(request) for request in requests] == ["summariser"] * 2 + ["explainer"] * 2
-    assert roles_of(llm.scored) == [["judge"] * 4, ["internal_judge"] * 4]
+    assert roles_of(llm.scored) == [["judge"] * 4, ["internal_judge"] * 4, ["card_judge"] * 4]
+
+
+def test_the_judge_with_cards_sees_the_card_of_the_title_in_the_reply() -> None:
+    llm = Scripted(line, by_title)
+    (row,) = run(llm, EXAMPLE)
+    [gold, other] = (request.messages for request in llm.scored[2])
+    (film,) = (FILMS.get(title) for title in row["titles"])
+    assert film is not None
+    for asked, reply, item in ((gold, row["gold"], WELL), (other, row["other"], film)):
+        assert [x.content for x in asked[1:3]] == [reply, card(item)]
+        assert "summariser line" in asked[3].content
 
 
 def test_no_two_draws_share_a_seed() -> None:
-    """Two summaries, explanations of four replies, and two votes each of eight."""
+    """Two summaries, explanations of four replies, and two votes each of twelve."""
     llm = Scripted(line)
     examples = [BARE, replace(BARE, turn_id=4)]
     judge_agreement(cast(llm), examples, COUNTS, 0, EvaluationOptions(votes=2))
     seeds = [request.seed for requests in llm.generated for request in requests]
-    assert len(set(seeds)) == len(seeds) == 2 + 4 + 2 * 8
+    assert len(set(seeds)) == len(seeds) == 2 + 4 + 2 * 12
 
 
 def test_two_models_give_the_rows_that_one_does_and_each_gets_its_own_requests() -> None:
@@ -108,7 +120,7 @@ def test_two_models_give_the_rows_that_one_does_and_each_gets_its_own_requests()
     rows = judge_agreement(cast(tuned, plain), [EXAMPLE, BARE], COUNTS, 0, EvaluationOptions())
     assert roles_of(tuned.generated) == [["explainer"] * 2] and tuned.scored == []
     assert roles_of(plain.generated) == [["summariser"] * 2]
-    assert roles_of(plain.scored) == [["judge"] * 4, ["internal_judge"] * 4]
+    assert roles_of(plain.scored) == [["judge"] * 4, ["internal_judge"] * 4, ["card_judge"] * 4]
     assert rows == run(Scripted(line, by_title), EXAMPLE, BARE)
 
 
@@ -117,7 +129,7 @@ def test_another_external_judge_gets_its_own_requests_and_no_others() -> None:
     roles = replace(cast(llm), external=Side(outer, "outer"))
     rows = judge_agreement(roles, [EXAMPLE, BARE], COUNTS, 0, EvaluationOptions())
     assert roles_of(outer.scored) == [["judge"] * 4] and outer.generated == []
-    assert roles_of(llm.scored) == [["internal_judge"] * 4]
+    assert roles_of(llm.scored) == [["internal_judge"] * 4, ["card_judge"] * 4]
     assert {request.adapter for request in outer.scored[0]} == {"outer"}
     expected = run(Scripted(line, by_title), EXAMPLE, BARE)
     assert [row["external"] for row in rows] == [row["external"] for row in expected]

@@ -667,7 +667,7 @@ def test_the_judges_are_checked_on_held_out_dialogues(
 
     monkeypatch.setattr(infer, "load_split", noted)
     [found] = answers(["--validate-simulator", "--limit", "3"], capsys)
-    for name in ("external", "internal"):
+    for name in ("external", "internal", "cards"):
         assert {"auc", "low", "high", "n", "means", "unparsed"} <= found[name].keys()
         assert found[name]["n"] == 3
     assert splits == ["valid", "train"]  # the second for its counts of titles

@@ -53,7 +53,9 @@ MEAN = {"mean": 0.75, "low": 0.5, "high": 1.0, "n": 8}
 WITHIN = {"internal judge": {"all": MEAN, "broken": MEAN}, "rule": {"all": MEAN, "broken": MEAN}}
 READ = {"auc": 0.9, "low": 0.8, "high": 1.0, "n": 9, "means": [1.5, 0.25], "unparsed": 1}
 UNREAD = {"auc": None, "low": None, "high": None, "n": 0, "means": [None, None], "unparsed": 9}
-JUDGE = {"skipped": 0, "external": READ, "internal": UNREAD, "within_dialogue": WITHIN}
+JUDGE = {
+    "skipped": 0, "external": READ, "internal": UNREAD, "cards": READ, "within_dialogue": WITHIN
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_the_report_has_the_fields_that_readers_rely_on(report: dict[str, Any]) 
     assert list(report["differences"]) == ["RL+SES - B/L"]
     for key in ("ieval", "recall@1"):
         assert {"mean", "low", "high"} <= set(report["differences"]["RL+SES - B/L"][key])
-    for name in ("external", "internal"):
+    for name in ("external", "internal", "cards"):
         assert {"auc", "low", "high", "n"} <= set(report["judge"][name])
     assert report["options"] == {"turns": 2} and report["counts"] == {"test": 3}
 

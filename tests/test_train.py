@@ -105,7 +105,7 @@ def check_report(folder: Path, dialogues: int, judged: int) -> None:
     assert set(report["judge"]["within_dialogue"]) == scorers
     assert report["search"]["RL+SES"]["random"]["n"] == dialogues
     assert report["summary"]["all"]["exact"]["n"] == dialogues
-    for name in ("external", "internal"):
+    for name in ("external", "internal", "cards"):
         assert {"auc", "low", "high", "n"} <= report["judge"][name].keys()
         assert report["judge"][name]["n"] == judged
     assert set(report["unparsed"]) == set(METHODS)

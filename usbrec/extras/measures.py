@@ -4,8 +4,9 @@
 film. The film is drawn by its count among the training labels and is never a target. The external
 judge sees either reply with an explanation: the row's own (rewritten likewise) where the dataset
 has one, else the recommender's explanation of that reply. The internal judge sees a summary
-generated from the history alone. A reply whose gold title cannot be found or replaced is skipped
-with the reason. `count_wins` compares PODCS' pairs with the gold titles, by rule.
+generated from the history alone, the judge with cards also the card of the reply's first title. A
+reply whose gold title cannot be found or replaced is skipped with the reason. `count_wins` compares
+PODCS' pairs with the gold titles, by rule.
 
 What a search's choice can gain depends on how well its judge tells a dialogue's target from other
 films. `judge_ranked` measures this on the films that the recommender ranks highest. Only these two
@@ -27,12 +28,13 @@ from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import Dialogue, Example, Examples, Popularity, add_turn
 from usbrec.crs.evaluation import EvaluationOptions, is_target
 from usbrec.crs.lessons import gold_items
-from usbrec.crs.wishes import card, fit, read_profile, rewrite_all
+from usbrec.crs.wishes import UNKNOWN, card, fit, read_profile, rewrite_all
 from usbrec.extras.intervals import UNIT, auc, auc_interval, mean_interval
 from usbrec.options import seed_for
 
 SUMMARY_TOKENS = 48
 REPLIES = ("gold", "other")  # the two replies of a row
+CHECKED = {"external": "external judge", "internal": "internal judge", "cards": "judge with cards"}
 JUDGES = ("internal judge", "judge from memory", "judge with cards")
 RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
@@ -79,13 +81,17 @@ def judge_agreement(
     texts = iter(roles.complete(asked))
     for _, _, row in used:
         row["profile"] = next(texts)
-    prompts: dict[str, list[Messages]] = {"external": [], "internal": []}
+    prompts: dict[str, list[Messages]] = {name: [] for name in CHECKED}
     for x, _, row in used:
         told, both = row.pop("explanations") or [next(texts), next(texts)], dialogues_of(x, row)
         prompts["external"] += map(agents.external_judge_prompt, both, told, [x.items] * 2)
         prompts["internal"] += [agents.internal_judge_prompt(said, row["profile"]) for said in both]
-    for name, judge, first in (("external", roles.external, 0), ("internal", None, 2)):
-        seeds = [seed_for(key, "judge", first + i) for _, key, _ in used for i in range(2)]
+        for reply in (row[side] for side in REPLIES):
+            shown = next(map(card, roles.catalogue.first(reply)), UNKNOWN)
+            prompts["cards"].append(agents.card_prompt(reply, shown, row["profile"]))
+    for place, name in enumerate(CHECKED):
+        seeds = [seed_for(key, "judge", 2 * place + i) for _, key, _ in used for i in range(2)]
+        judge = roles.external if name == "external" else None
         scores = iter(roles.judge(prompts[name], options, seeds, judge))
         for _, _, row in used:
             row[name] = [next(scores).score for _ in REPLIES]
@@ -134,7 +140,7 @@ def agreement(rows: Sequence[Row], seed: int) -> Row:
     """
     used = [row for row in rows if row["skipped"] is None]
     result: Row = {"skipped": len(rows) - len(used)}
-    for judge_name in ("external", "internal"):
+    for judge_name in CHECKED:
         read = [row[judge_name] for row in used if None not in row[judge_name]]
         area = auc_interval([gold for gold, _ in read], [other for _, other in read], seed)
         area["means"] = [fmean(x[i] for x in read) if read else None for i in range(len(REPLIES))]

@@ -18,7 +18,7 @@ from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, forma
 from usbrec.crs.evaluation import Guesses, Labels, gold_labels
 from usbrec.extras.baselines import copied, popular
 from usbrec.extras.intervals import differences, mean_interval
-from usbrec.extras.measures import agreement, search_figures, summaries, within_dialogues
+from usbrec.extras.measures import CHECKED, agreement, search_figures, summaries, within_dialogues
 from usbrec.loading import costs
 from usbrec.options import seed_for
 from usbrec.settings import COMPARED
@@ -235,8 +235,8 @@ def _search_tables(report: Facts) -> list[list[str]]:
 
 def judge_lines(judge: Facts) -> list[str]:
     """Return a line per judge of an `agreement`."""
-    line = "{} judge, gold against rewritten: AUC {}, means {} and {}, {} unparsed, {} skipped"
-    found = {x: judge[x] for x in ("external", "internal")}
+    line = "{}, gold against rewritten: AUC {}, means {} and {}, {} unparsed, {} skipped"
+    found = {told: judge[x] for x, told in CHECKED.items()}
     areas = {x: (interval(y, mean="auc"), *map(_number, y["means"])) for x, y in found.items()}
     return [line.format(x, *areas[x], found[x]["unparsed"], judge["skipped"]) for x in found]
 
