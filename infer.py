@@ -248,7 +248,7 @@ def show(dialogue: Dialogue, row: Row, as_json: bool, printed: bool = False) -> 
 
 
 def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup) -> None:
-    """Print how either judge tells held-out gold replies from ones for another film."""
+    """Print how each judge tells held-out gold replies from ones for another film."""
     seed, options = recommender.options.seed, EvaluationOptions()
     split, limit = flags.split or "valid", 100 if flags.limit is None else flags.limit
     rows = loading.pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
