@@ -295,7 +295,7 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and (flags.chat or flags.out.is_dir()):
         raise UserError(f"--out must name a file, and not stand beside --chat, got {flags.out}")
-    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in (".html", ".json")):
+    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
         raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")
 
 

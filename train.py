@@ -201,8 +201,9 @@ def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
     if flags.fresh:  # what is missing is told before anything is deleted
         work.prepare(stages)
     todo = parallel.from_first(lambda: work.claim(stages, flags.fresh))
-    for stage in (x for x in stages if x not in todo):
-        print(f"{stage}: done before, used again")
+    for stage in stages:
+        if stage not in todo:
+            print(f"{stage}: done before, used again")
     work.prepare(todo)
     for stage in todo:
         start, before = time.perf_counter(), loading.usage_of(work.models.engines.values())

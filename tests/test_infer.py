@@ -445,7 +445,8 @@ def test_a_ranked_split_ends_with_its_recall_beside_the_baselines(
         scores = [best["logprob"] for best in row["ranked"]]
         assert set(row) == KEPT | {"ranked", "proven"} and len(scores) == 10
         assert scores == sorted(scores, reverse=True) and 0 <= row["proven"] <= 10
-    for line in ("ranked @1 ", "ranked @10 ", "copy-last @10 ", "copy, then popular @10 "):
+    baselines = ("copy-last @10 ", "most-popular @10 ", "copy, then popular @10 ")
+    for line in ("ranked @1 ", "ranked @10 ", *baselines):
         assert f"\n{line}" in said.err
     assert "@50" not in said.err
     [again] = answers(["--limit", "1", "--rank", "2", "--rank-tokens", "0"], capsys)

@@ -24,6 +24,7 @@ from usbrec.runs import write_json, write_whole
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-]?[\d.]+), ([+-]?[\d.]+)\]")  # of format_report
 FRAME = ("html", "css")  # of every page
+TRACES = (".html", ".json")  # of a trace
 Lines = Sequence[Sequence[str]]  # (speaker, text) each
 
 

@@ -146,7 +146,7 @@ def ranked_recall(
     copy, then popular guesses the one and then the other. The mean is over labels, as in iEvaLM;
     intervals draw whole dialogues.
     """
-    most = popular(catalogue, popularity)
+    groups, most = [example.dialog_id for example in examples], popular(catalogue, popularity)
     copies = [copied(catalogue, example) for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
@@ -158,7 +158,7 @@ def ranked_recall(
 
     def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
         labels = [gold_labels(catalogue, x, y[:k]) for x, y in zip(examples, guesses, strict=True)]
-        return recall(labels, [x.dialog_id for x in examples], seed)
+        return recall(labels, groups, seed)
 
     return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
 

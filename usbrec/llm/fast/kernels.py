@@ -86,8 +86,9 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        n = len(ctx.parts)
         x, low, A, *kept = ctx.saved_tensors
-        B, weight = kept[: len(ctx.parts)], joined(kept[len(ctx.parts) :])
+        B, weight = kept[:n], joined(kept[n:])
         own = [grad[:, columns] for columns, _ in ctx.parts]
         grad_low = torch.cat([g @ b for g, b in zip(own, B, strict=True)], -1)  # (T, R)
         grad_x = (grad @ weight).addmm_(grad_low, A) if ctx.needs_input_grad[0] else None
