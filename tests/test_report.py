@@ -339,7 +339,9 @@ def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
         "copy-last": {1: third, 10: third},
         "most-popular": {1: third, 10: 2 * third},
         "copy, then popular": {1: third, 10: 1.0},
+        "ranked - copy, then popular": {1: 0.0, 10: pytest.approx(-third)},
     }
+    assert found["ranked - copy, then popular"][10]["recall@1"]["low"] == -0.5  # d2 drawn alone
     ten = found["ranked"][10]
     assert (ten["recall@1_repeated"]["mean"], ten["recall@1_repeated"]["n"]) == (1.0, 1)
     assert (ten["recall@1_new"]["mean"], ten["recall@1_new"]["n"]) == (0.5, 2)

@@ -89,16 +89,27 @@ def summarise(rows: Sequence[Facts], seed: int) -> dict[str, Any]:
     return {**found, "digit_probability": _mean(digits)}
 
 
-def recall(labels: Sequence[Labels], groups: Sequence[str], seed: int) -> dict[str, Any]:
-    """Return Recall@1 over labels (as iEvaLM counts), and over repeated and new labels."""
-    return _means(_recall_figures(labels), groups, seed)
+def recall(
+    labels: Sequence[Labels], groups: Sequence[str], seed: int, than: Sequence[Labels] = ()
+) -> dict[str, Any]:
+    """Return Recall@1 over labels (as iEvaLM counts), and over repeated and new labels.
+
+    With `than`, the labels of another method on the same rows, return the paired differences.
+    """
+    figures, others = _recall_figures(labels), _recall_figures(than)
+    return _means(_gaps(figures, others) if than else figures, groups, seed, signed=bool(than))
 
 
 def compare(later: Sequence[Facts], earlier: Sequence[Facts], seed: int) -> dict[str, Any]:
     """Return the paired differences of two methods over the same dialogues, per figure."""
-    figures, others = _figures(later), _figures(earlier)
-    gaps: Figures = {x: (differences(figures[x][0], others[x][0]), figures[x][1]) for x in HEADINGS}
-    return _means(gaps, [row["dialog_id"] for row in later], seed, signed=True)
+    gaps = _gaps(_figures(later), _figures(earlier))
+    groups = [row["dialog_id"] for row in later]
+    return _means({x: gaps[x] for x in HEADINGS}, groups, seed, signed=True)
+
+
+def _gaps(figures: Figures, others: Figures) -> Figures:
+    """Return per figure the differences to another method's, row by row."""
+    return {x: (differences(y, others[x][0]), share) for x, (y, share) in figures.items()}
 
 
 def _means(figures: Figures, groups: Sequence[str], seed: int, signed: bool = False) -> Row:
@@ -144,7 +155,7 @@ def ranked_recall(
     Rankings are best first. Three baselines are measured beside them: copy-last guesses the titles
     of the dialogue, newest first; most-popular guesses the training labels, most frequent first;
     copy, then popular guesses the one and then the other. The mean is over labels, as in iEvaLM;
-    intervals draw whole dialogues.
+    intervals draw whole dialogues. The last method is the paired difference to the last baseline.
     """
     groups, most = [example.dialog_id for example in examples], popular(catalogue, popularity)
     copies = [copied(catalogue, example) for example in examples]
@@ -156,11 +167,14 @@ def ranked_recall(
     }
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
-    def recall_at(k: int, guesses: Sequence[Guesses]) -> dict[str, Any]:
-        labels = [gold_labels(catalogue, x, y[:k]) for x, y in zip(examples, guesses, strict=True)]
-        return recall(labels, groups, seed)
+    def labels_at(k: int, name: str) -> list[Labels]:
+        pairs = zip(examples, methods[name], strict=True)
+        return [gold_labels(catalogue, x, guesses[:k]) for x, guesses in pairs]
 
-    return {name: {k: recall_at(k, guesses) for k in cuts} for name, guesses in methods.items()}
+    last, labels = "copy, then popular", {x: {k: labels_at(k, x) for k in cuts} for x in methods}
+    found = {x: {k: recall(y[k], groups, seed) for k in cuts} for x, y in labels.items()}
+    gaps = {k: recall(labels["ranked"][k], groups, seed, labels[last][k]) for k in cuts}
+    return {**found, f"ranked - {last}": gaps}
 
 
 def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
