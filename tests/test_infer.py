@@ -513,8 +513,11 @@ def test_flags_without_an_effect_are_named(run: Path, capsys: pytest.CaptureFixt
     }
     both = told(*quick, "--ses-cards", "--ses-memory")
     assert both == {"ses-memory has no effect without --no-ses-cards"}
-    shallow = ["--ses-turns", "1", "--ses-mode", "tree"]
-    assert told(*quick, *shallow) == {"ses-mode has no effect without --ses-turns above 1"}
+    shallow = ["--ses-turns", "1", "--ses-mode", "tree", "--ses-scored", "path"]
+    assert told(*quick, *shallow) == {
+        "ses-mode has no effect without --ses-turns above 1",
+        "ses-scored has no effect without --ses-turns above 1",
+    }
     [judged] = told("--validate-simulator", "--limit", "2", "--rank", "3")
     assert judged.startswith("rank has no effect without a reply")
 

@@ -99,6 +99,7 @@ class Recommender:
         o, searching, shapes = self.options, self.searching, set(Sampling.__dataclass_fields__)
         search = {x for x in given if x.startswith("ses_")}
         every = {"ses", "rank", "rank_tokens"} | shapes | search
+        deeper = {"ses_mode", "ses_rollout_temperature", "ses_scored"}
         cases = (  # options, what they need, and whether that is missing
             (every, "a reply, which --validate-simulator does not ask for", judging),
             ({"judge"}, "--validate-simulator", not judging),
@@ -110,7 +111,7 @@ class Recommender:
             ({"ses_draws"}, "--ses-candidates distinct", searching.candidates != "distinct"),
             ({"ses_veto"}, "--ses-cards", not searching.cards),
             ({"ses_memory"}, "--no-ses-cards", searching.cards),
-            ({"ses_mode", "ses_rollout_temperature"}, "--ses-turns above 1", searching.turns == 1),
+            (deeper, "--ses-turns above 1", searching.turns == 1),
         )
         needs = {x: y for names, y, idle in reversed(cases) if idle for x in names & set(given)}
         return [f"--{x.replace('_', '-')} has no effect without {needs[x]}" for x in sorted(needs)]
