@@ -55,7 +55,7 @@ class LessonOptions(Options):
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
-    rehearsals: int = option(1, "times it scores a reply with each, and writes its card", low=1)
+    rehearsals: int = option(2, "times it scores a reply with each, and writes its card", low=1)
     sft_chats: int = option(8, "chats that share a system prompt in a lesson of sft", low=1)
     simulator_chats: int = option(4, "the same, in one of the simulator", low=1)
 
