@@ -89,15 +89,9 @@ def summarise(rows: Sequence[Facts], seed: int) -> dict[str, Any]:
     return {**found, "digit_probability": _mean(digits)}
 
 
-def recall(
-    labels: Sequence[Labels], groups: Sequence[str], seed: int, than: Sequence[Labels] = ()
-) -> dict[str, Any]:
-    """Return Recall@1 over labels (as iEvaLM counts), and over repeated and new labels.
-
-    With `than`, the labels of another method on the same rows, return the paired differences.
-    """
-    figures, others = _recall_figures(labels), _recall_figures(than)
-    return _means(_gaps(figures, others) if than else figures, groups, seed, signed=bool(than))
+def recall(labels: Sequence[Labels], groups: Sequence[str], seed: int) -> dict[str, Any]:
+    """Return Recall@1 over labels (as iEvaLM counts), and over repeated and new labels."""
+    return _means(_recall_figures(labels), groups, seed)
 
 
 def compare(later: Sequence[Facts], earlier: Sequence[Facts], seed: int) -> dict[str, Any]:
@@ -155,7 +149,7 @@ def ranked_recall(
     Rankings are best first. Three baselines are measured beside them: copy-last guesses the titles
     of the dialogue, newest first; most-popular guesses the training labels, most frequent first;
     copy, then popular guesses the one and then the other. The mean is over labels, as in iEvaLM;
-    intervals draw whole dialogues. The last method is the paired difference to the last baseline.
+    intervals draw whole dialogues. The last entry is the paired difference to the last baseline.
     """
     groups, most = [example.dialog_id for example in examples], popular(catalogue, popularity)
     copies = [copied(catalogue, example) for example in examples]
@@ -171,10 +165,12 @@ def ranked_recall(
         pairs = zip(examples, methods[name], strict=True)
         return [gold_labels(catalogue, x, guesses[:k]) for x, guesses in pairs]
 
-    last, labels = "copy, then popular", {x: {k: labels_at(k, x) for k in cuts} for x in methods}
-    found = {x: {k: recall(y[k], groups, seed) for k in cuts} for x, y in labels.items()}
-    gaps = {k: recall(labels["ranked"][k], groups, seed, labels[last][k]) for k in cuts}
-    return {**found, f"ranked - {last}": gaps}
+    first, *_, last = methods
+    labels = {name: {k: labels_at(k, name) for k in cuts} for name in methods}
+    found = {name: {k: recall(x[k], groups, seed) for k in cuts} for name, x in labels.items()}
+    pairs = {k: [_recall_figures(labels[name][k]) for name in (first, last)] for k in cuts}
+    gaps = {k: _means(_gaps(*both), groups, seed, signed=True) for k, both in pairs.items()}
+    return {**found, f"{first} - {last}": gaps}
 
 
 def format_recall(found: Mapping[str, Mapping[int, Facts]]) -> str:
