@@ -74,8 +74,7 @@ def train_simulator(work: Work) -> None:
         first, then = lessons.simulator_lessons(rows("simulator"), draws, seed, options)
         summaries = lessons.summary_lessons(rows("summaries"), films, options)
         cards = lessons.card_lessons(rows("cards"), draws, seed, options)
-        # every other one of the first comes again later: the external judge may forget them
-        return first + lessons.woven(first[::2], then, summaries, cards)
+        return first + lessons.woven(then, summaries, cards)
 
     work.adapted("sft", "simulator")  # the copy that learns
     teach(work, "simulator", make)

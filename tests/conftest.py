@@ -9,7 +9,6 @@ from usbrec.extras.default_model import find_model
 from usbrec.llm.model import Decoder, ModelConfig
 
 TINY = ModelConfig(
-    model_type="llama",
     vocab_size=128,
     hidden_size=32,
     intermediate_size=48,

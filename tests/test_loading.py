@@ -146,13 +146,13 @@ def test_other_weights_have_another_digest(options: ModelOptions, tmp_path: Path
 
 
 def test_the_default_memory_is_a_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A twenty-fourth of the machine, 256 MiB at least; no more than 256 full rows would use."""
+    """A thirty-second of the machine, 256 MiB at least; no more than 256 full rows would use."""
     per_token = token_bytes(TINY, torch.float32)
     small = random_decoder(replace(TINY, max_position_embeddings=100))
     assert default_kv_bytes(small) == 256 * 100 * per_token
     large = random_decoder(replace(TINY, max_position_embeddings=10**9))
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert default_kv_bytes(large) == max(machine // 24, 256 * 1024**2)
+    assert default_kv_bytes(large) == max(machine // 32, 256 * 1024**2)
     monkeypatch.delattr(os, "sysconf")  # as on Windows
     assert default_kv_bytes(large) == 256 * 1024**2
 

@@ -49,7 +49,7 @@ def oracle(kind: str) -> tuple[torch.nn.Module, ModelConfig]:
         reference = LlamaForCausalLM(LlamaConfig(**SIZES, rope_theta=10000.0))
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return reference.eval(), ModelConfig(model_type=kind, **settings)
+    return reference.eval(), ModelConfig(**settings)
 
 
 def logits_of(

@@ -170,11 +170,10 @@ def convert(form: str, source: str, folder: str, items: str | None, seed: str) -
     read, name, out = READERS[form], KNOWN["formats"][form], Path(folder)
     names = [(x, name.format(x)) for x in datasets.SPLITS] + [("valid", name.format("dev"))]
     found = [(split, path) for split, file in names for path in sorted(Path(source).rglob(file))]
-    paths = dict(found)
+    paths = dict(found) or {"train": Path(source)}
     if len(paths) < len(found):
         raise UserError(f"{source} holds several datasets: name one, {found[0][1]} or the like")
     try:
-        paths = paths or {"train": Path(source)}
         chats = {split: list(read(path)) for split, path in paths.items()}
     except (KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{source} is not in the format {form}: {error!r}") from error

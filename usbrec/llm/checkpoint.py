@@ -35,9 +35,8 @@ def stored_name(config: ModelConfig, name: str) -> str:
 
     ChatGLM3 has names of its own; all others have those of Hugging Face's Llama, as the decoder.
     """
-    if config.model_type == "chatglm":
-        for ours, theirs in CHATGLM3["modules"].items():
-            name = name.replace(ours, theirs)
+    for ours, theirs in CHATGLM3["modules"].items() if config.chatglm else ():
+        name = name.replace(ours, theirs)
     return name
 
 

@@ -314,7 +314,7 @@ def default_kv_bytes(model: Decoder) -> int:
         size = (torch.cuda.get_device_properties(model.device).total_memory - own) // 3
     else:
         sysconf = getattr(os, "sysconf", lambda name: 0)  # Windows has none: the least is taken
-        size = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 24
+        size = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 32
     most = MAX_ROWS * model.config.max_position_embeddings * token_bytes(model.config, model.dtype)
     return min(max(size, 1 << 28), most)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +52,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of both side by side, (T, 2 n) -> (T, n) (arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return nn.functional.silu(gate) * up
 
 
 def linear(layers: Layers, x: Tensor, spans: Spans) -> Tensor:

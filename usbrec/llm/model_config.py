@@ -28,7 +28,6 @@ CHATGLM3 = read_json(Path(__file__).with_name("chatglm3.json"))
 class ModelConfig:
     """The settings of config.json that the decoder honours, in Hugging Face's names."""
 
-    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -96,7 +95,6 @@ def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
     if head_dim % (4 if is_chatglm else 2):  # dimensions are rotated in pairs
         raise UserError(f"{source}: a head's width must be even, got {head_dim}")
     return ModelConfig(
-        model_type=model_type,
         **sizes,
         rms_norm_eps=settings.number("rms_norm_eps"),
         **rope_of(settings),

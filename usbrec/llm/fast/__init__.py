@@ -109,9 +109,8 @@ def lay_out(layers: Layers, name: str) -> tuple[Tensor, ...]:
             B.append(layer.configs[name].scaling * layer.lora_B[name])
         else:
             B.append(torch.zeros(layer.out_features, 0, device=layer.weight.device))
-    dtype = layers[0].weight.dtype
-    both = (torch.cat(A).to(dtype), torch.block_diag(*B).to(dtype)) if A else ()
-    return tuple(map(prepack, both))
+    both = (torch.cat(A), torch.block_diag(*B)) if A else ()
+    return tuple(prepack(x.to(layers[0].weight.dtype)) for x in both)
 
 
 def fused_linear(fused: Fused, layers: Layers, x: Tensor, spans: Spans) -> Tensor:

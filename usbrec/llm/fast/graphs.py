@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from usbrec.llm.cache import PrefixCache
-from usbrec.llm.fast.kernels import Rectangle, attend_in_rectangles
+from usbrec.llm.fast.kernels import Rectangle, attend_in_rectangles, padded_places
 from usbrec.llm.lora import AdapterSpan
 from usbrec.llm.model import Decoder, Ops, Spans, Stretch
 
@@ -82,7 +81,7 @@ class RecordedDecoding:
         self.inputs.zero_()  # rows that only fill up stay at position 0
         # columns that no row sees as yet may hold anything but NaN, which no mask hides
         self.k, self.v = self.memory[:size].zero_().view(shape)
-        slots = pad_sequence(list(prompts), True, int(prompts[0][0])).to(cache.k.device)  # (B, P)
+        slots = padded_places(prompts, 1).to(cache.k.device)  # (B, P)
         for mine, arena in ((self.k, cache.k), (self.v, cache.v)):
             for own, layers in zip(mine.split(8), arena.split(8), strict=True):  # copies of 8
                 own[:, :B, :, :P] = layers[:, :, slots].transpose(1, 2)
