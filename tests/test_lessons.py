@@ -28,6 +28,7 @@ from usbrec.crs.lessons import (
     Suggestions,
     card_lessons,
     claim_of,
+    gold_items,
     mixed,
     popularity_of,
     profile_of,
@@ -113,6 +114,22 @@ def test_suggestions_are_the_gold_reply_and_rewritings_that_deserve_less() -> No
             item = CATALOGUE.find(other.reply)[0].items[0]
             assert CATALOGUE.grade(item, example.items) == other.score < 2
             assert not CATALOGUE.mentions(other.reply, example.items)
+
+
+def test_lies_claim_of_another_film_what_the_gold_film_is() -> None:
+    """Reply and explanation differ in the title alone; a kindred film's tell what is true of it."""
+    told = Counter[tuple[int, bool]]()
+    for example in TRAIN:
+        (gold,) = gold_items(example, CATALOGUE)
+        texts = [example.response, str(example.explanation)]
+        plain, lying = (DRAWS.draw(example, 7, lies)[1:-1] for lies in (False, True))
+        for true, made in zip(plain, lying, strict=True):
+            (item,) = CATALOGUE.first(made.reply)
+            assert made.score == true.score and (item,) == CATALOGUE.first(true.reply)
+            lie = [text.replace(gold.title, item.title) for text in texts]
+            told[made.score, list(made[:2]) == lie] += 1
+            assert made == true or list(made[:2]) == lie
+    assert told[0, False] == 0 and told[0, True] > 50 and told[1, False] > 20
 
 
 def test_a_rewriting_that_still_names_a_target_is_left_out() -> None:
@@ -226,12 +243,13 @@ def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
 def test_the_judges_learn_from_many_short_lessons() -> None:
     """Two replies for the external judge, then all; three, then the others for the internal one."""
     first, then = simulator_lessons(TRAIN[:1], DRAWS, 0, OPTIONS)
-    made = DRAWS.draw(TRAIN[0], seed_for(0, "lesson", TRAIN[0].dialog_id, TRAIN[0].turn_id))
+    key = seed_for(0, "lesson", TRAIN[0].dialog_id, TRAIN[0].turn_id)
+    made, claimed = (DRAWS.draw(TRAIN[0], key, lies) for lies in (False, True))
     scores = [[branch[-1].content for branch in scored(lesson)] for lesson in first + then]
     assert scores == [["2", "0"], ["2", "0", "0"], ["2", "0", "0", "1", "0"], ["2", "1", "0", "0"]]
     replies = [[branch[0].content for branch in scored(lesson)] for lesson in first + then]
-    assert sorted(replies[-1]) == sorted(x.reply for x in made)
-    assert set(replies[0]) < set(replies[-1])
+    assert replies[-1] == [x.reply for x in claimed]
+    assert replies[0] == [x.reply for x in made if x.score != 1][:2]
     assert not set(replies[1][1:]) & set(replies[2][1:])
     # where all films are kindred, the other reply deserves 1
     films = Catalogue(read_item({"name": f"Film {x} (1995)", "genre": ["war"]}) for x in "ABC")

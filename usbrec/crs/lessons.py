@@ -154,11 +154,12 @@ class Suggestions:
         """Return TRIES films, drawn by their count."""
         return [self.pool[x] for x in rng.choice(len(self.pool), TRIES, p=self.shares)]
 
-    def draw(self, example: Example, seed: int) -> list[Suggestion]:
+    def draw(self, example: Example, seed: int, lies: bool = False) -> list[Suggestion]:
         """Return the gold reply (2) and replies for a kindred film (1), another (0) and none (0).
 
-        A grade that no drawn film has is left out. The result is empty if the reply names no known
-        gold item.
+        If it `lies`, the reply for another film claims what is true of the gold one, as a
+        recommender's misses do. A grade that no drawn film has is left out. The result is empty if
+        the reply names no known gold item.
         """
         rng = np.random.default_rng(seed)
         golds, text = gold_items(example, self.catalogue), example.response
@@ -170,7 +171,10 @@ class Suggestions:
         for item in self.others(rng):
             score = self.catalogue.grade(item, example.items)
             if score not in found:
-                reply, why = (rewrite_all(x, [(old, item) for old in named]) for x in (text, told))
+                lie = lies and score == 0
+                new = [replace(x, title=item.title, name=item.name) if lie else item for x in named]
+                films = list(zip(named, new, strict=True))
+                reply, why = (rewrite_all(x, films) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
         reply, why = map(str, rng.choice(FILMLESS, 2))
@@ -246,7 +250,8 @@ def simulator_lessons(
         if number % 6 == 4:
             last.append(silent)
         if number % 2 == 0:
-            then.append(seeker_lesson(example, [*named, *at_times], None, options))
+            claimed = draws.draw(example, key, lies=True)[:-1]
+            then.append(seeker_lesson(example, [*claimed, *at_times], None, options))
     return first + last, then
 
 
