@@ -221,12 +221,12 @@ def simulator_lessons(
 
     A small model learns to compare only after some dozens of steps, so the judges have many short
     lessons rather than few long ones. The external judge of five examples in six comes first, with
-    two replies: finding the target's title in one of them is the easiest comparison. Half of these
-    lessons come again later with all replies. A judge that has learned it can learn that a reply
-    without a film is worth nothing, whatever its explanation says, which taught from the start
-    keeps it from finding titles: half of those lessons end the first list, half are in the second.
-    It can also learn to compare a reply with a profile: the internal seeker of three examples in
-    five has two lessons in the second list.
+    two replies: finding the target's title in one of them is the easiest comparison. For every
+    other example it comes again later, with all replies, of which one lies. A judge that has
+    learned this can learn that a reply without a film is worth nothing, whatever its explanation
+    says, which taught from the start keeps it from finding titles: half of those lessons end the
+    first list, half are in the second. It can also learn to compare a reply with a profile: the
+    internal seeker of three examples in five has two lessons in the second list.
     """
     first, last, then = [], [], []
     for number, example in enumerate(examples):
