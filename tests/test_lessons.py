@@ -233,11 +233,17 @@ def test_the_seeker_learns_its_own_lines_and_one_reply_is_worth_2() -> None:
 def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
     """In its second lesson of the internal judge, and where the external judge meets it again."""
     _, then = simulator_lessons(TRAIN[:13], DRAWS, 0, OPTIONS)
+
+    def filmless(lessons: list[TrainingDialogue]) -> list[bool]:
+        return [any(b[0].content in FILMLESS for b in scored(lesson)) for lesson in lessons]
+
     inner = [x for x in then if "targets" not in x.prefix[0].content]
-    again = [x for x in then if "targets" in x.prefix[0].content and len(scored(x)) != 3]
-    for lessons, numbers in ((inner[::2], ()), (inner[1::2], (0, 12)), (again, (0, 4, 8, 12))):
-        filmless = [any(b[0].content in FILMLESS for b in scored(lesson)) for lesson in lessons]
-        assert sum(filmless) == len(numbers), filmless
+    assert filmless(inner[::2]) == [False] * 9
+    assert filmless(inner[1::2]) == [x % 4 == 0 for x in range(13) if x % 5 < 3]
+    external = [x for x in then if "targets" in x.prefix[0].content]
+    numbers = [x for x in range(13) if x % 2 == 0 or x % 6 == 1]  # the latter end with one amiss
+    again = [x for number, x in zip(numbers, external, strict=True) if number % 2 == 0]
+    assert filmless(again) == [x % 4 == 0 for x in range(0, 13, 2)]
 
 
 def test_the_judges_learn_from_many_short_lessons() -> None:

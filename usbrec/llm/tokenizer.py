@@ -62,6 +62,7 @@ class TokenizersVocabulary:
             raise
         except BaseException as error:  # of a malformed file: bare Exceptions, and panics in Rust
             raise UserError(f"{path}: no tokenizer that can be read: {str(error)!r:.99}") from error
+        self._control_ids = frozenset(self.control.values())
         own = (pair for pair in self._plain.get_vocab().items() if pair[0] not in self.control)
         self.last_plain = max(own, key=lambda pair: pair[1], default=("", 0))
         # Llama 2's tokenizer puts a space before every text, Mistral's newer ones only before the
@@ -81,7 +82,7 @@ class TokenizersVocabulary:
             # in these vocabularies no piece joins a line break to other characters
             text, skip = f"\n{text}", len(self._plain.encode("\n").ids)
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids[skip:]
-        if not set(ids).isdisjoint(self.control.values()):
+        if not self._control_ids.isdisjoint(ids):
             raise UserError(f"{self._path}: this tokenizer turns plain text into control tokens")
         return ids
 
