@@ -231,7 +231,10 @@ def test_the_seeker_learns_its_own_lines_and_one_reply_is_worth_2() -> None:
 
 
 def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
-    """In its second lesson of the internal judge, and where the external judge meets it again."""
+    """In its second lesson of the internal judge, and where the external judge meets it again.
+
+    There every other dialogue has a kindred film instead.
+    """
     _, then = simulator_lessons(TRAIN[:13], DRAWS, 0, OPTIONS)
 
     def filmless(lessons: list[TrainingDialogue]) -> list[bool]:
@@ -244,6 +247,8 @@ def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
     numbers = [x for x in range(13) if x % 2 == 0 or x % 6 == 1]  # the latter end with one amiss
     again = [x for number, x in zip(numbers, external, strict=True) if number % 2 == 0]
     assert filmless(again) == [x % 4 == 0 for x in range(0, 13, 2)]
+    kindred = ["1" in [branch[-1].content for branch in scored(x)] for x in again]
+    assert kindred == [x % 4 == 2 for x in range(0, 13, 2)]
 
 
 def test_the_judges_learn_from_many_short_lessons() -> None:
@@ -252,9 +257,9 @@ def test_the_judges_learn_from_many_short_lessons() -> None:
     key = seed_for(0, "lesson", TRAIN[0].dialog_id, TRAIN[0].turn_id)
     made, claimed = (DRAWS.draw(TRAIN[0], key, lies) for lies in (False, True))
     scores = [[branch[-1].content for branch in scored(lesson)] for lesson in first + then]
-    assert scores == [["2", "0"], ["2", "0", "0"], ["2", "0", "0", "1", "0"], ["2", "1", "0", "0"]]
+    assert scores == [["2", "0"], ["2", "0", "0"], ["2", "0", "0", "1", "0"], ["2", "0", "0"]]
     replies = [[branch[0].content for branch in scored(lesson)] for lesson in first + then]
-    assert replies[-1] == [x.reply for x in claimed]
+    assert replies[-1] == [x.reply for x in claimed if x.score != 1]
     assert replies[0] == [x.reply for x in made if x.score != 1][:2]
     assert not set(replies[1][1:]) & set(replies[2][1:])
     # where all films are kindred, the other reply deserves 1

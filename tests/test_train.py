@@ -704,7 +704,7 @@ def test_an_unknown_method_is_named() -> None:
 
 
 def test_a_stages_flag_goes_before_the_shared_one_then_the_stages_default() -> None:
-    """`simulator` has a learning rate of its own by default, `simpo` epochs; nobody a norm."""
+    """`simulator` has a learning rate of its own by default, `simpo` a batch; nobody a norm."""
     plain = settings()
     assert (plain.simulator.learning_rate, plain.simulator.max_grad_norm) == (5e-4, 1.0)
     shared = settings("--learning-rate", "0.5", "--max-grad-norm", "2", "--no-shuffle")
@@ -712,7 +712,7 @@ def test_a_stages_flag_goes_before_the_shared_one_then_the_stages_default() -> N
         options = getattr(shared, stage)
         assert (options.learning_rate, options.max_grad_norm) == (0.5, 2.0)
         assert not options.shuffle
-    assert (shared.sft.epochs, shared.simpo.epochs) == (1.0, 2.0)
+    assert (shared.sft.batch_size, shared.simpo.batch_size) == (1, 4)
     own = settings("--learning-rate", "0.5", "--simpo-learning-rate", "0.25", "--sft-shuffle")
     assert (own.sft.learning_rate, own.simpo.learning_rate) == (0.5, 0.25)
     assert own.sft.shuffle and not own.simulator.shuffle

@@ -222,11 +222,12 @@ def simulator_lessons(
     A small model learns to compare only after some dozens of steps, so the judges have many short
     lessons rather than few long ones. The external judge of five examples in six comes first, with
     two replies: finding the target's title in one of them is the easiest comparison. For every
-    other example it comes again later, with all replies, of which one lies. A judge that has
-    learned this can learn that a reply without a film is worth nothing, whatever its explanation
-    says, which taught from the start keeps it from finding titles: half of those lessons end the
-    first list, half are in the second. It can also learn to compare a reply with a profile: the
-    internal seeker of three examples in five has two lessons in the second list.
+    other example it comes again later, with a reply that lies, and by turns one for a kindred film
+    or without a film: kindred films in all of them would have it call every miss comparable. A
+    judge that has learned this can learn that a reply without a film is worth nothing, whatever its
+    explanation says, which taught from the start keeps it from finding titles: half of those
+    lessons end the first list, half are in the second. It can also learn to compare a reply with a
+    profile: the internal seeker of three examples in five has two lessons in the second list.
     """
     first, last, then = [], [], []
     for number, example in enumerate(examples):
@@ -251,7 +252,8 @@ def simulator_lessons(
             last.append(silent)
         if number % 2 == 0:
             claimed = draws.draw(example, key, lies=True)[:-1]
-            then.append(seeker_lesson(example, [*claimed, *at_times], None, options))
+            again = [each for each in claimed if not at_times or each.score != 1]
+            then.append(seeker_lesson(example, [*again, *at_times], None, options))
     return first + last, then
 
 
