@@ -159,8 +159,7 @@ def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
     """Return the dialogues of --dialogue, or --limit rows of the dataset in their order."""
     if flags.dialogue is not None:
         return [Example("", 0, dialogue, "", ()) for dialogue in read_dialogues(flags.dialogue)]
-    limit = 1 if flags.limit is None else flags.limit
-    rows = setup.rows(flags.split or "test")
+    rows, limit = setup.rows(flags.split or "test"), 1 if flags.limit is None else flags.limit
     taken = {id(x) for x in loading.pick_rows(rows, limit, seed_for(seed, "infer"))}
     return [x for x in rows if id(x) in taken]
 

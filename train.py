@@ -27,22 +27,25 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from usbrec import loading, parallel, runs
 from usbrec.chat import Message, Row, TrainingDialogue
 from usbrec.crs import lessons
+from usbrec.crs.agents import Side
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import evaluate_method
 from usbrec.crs.podcs import build_pairs
 from usbrec.extras.baselines import baseline_labels
 from usbrec.extras.default_model import find_model
-from usbrec.extras.measures import count_wins, judge_agreement, judge_ranked
+from usbrec.extras.measures import count_wins, judge_agreement, judge_ranked, sample_means
 from usbrec.extras.once import share_answers
 from usbrec.extras.pages import write_report_page
-from usbrec.extras.report import format_report, report_of
+from usbrec.extras.report import format_report, interval, report_of
+from usbrec.llm.adapter_files import WEIGHTS_FILE
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
 from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
@@ -94,29 +97,49 @@ def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue
     work.learn(stage, Sft(), trees, validation)
 
 
-def make_pairs(work: Work) -> None:
-    """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter."""
+def make_pairs(work: Work, part: int = 0) -> None:
+    """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter.
+
+    Later parts of the rows are those of later rounds, with samples of the adapter that learns.
+    """
     seed, options, roles = work.settings.data.seed, work.settings.pairs, work.roles("sft")
-    rows, results = work.rows("pairs"), work.results("samples.jsonl", "pairs")
+    folder, label = ".", "pairs"
+    if part:
+        folder, label = f"rl/round-{part + 1}", f"pairs, round {part + 1}"
+        roles = replace(roles, recommender=Side(work.engine, "rl"))
+    rows, results = work.rows("pairs", part), work.results(f"{folder}/samples.jsonl", label)
     records = runs.run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
     pairs = [pair for record in records for pair in record["pairs"]]
     if parallel.rank() == 0:
-        runs.write_rows(work.folder / "pairs.jsonl", pairs)
+        runs.write_rows(work.folder / folder / "pairs.jsonl", pairs)
     reasons = Counter(record["reason"] for record in records)  # kinds of pairs, causes of drops
-    print_counts(f"pairs: {len(pairs)} of {len(records)} rows", dict(sorted(reasons.items())))
+    print_counts(f"{label}: {len(pairs)} of {len(records)} rows", dict(sorted(reasons.items())))
     wins = count_wins(work.catalogue, rows, records)
-    print_counts("pairs, the chosen side against the rejected by rule", wins)
+    print_counts(f"{label}, the chosen side against the rejected by rule", wins)
+    score, hit = map(interval, sample_means(work.catalogue, rows, records, seed))
+    print(f"{label}, the samples by the judge: {score}; share that names a target: {hit}")
 
 
 def train_simpo(work: Work) -> None:
-    """Train a copy of the SFT adapter with the SimPO loss on the pairs, without validation."""
-    path = work.need("pairs")
-    trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
-    if not trees:
-        told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
-        raise UserError(f"{path} holds no pair to learn from: {told}")
-    work.adapted("sft", "rl")  # the copy that learns
-    work.learn("simpo", Simpo(work.settings.simpo_loss), trees)
+    """Train a copy of the SFT adapter with the SimPO loss on the pairs, without validation.
+
+    In each further round (--rounds) it learns on, from pairs of its own samples for the next rows.
+    """
+    path, last = work.need("pairs"), work.settings.data.rounds - 1
+    places = [*(f"round-{part + 1}" for part in range(last)), "."]  # of what each round has taught
+    done = [x for x in places[:-1] if (work.folder / "rl" / x / WEIGHTS_FILE).exists()]
+    start = work.folder / "rl" / done[-1] if done else work.need("sft").parent
+    work.models.side(str(start), "rl")  # the copy that learns
+    for part in range(len(done), last + 1):
+        if part:
+            make_pairs(work, part)
+            parallel.meet()  # the first process has written them
+            path = work.folder / f"rl/round-{part + 1}/pairs.jsonl"
+        trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
+        if not trees:
+            told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"
+            raise UserError(f"{path} holds no pair to learn from: {told}")
+        work.learn("simpo", Simpo(work.settings.simpo_loss), trees, at=places[part])
 
 
 def lay_out_pairs(work: Work, rows: Sequence[Row]) -> list[Tree]:
@@ -200,9 +223,8 @@ def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
     if flags.fresh:  # what is missing is told before anything is deleted
         work.prepare(stages)
     todo = parallel.from_first(lambda: work.claim(stages, flags.fresh))
-    for stage in stages:
-        if stage not in todo:
-            print(f"{stage}: done before, used again")
+    for stage in (x for x in stages if x not in todo):
+        print(f"{stage}: done before, used again")
     work.prepare(todo)
     for stage in todo:
         start, before = time.perf_counter(), loading.usage_of(work.models.engines.values())

@@ -17,7 +17,7 @@ from usbrec.crs.podcs import (
     build_pairs,
     choose_pairs,
 )
-from usbrec.extras.measures import count_wins
+from usbrec.extras.measures import count_wins, sample_means
 from usbrec.options import seed_for
 
 FILMS = Catalogue(
@@ -278,3 +278,16 @@ def test_pairs_are_counted_by_the_grades_of_their_titles() -> None:
     pairs = [[pair(hit, miss), pair(miss, none)], [pair(none, hit)], []]
     found = count_wins(FILMS, [EXAMPLES[0]] * 3, [{"pairs": own} for own in pairs])
     assert found == {"better": 1, "equal": 1, "worse": 1}
+
+
+def test_a_rule_stands_beside_the_judges_score_of_the_samples() -> None:
+    """An empty sample has no score and names nothing; intervals draw whole dialogues."""
+    first, second = (
+        [sample(G, 2, 1.5), sample("Red Loft?", 1, 1.25)],
+        [sample(G, 0), sample("", None)],
+    )
+    records = [{"samples": first}, {"samples": second}]
+    score, hit = sample_means(FILMS, EXAMPLES, records, 0)
+    assert (score["mean"], score["n"]) == (pytest.approx(2.75 / 3), 3)
+    assert (hit["mean"], hit["n"]) == (0.25, 4)
+    assert (score["high"], hit["low"], hit["high"]) == (1.375, 0.0, 0.5)

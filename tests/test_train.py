@@ -31,6 +31,7 @@ from usbrec.runs import locked, read_json, read_rows
 from usbrec.settings import ADAPTERS, DEFAULTS, FLAGS, PRESETS, SHOWN, STAGES, DataOptions, Settings
 
 METHODS = ["B/L", "SFT", "RL", "RL+SES", "RL+SES+cards"]
+ROUNDS = ["--stages", "simpo", "--rounds", "3"]  # of the twelve training rows, four each
 WORD = "Zanzibar"  # stands in every test row of the small dataset and nowhere else
 DIES = """
 import os, runpy, signal, sys
@@ -424,6 +425,75 @@ def test_simpo_learns_from_all_pairs_after_the_prompts_of_inference(
     assert list(learned[0][0].branches[0].ids) == prompt
 
 
+def until_simpo(finished: Path, run: Path) -> Path:
+    """A copy of the run without what SimPO and the report have made."""
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("rl", "report*", "rows*"))
+    (run / "options" / "simpo.json").unlink()
+    return run
+
+
+@pytest.fixture(scope="module")
+def rounds(
+    inputs: dict[str, Any], finished: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Three rounds of pairs and SimPO."""
+    run = until_simpo(finished, tmp_path_factory.mktemp("rounds") / "run")
+    assert train.main(["--run-dir", str(run), *flags(inputs), *ROUNDS]) == 0
+    return run
+
+
+def test_each_round_learns_on_from_pairs_of_its_own_samples_of_other_rows(
+    inputs: dict[str, Any], finished: Path, rounds: Path, tmp_path: Path
+) -> None:
+    """The first is a run of one round; the second is SimPO on its adapter and pairs."""
+    weights = "adapter_model.safetensors"
+    places = [rounds, rounds / "rl" / "round-2", rounds / "rl" / "round-3"]
+    samples = [read_rows(place / "samples.jsonl") for place in places]
+    speakers = [{row["adapters"]["recommender"] for row in rows} for rows in samples]
+    assert speakers == [{"sft"}, {"rl"}, {"rl"}]
+    assert len({(row["dialog_id"], row["turn_id"]) for rows in samples for row in rows}) == 12
+    first, second, last = (rounds / "rl" / x for x in ("round-1", "round-2", "."))
+    assert (first / weights).read_bytes() == (finished / "rl" / weights).read_bytes()
+    run = until_simpo(finished, tmp_path / "run")
+    shutil.copy(first / weights, run / "sft")
+    shutil.copy(second / "pairs.jsonl", run)
+    assert train.main(["--run-dir", str(run), *flags(inputs), "--stages", "simpo"]) == 0
+    assert (run / "rl" / weights).read_bytes() == (second / weights).read_bytes()
+    assert (last / weights).read_bytes() != (second / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("rl/round-1/adapter_model.safetensors.part", 1),
+        ("rl/round-2/samples.jsonl", 2),
+        ("rl/round-3/pairs.jsonl.part", 1),
+        ("rl/training/state.safetensors.part", 1),
+    ],
+)
+def test_rounds_that_are_killed_go_on_to_the_same_bytes(
+    inputs: dict[str, Any], finished: Path, rounds: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    run = until_simpo(finished, tmp_path / "run")
+    command = [str(train.__file__), "--run-dir", str(run), *flags(inputs), *ROUNDS]
+    child = subprocess.run(
+        [sys.executable, "-c", DIES, str(run / name), str(count), *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert train.main(["--run-dir", str(run), *flags(inputs), *ROUNDS]) == 0
+    assert bytes_of(run) == bytes_of(rounds)
+
+
+def test_rounds_without_rows_left_are_told(
+    inputs: dict[str, Any], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = until_simpo(finished, tmp_path / "run")
+    assert train.main(["--run-dir", str(run), *flags(inputs), *ROUNDS[:-1], "4"]) == 2
+    assert "round-4/pairs.jsonl holds no pair to learn from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
 def test_every_pair_of_an_edited_file_is_learned_from(
     run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str], end: str
@@ -584,6 +654,7 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
         (["--kv-memory", "-1"], "kv_memory must be at least 0, got -1"),
         (["--simulator", "/no/such/simulator"], "/no/such/simulator"),
+        (["--rounds", "2", "--recommender", "http://localhost:1/v1#m"], "rounds above 1 need"),
         (["--data", "netflix"], "netflix"),
         (["--data", "redial", "--data-dir", "/no/such"], "/no/such"),
         (["--model", "/no/such/model"], "/no/such/model"),

@@ -56,6 +56,7 @@ def changed(one: Work, other: Work) -> list[str]:
         (["--pairs-samples", 7], BOTH),
         (["--chunk-size", 7], BOTH),
         (["--simpo-epochs", 7], ["simpo", "report"]),
+        (["--rounds", 7], ["simpo", "report"]),
         (["--simpo-loss-beta", 7], ["simpo", "report"]),
         (["--max-eval", 7], ["report"]),
         (["--ses-turns", 7], ["report"]),

@@ -59,6 +59,7 @@ class DataOptions(Options):
     max_sft: int = option(420, "training rows that sft learns whole", low=0)
     max_profiles: int = option(2500, "training rows whose profile and title sft learns", low=0)
     max_pairs: int = option(48, "training rows that PODCS tries", low=0)
+    rounds: int = option(1, "times that PODCS tries so many, and SimPO learns from them", low=1)
     max_valid: int = option(0, "validation rows, to keep an adapter's best state; 0: none", low=0)
     max_eval: int = option(64, "test dialogues of every method", low=0)
     methods: tuple[str, ...] = option(METHODS, "the methods that the report compares")
@@ -74,6 +75,8 @@ class DataOptions(Options):
             object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
         if self.recommender is not None and not is_server(self.recommender):
             raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
+        if self.recommender is not None and self.rounds > 1:  # it does not learn between them
+            raise ValueError("rounds above 1 need the run's own weights, not those of recommender")
         if unknown := ", ".join(sorted(set(self.methods) - COMPARED.keys())):
             raise ValueError(f"methods must be of {', '.join(COMPARED)}, got {unknown}")
 

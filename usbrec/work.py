@@ -114,9 +114,10 @@ class Work:
             self.compare(stage, told | {x: now[x] for x in both}, [path])
         return path
 
-    def rows(self, stage: str) -> list[Example]:
+    def rows(self, stage: str, part: int = 0) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
 
+        Of a limited stage they are the first ones in its own order; `part` 1 has the next, as many.
         The simulator learns to play the user, and to sum up what a user says in several turns, from
         rows with reactions, where the dataset has them. PODCS takes rows that `sft` has not learned
         while there are any: of the others the recommender knows the gold title by heart.
@@ -125,7 +126,8 @@ class Work:
         reacting = [x for x in self.train if x.accept and stage in ("simulator", "summaries")]
         learned = {id(x) for y in ("sft", "profiles") if stage == "pairs" for x in self.rows(y)}
         rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
-        return sorted(rows, key=lambda x: id(x) in learned)[: data.rows(stage) or None]
+        rows, most = sorted(rows, key=lambda x: id(x) in learned), data.rows(stage)
+        return rows[part * most : (part + 1) * most or None]
 
     def side(self, stage: str | None) -> Side:
         """Return the side that speaks with the adapter of a stage, None: the recommender's base.
@@ -158,10 +160,12 @@ class Work:
         size, engines = self.settings.data.chunk_size, list(self.models.engines.values())
         return runs.Results(self.folder / name, size, label, {}, engines, not self.models.sharded)
 
-    def learn(self, stage: str, objective: Objective, trees: Trees, validation: Trees = ()) -> None:
-        """Train the adapter of a stage, which the model has, and save it."""
-        model, adapter = self.engine.model, ADAPTERS[stage]
-        folder, seed = self.folder / adapter, seed_for(self.settings.data.seed, stage, "order")
+    def learn(
+        self, stage: str, objective: Objective, trees: Trees, validation: Trees = (), at: str = ""
+    ) -> None:
+        """Train the adapter of a stage, which the model has; save it `at` a place of its folder."""
+        model, adapter, seed = self.engine.model, ADAPTERS[stage], self.settings.data.seed
+        folder, seed = self.folder / adapter / at, seed_for(seed, stage, "order")
         options = replace(getattr(self.settings, stage), seed=seed)
         job = TrainingJob(options, objective, folder / "training", stage, validation)
         step = train(model, adapter, trees, job)

@@ -208,9 +208,7 @@ class Catalogue:
         the film that has fewer) with one. 0: none of these, or no item.
         """
         targets = [target for title in titles for target in self.named(title)]
-        if item in targets:
-            return 2
-        return int(any(item is not None and _is_kin(item, target) for target in targets))
+        return 2 if item in targets else int(any(item and _is_kin(item, x) for x in targets))
 
     def grade_of(self, text: str, titles: Iterable[str]) -> int:
         """Return the grade of the text's first title: the worst of its readings, 0 without one."""

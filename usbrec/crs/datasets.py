@@ -91,8 +91,8 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     Raises:
         UserError: there is no such folder; the message names the source of its files.
     """
-    given = data_dir or (ROOT / name if name in DATASETS else name)
-    folder = Path(os.path.abspath(given))  # `.` gets the name by which its neighbours are found
+    # `.` gets the name by which its neighbours are found
+    folder = Path(os.path.abspath(data_dir or (ROOT / name if name in DATASETS else name)))
     if folder.is_dir():
         return folder
     if not data_dir and name not in DATASETS:
@@ -378,10 +378,9 @@ def read_pairs(path: Path) -> Iterator[tuple[str, Row]]:
         yield place, pair
 
 
-def is_message(value: Any) -> bool:
+def is_message(x: Any) -> bool:
     """Return whether a value is a message of a chat."""
-    content = value.get("content") if isinstance(value, dict) else None
-    return isinstance(content, str) and value.get("role") in ROLES
+    return isinstance(x, dict) and isinstance(x.get("content"), str) and x.get("role") in ROLES
 
 
 if __name__ == "__main__":

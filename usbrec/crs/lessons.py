@@ -326,8 +326,7 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
             chats.append(scored(reply, wishes.card(film), told(facts), score, weight))
             if number % 2:
                 bare = taught[place - len(taught) // 2]  # another film
-                shown = scored(agents.announce(bare.title), wishes.card(bare), "", 0, weight)[:3]
-                chats.append(shown)
+                chats.append(scored(agents.announce(bare.title), wishes.card(bare), "", 0, 0)[:3])
             if number % 8 == 0:
                 strange = f"{film.name} ({(film.year or 2000) + int(rng.integers(3, 20))})"
                 amiss = draws.amiss(other, seed_for(seed, "cards", turn, number)).reply

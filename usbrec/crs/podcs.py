@@ -59,9 +59,8 @@ def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOption
     for i, example in enumerate(examples):
         samples = [tried.get((i, text), empty) for text in texts[i * k : (i + 1) * k]]
         pairs, reason = choose_pairs(example, samples, options)
-        ids = {"dialog_id": example.dialog_id, "turn_id": example.turn_id}
-        made = {"reason": reason, "pairs": pairs, "samples": samples}
-        rows.append({**ids, **made, "adapters": roles.adapters()})
+        row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "reason": reason}
+        rows.append({**row, "pairs": pairs, "samples": samples, "adapters": roles.adapters()})
     return rows
 
 

@@ -187,10 +187,8 @@ class SearchResult:
     def record(self) -> dict[str, Any]:
         """Return the search in JSON's own types, the root dialogue left out."""
         candidates = [x.record(len(self.root)) for x in self.candidates]
-        found = {"profile": self.profile, "best": self.best, "candidates": candidates}
-        if self.widths:
-            found["budget"] = {"widths": self.widths, "late": self.late}
-        return found
+        budget = {"budget": {"widths": self.widths, "late": self.late}} if self.widths else {}
+        return {"profile": self.profile, "best": self.best, "candidates": candidates, **budget}
 
 
 Searches = list[SearchResult]
@@ -300,9 +298,8 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
 
 def write_out(roles: Roles, results: Searches, options: SearchOptions) -> None:
     """Replace the chosen announcements by whole replies that begin with them."""
-    firsts = [x.firsts(roles.recommender, options, [x.best])[0] for x in results]
-    pairs = zip(firsts, results, strict=True)
-    asked = [(side, replace(request, begin=x.reply)) for (side, request), x in pairs]
+    firsts = [(x, x.firsts(roles.recommender, options, [x.best])[0]) for x in results]
+    asked = [(side, replace(request, begin=x.reply)) for x, (side, request) in firsts]
     for result, text in zip(results, roles.complete(asked), strict=True):
         result.candidates[result.best].reply = text
 
@@ -364,9 +361,8 @@ def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[
     texts = iter(roles.recommend([d for d in asked for _ in width], sampling, seeds))
     for node, dialogue in zip(nodes, asked, strict=True):
         for text, count in Counter(next(texts) for _ in width).items():  # equal ones are one child
-            longer = add_turn(dialogue, "recommender", text)
-            seed = seed_for(node.seed, "next", text)
-            node.children.append(Node(longer, node.profile, seed, node.draws * count))
+            said, key = add_turn(dialogue, "recommender", text), seed_for(node.seed, "next", text)
+            node.children.append(Node(said, node.profile, key, node.draws * count))
     return [child for node in nodes for child in node.children]
 
 

@@ -224,8 +224,7 @@ def _uncommon_words(name: str) -> list[str]:
 
 def _has_capitals(surface: str, name: str) -> bool:
     """Return whether each word with a capital (or digit) in the name has one in the text too."""
-    initials = [name[word.start] for word in words_of(name)]
-    seen = [surface[word.start] for word in words_of(surface)]
+    initials, seen = ([text[word.start] for word in words_of(text)] for text in (name, surface))
     return all(a == b or b.isupper() for a, b in zip(initials, seen, strict=True))
 
 

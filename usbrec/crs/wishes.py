@@ -140,9 +140,8 @@ def with_article(words: str) -> str:
 def describe(item: Item) -> str:
     """Return a film's facts in one clause: "a 1995 crime film by Michael Mann with Al Pacino"."""
     words = [*([str(item.year)] if item.year else []), *genre_words(item.genres[:2]), "film"]
-    text = with_article(" ".join(words))
-    text += f" by {item.directors[0]}" if item.directors else ""
-    return f"{text} with {item.stars[0]}" if item.stars else text
+    words += [f"by {x}" for x in item.directors[:1]] + [f"with {x}" for x in item.stars[:1]]
+    return with_article(" ".join(words))
 
 
 def rewrite(text: str, old: Item, new: Item) -> str:

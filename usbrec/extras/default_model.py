@@ -243,8 +243,7 @@ class GgufFile:
     def value(self, key: str, default: Any = None) -> Any:
         """Return a metadata value; a key that begins with a dot gets the architecture in front."""
         key = f"{self.architecture}{key}" if key.startswith(".") else key
-        content = self.values.get(key, default)
-        if content is None:
+        if (content := self.values.get(key, default)) is None:
             raise UserError(f"{self.path}: the GGUF field {key} is missing")
         # stored as fp32: 9.99999974e-06 is meant as 1e-05
         return float(str(np.float32(content))) if isinstance(content, float) else content

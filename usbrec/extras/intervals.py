@@ -72,8 +72,7 @@ def auc_interval(positive: Sequence[float], negative: Sequence[float], seed: int
     The two lists are paired by row (a gold reply and its rewriting), and a row's two values are
     drawn together. Where all draws agree, a share of rows may be otherwise (`unseen_share`).
     """
-    n = len(positive)
-    if n == 0:
+    if (n := len(positive)) == 0:
         return {"auc": None, "low": None, "high": None, "n": 0}
     wins = _wins(positive, negative)
     areas = [np.einsum("bi,ij,bj->b", c, wins, c, optimize=True) / n**2 for c in draws(n, seed)]

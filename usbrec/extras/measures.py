@@ -58,6 +58,21 @@ def count_wins(catalogue: Catalogue, examples: Examples, records: Sequence[Row])
     return wins
 
 
+def sample_means(
+    catalogue: Catalogue, examples: Examples, records: Sequence[Row], seed: int
+) -> list[Row]:
+    """Return two means over PODCS' samples: the judge's score, and the share that names a target.
+
+    Where the first grows from round to round and the second does not, only the judge sees a gain.
+    """
+    pairs = zip(examples, records, strict=True)
+    drawn = [(example, x) for example, record in pairs for x in record["samples"]]
+    groups = [example.dialog_id for example, _ in drawn]
+    hits = [float(catalogue.mentions(x["reply"], example.items)) for example, x in drawn]
+    scores = mean_interval([x["score"] for _, x in drawn], seed, None, groups, (0.0, 2.0))
+    return [scores, mean_interval(hits, seed, None, groups)]
+
+
 def judge_agreement(
     roles: Roles, examples: Examples, popularity: Popularity, seed: int, options: EvaluationOptions
 ) -> list[Row]:
@@ -111,8 +126,7 @@ def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key
     dataset has none. "skipped" is the reason why a row has no replies, or None.
     """
     row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "skipped": None}
-    golds = gold_items(example, catalogue)
-    if len(golds) < len(example.items):
+    if len(golds := gold_items(example, catalogue)) < len(example.items):
         return {**row, "skipped": "a gold title is not in the catalogue"}
     known = [(catalogue.get(title), count) for title, count in sorted(popularity.items())]
     pool = [(item, count) for item, count in known if item and item not in golds]

@@ -157,8 +157,7 @@ def compare_shapes(expected: Mapping[str, Sequence[int]], weights: SafetensorsWe
     for name, shape in expected.items():
         if name not in weights.tensors:
             raise UserError(f"{weights.path} lacks the tensor {name} of shape {list(shape)}")
-        found = list(weights.tensors[name].shape)
-        if found != list(shape):
+        if (found := list(weights.tensors[name].shape)) != list(shape):
             raise UserError(f"{weights.path}: {name} has shape {found}, expected {list(shape)}")
 
 

@@ -124,18 +124,16 @@ class Batch:
         self.last_ids = drawn
         self.positions += 1
         sizes = [row.request.sampling.max_new_tokens - len(row.tokens) for row in self.rows]
-        numbers, hidden = self.attention.read(drawn), None
-        if self.attention.leave_share == 1 and max(sizes) > 1:
-            hidden = self.step()
+        early = self.attention.leave_share == 1 and max(sizes) > 1
+        numbers = self.attention.read(drawn)
+        hidden = self.step() if early else torch.empty(0)
         for row, token in zip(self.rows, numbers(), strict=True):
             if token < 0:
                 raise UserError(NOT_FINITE)
             if not row.done:
                 row.append(token)
         self.drop_finished()
-        if hidden is None:
-            hidden = self.step() if self.rows else torch.empty(0)
-        return hidden
+        return self.step() if self.rows and not early else hidden
 
     def step(self) -> Tensor:
         """Return the hidden states (B, D) after the rows' last tokens."""
@@ -150,8 +148,7 @@ class Batch:
         if len(going) > (1 - self.attention.leave_share) * len(self.rows):
             return
         known = max(len(row.tokens) for row in self.rows) - 1  # the newest have no keys yet
-        slots = [torch.empty(0, dtype=torch.long)]
-        places: list[tuple[int, int]] = []  # row and column of each slot
+        slots, places = list[Tensor](), list[tuple[int, int]]()  # row and column of each slot
         for i, row in enumerate(self.rows):
             if row.done:
                 computed = row.prompt + row.tokens[:known]

@@ -74,8 +74,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 def config_from(values: Mapping[str, Any], source: Path) -> ModelConfig:
     """Return the ModelConfig of config.json's values; `source` is named in errors."""
-    model_type = values.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if (model_type := values.get("model_type")) not in MODEL_TYPES:
         raise UserError(f"{source}: model_type {model_type!r:.60}, not {', '.join(MODEL_TYPES)}")
     is_chatglm = model_type == "chatglm"
     settings = CheckedSettings(values, source, CHATGLM3["settings"] if is_chatglm else {})

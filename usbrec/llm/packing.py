@@ -71,8 +71,7 @@ def pair_tree(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[i
 
 def tree_paths(tree: Tree) -> list[list[int]]:
     """Return per branch the places of its path in the tree: its ancestors' first, then its own."""
-    paths: list[list[int]] = []
-    start = 0
+    paths, start = list[list[int]](), 0
     for branch in tree.branches:
         past = [] if branch.parent is None else paths[branch.parent]
         paths.append([*past, *range(start, start + len(branch.ids))])
@@ -140,8 +139,7 @@ class Packed:
 
 def pack(trees: Trees, model: Decoder) -> Packed:
     """Return the packed row of the trees; the first token of a root branch is never predicted."""
-    ids: list[int] = []
-    positions: list[int] = []
+    ids, positions = list[int](), list[int]()
     labels: list[tuple[int, int, float, int]] = []  # place, target, weight, segment
     segment = 0
     for tree in trees:

@@ -325,8 +325,7 @@ def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, room: int) -> tuple
 
     They still exceed it if the system prompt, or what follows the last user's line, does.
     """
-    ids = tokenizer.prompt(messages)
-    if len(ids) <= room:
+    if len(ids := tokenizer.prompt(messages)) <= room:
         return ids, False
     return tokenizer.prompt(shorten(tokenizer, messages, room)), True
 
@@ -345,8 +344,7 @@ def shorten(tokenizer: ChatTokenizer, messages: Messages, limit: int) -> list[Me
         return head
     last, text = starts[-1], rest[starts[-1]].content
     # where the kept part may begin: a message, and a place in its text
-    cuts = [(start, 0) for start in starts]
-    cuts += [(last, match.end()) for match in re.finditer("\n", text)]
+    cuts = [(start, 0) for start in starts] + [(last, x.end()) for x in re.finditer("\n", text)]
     whole = len(cuts) - 1  # the last cut between lines; the others are within the last line
     cuts += [(last, place) for place in range(cuts[-1][1] + 1, len(text) + 1)]
 

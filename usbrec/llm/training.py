@@ -233,8 +233,7 @@ class State:
     def __init__(self, folder: Path, parameters: Tensors, optimizer: torch.optim.Optimizer) -> None:
         self.path, self.metrics = folder / "state.safetensors", folder / "metrics.jsonl"
         self.parameters = parameters
-        self.step = self.best_step = 0
-        self.best_loss = math.inf
+        self.step, self.best_step, self.best_loss = 0, 0, math.inf
         self.best: dict[str, Tensor] = {}  # none before a validation
         self.live: dict[str, Tensor] = {}  # the tensors in use, by their names in the state
         for name, weight in parameters.items():

@@ -53,9 +53,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `model.rms_norm`; its gradient keeps no fp32 copy of x."""
-    if torch.is_grad_enabled():
-        return _RmsNorm.apply(x, weight, eps)
-    return rms_norm(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps) if torch.is_grad_enabled() else rms_norm(x, weight, eps)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -85,8 +83,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        n = len(ctx.parts)
+        grad, n = grads[0], len(ctx.parts)
         x, low, A, *kept = ctx.saved_tensors
         B, weight = kept[:n], joined(kept[n:])
         own = [grad[:, columns] for columns, _ in ctx.parts]
