@@ -97,8 +97,8 @@ def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue
     work.learn(stage, Sft(), trees, validation)
 
 
-def make_pairs(work: Work, part: int = 0) -> None:
-    """Write pairs.jsonl: the pairs of PODCS, from samples of the SFT adapter.
+def make_pairs(work: Work, part: int = 0) -> Path:
+    """Write pairs.jsonl, and return its path: the pairs of PODCS, from samples of the SFT adapter.
 
     Later parts of the rows are those of later rounds, with samples of the adapter that learns.
     """
@@ -107,17 +107,19 @@ def make_pairs(work: Work, part: int = 0) -> None:
     if part:
         folder, label = f"rl/round-{part + 1}", f"pairs, round {part + 1}"
         roles = replace(roles, recommender=Side(work.engine, "rl"))
-    rows, results = work.rows("pairs", part), work.results(f"{folder}/samples.jsonl", label)
+    rows, path = work.rows("pairs", part), work.folder / folder / "pairs.jsonl"
+    results = work.results(f"{folder}/samples.jsonl", label)
     records = runs.run_chunks(results, rows, lambda chunk: build_pairs(roles, chunk, seed, options))
     pairs = [pair for record in records for pair in record["pairs"]]
     if parallel.rank() == 0:
-        runs.write_rows(work.folder / folder / "pairs.jsonl", pairs)
+        runs.write_rows(path, pairs)
     reasons = Counter(record["reason"] for record in records)  # kinds of pairs, causes of drops
     print_counts(f"{label}: {len(pairs)} of {len(records)} rows", dict(sorted(reasons.items())))
     wins = count_wins(work.catalogue, rows, records)
     print_counts(f"{label}, the chosen side against the rejected by rule", wins)
     score, hit = map(interval, sample_means(work.catalogue, rows, records, seed))
     print(f"{label}, the samples by the judge: {score}; share that names a target: {hit}")
+    return path
 
 
 def train_simpo(work: Work) -> None:
@@ -132,9 +134,8 @@ def train_simpo(work: Work) -> None:
     work.models.side(str(start), "rl")  # the copy that learns
     for part in range(len(done), last + 1):
         if part:
-            make_pairs(work, part)
+            path = make_pairs(work, part)
             parallel.meet()  # the first process has written them
-            path = work.folder / f"rl/round-{part + 1}/pairs.jsonl"
         trees = lay_out_pairs(work, [pair for _, pair in read_pairs(path)])
         if not trees:
             told = "try more rows (--max-pairs), more samples (--pairs-samples), a better simulator"

@@ -186,8 +186,8 @@ class Search:
 
         The tokens get room among the keys, and the mask of their paths.
         """
-        ends: list[Slots] = []
-        paths: list[Slots] = []  # of each token: the slots it sees, its own the last
+        # paths: of each token the slots it sees, its own the last
+        ends, paths = list[Slots](), list[Slots]()
         for best in chosen:
             path = best.above
             for _ in best.run.fed:
