@@ -494,6 +494,16 @@ def test_rounds_without_rows_left_are_told(
     assert "round-4/pairs.jsonl holds no pair to learn from" in capsys.readouterr().err
 
 
+def test_rounds_without_a_simulator_are_told_before_the_first(
+    inputs: dict[str, Any], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = until_simpo(finished, tmp_path / "run")
+    shutil.rmtree(run / "simulator")
+    assert train.main(["--run-dir", str(run), *flags(inputs), *ROUNDS]) == 2
+    assert "simulator/adapter_model.safetensors" in capsys.readouterr().err
+    assert not (run / "rl").exists()
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
 def test_every_pair_of_an_edited_file_is_learned_from(
     run: Path, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str], end: str

@@ -137,11 +137,9 @@ def _read_object(text: str | bytes, place: str) -> dict[str, Any]:
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's pairs as a dict; raises ValueError if a key comes twice."""
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"duplicate key {name!r:.60}")
-        content[name] = value
+    content, names = dict(pairs), [name for name, _ in pairs]
+    if len(content) < len(names):
+        raise ValueError(f"duplicate key {next(x for x in names if names.count(x) > 1)!r:.60}")
     return content
 
 

@@ -92,7 +92,9 @@ class Work:
 
         Raises UserError for what is missing or does not fit, before a stage begins.
         """
-        needed = {x for stage in stages for x in STAGES[stage]["needs"]}.difference(stages)
+        # later rounds of SimPO make their own pairs
+        again = ["pairs"] if "simpo" in stages and self.settings.data.rounds > 1 else []
+        needed = {x for y in (*stages, *again) for x in STAGES[y]["needs"]}.difference(stages)
         if "pairs" in needed:
             list(read_pairs(self.need("pairs")))
         if ADAPTERS.keys() & set(stages):
