@@ -5,8 +5,8 @@
                 summariser and judge
     pairs       PODCS: the recommender's samples are tried on the simulated user
     simpo       the recommender learns to prefer the chosen reply of each pair
-    report      B/L, SFT, RL, RL+SES, RL+SES+memory and RL+SES+cards on the
-                same test dialogues, with 95% intervals
+    report      B/L, SFT, RL, RL+SES and RL+SES+cards on the same test dialogues,
+                with 95% intervals
 
 A finished stage is used again; an interrupted one resumes. The next command is
 `python infer.py --ses`. `torchrun --nproc-per-node N train.py` does the same in
@@ -204,8 +204,7 @@ def print_counts(text: str, counts: Mapping[str, int]) -> None:
     print(f"{text} ({', '.join(told)})" if told else text)
 
 
-_DOES = (train_sft, train_simulator, make_pairs, train_simpo, evaluate)
-DOES = dict(zip(STAGES, _DOES, strict=True))
+DOES = (train_sft, train_simulator, make_pairs, train_simpo, evaluate)  # the stages, in order
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def run_stages(work: Work, stages: Sequence[str], flags: Namespace) -> None:
     work.prepare(todo)
     for stage in todo:
         start, before = time.perf_counter(), loading.usage_of(work.models.engines.values())
-        DOES[stage](work)
+        dict(zip(STAGES, DOES, strict=True))[stage](work)
         spent = loading.usage_of(work.models.engines.values()).since(before)
         seconds = round(time.perf_counter() - start, 1)
         if parallel.rank() == 0:
@@ -257,7 +256,8 @@ def work_through(arguments: Sequence[str] | None) -> None:
         print(f"simulator: {settings.data.simulator} plays the user, there is nothing to train")
     with runs.locked(folder):
         run_stages(Work(settings, folder, find_model, flags.shard), stages, flags)
-    print(f"{folder} is ready: python infer.py --ses --run-dir {shlex.quote(str(folder))}")
+    then = f": python infer.py --ses --run-dir {shlex.quote(str(folder))}"
+    print(f"{folder} is ready{'' if settings.data.recommender else then}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

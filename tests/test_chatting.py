@@ -74,6 +74,17 @@ def test_a_conversation_goes_on_from_its_replies_until_an_empty_line(
     assert format_dialogue(held.turns[-1][0]) == expected
 
 
+def test_ctrl_c_ends_a_conversation_and_its_turns_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reply(request: Request) -> str:
+        if len(request.messages) > 2:
+            raise KeyboardInterrupt
+        return by_role(request)
+
+    held, _, shown = chat(monkeypatch, "Hello.", "More.", "Again.", ses=False, model=Model(reply))
+    assert [row["reply"] for row, _ in shown] == ["Reply 2."]
+    assert [row["reply"] for _, row in held.turns] == ["Reply 2."]
+
+
 def test_why_shows_the_last_search_which_the_reply_itself_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

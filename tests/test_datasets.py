@@ -256,7 +256,19 @@ def test_opendialkg_training_rows_that_give_a_test_row_away_are_dropped(tmp_path
     write_rows(tmp_path / "test.jsonl", test)
     part = load_split("opendialkg", "train", tmp_path)
     assert [one.dialog_id for one in part.examples] == ["4"]
-    assert "3 of 4 OpenDialKG training rows dropped" in part.notes[0]
+    assert "3 of 4 OpenDialKG train rows dropped" in part.notes[0]
+
+
+def test_opendialkgs_valid_rows_are_none_of_test_and_none_of_train(tmp_path: Path) -> None:
+    write_rows(tmp_path / "test.jsonl", ROW | {"dialog_id": 1, "resp": "The answer."})
+    write_rows(tmp_path / "train.jsonl", ROW | {"dialog_id": 2, "resp": "Another."})
+    given = [ROW | {"dialog_id": x} for x in (1, 2, 3)] + [
+        ROW | {"dialog_id": 4, "resp": "Another."}
+    ]
+    write_rows(tmp_path / "valid.jsonl", *given)
+    part = load_split("opendialkg", "valid", tmp_path)
+    assert [one.dialog_id for one in part.examples] == ["3"]
+    assert part.notes[0].startswith("3 of 4 OpenDialKG valid rows dropped: test or train has")
 
 
 def test_a_label_means_one_film_of_the_catalogue_or_none_or_several(tmp_path: Path) -> None:

@@ -306,6 +306,17 @@ def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Endpoint("http://localhost:1/v1", tmp_path / "answers.jsonl", 1)
 
 
+def test_an_address_that_the_client_cannot_use_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match=r"http://\[::g]:80/v1 is asked by openai .*: "):
+        Endpoint("http://[::g]:80/v1", answers, 1)
+    monkeypatch.setenv("ALL_PROXY", "no-scheme://127.0.0.1:1080")
+    with pytest.raises(UserError, match="http://localhost:1/v1 is asked by openai .*no-scheme"):
+        Endpoint("http://localhost:1/v1", answers, 1)
+
+
 # --- the judge --------------------------------------------------------------------------------
 
 
@@ -352,6 +363,27 @@ def test_votes_stand_in_for_what_a_server_does_not_tell(
     assert {x["model"] for x in server.asked} == {"judge"}
     said = [str(x.message) for x in recwarn if "log-probabilities" in str(x.message)]
     assert len(said) == 1 and server.url in said[0]
+
+
+@pytest.mark.parametrize("code", [400, 422])
+def test_votes_stand_in_for_what_a_server_refuses_to_tell_but_not_for_another_refusal(
+    code: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    with serving(lambda body: completion("2")) as server:
+        llm = Endpoint(server.url, path, 1)
+        roles = Roles(Side(llm, "m"), Side(llm, "m"), Catalogue([]))
+        server.faults.append(refusal(code, "logprobs are not supported"))
+        with pytest.warns(UserWarning, match="votes are sampled"):
+            [score] = roles.judge([(Message("user", "a"),)], Votes(), [1])
+        assert score.score == 2 and score.parse_rate == 1
+        assert len(read_rows(path)) == len(server.asked) - 1, "the refusal is not kept"
+        server.faults += [refusal(code, "too long")] * 2
+        with pytest.raises(UserError, match="too long"):
+            roles.judge([(Message("user", "b"),)], Votes(), [1])
+        server.faults.append(refusal(401, "bad key"))
+        with pytest.raises(UserError, match="bad key"):
+            roles.judge([(Message("user", "c"),)], Votes(), [1])
 
 
 @pytest.mark.parametrize("told", [{}, {"top_logprobs": None}, {"top_logprobs": []}])
@@ -566,6 +598,7 @@ def test_servers_alone_serve_pairs_and_report_without_a_local_model(
         assert "other-judge" not in facts[0] and "other-judge" in facts[1]
         spent = {row["stage"]: row for row in read_rows(run / "timings.jsonl")}
         assert spent["report"]["decoded_tokens"] > 0 and "tokens decoded" in said.err
+        assert said.out.endswith(f"{run} is ready\n"), "no adapter is there for infer.py"
         assert list(json.loads((run / "report.json").read_text())["methods"]) == methods[1:]
         other = [x.replace("#outer", "#base") for x in command]
         assert train.main([*other, "report", *methods]) == 2

@@ -22,7 +22,7 @@ pytest.importorskip("starlette")
 
 from scripted import talk  # noqa: E402
 from small_run import write_small_model  # noqa: E402
-from stand_in import completion, serving  # noqa: E402
+from stand_in import completion, refusal, serving  # noqa: E402
 
 import infer  # noqa: E402
 from usbrec.answering import Recommender, ReplyOptions  # noqa: E402
@@ -246,6 +246,10 @@ def test_a_server_can_recommend_for_this_server(tmp_path: Path) -> None:
             reply = found.ask()
             assert reply.choices[0].message.content == "sft: True" and reply.usage is None
             assert "".join(found.pieces()) == "sft: True"
+            other.faults += [refusal(404, "no such model")] * 9
+            with pytest.raises(openai.InternalServerError, match="no such model") as fault:
+                found.ask(messages=LATER)
+            assert fault.value.status_code == 502
     assert other.asked[0]["messages"][1:] == HELLO
 
 

@@ -486,12 +486,17 @@ def test_rounds_that_are_killed_go_on_to_the_same_bytes(
     assert bytes_of(run) == bytes_of(rounds)
 
 
-def test_rounds_without_rows_left_are_told(
-    inputs: dict[str, Any], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_after_the_last_rows_a_round_has_the_first_ones_again(
+    inputs: dict[str, Any], finished: Path, rounds: Path, tmp_path: Path
 ) -> None:
     run = until_simpo(finished, tmp_path / "run")
-    assert train.main(["--run-dir", str(run), *flags(inputs), *ROUNDS[:-1], "4"]) == 2
-    assert "round-4/pairs.jsonl holds no pair to learn from" in capsys.readouterr().err
+    assert train.main(["--run-dir", str(run), *flags(inputs), *ROUNDS[:-1], "4"]) == 0
+    places = [run, run / "rl" / "round-2", run / "rl" / "round-3", run / "rl" / "round-4"]
+    tried = [
+        [(row["dialog_id"], row["turn_id"]) for row in read_rows(place / "samples.jsonl")]
+        for place in places
+    ]
+    assert tried[3] == tried[0] and len({row for rows in tried for row in rows}) == 12
 
 
 def test_rounds_without_a_simulator_are_told_before_the_first(
@@ -665,6 +670,7 @@ def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished
         (["--kv-memory", "-1"], "kv_memory must be at least 0, got -1"),
         (["--simulator", "/no/such/simulator"], "/no/such/simulator"),
         (["--rounds", "2", "--recommender", "http://localhost:1/v1#m"], "rounds above 1 need"),
+        (["--ses-start-turn", "2"], "--ses-start-turn is above --eval-turns"),
         (["--data", "netflix"], "netflix"),
         (["--data", "redial", "--data-dir", "/no/such"], "/no/such"),
         (["--model", "/no/such/model"], "/no/such/model"),

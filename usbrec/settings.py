@@ -15,7 +15,7 @@ from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
 from usbrec.loading import ModelOptions
-from usbrec.options import Options, Parser, add_flags, from_flags, option
+from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option
 
 TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
 # group -> flag -> argparse's keywords: train.py's job, and what infer.py answers with whom
@@ -126,7 +126,7 @@ def add_settings(parser: Parser) -> None:
 def read_settings(flags: Namespace) -> Settings:
     """Return the settings: a stage's flag, else the shared flag, else the default of the stage.
 
-    --full changes some of the defaults.
+    --full changes some of the defaults. Raises UserError for a search that never begins.
     """
     groups: dict[str, Any] = {}
     preset = FULL if getattr(flags, "full", False) else {}
@@ -134,4 +134,6 @@ def read_settings(flags: Namespace) -> Settings:
         prefixes = ("", name) if name in ADAPTERS else (PREFIXES.get(name, name),)
         defaults = {**DEFAULTS.get(name, {}), **preset.get(name, {})}
         groups[name] = from_flags(options, flags, *prefixes, defaults=defaults)
+    if groups["ses"].start_turn > groups["eval"].turns:
+        raise UserError("--ses-start-turn is above --eval-turns: no turn would be searched")
     return Settings(**groups)

@@ -33,7 +33,7 @@ class Work:
         self.settings, self.folder, o = settings, folder, settings.data
         names = ("train", "valid", "test") if o.max_valid else ("train", "test")
         splits = {name: load_split(o.data, name, o.data_dir) for name in names}
-        self.notes = [note for split in splits.values() for note in split.notes]
+        self.notes = list(dict.fromkeys(note for x in splits.values() for note in x.notes))
         for note in self.notes:
             print(f"note: {note}")
         self.train, self.test = splits["train"].examples, splits["test"].examples
@@ -119,7 +119,8 @@ class Work:
     def rows(self, stage: str, part: int = 0) -> list[Example]:
         """Return the training rows of a stage, the same ones in every run of these options.
 
-        Of a limited stage they are the first ones in its own order; `part` 1 has the next, as many.
+        Of a limited stage they are the first ones in its own order; `part` 1 has the next, as many,
+        while there are any, and after the last come the first again.
         The simulator learns to play the user, and to sum up what a user says in several turns, from
         rows with reactions, where the dataset has them. PODCS takes rows that `sft` has not learned
         while there are any: of the others the recommender knows the gold title by heart.
@@ -129,7 +130,7 @@ class Work:
         learned = {id(x) for y in ("sft", "profiles") if stage == "pairs" for x in self.rows(y)}
         rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
         rows, most = sorted(rows, key=lambda x: id(x) in learned), data.rows(stage)
-        return rows[part * most : (part + 1) * most or None]
+        return rows[part * most % max(len(rows), 1) :][: most or None]
 
     def side(self, stage: str | None) -> Side:
         """Return the side that speaks with the adapter of a stage, None: the recommender's base.

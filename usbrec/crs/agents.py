@@ -324,6 +324,5 @@ def parse_score(text: str) -> int | None:
     is left out, and characters of other widths are read as the plain ones: "{"score": ２}" is 2.
     """
     plain = MARKUP.sub(" ", normalize("NFKC", text)).strip()
-    plain = SCALE.sub("", OVER_SCALE.sub(r"\1", plain))
-    found = {int(score) for score in SCORE.findall(plain)}
+    found = {int(x) for x in SCORE.findall(SCALE.sub("", OVER_SCALE.sub(r"\1", plain)))}
     return found.pop() if len(found) == 1 else None

@@ -53,7 +53,8 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     """Return the examples and notes of a split, with training and test rows kept apart.
 
     ReDial without train.jsonl: train is 90% of valid's dialogues, valid the other 10%. OpenDialKG:
-    training rows that give away a test row are dropped.
+    training rows that give away a test row are dropped, and rows of valid that give away or repeat
+    one of test or train.
 
     Raises:
         UserError: no such dataset, split or file, or a fault in a file.
@@ -67,11 +68,12 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if name == "redial" and split != "test" and not _existing(folder, "train"):
         return _divide_valid(read_examples(_find(folder, "valid")), split)
     examples = read_examples(_find(folder, split))
-    if name != "opendialkg" or split != "train":
+    if name != "opendialkg" or split == "test":
         return Split(examples, [] if name in DATASETS else [*own_notes(folder, split, examples)])
-    kept = drop_overlap(examples, read_examples(_find(folder, "test")))
-    dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG training rows dropped"
-    return Split(kept, [f"{dropped}: their dialogue, or a test response, occurs in test"])
+    others = ("test", "train") if split == "valid" else ("test",)
+    kept = drop_overlap(examples, [x for y in others for x in read_examples(_find(folder, y))])
+    dropped = f"{len(examples) - len(kept)} of {len(examples)} OpenDialKG {split} rows dropped"
+    return Split(kept, [f"{dropped}: {' or '.join(others)} has their dialogue, or a response"])
 
 
 def load_catalogue(name: str, data_dir: str | Path | None = None) -> Catalogue:
@@ -144,7 +146,7 @@ def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator
 
 
 def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
-    """Return the training rows that share no dialogue with test and hold no test response."""
+    """Return the rows of `train` that share no dialogue with `test` and hold no response of it."""
     dialogues = {example.dialog_id for example in test}
     responses = {example.response for example in test}
     others = [x for x in train if x.dialog_id not in dialogues and x.response not in responses]

@@ -139,8 +139,9 @@ def checked(catalogue: Catalogue, example: Example, record: Row) -> Row:
     Each candidate gets the first title of its reply (`title`, None without one), whether that is a
     target (`found`), and its `fit` with the true wishes. The record gets `facts`: how many facts
     the summary tells (`told`), how many of these are `right`, and how many are `true`. Without a
-    gold profile `fit` and `facts` are None. A title that leaves the year open fits as the worst of
-    its readings, no title as 0.
+    gold profile `fit` and `facts` are None. The wishes are those before the talk: what its seeker
+    adds counts as wrong. A title that leaves the year open fits as the worst of its readings, no
+    title as 0.
     """
     facts, true, candidates = None, None, []
     if example.profile is not None:

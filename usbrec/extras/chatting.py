@@ -45,13 +45,13 @@ class Chat:
     profile: str = ""
 
     def converse(self) -> Answered:
-        """Read lines until an empty one or the end of the input; return the turns."""
+        """Read lines until an empty one, the end of the input or Ctrl-C; return the turns."""
         typed = sys.stdin.isatty() and sys.stdout.isatty() and not self.as_json
         if typed:  # into a pipe readline may print escape codes
             with suppress(ImportError):  # where Python has none, lines are not edited or recalled
                 import readline  # noqa: F401
         tell("Say what you would like to watch; an empty line ends the conversation, /help helps.")
-        with suppress(EOFError):
+        with suppress(EOFError, KeyboardInterrupt):
             while line := input("Seeker: " if typed else "").strip():
                 try:
                     (self.obey if line.startswith("/") else self.say)(line)

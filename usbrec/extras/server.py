@@ -183,8 +183,11 @@ class Api:
 
 
 async def refuse(request: requests.Request, error: Exception) -> responses.Response:
-    """Return an error in OpenAI's form: 400 for a user's fault, 500 for one of ours."""
-    status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
+    """Return an error in OpenAI's form: 400 for a user's fault, 500 for one of ours.
+
+    An error with a code of its own, as one of the server that recommends, keeps it.
+    """
+    status = getattr(error, "status_code", 400 if isinstance(error, UserError) else 500)
     kind = "invalid_request_error" if status < 500 else "server_error"
     facts = {"message": getattr(error, "detail", str(error)), "type": kind, "param": None}
     return responses.JSONResponse({"error": facts}, status, getattr(error, "headers", None))

@@ -48,6 +48,12 @@ def split_address(name: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
+class Unanswered(UserError):
+    """A server's fault, and its code if our own server (infer.py --serve) passes it on."""
+
+    status_code = 502
+
+
 class Endpoint:
     """`usbrec.chat.LanguageModel` over a server; a request's adapter is the name of its model."""
 
@@ -55,16 +61,17 @@ class Endpoint:
         """Read the file `answers`, which new answers are appended to.
 
         At most `in_flight` requests wait for the server at a time. Raises UserError if the package
-        openai is missing.
+        openai is missing, or cannot use the address.
         """
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError(f"{url} is asked by the package openai: pip install openai") from error
         self.url, self.answers, self.in_flight = url, answers, in_flight
         # no key holds white space, but a file's line end may follow it; the client wants a key
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split()) or "none"
-        self.client: Any = openai.OpenAI(base_url=url, api_key=self.key)
+        try:
+            import openai
+
+            self.client: Any = openai.OpenAI(base_url=url, api_key=self.key)
+        except Exception as error:  # no package, or a host or a proxy's address that none can be
+            raise UserError(f"{url} is asked by openai (pip install openai): {error}") from error
         self.failure, self.lock = openai.APIError, Lock()
         self.known, self.usage, self.warned = read_answers(answers), Usage(), False
         # request's place in the next call -> who hears its whole reply
@@ -84,8 +91,8 @@ class Endpoint:
     def choice_logprobs(self, requests: Requests, choices: Sequence[str]) -> list[list[float]]:
         """Return per request the log-probability of each choice as the first token of its reply.
 
-        Tokens that are equal without their spaces add up. A row is empty if the server leaves a
-        choice out; a warning says so once.
+        Tokens that are equal without their spaces add up. A row is empty if the server refuses to
+        tell, or leaves a choice out; a warning says so once.
         """
         asked = [self.body(replace(x, sampling=Sampling(1, 0.0))) for x in requests]
         found = self.ask([{**body, "logprobs": True, "top_logprobs": TOP} for body in asked])
@@ -122,16 +129,20 @@ class Endpoint:
     def pay(self, key: str, body: Row) -> None:
         """Ask the server, append its answer to the file, and count its tokens.
 
-        Raises UserError with the server's words if it refuses, or if the client has given up.
+        Raises Unanswered with the server's words if it refuses, or if the client has given up. A
+        refusal to tell log-probabilities counts as an answer without them, and is not kept.
         """
         try:
             answer = read_answer(self.client.chat.completions.create(**body))
         except self.failure as error:
+            if "logprobs" in body and getattr(error, "status_code", 0) in (400, 422):
+                self.known[key] = {"top": []}  # votes will show any other cause
+                return
             words = " ".join(f"{error} {error.__cause__ or ''}".split())
             told = words.replace(self.key, "KEY")[:300]  # some servers repeat the key
-            raise UserError(f"{self.url} does not answer as {body['model']}: {told}") from None
+            raise Unanswered(f"{self.url} does not answer as {body['model']}: {told}") from None
         except (ValueError, AttributeError, IndexError, TypeError) as error:
-            raise UserError(f"{self.url}: expected a chat completion, got a broken one") from error
+            raise Unanswered(f"{self.url}: expected a chat completion, got a broken one") from error
         with self.lock:
             append_rows(self.answers, [{"key": key, **answer}])
             self.known[key] = answer

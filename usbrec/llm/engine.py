@@ -87,8 +87,7 @@ class BatchRow:
             self.text, self.ended = self.text[: min(places)], True
         if self.listener is not None:
             held = (n for x in stops for n in range(1, len(x)) if self.text.endswith(x[:n]))
-            end = len(self.text) - (0 if self.done else max(held, default=0))
-            self.listener(self.text[:end])
+            self.listener(self.text[: len(self.text) - (not self.done) * max(held, default=0)])
 
 
 class Batch:

@@ -29,8 +29,7 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight over the last dimension, in fp32 inside (arXiv 1910.07467)."""
     wide = x.float()
-    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return unit.to(x.dtype) * weight
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

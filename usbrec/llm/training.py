@@ -82,14 +82,11 @@ def usable(trees: Trees, limit: int, objective: Objective) -> tuple[list[Tree], 
 
     A conversation of more than `limit` tokens is dropped before the objective is asked.
     """
-    kept, dropped = [], Counter[str]()
-    for tree in trees:
-        too_long = any(len(path) > limit for path in tree_paths(tree))
-        if reason := "dropped as too long" if too_long else objective.fault(tree):
-            dropped[reason] += 1
-        else:
-            kept.append(tree)
-    return kept, dict(sorted(dropped.items()))
+    told = "dropped as too long"
+    long = [any(len(path) > limit for path in tree_paths(tree)) for tree in trees]
+    faults = [told if y else objective.fault(x) for x, y in zip(trees, long, strict=True)]
+    kept = [tree for tree, fault in zip(trees, faults, strict=True) if not fault]
+    return kept, dict(sorted(Counter(filter(None, faults)).items()))
 
 
 def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:

@@ -177,8 +177,7 @@ class WindowAttention(torch.autograd.Function):
             grad_probs = torch.bmm(grad, v[:, keys].mT)
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
             grad_q[start:stop] = unfold(torch.bmm(grad_scores, k[:, keys]), stop - start) * scale
-            folded = fold(q[start:stop] * scale, H_kv)
-            grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, folded))
+            grad_k.index_add_(1, keys, torch.bmm(grad_scores.mT, fold(q[start:stop] * scale, H_kv)))
         return grad_q, grad_k, grad_v, None
 
 
