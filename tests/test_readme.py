@@ -83,6 +83,8 @@ def test_both_of_the_two_commands_are_among_them() -> None:
 def test_every_flag_in_the_text_exists(page: str) -> None:
     known = {"--nproc-per-node", "--cov", "--cov-branch"}  # torchrun's and pytest-cov's
     known |= {"--generation-config", "--enable-lora", "--max-lora-rank", "--lora-modules"}  # vLLM's
+    known |= {"--no-enable-chunked-prefill", "--max-num-batched-tokens"}  # vLLM's too
+    known |= {"--sampling-defaults"}  # SGLang's
     known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', DATA_COMMANDS))
     for script in SCRIPTS.values():
         known |= {f for action in script.build_parser()._actions for f in action.option_strings}

@@ -94,11 +94,13 @@ def served(recommender: Recommender) -> Iterator[Running]:
     web = uvicorn.Server(uvicorn.Config(api.app, log_level="critical"))
     thread = threading.Thread(target=web.run, args=([door],))
     thread.start()
-    yield Running(api, client)
-    client.close()
-    web.should_exit = True
-    thread.join()
-    api.thread.shutdown()
+    try:
+        yield Running(api, client)
+    finally:  # a test that fails must not leave the thread
+        client.close()
+        web.should_exit = True
+        thread.join()
+        api.thread.shutdown()
 
 
 @pytest.fixture
