@@ -5,8 +5,8 @@
                 summariser and judge
     pairs       PODCS: the recommender's samples are tried on the simulated user
     simpo       the recommender learns to prefer the chosen reply of each pair
-    report      B/L, SFT, RL, RL+SES and RL+SES+cards on the same test dialogues,
-                with 95% intervals
+    report      B/L, SFT, RL, RL+SES and RL+SES+cards on the same test
+                dialogues, with 95% intervals
 
 A finished stage is used again; an interrupted one resumes. The next command is
 `python infer.py --ses`. `torchrun --nproc-per-node N train.py` does the same in
