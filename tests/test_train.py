@@ -22,7 +22,7 @@ import infer
 import train
 from usbrec import loading
 from usbrec.chat import Message
-from usbrec.crs.datasets import SPLITS
+from usbrec.crs.datasets import SPLITS, load_split
 from usbrec.extras.measures import JUDGES
 from usbrec.llm.engine import Engine
 from usbrec.llm.tokenizer import ChatTokenizer
@@ -737,6 +737,16 @@ def test_two_runs_never_share_a_folder(
 
 def settings(*words: str) -> Any:
     return train.read_settings(train.build_parser().parse_args(words))
+
+
+def test_a_note_that_several_splits_have_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = load_split
+    noted = lambda *asked: plain(*asked)._replace(notes=["of the whole file"])  # noqa: E731
+    monkeypatch.setattr("usbrec.work.load_split", noted)
+    assert train.Work(settings(), tmp_path, train.find_model).notes == ["of the whole file"]
+    assert capsys.readouterr().out == "note: of the whole file\n"
 
 
 def test_a_dataset_is_the_same_from_any_folder(
