@@ -75,7 +75,8 @@ def test_rows_of_one_dialogue_are_drawn_together() -> None:
     alone = mean_interval(values, 0)
     pairs = mean_interval(values, 0, groups=[str(i // 2) for i in range(100)])
     same = mean_interval(sorted(values), 0, groups=[str(i // 25) for i in range(100)])
-    assert pairs["low"] == pairs["high"] == 0.5
+    room = (1 - 0.025 ** (1 / 50)) / 2  # the draws agree, but a dialogue may have two hits or none
+    assert (pairs["low"], pairs["high"]) == pytest.approx((0.5 - room, 0.5 + room))
     assert same["low"] == 0.0 and same["high"] == 1.0 and alone["low"] > 0.35
 
 
@@ -94,7 +95,7 @@ def test_a_difference_leaves_out_rows_that_one_side_lacks() -> None:
 
 
 def test_a_row_without_a_value_leaves_the_others_in_their_dialogues() -> None:
-    found = mean_interval([None, 0.0, 1.0], 0, groups=["a", "b", "b"])
+    found = mean_interval([None, 0.2, 0.8], 0, groups=["a", "b", "b"])
     assert (found["low"], found["mean"], found["high"]) == (0.5, 0.5, 0.5)
 
 

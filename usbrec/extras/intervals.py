@@ -5,9 +5,9 @@ rows without a group name stand alone. 10,000 draws, percentile interval, seeded
 
 If all rows agree, so do all draws, and the interval would say that nothing else is possible. But n
 groups that agree allow a share p = 1 - 0.025 ** (1 / n) of all groups to be otherwise (the bound of
-Clopper and Pearson for 0 of n). So where each group's mean is a whole number (found or not, grades,
-their differences) each end lies at least as far out as a share p of groups at the limit of the
-values moves the mean:
+Clopper and Pearson for 0 of n). So where each value is a whole number (found or not, grades, their
+differences) each end lies at least as far out as a share p of groups at the limit of the values
+moves the mean:
 
     0 of 128 found        p = 0.028         0.000 [0.000, 0.028]
     1 of 128 found        p = 0.028         0.008 [0.000, 0.036], the draws alone say 0.023
@@ -48,7 +48,7 @@ def mean_interval(
     means = [(counts @ top) / (counts @ bottom) for counts in draws(len(top), seed)]
     mean = float((value * weight).sum() / weight.sum())
     low, high = np.percentile(np.concatenate(means), ENDS).tolist()
-    if np.allclose(top / bottom, np.round(top / bottom), rtol=0, atol=1e-6):
+    if np.allclose(value, np.round(value), rtol=0, atol=1e-6):
         share = unseen_share(len(top))
         low = min(low, mean - share * (mean - limits[0]))
         high = max(high, mean + share * (limits[1] - mean))
