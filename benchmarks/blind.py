@@ -60,6 +60,7 @@ def read_pairs(run: Path, methods: Sequence[str]) -> list[tuple[Row, Row]]:
 
     Raises UserError for a method that the run did not evaluate.
     """
+    runs.need(run / "report.json", "report")  # written last: all rows are there
     path = runs.need(run / "rows.jsonl", "report")
     rows = runs.read_rows(path)
     for name in methods:

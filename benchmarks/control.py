@@ -19,13 +19,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 from contest import show
 
 import train
 from usbrec import loading, runs
 from usbrec.chat import Message, TrainingDialogue
-from usbrec.crs.agents import Roles, Side
+from usbrec.crs.agents import Side
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import evaluate_method
@@ -91,7 +92,7 @@ def train_control(
 
 def meet(work: Work, side: Side, asked: Examples, settings: Settings, name: str) -> list[Row]:
     """Return a control's evaluated talks about the run's test dialogues."""
-    roles = Roles(side, work.side("simulator"), work.catalogue)
+    roles = replace(work.roles("sft", settings.data.judge), recommender=side)
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         return evaluate_method(roles, chunk, settings.data.seed, settings.eval)
@@ -113,8 +114,16 @@ def check(work: Work) -> None:
 def compare_controls(flags: Namespace) -> None:
     """Train and evaluate the controls, print the table, and keep it as control.json."""
     settings = read_settings(flags)
-    folder = flags.run_dir or RUNS / settings.data.data
-    work = Work(settings, folder, find_model)
+    if settings.data.rounds > 1:
+        raise UserError("--rounds above 1: the controls have the rows and tokens of one round")
+    folder = flags.run_dir or RUNS / Path(settings.data.data).name
+    with runs.locked(folder):
+        compare_within(Work(settings, folder, find_model), settings)
+
+
+def compare_within(work: Work, settings: Settings) -> None:
+    """Do the same for a run of these settings."""
+    folder = work.folder
     check(work)
     work.prepare(["report"])
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))

@@ -86,10 +86,15 @@ class Reported:
 
 
 def as_reported(run: Path) -> Reported:
-    """Return how the run's report judged; raises UserError for other notes than train.py's."""
+    """Return how the run's report judged.
+
+    Raises UserError for other notes than train.py's, and if the internal judge gave the scores.
+    """
     note = runs.need(run / "options" / "report.json", "report")
     facts = runs.read_json(note)
     try:
+        if facts["eval"]["protocol"] == "profile":
+            raise UserError(f"{note}: with --eval-protocol profile no external judge was asked")
         votes = Votes(facts["eval"]["votes"], facts["eval"]["vote_temperature"])
         return Reported(facts["seed"], votes, facts.get("other-judge", {"path": None})["path"])
     except (KeyError, TypeError) as error:
@@ -101,6 +106,7 @@ def read_talks(run: Path, methods: Sequence[str], limit: int = 0) -> list[Row]:
 
     Raises UserError for a method that the run did not evaluate.
     """
+    runs.need(run / "report.json", "report")  # written last: all rows are there
     path = runs.need(run / "rows.jsonl", "report")
     rows = runs.read_rows(path)
     there = [name for name in COMPARED if any(name in row for row in rows)]

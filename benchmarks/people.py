@@ -346,6 +346,14 @@ def measure_liked(rows: Sequence[Row], seed: int) -> Figures:
     return found
 
 
+def external_talks(folder: Path) -> list[Row]:
+    """Return the rows of a run's report; none if it is unfinished or not by the external judge."""
+    if not (folder / "report.json").exists():
+        return []
+    judged = runs.read_json(folder / "report.json")["options"]["eval"]["protocol"] != "profile"
+    return runs.read_rows(folder / "rows.jsonl") if judged else []
+
+
 def corrected_ieval(rows: Sequence[Row], seed: int) -> Figures:
     """Return {method: {"ieval", "passed", "corrected"}} of the rows of a run's rows.jsonl.
 
@@ -483,8 +491,7 @@ def measure_people(arguments: Sequence[str] | None) -> None:
         ]
         for label, own in sets.items()
     }
-    talks = setup.folder / "rows.jsonl"
-    known = runs.read_rows(talks) if talks.exists() else []
+    known = external_talks(setup.folder)
     rated = [row for domain in DOMAINS for row in rows[domain]]
     found = {"seed": seed, "limit": flags.limit}
     found |= measure(rated, rows["liked"], known, seed_for(seed, "people"))

@@ -30,6 +30,7 @@ Talks = Mapping[str, Sequence[runs.Row]]
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
     """Return the options of a run's report, and the talks of each method that it evaluated."""
+    runs.need(folder / "report.json", "report")  # written last: all rows are there
     options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
     rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
     names = [name for name in COMPARED if any(name in row for row in rows)]

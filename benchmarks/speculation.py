@@ -27,7 +27,8 @@ from usbrec.crs.dialogue import Utterance  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
 from usbrec.loading import ModelOptions, load_engine  # noqa: E402
-from usbrec.runs import read_rows  # noqa: E402
+from usbrec.parallel import run_together  # noqa: E402
+from usbrec.runs import need, read_rows  # noqa: E402
 
 DRAFTS, ROWS, NGRAM = (2, 4, 8), (1, 8, 32), 2
 PAYS = 1.15
@@ -62,10 +63,10 @@ def searched_replies(
     found = []
     for row in [r for r in read_rows(run / "rows.jsonl") if "RL+SES" in r][:count]:
         talk = row["RL+SES"]
-        said = len(talk["transcript"]) - 1  # with one turn: all but the reply is the history
-        history = tuple(Utterance(who, text) for who, text in talk["transcript"][:said])
-        prompt = tokenizer.prompt(recommender_prompt(history))
         for search in talk["searches"][-1:]:
+            since = 2 * (len(talk["replies"]) - search["turn"]) + 1  # lines from its reply on
+            history = tuple(Utterance(*line) for line in talk["transcript"][:-since])
+            prompt = tokenizer.prompt(recommender_prompt(history))
             for candidate in search["candidates"]:
                 found.append((prompt, tokenizer.reply(candidate["reply"])))
     return found
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, default=24, help="searched dialogues to read")
     parser.add_argument("--quick", action="store_true", help="five rounds of timing")
     options = parser.parse_args()
+    need(options.run / "report.json", "report")
     engine = load_engine(ModelOptions())
     replies = searched_replies(options.run, options.dialogues, engine.tokenizer)
     tokens = sum(len(reply) for _, reply in replies)
@@ -110,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_together("speculation.py", main))

@@ -129,6 +129,8 @@ def read_grid(flags: Namespace, asked: Examples = ()) -> Cells:
     hints = get_type_hints(SearchOptions)
     given = {name[4:]: x for name, x in vars(flags).items() if name.startswith("ses_")}
     if flags.budgets:
+        if any(name.startswith("budget") for name in given):
+            raise UserError("--budgets has budgets of its own: no --ses-budget flags")
         return budget_cells(asked, given)
     if flags.ladder:
         if given:

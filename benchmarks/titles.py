@@ -101,6 +101,8 @@ def read_rows(values: Iterable[dict[str, Any]], catalogue: Catalogue) -> list[Ro
     known, rows = {item.title for item in catalogue}, []
     for row in values:
         datasets.read_row(row)  # raises UserError for a malformed one
+        if "entity" not in row:
+            raise UserError("a row has no entity: the titles of its context")
         name, context = str(row["dialog_id"]), row["context"]
         annotated = [title for title in map(str.strip, row["entity"]) if title in known]
         told = enumerate(zip(context, placed(context, annotated), strict=True))
@@ -290,8 +292,8 @@ def show(title: str, figures: Figures) -> None:
     print()
 
 
-def measure(name: str, split: str, data_dir: str | None, limit: int | None) -> dict[str, Figures]:
-    """Return the tables of a dataset's split, over a seeded draw of `limit` rows if it is given.
+def measure(name: str, split: str, data_dir: str | None, limit: int) -> dict[str, Figures]:
+    """Return the tables of a dataset's split, over a seeded draw of `limit` rows (0: all).
 
     Raises:
         UserError: the dataset or a file is missing or malformed.
@@ -299,7 +301,7 @@ def measure(name: str, split: str, data_dir: str | None, limit: int | None) -> d
     catalogue, folder = datasets.load_catalogue(name, data_dir), datasets._folder(name, data_dir)
     path = datasets._find(folder, split)
     rows = read_rows((value for _, value in datasets.read_jsonl(path)), catalogue)
-    if limit is not None and limit < len(rows):
+    if 0 < limit < len(rows):
         rows = random.Random(0).sample(rows, limit)
     lines = lines_of(rows)
     return {
@@ -330,18 +332,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="sample", help="sample, redial, opendialkg or a folder")
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the dataset's files lie")
     parser.add_argument("--split", default="test", choices=datasets.SPLITS)
-    parser.add_argument("--limit", type=int, metavar="N", help="a seeded draw of N rows")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="a seeded draw of N rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
     flags = parser.parse_args(arguments)
     try:
+        if flags.limit < 0:
+            raise UserError(f"--limit must be at least 0, got {flags.limit}")
         tables = measure(flags.data, flags.split, flags.data_dir, flags.limit)
-    except UserError as error:
+        for title, figures in tables.items():
+            show(title, figures)
+        if flags.json:
+            flags.json.write_text(json.dumps(tables, indent=1) + "\n", "utf-8")
+    except (UserError, OSError) as error:
         print(f"titles.py: {error}", file=sys.stderr)
         return 2
-    for title, figures in tables.items():
-        show(title, figures)
-    if flags.json:
-        flags.json.write_text(json.dumps(tables, indent=1) + "\n", "utf-8")
     print(json.dumps({"benchmark": "titles", "ratios": flatten(tables), "reach": REACH}))
     return 0
 

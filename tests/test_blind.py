@@ -41,6 +41,7 @@ def run(tmp_path: Path) -> Path:
         rows.append({"place": i, "agreement": {}, **found})
     text = "".join(json.dumps(x) + "\n" for x in rows)
     (folder / "rows.jsonl").write_text(text, "utf-8")
+    (folder / "report.json").touch()
     return folder
 
 

@@ -33,6 +33,7 @@ def write_run(folder: Path, judge: bytes, methods: dict[str, Any]) -> Path:
     adapter.write_bytes(judge)
     rows = [dict(zip(methods, talks, strict=True)) for talks in zip(*methods.values(), strict=True)]
     write_lines(folder / "rows.jsonl", rows)
+    (folder / "report.json").touch()
     return folder
 
 

@@ -157,6 +157,8 @@ def test_a_torn_last_line_is_asked_again_and_spoils_no_other(
     assert Counter(x["messages"][0]["content"] for x in server.asked) == {"a": 1, "b": 2}
     assert texts(Endpoint(server.url, path, 1), "a", "b") == ["a, m", "b, m"]
     assert len(server.asked) == 3 and len(read_answers(path)) == 2
+    path.write_text(path.read_text("utf-8") + '{"text": "x"}\n[1]\n2\n', "utf-8")
+    assert len(read_answers(path)) == 2, "lines that are no answers are passed over"
 
 
 def test_the_tokens_of_new_answers_are_counted(server: StandIn, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ the prompts of siblings read together and with a copy for each row.
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, random_decoder
+from torch import Tensor
 
 from usbrec.chat import Message, Request, Sampling
 from usbrec.llm import decoding
@@ -411,6 +412,24 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_reply(factor: float) -> 
     ):
         with pytest.raises(UserError, match="logits are not finite numbers"):
             call()
+
+
+def test_what_a_finished_row_computes_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays until enough rows have ended, and its draws are ignored whatever they are."""
+    e = engine()
+    requests = drawing(CHATS[:3], Sampling(max_new_tokens=6), [1, 2, 3])
+    requests[0] = replace(requests[0], sampling=Sampling(max_new_tokens=2))
+    expected, plain = e.generate(requests), DecodeAttention.read
+
+    def read(self: DecodeAttention, drawn: Tensor) -> Callable[[], list[int]]:
+        numbers = plain(self, drawn)()
+        calls.append(len(numbers))
+        return lambda: [-1 if len(calls) > 2 and len(numbers) == 3 else numbers[0], *numbers[1:]]
+
+    calls: list[int] = []
+    monkeypatch.setattr(DecodeAttention, "read", read)
+    monkeypatch.setattr(DecodeAttention, "leave_share", 0.5)
+    assert e.generate(requests) == expected and calls.count(3) > 2
 
 
 def test_an_over_long_chat_is_answered_as_its_newest_turns_would_be_and_counted() -> None:

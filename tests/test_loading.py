@@ -19,6 +19,7 @@ from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.cache import token_bytes
 from usbrec.llm.engine import default_kv_bytes
 from usbrec.llm.lora import LoraConfig, add_adapter
+from usbrec.llm.tokenizer import pick_format
 from usbrec.loading import (
     ModelOptions,
     Models,
@@ -86,6 +87,21 @@ def options(tmp_path: Path) -> ModelOptions:
     return ModelOptions(str(write_small_model(tmp_path / "model")), dtype="float32", device="cpu")
 
 
+def test_another_models_own_tokens_come_before_the_named_format(tmp_path):
+    """The simulator of a run with --chat-format is named by it only if its tokens tell nothing."""
+    for name in ("qwen2.5", "llama3.1"):
+        (tmp_path / name).mkdir()
+        whole_model(name, tmp_path / name)
+    base = ModelOptions(str(tmp_path / "llama3.1"), "llama3.1", dtype="float32", device="cpu")
+    models = Models(base, find_model, tmp_path / "answers.jsonl")
+    assert models.engine("none").tokenizer.chat_format.name == "llama3.1"
+    other = models.engine(str(tmp_path / "qwen2.5"))
+    assert other.tokenizer.chat_format.name == "qwen2.5"
+    assert pick_format(["</s>"], "zephyr", tmp_path, own=True).name == "zephyr"
+    with pytest.raises(UserError, match="fit no known chat format"):
+        pick_format(["</s>"], None, tmp_path, own=True)
+
+
 def test_the_memory_for_keys_and_values_is_no_fact_of_a_result() -> None:
     assert ModelOptions(kv_memory=1.5).facts() == ModelOptions().facts()
     assert ModelOptions(max_length=64).facts() != ModelOptions().facts()
@@ -137,6 +153,12 @@ def test_other_weights_have_another_digest(options: ModelOptions, tmp_path: Path
     assert len(set(digests)) == 4
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     assert weights_digest(str(tmp_path / "copy"), find_model) == digests[0]
+    weights = next((tmp_path / "model").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    for i in range(len(data) % 4096, len(data), 4096):  # as training does, at the same size
+        data[i] ^= 1
+    weights.write_bytes(data)
+    assert weights_digest(places[2], find_model) not in digests
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 5000.0'))
     assert weights_digest(places[2], find_model) != digests[2]

@@ -302,11 +302,16 @@ def test_the_reports_judge_is_that_of_its_notes(tmp_path: Path) -> None:
     assert told == opinions.Reported(5, Votes(7, 0.3), "runs/x/simulator")
     with pytest.raises(UserError, match=r"report\.json is not as train\.py"):
         opinions.as_reported(write_note(tmp_path, eval={}))
+    with pytest.raises(UserError, match="profile no external judge was asked"):
+        opinions.as_reported(write_note(tmp_path, eval={**voted, "protocol": "profile"}))
 
 
 def test_rows_are_those_of_the_first_dialogues_that_all_methods_met(tmp_path: Path) -> None:
     rows = [{"RL": x, "RL+SES": x, "agreement": {}} for x in ONE]
     write_rows(tmp_path / "rows.jsonl", [*rows, {"RL": ONE[0], "agreement": {}}, {"agreement": {}}])
+    with pytest.raises(UserError, match=r"report\.json"):
+        opinions.read_talks(tmp_path, ["RL", "RL+SES"])  # some rows may be missing yet
+    (tmp_path / "report.json").touch()
     assert opinions.read_talks(tmp_path, ["RL", "RL+SES"]) == rows
     assert opinions.read_talks(tmp_path, ["RL+SES"], 2) == rows[:2]
     assert len(opinions.read_talks(tmp_path, ["RL"])) == 5
@@ -336,6 +341,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     rows = [{name: x[i] for name, x in talked.items()} for i in range(len(asked))]
     write_rows(run / "rows.jsonl", rows)
+    (run / "report.json").touch()
     write_small_model(folder / "other", num_hidden_layers=1)
     return run
 

@@ -445,6 +445,7 @@ def command(tmp_path: Path) -> list[str]:
     write(run / "options" / "simulator.json", made)
     (run / "simulator" / "adapter_model.safetensors").touch()  # the run has got so far
     (run / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in run_rows()))
+    write(run / "report.json", {"options": {"eval": {"protocol": "targets"}}})
     for domain in people.DOMAINS:
         write(films / domain / "items.json", ITEMS)
     arena = write(tmp_path / "arena.json", ARENA)

@@ -22,7 +22,17 @@ def write_run(folder: Path, seed: int, turns: int = 1) -> Path:
     rows = [{"place": i, "SFT": a, "RL": b} for i, (a, b) in enumerate(pairs)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(text, "utf-8")
+    (folder / "report.json").touch()
     return folder
+
+
+def test_a_run_whose_report_is_unfinished_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, part = write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1)
+    (part / "report.json").unlink()
+    assert seeds.main([str(whole), str(part)]) == 2
+    assert f"{part / 'report.json'}" in capsys.readouterr().err
 
 
 def test_runs_of_several_seeds_are_pooled_by_dialogue(

@@ -385,6 +385,25 @@ def test_ranked_candidates_are_announced_and_the_chosen_one_is_written_out() -> 
         search(of_films(Scripted(drawing("x"))), ROOTS[:1], [1], options)
 
 
+def test_a_ranked_film_is_judged_by_its_own_card_where_text_alone_does_not_tell_it() -> None:
+    """ "300" reads as a number and "Frozen" as either of two films."""
+    films = Catalogue([
+        Item("Frozen (2007)", "Frozen", 2007, ("drama",)),
+        Item("Frozen", "Frozen", None, ("animation",)),
+        Item("300", "300", None, ("war",)),
+    ])  # fmt: skip
+    assert films.first("I recommend 300.") == ()
+    llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else "Likes: war.")
+    for turns in (1, 2):
+        options = SearchOptions(samples=3, turns=turns, candidates="ranked", cards=True)
+        search(Roles(Side(llm), Side(llm), films), ROOTS[:1], [1], replace(options, scored="path"))
+        told = [x.messages[2].content for x in llm.scored[-1][:3]]
+        assert told == [card(item) for item in reversed(films.items)]
+    budget = with_tokens(replace(options, turns=1), 1)
+    (result,) = search(Roles(Side(llm), Side(llm), films), ROOTS[:1], [1], budget)
+    assert result.reply == "I recommend 300. Good."  # by rule
+
+
 def test_with_cards_the_judge_sees_profile_reply_and_facts_alone() -> None:
     llm = Scripted(drawing("Try Heat (1995)."))
     search(of_films(llm), ROOTS[:1], [1], SearchOptions(samples=1, turns=1, cards=True))

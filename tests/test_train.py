@@ -749,9 +749,10 @@ def test_a_note_that_several_splits_have_is_told_once(
     assert capsys.readouterr().out == "note: of the whole file\n"
 
 
-def test_a_dataset_is_the_same_from_any_folder(
+def test_a_dataset_and_a_model_are_the_same_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     for typed in (
         "mine",
@@ -762,6 +763,11 @@ def test_a_dataset_is_the_same_from_any_folder(
     ):
         assert settings("--data", typed).data.data == str(tmp_path / "mine")
         assert settings("--data-dir", typed).data.data_dir == str(tmp_path / "mine")
+        for name in ("simulator", "judge"):
+            assert getattr(settings(f"--{name}", typed).data, name) == str(tmp_path / "mine")
+        assert settings("--model", typed).model.model == str(tmp_path / "mine")
+    for name in ("http://host:1/v1#m", "none", "some/model"):
+        assert settings("--simulator", name, "--model", name).data.simulator == name
     assert settings("--data", "redial").data.data == "redial"
 
 

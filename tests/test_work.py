@@ -136,6 +136,16 @@ def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
     assert all(x in learned for x in pairs[6 - shared :])  # those come last
 
 
+@pytest.mark.parametrize(("most", "taken"), [(5, 5), (0, 12), (30, 12)])
+def test_no_round_has_fewer_rows_than_another(data: Path, most: int, taken: int) -> None:
+    """Of 12 rows the third round of five has the last two and the first three again."""
+    made = work(data, "--max-pairs", most)
+    rows = [made.rows("pairs", part) for part in range(3)]
+    everything = work(data, "--max-pairs", 0).rows("pairs")
+    assert [len(x) for x in rows] == [taken] * 3
+    assert sum(rows, []) == (everything * 3)[: 3 * taken]
+
+
 def test_a_result_may_be_of_another_chunk_size_or_simulator_but_of_no_other_options(
     data: Path, tmp_path: Path
 ) -> None:

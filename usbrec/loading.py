@@ -27,8 +27,9 @@ from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import adapter_parameters
 from usbrec.llm.model_config import file_in
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
-from usbrec.options import Options, UserError, option, seed_for
+from usbrec.options import Options, UserError, from_anywhere, option, seed_for
 
+PIECE, STRIDE = 2**16, 2**24  # bytes
 Find = Callable[[str | None], Path]  # a model's name (None: the default model) -> its folder
 
 
@@ -44,6 +45,10 @@ class ModelOptions(Options):
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
     kv_memory: float = option(0.0, "GB for prompts that replies share; 0: fits the device", low=0)
     in_flight: int = option(32, "most requests that wait for a server at a time", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "model", from_anywhere(self.model))
 
     def facts(self) -> dict[str, Any]:
         """Return the options that decide results."""
@@ -69,22 +74,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of this name; auto is bfloat16 where it is quicker than float32."""
     if name == "auto":
         on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
+        fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else on_cpu
         return torch.bfloat16 if fast else torch.float32
     return getattr(torch, name)
 
 
-def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Engine:
+def load_engine(
+    options: ModelOptions, find: Find, sharded: bool = False, own: bool = False
+) -> Engine:
     """Return the engine of a model: base weights, tokenizer and memory for keys and values.
 
-    One process per machine finds the folder first, since finding may download or convert.
+    One process per machine finds the folder first, since finding may download or convert. `own` is
+    that of `ChatTokenizer.from_folder`.
     """
     device = pick_device(options.device)
     folder = parallel.one_then_all(lambda: find(options.model))
     model = load_model(folder, pick_dtype(options.dtype, device), device, sharded)
     accelerate(model)
     give_back_memory()  # the weights that were laid out anew
-    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
+    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date, own)
     kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)
     return Engine(model, tokenizer, kv_bytes, options.max_length)
 
@@ -108,8 +116,9 @@ class Models:
     def engine(self, name: str) -> Engine:
         """Return the engine of a model, "none" for the base."""
         if name not in self.engines:
-            o: Any = {} if name == "none" else {"model": name, "chat_format": None}
-            self.engines[name] = load_engine(replace(self.options, **o), self.find, self.sharded)
+            other = name != "none"  # its own tokens tell its layout, if they can
+            o = replace(self.options, model=name) if other else self.options
+            self.engines[name] = load_engine(o, self.find, self.sharded, other)
         return self.engines[name]
 
     def side(self, name: str, role: str) -> Side:
@@ -137,8 +146,8 @@ class Models:
 def weights_digest(name: str, find: Find) -> str:
     """Return a digest, 16 hexadecimal digits, that identifies an adapter or a model in results.
 
-    Settings and adapter weights are hashed whole; of a model's weights only the file sizes, of a
-    server its URL and the model's name.
+    Settings and adapter weights are hashed whole, of a model's weights a PIECE in every STRIDE, of
+    a server its URL and the model's name.
     """
     if is_server(name):
         return hashlib.blake2b(repr(split_address(name)).encode(), digest_size=8).hexdigest()
@@ -147,8 +156,12 @@ def weights_digest(name: str, find: Find) -> str:
         file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
     folder = Path(name) if name == "none" or is_adapter(name) else find(name)
     for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
-        whole = path.name.startswith("adapter_") or path.suffix == ".json"
-        digest.update(path.read_bytes() if whole else f"{path.stat().st_size}".encode())
+        whole, size = path.name.startswith("adapter_"), path.stat().st_size
+        digest.update(f"{size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, PIECE if whole else STRIDE):
+                file.seek(start)
+                digest.update(file.read(PIECE))
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ dataclass's. So a stage's flag can override the flag that all stages share.
 
 import argparse
 import hashlib
+import os
 import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Collection, Mapping
@@ -37,6 +38,11 @@ class UserError(ValueError):
 
     def __init__(self, told: str) -> None:
         super().__init__(" ".join(told.splitlines()))
+
+
+def from_anywhere(path: str | None) -> str | None:
+    """Return a path that exists as the same from any folder, and any other name as it is."""
+    return os.path.abspath(path) if path and os.path.exists(path) else path
 
 
 def option(value: Any, help: str, low: float = -inf, above: float = -inf, high: float = inf) -> Any:

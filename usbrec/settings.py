@@ -15,7 +15,7 @@ from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
 from usbrec.loading import ModelOptions
-from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option
+from usbrec.options import Options, Parser, UserError, add_flags, from_anywhere, from_flags, option
 
 TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
 # group -> flag -> argparse's keywords: train.py's job, and what infer.py answers with whom
@@ -71,8 +71,8 @@ class DataOptions(Options):
         super().__post_init__()
         if self.data not in DATASETS:  # one's own folder or file, the same from any folder
             object.__setattr__(self, "data", os.path.abspath(self.data))
-        if self.data_dir is not None:
-            object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
+        for name in ("data_dir", "simulator", "judge"):
+            object.__setattr__(self, name, from_anywhere(getattr(self, name)))
         if self.recommender is not None and not is_server(self.recommender):
             raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
         if self.recommender is not None and self.rounds > 1:  # it does not learn between them

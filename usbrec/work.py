@@ -120,7 +120,7 @@ class Work:
         """Return the training rows of a stage, the same ones in every run of these options.
 
         Of a limited stage they are the first ones in its own order; `part` 1 has the next, as many,
-        while there are any, and after the last come the first again. The simulator learns to play
+        and after the last row comes the first again. The simulator learns to play
         the user, and to sum up what a user says in several turns, from rows with reactions, where
         the dataset has them. PODCS takes rows that `sft` has not learned while there are any: of
         the others the recommender knows the gold title by heart.
@@ -129,8 +129,10 @@ class Work:
         reacting = [x for x in self.train if x.accept and stage in ("simulator", "summaries")]
         learned = {id(x) for y in ("sft", "profiles") if stage == "pairs" for x in self.rows(y)}
         rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
-        rows, most = sorted(rows, key=lambda x: id(x) in learned), data.rows(stage)
-        return rows[part * most % max(len(rows), 1) :][: most or None]
+        rows.sort(key=lambda x: id(x) in learned)
+        most = min(data.rows(stage) or len(rows), len(rows))
+        start = part * most % max(len(rows), 1)
+        return (rows + rows)[start : start + most]
 
     def side(self, stage: str | None) -> Side:
         """Return the side that speaks with the adapter of a stage, None: the recommender's base.

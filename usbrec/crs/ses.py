@@ -102,7 +102,7 @@ class Node:
     The inner seeker and judge know `profile` alone. `draws` is the number of equal draws that the
     node stands for, those of its candidate left out. `score` is that of the last reply. Inner nodes
     are scored with `scored="path"` alone. `known` is what the judge has written of its title, "" if
-    it was not asked.
+    it was not asked. `ranked` is the film whose announcement it is.
     """
 
     dialogue: Dialogue
@@ -112,6 +112,11 @@ class Node:
     children: "list[Node]" = field(default_factory=list)
     score: JudgeScore = JudgeScore()
     known: str = ""
+    ranked: Item | None = None
+
+    def item(self, catalogue: Catalogue) -> Item | None:
+        """Return the film of the last reply, None where it names none of the catalogue."""
+        return self.ranked or next(iter(catalogue.first(self.dialogue[-1].text)), None)
 
     def paths(self) -> "list[list[Node]]":
         """Return the nodes from this one to each leaf, in order of draw."""
@@ -258,9 +263,10 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
         drawn = draw_distinct(roles, results, drawn, options)
     for x, replies, row in zip(results, drawn, best or [[]] * len(results), strict=True):
         nodes = {}  # equal replies are searched once, empty ones not at all
+        items = {reply: item for reply, (item, _) in zip(replies, row, strict=False)}
         for reply in filter(None, replies):
             said, key = add_turn(x.root, "recommender", reply), seed_for(x.seed, "root", reply)
-            nodes[reply] = Node(said, x.profile, key)
+            nodes[reply] = Node(said, x.profile, key, ranked=items.get(reply))
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
         for candidate, (_, logprob) in zip(x.candidates, row, strict=False):  # none if sampled
             candidate.chance = math.exp(round(logprob - row[0][1], 3))  # without the last bits
@@ -341,7 +347,8 @@ def keep(result: SearchResult, level: int, catalogue: Catalogue, options: Search
 
     def promise(x: Candidate) -> float:
         if level == 0 and options.cards:
-            return min((fit(item, told) for item in catalogue.first(x.reply)), default=-1)
+            item = x.node and x.node.item(catalogue)
+            return fit(item, told) if item else -1
         return value_of(x.paths, options, x.chance) or 0.0
 
     left = [x for x in result.candidates if x.node and not x.dropped]
@@ -376,7 +383,7 @@ def score_nodes(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> 
     seeds = [seed_for(node.seed, "judge") for node, x in zip(nodes, prompts, strict=True) if x]
     scores = iter(roles.judge(list(filter(None, prompts)), options, seeds))
     for node, prompt in zip(nodes, prompts, strict=True):
-        asks = not prompt and node.children and not roles.catalogue.first(node.dialogue[-1].text)
+        asks = not prompt and node.children and not node.item(roles.catalogue)
         node.score = next(scores) if prompt else JudgeScore() if asks else JudgeScore(0.0, 0)
 
 
@@ -390,7 +397,7 @@ def judge_prompt(node: Node, roles: Roles, o: SearchOptions) -> Messages | None:
     if not o.cards:
         by_memory = agents.card_prompt(reply, node.known, node.profile)
         return by_memory if o.memory else agents.internal_judge_prompt(node.dialogue, node.profile)
-    item = next(iter(roles.catalogue.first(reply)), None)
+    item = node.item(roles.catalogue)
     over = {x.value for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"}
     if item is None or (o.veto and item.title in over):
         return None

@@ -268,8 +268,9 @@ class GgufFile:
             block = dequantize(data[start : start + ROWS], stored.tensor_type)
             rows[start : start + ROWS] = torch.from_numpy(np.array(block))
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
-            count = "head_count" if "q_proj" in name else "head_count_kv"
-            return unpermute(weight, self.value(f".attention.{count}"))
+            heads = self.value(".attention.head_count")
+            own = heads if "q_proj" in name else self.value(".attention.head_count_kv", heads)
+            return unpermute(weight, own)
         return weight
 
     def config(self) -> dict[str, Any]:

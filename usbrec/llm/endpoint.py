@@ -168,14 +168,15 @@ def read_answer(completion: Any) -> Row:
 def read_answers(path: Path) -> dict[str, Row]:
     """Return a file's answers by their keys; create the file if it is missing.
 
-    A line that a kill has torn is left out, and ended, so that the next answer has its own line.
+    A line that is no answer is left out; one that a kill has torn is ended, so that the next answer
+    has its own line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     known: dict[str, Row] = {}
     with path.open("a+b") as file:
         file.seek(0)
         for line in file.read().split(b"\n"):
-            with suppress(ValueError):
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
                 answer = json.loads(line)
                 known[answer.pop("key")] = answer
         file.write(b"\n" if line else b"")

@@ -127,10 +127,11 @@ class Batch:
         numbers = self.attention.read(drawn)
         hidden = self.step() if early else torch.empty(0)
         for row, token in zip(self.rows, numbers(), strict=True):
+            if row.done:
+                continue
             if token < 0:
                 raise UserError(NOT_FINITE)
-            if not row.done:
-                row.append(token)
+            row.append(token)
         self.drop_finished()
         return self.step() if self.rows and not early else hidden
 

@@ -67,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     heads (arXiv 2305.13245).
     """
     q = q.unflatten(1, (len(k), -1))  # (n, H_kv, g, d)
-    scores = torch.einsum("nhgd,hsd->nhgs", q, k).float() / math.sqrt(q.shape[-1])
+    scores = torch.einsum("nhgd,hsd->nhgs", q / math.sqrt(q.shape[-1]), k).float()
     probs = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).to(q.dtype)
     return torch.einsum("nhgs,hsd->nhgd", probs, v).flatten(1, 2)
 

@@ -25,7 +25,7 @@ beside a reply loses whole turns from the left; its system prompt and its last t
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -160,15 +160,16 @@ CHATS = read_json(Path(__file__).with_name("chat_formats.json"))
 FORMATS = [ChatFormat(**each) for each in CHATS["formats"]]
 
 
-def pick_format(control: dict[str, int], name: str | None, folder: Path) -> ChatFormat:
+def pick_format(control: Collection[str], name: str | None, folder: Path, own: bool) -> ChatFormat:
     """Return the named format, or else the first whose marks are among the control tokens.
 
-    Raises UserError, naming the tokenizer's folder, if there is none.
+    With `own` the tokens' format comes before the named one. Raises UserError, naming the
+    tokenizer's folder, if there is none.
     """
-    for each in FORMATS:
-        told = not each.by_name and control.keys() >= {*each.marks}
-        if each.name == name or (name is None and told):
-            return each
+    named = [x for x in FORMATS if x.name == name]
+    told = [x for x in FORMATS if not x.by_name and {*control} >= {*x.marks}]
+    if found := (told or named) if own or name is None else named:
+        return found[0]
     fault = f"unknown chat format {name!r}" if name else "tokens that fit no known chat format"
     choices = ", ".join(each.name for each in FORMATS)
     raise UserError(f"{folder}: {fault}: name one of {choices} (--chat-format)")
@@ -196,13 +197,18 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, chat_format: str | None = None, date: str = LLAMA31_DATE
+        cls,
+        folder: Path,
+        chat_format: str | None = None,
+        date: str = LLAMA31_DATE,
+        own: bool = False,
     ) -> "ChatTokenizer":
         """Return the tokenizer of a model's folder.
 
-        `chat_format` names one of FORMATS if the control tokens do not identify it. `date` is
-        today's date in Llama 3.1's system prompt. Raises UserError for a missing or malformed file,
-        for an unknown format, and for a token without a row in the model's embeddings.
+        `chat_format` names one of FORMATS, with `own` only if the control tokens do not identify
+        it. `date` is today's date in Llama 3.1's system prompt. Raises UserError for a missing or
+        malformed file, for an unknown format, and for a token without a row in the model's
+        embeddings.
         """
         config = read_json(file_in(folder, "config.json"))
         end_ids = end_ids_of(config, folder)
@@ -212,7 +218,7 @@ class ChatTokenizer:
             vocabulary: Vocabulary = SentencePieceVocabulary(file_in(folder, "tokenizer.model"))
         else:
             vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
-        style = pick_format(vocabulary.control, chat_format, folder)
+        style = pick_format(vocabulary.control, chat_format, folder, own)
         style = replace(style, system_prefix=style.system_prefix.format(date=date))
         if style.name == "mistral-v3" and vocabulary.byte_level:  # Tekken's layout has no spaces
             style = replace(style, user_turn="[INST]{content}[/INST]", reply_prefix="")
