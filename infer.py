@@ -113,8 +113,7 @@ def read_run(folder: Path) -> Setup:
     adapters = {stage: folder / name for stage, name in ADAPTERS.items()}
     done = {x: str(y) for x, y in adapters.items() if (y / "adapter_model.safetensors").exists()}
     if not done:
-        told = f"make one with `python train.py --run-dir {folder}`"
-        raise UserError(f"{folder} has no finished adapter: {told}")
+        raise UserError(f"{folder} has no finished adapter: python train.py --run-dir {folder}")
     simulator, last = done.get("simulator", "none"), [*done][-1]
     note = runs.need(folder / "options" / f"{last}.json", last)
     notes = {path: runs.read_json(path) for path in sorted(note.parent.glob("*.json"))}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from usbrec.extras.intervals import DRAWS, draws
+from usbrec.extras.intervals import DRAWS, draws, unseen_share
 from usbrec.options import seed_for
 
 Array = np.ndarray
@@ -105,7 +105,7 @@ def measured(
     """Return the statistic as {"mean", "low", "high", "n"}, by whole groups; "mean" is its value.
 
     `n` is the number of rows. A statistic that the rows leave open is None. Draws that leave it
-    open are left out of the interval.
+    open are left out of the interval. Where all agree, `unseen_share` of the groups may not.
     """
     empty = {"mean": None, "low": None, "high": None, "n": len(scores)}
     if not scores:
@@ -117,8 +117,11 @@ def measured(
     place = np.unique(groups, return_inverse=True)[1]
     blocks = [statistic(x, y, w[:, place]) for w in _blocks(int(place.max()) + 1, seed)]
     found = np.concatenate(blocks)
-    low, high = np.percentile(found[~np.isnan(found)], [2.5, 97.5])
-    return {"mean": value, "low": float(low), "high": float(high), "n": len(x)}
+    low, high = np.percentile(found[~np.isnan(found)], [2.5, 97.5]).tolist()
+    if low == high:  # all draws agree: a share of the groups may be otherwise
+        share, least = unseen_share(int(place.max()) + 1), 0 if statistic is auc else -1
+        low, high = low - share * (low - least), high + share * (1 - high)
+    return {"mean": value, "low": low, "high": high, "n": len(x)}
 
 
 def _blocks(n: int, seed: int) -> Iterator[Array]:

@@ -19,7 +19,6 @@ from usbrec.llm.adapter_files import save_adapter
 from usbrec.llm.cache import token_bytes
 from usbrec.llm.engine import default_kv_bytes
 from usbrec.llm.lora import LoraConfig, add_adapter
-from usbrec.llm.tokenizer import pick_format
 from usbrec.loading import (
     ModelOptions,
     Models,
@@ -85,21 +84,6 @@ def test_an_option_names_the_chat_format(tmp_path):
 @pytest.fixture
 def options(tmp_path: Path) -> ModelOptions:
     return ModelOptions(str(write_small_model(tmp_path / "model")), dtype="float32", device="cpu")
-
-
-def test_another_models_own_tokens_come_before_the_named_format(tmp_path):
-    """The simulator of a run with --chat-format is named by it only if its tokens tell nothing."""
-    for name in ("qwen2.5", "llama3.1"):
-        (tmp_path / name).mkdir()
-        whole_model(name, tmp_path / name)
-    base = ModelOptions(str(tmp_path / "llama3.1"), "llama3.1", dtype="float32", device="cpu")
-    models = Models(base, find_model, tmp_path / "answers.jsonl")
-    assert models.engine("none").tokenizer.chat_format.name == "llama3.1"
-    other = models.engine(str(tmp_path / "qwen2.5"))
-    assert other.tokenizer.chat_format.name == "qwen2.5"
-    assert pick_format(["</s>"], "zephyr", tmp_path, own=True).name == "zephyr"
-    with pytest.raises(UserError, match="fit no known chat format"):
-        pick_format(["</s>"], None, tmp_path, own=True)
 
 
 def test_the_memory_for_keys_and_values_is_no_fact_of_a_result() -> None:

@@ -214,7 +214,6 @@ OUTPUT = "import sys; from usbrec.parallel import run_together as run; sys.exit(
         ("lambda: open('x' * 300)", "utf-8", 2, "p: [Errno 36] File name too long: 'xx"),
         ("lambda: print(input())", "ascii", 0, ""),
         ("lambda: __import__('torch').empty(10**15)", "utf-8", 2, "p: out of memory: lower --kv-"),
-        ("lambda: bytearray(10**16)", "utf-8", 2, "p: out of memory: lower --kv-memory"),
     ],
 )
 def test_streams_and_the_system_end_in_no_traceback(

@@ -67,6 +67,16 @@ def test_kappa_has_quadratic_weights() -> None:
     assert value(correlation.kappa, [1, 1, 1], [0, 1, 2]) == pytest.approx(0)
 
 
+def test_few_rows_that_agree_are_no_certainty() -> None:
+    """Five dialogues: 0.025 ** (1 / 5) = 0.4782, so 0.5218 of all may be otherwise."""
+    names, marks = list("abcde"), [0.0, 1.0, 2.0, 0.0, 1.0]
+    found = correlation.measured(correlation.kappa, marks, marks, names, 0)
+    assert (found["mean"], found["high"]) == (1, 1)
+    assert found["low"] == pytest.approx(1 - 2 * 0.5218, abs=1e-4)
+    found = correlation.measured(correlation.auc, [2, 1], [1, 0], ["a", "b"], 0)
+    assert found["mean"] == 1 and found["low"] == pytest.approx(0.025 ** (1 / 2))
+
+
 def test_the_area_counts_half_of_the_ties() -> None:
     """Of 2 and 1 over 1 and 0, three pairs win and one is a tie: 3.5 of 4."""
     assert value(correlation.auc, [2, 1, 1, 0], [1, 0, 1, 0]) == pytest.approx(0.875)

@@ -27,7 +27,7 @@ from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import adapter_parameters
 from usbrec.llm.model_config import file_in
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
-from usbrec.options import Options, UserError, from_anywhere, option, seed_for
+from usbrec.options import Options, UserError, option, place, seed_for
 
 PIECE, STRIDE = 2**16, 2**24  # bytes
 Find = Callable[[str | None], Path]  # a model's name (None: the default model) -> its folder
@@ -37,7 +37,7 @@ Find = Callable[[str | None], Path]  # a model's name (None: the default model) 
 class ModelOptions(Options):
     """The weights, their dtype and device, and the limits of memory."""
 
-    model: str | None = option(None, "folder, GGUF file or hub name (default: SmolLM2-135M)")
+    model: str | None = place("folder, GGUF file or hub name (default: SmolLM2-135M)")
     chat_format: str | None = option(None, "chat layout, where the tokenizer does not tell it")
     chat_date: str = option(LLAMA31_DATE, "what Llama 3.1's system prompt calls today")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "auto: the quickest")
@@ -45,10 +45,6 @@ class ModelOptions(Options):
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
     kv_memory: float = option(0.0, "GB for prompts that replies share; 0: fits the device", low=0)
     in_flight: int = option(32, "most requests that wait for a server at a time", low=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "model", from_anywhere(self.model))
 
     def facts(self) -> dict[str, Any]:
         """Return the options that decide results."""
@@ -79,20 +75,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_engine(
-    options: ModelOptions, find: Find, sharded: bool = False, own: bool = False
-) -> Engine:
+def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Engine:
     """Return the engine of a model: base weights, tokenizer and memory for keys and values.
 
-    One process per machine finds the folder first, since finding may download or convert. `own` is
-    that of `ChatTokenizer.from_folder`.
+    One process per machine finds the folder first, since finding may download or convert.
     """
     device = pick_device(options.device)
     folder = parallel.one_then_all(lambda: find(options.model))
     model = load_model(folder, pick_dtype(options.dtype, device), device, sharded)
     accelerate(model)
     give_back_memory()  # the weights that were laid out anew
-    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date, own)
+    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
     kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)
     return Engine(model, tokenizer, kv_bytes, options.max_length)
 
@@ -116,9 +109,8 @@ class Models:
     def engine(self, name: str) -> Engine:
         """Return the engine of a model, "none" for the base."""
         if name not in self.engines:
-            other = name != "none"  # its own tokens tell its layout, if they can
-            o = replace(self.options, model=name) if other else self.options
-            self.engines[name] = load_engine(o, self.find, self.sharded, other)
+            o: Any = {} if name == "none" else {"model": name, "chat_format": None}
+            self.engines[name] = load_engine(replace(self.options, **o), self.find, self.sharded)
         return self.engines[name]
 
     def side(self, name: str, role: str) -> Side:
@@ -156,12 +148,10 @@ def weights_digest(name: str, find: Find) -> str:
         file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
     folder = Path(name) if name == "none" or is_adapter(name) else find(name)
     for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
-        whole, size = path.name.startswith("adapter_"), path.stat().st_size
-        digest.update(f"{size}".encode())
+        step = PIECE if path.name.startswith("adapter_") else STRIDE
         with path.open("rb") as file:
-            for start in range(0, size, PIECE if whole else STRIDE):
-                file.seek(start)
-                digest.update(file.read(PIECE))
+            for start in range(0, path.stat().st_size, step):
+                digest.update(b"%d" % file.seek(start) + file.read(PIECE))
     return digest.hexdigest()
 
 

@@ -40,11 +40,6 @@ class UserError(ValueError):
         super().__init__(" ".join(told.splitlines()))
 
 
-def from_anywhere(path: str | None) -> str | None:
-    """Return a path that exists as the same from any folder, and any other name as it is."""
-    return os.path.abspath(path) if path and os.path.exists(path) else path
-
-
 def option(value: Any, help: str, low: float = -inf, above: float = -inf, high: float = inf) -> Any:
     """Return a dataclass field with a default value, a help text and the bounds of its numbers.
 
@@ -52,6 +47,11 @@ def option(value: Any, help: str, low: float = -inf, above: float = -inf, high: 
     """
     bounds = {"at least": low, "above": above, "at most": high}
     return field(default=value, metadata={"help": help, "bounds": bounds})
+
+
+def place(help: str) -> Any:
+    """Return a field for a path, the same from any folder, or for a name that is no path here."""
+    return field(default=None, metadata={**option(0, help).metadata, "place": True})
 
 
 class Options:
@@ -65,6 +65,8 @@ class Options:
         hints = get_type_hints(type(self))
         for item in fields(self):  # type: ignore[arg-type]
             value, hint = getattr(self, item.name), hints[item.name]
+            if "place" in item.metadata and os.path.exists(value or ""):
+                object.__setattr__(self, item.name, os.path.abspath(value))
             kind, choices = get_origin(hint) or hint, get_args(hint)
             kinds = choices if kind is UnionType else (kind,)
             kinds += (int,) * (float in kinds)

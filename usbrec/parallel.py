@@ -32,8 +32,6 @@ from tqdm import tqdm
 from usbrec.options import UserError
 
 T = TypeVar("T")
-NO_MEMORY = "can't allocate memory"  # torch, where a CPU has no more
-MEMORY_FLAGS = "--kv-memory, --tokens-per-pass, --max-length or --chunk-size"
 PATIENCE = timedelta(days=30)  # a process may wait for another's chunk; torchrun ends lost ones
 
 
@@ -63,13 +61,11 @@ def run_together(program: str, job: Callable[[], None]) -> int:
         code = _end(store, f"{program}: {error}", 141 if isinstance(error, BrokenPipeError) else 2)
     except KeyboardInterrupt:
         code = _end(store, f"\n{program}: stopped; the same command goes on from here", 130)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(error):
-            code = _end(store, f"{program}: out of memory: lower {MEMORY_FLAGS}", 2)
-        elif store.check(["end"]):
-            code = int(store.get("end").split()[1])
-        else:
+    except RuntimeError as error:
+        # torch: "can't allocate memory", "CUDA out of memory. Tried to allocate"
+        if "allocate" not in str(error) and not store.check(["end"]):
             raise
+        code = _end(store, f"{program}: out of memory: lower --kv-memory or --tokens-per-pass", 2)
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()

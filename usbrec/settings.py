@@ -15,7 +15,7 @@ from usbrec.llm.lora import LoraConfig
 from usbrec.llm.loss import SimpoOptions
 from usbrec.llm.training import TrainingOptions
 from usbrec.loading import ModelOptions
-from usbrec.options import Options, Parser, UserError, add_flags, from_anywhere, from_flags, option
+from usbrec.options import Options, Parser, UserError, add_flags, from_flags, option, place
 
 TABLES = json.loads(Path(__file__).with_name("scripts.json").read_text("utf-8"))
 # group -> flag -> argparse's keywords: train.py's job, and what infer.py answers with whom
@@ -47,11 +47,11 @@ class DataOptions(Options):
     """The dataset, the rows that each stage takes (0: all), and the simulated user."""
 
     data: str = option("sample", "sample, redial, opendialkg, a folder of rows, a file of chats")
-    data_dir: str | None = option(None, "the folder of a downloaded dataset")
+    data_dir: str | None = place("the folder of a downloaded dataset")
     seed: int = option(0, "decides every draw of the run", low=0)
     recommender: str | None = option(None, "server that recommends in pairs, report: URL#MODEL")
-    simulator: str | None = option(None, "plays the user, untrained: adapter, model, URL#MODEL")
-    judge: str | None = option(None, "the same, as the report's external judge")
+    simulator: str | None = place("plays the user, untrained: adapter, model, URL#MODEL")
+    judge: str | None = place("the same, as the report's external judge")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
     max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
     max_summaries: int = option(800, "training rows that teach to summarise", low=0)
@@ -71,8 +71,6 @@ class DataOptions(Options):
         super().__post_init__()
         if self.data not in DATASETS:  # one's own folder or file, the same from any folder
             object.__setattr__(self, "data", os.path.abspath(self.data))
-        for name in ("data_dir", "simulator", "judge"):
-            object.__setattr__(self, name, from_anywhere(getattr(self, name)))
         if self.recommender is not None and not is_server(self.recommender):
             raise ValueError(f"recommender must be a server's URL#MODEL, got {self.recommender!r}")
         if self.recommender is not None and self.rounds > 1:  # it does not learn between them

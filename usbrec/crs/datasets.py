@@ -205,8 +205,7 @@ def read_row(row: Any) -> Example:
         raise UserError(f"'rec' must name {told}, got {items!r:.60} and {response!r:.60}")
     extra = {key: _take(row, key, str) for key in ("profile", "explanation") if key in row}
     if "reactions" in row:
-        reactions = _take(row, "reactions", dict)
-        extra |= {key: _take(reactions, key, str) for key in ("accept", "refuse")}
+        extra |= {x: _take(_take(row, "reactions", dict), x, str) for x in ("accept", "refuse")}
     return Example(str(row["dialog_id"]), int(row["turn_id"]), history, response, items, **extra)
 
 

@@ -47,7 +47,7 @@ class EvaluationOptions(Votes):
     max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     ranked_dialogues: int = option(12, "dialogues whose best films are judged; 0: none", low=0)
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
-    seen: int = option(128, "first dialogues, known by now; those after them are told apart", low=0)
+    seen: int = option(128, "first dialogues of the seed's order; the rest: a table apart", low=0)
 
 
 @dataclass

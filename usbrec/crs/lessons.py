@@ -76,8 +76,7 @@ def recommender_lessons(
         lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
         why = "" if number % options.explain_every else explanation_of(rows[-1], films)
         answer = Message("assistant", why, options.explanation_weight)
-        asked = (Message("user", agents.EXPLAIN), answer) if why else ()
-        chats.append((system, *lines, *asked))
+        chats.append((system, *lines, *((Message("user", agents.EXPLAIN), answer) if why else ())))
     for row in brief:
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
         prompt = agents.recommender_prompt(add_turn((), "seeker", profile))

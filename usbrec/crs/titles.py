@@ -327,5 +327,5 @@ def _is_meant(text: str, start: int, end: int) -> bool:
     surface = text[start:end]
     shouted = surface.isupper() and len(surface) > 1 and previous[0].lower() == "the"
     beside = [x for x in previous + following if x[:1].isupper() and x.lower() not in OPENERS]
-    part_of_name = any(x.split("'")[0] != "I" for x in beside)
-    return surface[0].isupper() and not part_of_name and not shouted
+    # beside a capital it is a part of a name
+    return surface[0].isupper() and not shouted and all(x.split("'")[0] == "I" for x in beside)

@@ -267,10 +267,9 @@ class GgufFile:
         for start in range(0, len(rows), ROWS):
             block = dequantize(data[start : start + ROWS], stored.tensor_type)
             rows[start : start + ROWS] = torch.from_numpy(np.array(block))
-        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
-            heads = self.value(".attention.head_count")
-            own = heads if "q_proj" in name else self.value(".attention.head_count_kv", heads)
-            return unpermute(weight, own)
+        if self.architecture == "llama" and (found := re.search(r"self_attn\.([qk])_proj", name)):
+            heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}[found[1]]
+            return unpermute(weight, self.config()[heads])
         return weight
 
     def config(self) -> dict[str, Any]:

@@ -297,8 +297,8 @@ def value_text(value: float | None, draws: int, dropped: int | None = None) -> s
 
 def _leaf_lines(leaf: Facts, branch: str, stem: str) -> list[str]:
     head = f"    {branch} {value_text(leaf['value'], leaf['weight'])}  "
-    ahead = tuple(Utterance(*line) for line in leaf["lines"][1:])  # the first is the candidate
-    first, *rest = format_dialogue(ahead).splitlines()
+    # the first line is the candidate
+    first, *rest = format_dialogue(tuple(Utterance(*x) for x in leaf["lines"][1:])).splitlines()
     return [head + first, *(f"    {stem} ".ljust(len(head)) + line for line in rest)]
 
 

@@ -113,10 +113,9 @@ def split(parent: TreeNode, node: TreeNode, n: int) -> TreeNode:
     return upper
 
 
-def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def token_bytes(c: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one token's keys and values in all layers."""
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    return 2 * heads * config.head_dim * dtype.itemsize
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -127,11 +127,10 @@ class Batch:
         numbers = self.attention.read(drawn)
         hidden = self.step() if early else torch.empty(0)
         for row, token in zip(self.rows, numbers(), strict=True):
-            if row.done:
-                continue
-            if token < 0:
+            if not row.done and token < 0:
                 raise UserError(NOT_FINITE)
-            row.append(token)
+            if not row.done:
+                row.append(token)
         self.drop_finished()
         return self.step() if self.rows and not early else hidden
 

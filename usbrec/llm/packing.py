@@ -56,8 +56,7 @@ Trees = Sequence[Tree]
 def dialogue_tree(tokenizer: ChatTokenizer, dialogue: TrainingDialogue) -> Tree:
     """Return the tree of a training dialogue: its prefix, then its branches after the prefix."""
     prefix = Branch(*tokenizer.render(dialogue.prefix, closed=not dialogue.branches))
-    branches = [Branch(*tokenizer.render(b, first=False), 0) for b in dialogue.branches]
-    return Tree([prefix, *branches])
+    return Tree([prefix, *(Branch(*tokenizer.render(b, False), 0) for b in dialogue.branches)])
 
 
 def pair_tree(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Tree:

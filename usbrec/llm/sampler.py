@@ -30,8 +30,7 @@ class Sampler:
         device = uniforms.device
         self.uniforms, self.step = uniforms.float(), 0
         warm = [how.temperature > 0 for how in samplings]
-        self.some_warm = any(warm)
-        self.warm = torch.tensor(warm).to(device)
+        self.some_warm, self.warm = any(warm), torch.tensor(warm).to(device)
         heats = [[max(how.temperature, COLDEST)] for how in samplings]
         self.temperatures = torch.tensor(heats).to(device)  # (B, 1)
         limits = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]

@@ -25,7 +25,7 @@ beside a reply loses whole turns from the left; its system prompt and its last t
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -160,19 +160,18 @@ CHATS = read_json(Path(__file__).with_name("chat_formats.json"))
 FORMATS = [ChatFormat(**each) for each in CHATS["formats"]]
 
 
-def pick_format(control: Collection[str], name: str | None, folder: Path, own: bool) -> ChatFormat:
+def pick_format(control: dict[str, int], name: str | None, folder: Path) -> ChatFormat:
     """Return the named format, or else the first whose marks are among the control tokens.
 
-    With `own` the tokens' format comes before the named one. Raises UserError, naming the
-    tokenizer's folder, if there is none.
+    Raises UserError, naming the tokenizer's folder, if there is none.
     """
-    named = [x for x in FORMATS if x.name == name]
-    told = [x for x in FORMATS if not x.by_name and {*control} >= {*x.marks}]
-    if found := (told or named) if own or name is None else named:
-        return found[0]
+    for each in FORMATS:
+        told = not each.by_name and control.keys() >= {*each.marks}
+        if each.name == name or (name is None and told):
+            return each
     fault = f"unknown chat format {name!r}" if name else "tokens that fit no known chat format"
     choices = ", ".join(each.name for each in FORMATS)
-    raise UserError(f"{folder}: {fault}: name one of {choices} (--chat-format)")
+    raise UserError(f"{folder}: {fault}: name one of {choices} (--chat-format, for --model alone)")
 
 
 class ChatTokenizer:
@@ -184,8 +183,7 @@ class ChatTokenizer:
         self.encoded = lru_cache(4096)(vocabulary.encode)  # what prompts share is encoded once
         for mark in style.marks:
             if mark not in vocabulary.control:
-                told = f"the chat format {style.name} needs the control token {mark}"
-                raise UserError(f"{told}, which this tokenizer lacks")
+                raise UserError(f"the chat format {style.name} needs the control token {mark}")
         self._marks = re.compile(f"({'|'.join(map(re.escape, style.marks))})")
         _, end = self._frame("assistant")
         stops = {vocabulary.control[x] for x in CHATS["end_tokens"] if x in vocabulary.control}
@@ -197,18 +195,13 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(
-        cls,
-        folder: Path,
-        chat_format: str | None = None,
-        date: str = LLAMA31_DATE,
-        own: bool = False,
+        cls, folder: Path, chat_format: str | None = None, date: str = LLAMA31_DATE
     ) -> "ChatTokenizer":
         """Return the tokenizer of a model's folder.
 
-        `chat_format` names one of FORMATS, with `own` only if the control tokens do not identify
-        it. `date` is today's date in Llama 3.1's system prompt. Raises UserError for a missing or
-        malformed file, for an unknown format, and for a token without a row in the model's
-        embeddings.
+        `chat_format` names one of FORMATS if the control tokens do not identify it. `date` is
+        today's date in Llama 3.1's system prompt. Raises UserError for a missing or malformed file,
+        for an unknown format, and for a token without a row in the model's embeddings.
         """
         config = read_json(file_in(folder, "config.json"))
         end_ids = end_ids_of(config, folder)
@@ -218,7 +211,7 @@ class ChatTokenizer:
             vocabulary: Vocabulary = SentencePieceVocabulary(file_in(folder, "tokenizer.model"))
         else:
             vocabulary = TokenizersVocabulary(file_in(folder, "tokenizer.json"))
-        style = pick_format(vocabulary.control, chat_format, folder, own)
+        style = pick_format(vocabulary.control, chat_format, folder)
         style = replace(style, system_prefix=style.system_prefix.format(date=date))
         if style.name == "mistral-v3" and vocabulary.byte_level:  # Tekken's layout has no spaces
             style = replace(style, user_turn="[INST]{content}[/INST]", reply_prefix="")
@@ -355,9 +348,8 @@ def shorten(tokenizer: ChatTokenizer, messages: Messages, limit: int) -> list[Me
     cuts += [(last, place) for place in range(cuts[-1][1] + 1, len(text) + 1)]
 
     def after(cut: int) -> list[Message]:
-        start, place = cuts[cut]
-        opening = replace(rest[start], content=rest[start].content[place:])
-        return [*head, opening, *rest[start + 1 :]]
+        start, at = cuts[cut]
+        return [*head, replace(rest[start], content=rest[start].content[at:]), *rest[start + 1 :]]
 
     def fits(cut: int) -> bool:
         return len(tokenizer.prompt(after(cut))) <= limit

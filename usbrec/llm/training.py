@@ -267,8 +267,7 @@ class State:
                 self.best = {name: tensors[f"best.{name}"].clone() for name in self.parameters}
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
         if len(content) < length:
-            size = f"{self.metrics} holds {len(content)} bytes, the state beside it counts {length}"
-            raise UserError(f"{size}; delete the state to train from the beginning")
+            raise UserError(f"{self.metrics} is shorter than its state says: delete the state")
         if parallel.rank() == 0:
             write_whole(self.metrics, content[:length])
 
@@ -329,8 +328,7 @@ def refuse_infinite(what: str, numbers: Mapping[str, float]) -> None:
     """Raise UserError for a number that is not finite, before it is written or learned from."""
     for name, value in numbers.items():
         if not math.isfinite(value):
-            told = f"{what} has {name} {value}; the last state is kept"
-            raise UserError(f"{told}; lower the learning rate")
+            raise UserError(f"{what} has {name} {value}; the last state is kept; learn slower")
 
 
 def digest(content: Any) -> str:
