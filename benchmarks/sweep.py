@@ -48,6 +48,7 @@ from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles
 from usbrec.crs.catalogue import Catalogue
+from usbrec.crs.datasets import load_catalogue
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import EvaluationOptions, evaluate_method
 from usbrec.crs.ses import SearchOptions, plan
@@ -119,7 +120,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_grid(flags: Namespace, asked: Examples = ()) -> Cells:
+def read_grid(flags: Namespace, asked: Examples = (), titles: int = 0) -> Cells:
     """Return the cells: the plain reply, then the grid, the last option fastest.
 
     A cell's search is that of the --ses flags and the cell's values; cards bring the defaults of
@@ -131,7 +132,7 @@ def read_grid(flags: Namespace, asked: Examples = ()) -> Cells:
     if flags.budgets:
         if any(name.startswith("budget") for name in given):
             raise UserError("--budgets has budgets of its own: no --ses-budget flags")
-        return budget_cells(asked, given)
+        return budget_cells(asked, given, titles)
     if flags.ladder:
         if given:
             raise UserError("--ladder has its own searches: no --ses flags")
@@ -168,12 +169,15 @@ def read_grid(flags: Namespace, asked: Examples = ()) -> Cells:
     return cells
 
 
-def budget_cells(asked: Examples, given: Mapping[str, Any]) -> Cells:
-    """Return the plain reply and the budgets of each search; `given` options hold for all."""
+def budget_cells(asked: Examples, given: Mapping[str, Any], titles: int) -> Cells:
+    """Return the plain reply and the budgets of each search; `given` options hold for all.
+
+    The dialogues and the number of `titles` of the catalogue decide what a whole search takes.
+    """
     cells: Cells = [({}, None)]
     for name, values in BUDGETED.items():
         search = SearchOptions(**{**values, **given})
-        whole = whole_tokens(asked, search)
+        whole = whole_tokens(asked, search, titles)
         for share in SHARES:
             budget = round(share * whole)
             told = {"of": name, "share": share, "budget_tokens": budget}
@@ -181,12 +185,12 @@ def budget_cells(asked: Examples, given: Mapping[str, Any]) -> Cells:
     return cells
 
 
-def whole_tokens(asked: Examples, search: SearchOptions) -> int:
+def whole_tokens(asked: Examples, search: SearchOptions, titles: int = 0) -> int:
     """Return the least budget of tokens with which no dialogue's search drops anything."""
 
     def is_enough(tokens: int) -> bool:
         searching = replace(search, budget_tokens=tokens)
-        return not any(plan(x.history, searching) for x in asked)
+        return not any(plan(x.history, searching, titles) for x in asked)
 
     return 1 + bisect_left(range(1, MOST_TOKENS), True, key=is_enough)
 
@@ -419,7 +423,8 @@ def sweep_all(arguments: Sequence[str] | None) -> None:
     setup = infer.set_up(flags)
     seed, folder = from_flags(ReplyOptions, flags).seed, setup.folder / "sweep"
     asked = held_out(setup, flags.limit, seed_for(seed, "sweep"))
-    cells = cells or read_grid(flags, asked)
+    titles = len(load_catalogue(setup.data, setup.data_dir).items)
+    cells = cells or read_grid(flags, asked, titles)
     recommender = infer.assemble(setup, flags)
     found = run_sweep(recommender, cells, asked, setup.facts(), folder)
     runs.write_json(folder / f"{found['name']}.json", found)

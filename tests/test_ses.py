@@ -503,10 +503,12 @@ def counted(llm: Scripted) -> int:
     return sum(sizes) + sum(x.sampling.max_new_tokens for x in drawn) + sum(map(len, llm.scored))
 
 
-def least_whole(root: Dialogue, options: SearchOptions) -> int:
+def least_whole(root: Dialogue, options: SearchOptions, titles: int = 0) -> int:
     """Return the least budget with which nothing is dropped."""
     budgets = range(1, 10**6)
-    return 1 + bisect_left(budgets, True, key=lambda n: not plan(root, with_tokens(options, n)))
+    return 1 + bisect_left(
+        budgets, True, key=lambda n: not plan(root, with_tokens(options, n), titles)
+    )
 
 
 def with_tokens(options: SearchOptions, tokens: int) -> SearchOptions:
@@ -680,6 +682,19 @@ def test_with_cards_the_rule_says_which_candidates_are_judged() -> None:
     assert result.reply == "I recommend Heat (1995). Good." and llm.scored == []
     search(of_films(llm), ROOTS[:1], [1], options)
     assert llm.granted == 480  # the same titles are found with a budget and without
+
+
+def test_a_large_catalogue_gets_more_tokens_and_a_budget_counts_them() -> None:
+    many = Catalogue([Item(f"Film {n}", f"Film {n}") for n in range(501)])
+    llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else PROFILE)
+    roles = Roles(Side(llm), Side(llm), many)
+    roles.likeliest(ROOTS[:1], 8)
+    assert llm.granted == 900
+    options = SearchOptions(samples=3, turns=1, candidates="ranked")
+    few, more = (least_whole(ROOTS[0], options, titles) for titles in (500, 501))
+    assert more - few == 900 - 480
+    (result,) = search(roles, ROOTS[:1], [1], with_tokens(options, more - 1))
+    assert result.widths and not search(roles, ROOTS[:1], [1], with_tokens(options, more))[0].widths
 
 
 @pytest.mark.parametrize(("titles", "tokens"), [(1, 480), (8, 480), (20, 1200)])

@@ -117,7 +117,7 @@ class Roles:
 
         Beside each stands its announcement's log-probability.
         """
-        ranked = self.rank(dialogues, k, ranking_tokens(k))
+        ranked = self.rank(dialogues, k, ranking_tokens(k, len(self.catalogue.items)))
         return [[(self.catalogue.items[i], x) for i, x in row.texts] for row in ranked]
 
     def summaries(self, dialogues: Dialogues, tokens: int, seeds: Seeds) -> Asked:
@@ -215,12 +215,13 @@ def announce(title: str) -> str:
     return f"I recommend {title}."
 
 
-def ranking_tokens(count: int) -> int:
+def ranking_tokens(count: int, titles: int) -> int:
     """Return the tokens within which a ranking finds its `count` best announcements.
 
-    Of 288 titles the first takes most of 450, and the ten best hardly more.
+    Of 288 titles the first takes most of 450, and the ten best hardly more. Of ReDial's 6,576 then
+    16% of the best eight are missing, after 900 tokens 2%.
     """
-    return max(480, 60 * count)
+    return max(480 if titles <= 500 else 900, 60 * count)
 
 
 def summary_prompt(dialogue: Dialogue) -> Messages:

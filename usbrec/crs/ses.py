@@ -208,7 +208,8 @@ def search(
     the clock too.
     """
     start, pairs = time.monotonic(), zip(dialogues, seeds, strict=True)
-    results = [SearchResult(root, seed, given, widths=plan(root, options)) for root, seed in pairs]
+    n = len(roles.catalogue.items)
+    results = [SearchResult(x, key, given, widths=plan(x, options, n)) for x, key in pairs]
     begin(results, roles, options)
     search_within([x for x in results if x.widths], roles, options, start)
     whole = [x for result in results if not result.widths for x in result.candidates]
@@ -272,13 +273,14 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
             candidate.chance = math.exp(round(logprob - row[0][1], 3))  # without the last bits
 
 
-def plan(root: Dialogue, options: SearchOptions) -> list[int]:
+def plan(root: Dialogue, options: SearchOptions, titles: int = 0) -> list[int]:
     """Return how many candidates a budget keeps at each turn, none if it pays for the whole search.
 
-    Prices are known before the first call, whatever the language model or server; one that tells no
-    log-probabilities votes more often than is counted. A prompt counts a token for every four bytes
-    of its text, cached or not, and its layout's. What is yet to be said counts at its longest, a
-    card as a summary. A budget of seconds halves every search.
+    Prices, also of a ranking of so many `titles`, are known before the first call, whatever the
+    language model or server; one that tells no log-probabilities votes more often than is counted.
+    A prompt counts a token for every four bytes of its text, cached or not, and its layout's. What
+    is yet to be said counts at its longest, a card as a summary. A budget of seconds halves every
+    search.
     """
     o, longest, profile = options, options.max_new_tokens, "x" * 4 * options.summary_tokens
     chats = agents.recommender_prompt(root), agents.internal_judge_prompt(root, profile)
@@ -286,7 +288,7 @@ def plan(root: Dialogue, options: SearchOptions) -> list[int]:
     sizes = ([len(x.content.encode()) // 4 + LAYOUT_TOKENS for x in prompt] for prompt in prompts)
     asks, chat, judges = (longest + sum(each) for each in sizes)
     calls = {"sampled": 0, "distinct": max(o.draws, o.samples), "ranked": 2}[o.candidates]
-    ranking = agents.ranking_tokens(o.samples) * (o.candidates == "ranked")
+    ranking = agents.ranking_tokens(o.samples, titles) * (o.candidates == "ranked")
     left = given = (o.budget_tokens or MOST) - chat - calls * asks - ranking
     parents, whole, widths = 0, 0, [2 * o.samples]
     for level, count in enumerate(o.levels):
@@ -347,8 +349,7 @@ def keep(result: SearchResult, level: int, catalogue: Catalogue, options: Search
 
     def promise(x: Candidate) -> float:
         if level == 0 and options.cards:
-            item = x.node and x.node.item(catalogue)
-            return fit(item, told) if item else -1
+            return fit(item, told) if (item := x.node and x.node.item(catalogue)) else -1
         return value_of(x.paths, options, x.chance) or 0.0
 
     left = [x for x in result.candidates if x.node and not x.dropped]
