@@ -291,7 +291,7 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError(f"--{unread[0]} has no effect with{'' if flags.serve else 'out'} --serve")
     if flags.chat and sys.stdin is None:
         raise UserError("--chat reads lines from the standard input, which is closed")
-    if flags.out is not None and (flags.chat or flags.out.is_dir()):
+    if flags.out is not None and (flags.chat or (flags.out.exists() and not flags.out.is_file())):
         raise UserError(f"--out must name a file, and not stand beside --chat, got {flags.out}")
     if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
         raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")

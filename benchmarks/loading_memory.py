@@ -33,9 +33,9 @@ from usbrec.extras.default_model import (  # noqa: E402
     find_model,
     unpack,
 )
-from usbrec.llm.checkpoint import load_model  # noqa: E402
+from usbrec.llm.checkpoint import empty_decoder, load_model  # noqa: E402
 from usbrec.llm.model import Decoder  # noqa: E402
-from usbrec.llm.model_config import config_from  # noqa: E402
+from usbrec.llm.model_config import config_from, load_config  # noqa: E402
 
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 4096, 32000
 LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE
@@ -99,6 +99,7 @@ def measure(path: Path, dtype: torch.dtype) -> dict[str, float]:
         peak = peak_during(lambda: unpack(path, folder))
         size = (folder / "model.safetensors").stat().st_size
     else:
+        empty_decoder(load_config(path))  # torch's imports at its first module are not the loader's
         peak = peak_during(lambda: models.append(load_model(path, dtype)))
         size = sum(p.numel() * p.element_size() for p in models[0].parameters())
     return {"model_bytes": size, "peak_bytes": peak, "seconds": time.perf_counter() - began}

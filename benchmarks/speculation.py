@@ -24,6 +24,7 @@ from contest import show
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from usbrec.crs.agents import recommender_prompt  # noqa: E402
 from usbrec.crs.dialogue import Utterance  # noqa: E402
+from usbrec.extras.default_model import find_model  # noqa: E402
 from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
 from usbrec.loading import ModelOptions, load_engine  # noqa: E402
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="five rounds of timing")
     options = parser.parse_args()
     need(options.run / "report.json", "report")
-    engine = load_engine(ModelOptions())
+    engine = load_engine(ModelOptions(), find_model)
     replies = searched_replies(options.run, options.dialogues, engine.tokenizer)
     tokens = sum(len(reply) for _, reply in replies)
     table, speedups = [], {}

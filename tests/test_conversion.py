@@ -506,6 +506,18 @@ def test_a_file_of_chats_is_a_dataset_with_a_catalogue_of_its_titles(tmp_path: P
     assert parts == {split: load_split(path, split) for split in SPLITS}
 
 
+def test_dialogues_of_a_file_that_stand_in_it_twice_are_told(tmp_path: Path) -> None:
+    """Under numbers of their own, by which they are divided."""
+    twice = [chat(n % 20, f"Heat ({1950 + n % 20})")["messages"] for n in range(40)]
+    path = str(write_lines(tmp_path / "twice.jsonl", *twice))
+    parts = {split: load_split(path, split) for split in SPLITS}
+    tests = {x.history for x in parts["test"].examples}
+    shared = sum(x.history in tests for x in parts["train"].examples)
+    told = f"{shared} of {len(parts['train'].examples)} training rows are test rows too"
+    assert shared and parts["train"].notes[1].startswith(told)
+    assert len(parts["valid"].notes) == len(parts["test"].notes) == 1
+
+
 def test_marked_titles_alone_count_where_there_are_any(tmp_path: Path) -> None:
     chats = [chat(n, "Sanditon", mark=True) for n in range(3)]
     chats[0]["messages"].append({"role": "assistant", "content": 'Or "Emma".'})

@@ -438,7 +438,7 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither a model's folder nor a GGUF file"):
         find_model(str(tmp_path / "file"))
     for name in ("x.gguf", "org/X.GGUF"):  # no name of the hub
-        with pytest.raises(UserError, match=f"--model {name}: no such folder or GGUF file"):
+        with pytest.raises(UserError, match=f"{name}: no such folder or GGUF file"):
             find_model(name)
-    with pytest.raises(UserError, match="--model ./missing/model: no such folder"):
+    with pytest.raises(UserError, match="./missing/model: no such folder"):
         find_model("./missing/model")

@@ -728,6 +728,7 @@ def test_a_run_without_the_note_of_its_last_stage_names_it(
         (["--chat", "--limit", "3"], "--limit"),
         (["--chat", "--out", "x.jsonl"], "--out"),
         (["--trace", "x.htm"], "--trace keeps replies as .html or .json, got x.htm"),
+        (["--out", "/dev/null"], "--out must name a file, and not stand beside --chat, got /dev/n"),
         (["--validate-simulator", "--trace", "x.html"], "--trace keeps replies"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),

@@ -183,7 +183,11 @@ def test_torchrun_goes_through_all_stages_as_one_process_does(
     ("fault", "code", "told"),
     [
         ("raise UserError('the fourth row is wrong')", 2, "train.py: the fourth row is wrong"),
-        ("raise KeyboardInterrupt", 130, "train.py: stopped; the same command goes on from here"),
+        (
+            "raise KeyboardInterrupt",
+            130,
+            "train.py: stopped; the same command resumes what is kept",
+        ),
     ],
 )
 def test_a_fault_in_one_process_ends_both_with_one_sentence(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import write_small_data
 
 from usbrec.crs.catalogue import Catalogue, read_item
 
@@ -164,6 +165,21 @@ def test_a_missing_folder_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert titles.main(["--data", "redial", "--data-dir", "nowhere"]) == 2
     [told] = capsys.readouterr().err.splitlines()
     assert "nowhere" in told
+
+
+def test_what_cannot_be_measured_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_small_data(tmp_path / "data", rows=2)
+    rows = map(json.loads, (data / "test.jsonl").read_text("utf-8").splitlines())
+    bare = [json.dumps({k: x for k, x in row.items() if k != "entity"}) for row in rows]
+    (data / "test.jsonl").write_text("\n".join(bare), "utf-8")  # as docs/DATA.md has them
+    for words, told in (
+        (["--limit", "-1"], "--limit must be at least 0, got -1"),
+        (["--data", str(data)], "a row has no entity"),
+    ):
+        assert titles.main(words) == 2
+        assert capsys.readouterr().err.startswith(f"titles.py: {told}")
 
 
 def test_the_script_imports_no_torch() -> None:

@@ -74,7 +74,7 @@ class Options:
             if kind is Literal and value not in choices:
                 wanted = f"one of {', '.join(choices)}"
             elif kind is not Literal and not isinstance(value, kinds):
-                wanted = str(hint)
+                wanted = getattr(hint, "__name__", str(hint))
             elif not isinstance(value, int | float):
                 continue
             elif value and not LEAST <= abs(value) <= MOST:

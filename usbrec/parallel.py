@@ -60,7 +60,7 @@ def run_together(program: str, job: Callable[[], None]) -> int:
     except (OSError, UserError) as error:
         code = _end(store, f"{program}: {error}", 141 if isinstance(error, BrokenPipeError) else 2)
     except KeyboardInterrupt:
-        code = _end(store, f"\n{program}: stopped; the same command goes on from here", 130)
+        code = _end(store, f"\n{program}: stopped; the same command resumes what is kept", 130)
     except RuntimeError as error:
         # torch: "can't allocate memory", "CUDA out of memory. Tried to allocate"
         if "allocate" not in str(error) and not store.check(["end"]):

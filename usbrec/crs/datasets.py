@@ -63,7 +63,8 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
         raise UserError(f"no split {split!r}: expected {', '.join(SPLITS)}")
     if is_file_of_chats(name):
         rows, _, note = rows_of_chats({"train": [*read_jsonl(Path(name))]})
-        return Split([_at(name, read_row, row) for row in rows[split]], [note])
+        made, tests = ([_at(name, read_row, row) for row in rows[x]] for x in (split, "test"))
+        return Split(made, [note, *shared_note(split, made, tests)])
     folder = _folder(name, data_dir)
     if name == "redial" and split != "test" and not _existing(folder, "train"):
         return _divide_valid(read_examples(_find(folder, "valid")), split)
@@ -114,7 +115,7 @@ def _find(folder: Path, content: str) -> Path:
     """Return the first of the existing files of `content`; raises UserError if there is none."""
     if found := _existing(folder, content):
         return found[0]
-    raise UserError(f"{folder} has no {' or '.join(FILES[content])}: name it with --data-dir")
+    raise UserError(f"{folder} has no {' or '.join(FILES[content])}: add it, or name --data-dir")
 
 
 def _divide_valid(examples: Sequence[Example], split: str) -> Split:
@@ -139,16 +140,20 @@ def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator
         rows = f"{sum(not any(map(known.named, x.items)) for x in examples)} of {len(examples)}"
         yield f"{told}, such as {unknown[0]!r}: no reply to {rows} rows can be right"
     if split == "train" and _existing(folder, "test"):
-        tests = {(x.history, x.response) for x in read_examples(_find(folder, "test"))}
-        if shared := sum((x.history, x.response) in tests for x in examples):
-            told = f"{shared} of {len(examples)} training rows are test rows too"
-            yield f"{told}: results on them say nothing of new dialogues"
+        yield from shared_note(split, examples, read_examples(_find(folder, "test")))
+
+
+def shared_note(split: str, examples: Sequence[Example], tests: Sequence[Example]) -> Iterator[str]:
+    """Yield the note on training rows that are test rows too, if there are any."""
+    known = {(x.history, x.response) for x in tests if split == "train"}
+    if shared := sum((x.history, x.response) in known for x in examples):
+        told = f"{shared} of {len(examples)} training rows are test rows too"
+        yield f"{told}: results on them say nothing of new dialogues"
 
 
 def drop_overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
     """Return the rows of `train` that share no dialogue with `test` and hold no response of it."""
-    dialogues = {example.dialog_id for example in test}
-    responses = {example.response for example in test}
+    dialogues, responses = {x.dialog_id for x in test}, {x.response for x in test}
     others = [x for x in train if x.dialog_id not in dialogues and x.response not in responses]
     return [x for x in others if responses.isdisjoint(line.text for line in x.history)]
 
@@ -292,7 +297,7 @@ def read_lines(value: Any) -> list[Marked]:
         text = message.get("content", message.get("text"))
         if role not in (*SPEAKER_NAMES, "system") or not isinstance(text, str):
             names = ", ".join(SPEAKER_NAMES)
-            raise UserError(f"a message needs a role ({names}) and content, got {message!r:.80}")
+            raise UserError(f"a message needs a role ({names}) and a text, got {message!r:.80}")
         line = Utterance("seeker" if role in SPEAKER_NAMES[:2] else "recommender", text)
         if role != "system" and text.strip():
             titles = _take({"items": [], **message}, "items", list)

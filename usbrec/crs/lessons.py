@@ -113,8 +113,8 @@ def gold_items(example: Example, catalogue: Catalogue) -> list[Item]:
 
 def explanation_of(example: Example, catalogue: Catalogue) -> str:
     """Return the row's own explanation, else one from the facts of its first known gold item."""
-    facts = [f"{item.title} is {describe(item)}." for item in gold_items(example, catalogue)]
-    return example.explanation or next(iter(facts), "")
+    told = (f"{x.title} is {describe(x)}." for x in gold_items(example, catalogue))
+    return example.explanation or next(told, "")
 
 
 def profile_of(example: Example, catalogue: Catalogue) -> str:

@@ -79,11 +79,11 @@ def find_model(name: str | None = None, models: Path = MODELS) -> Path:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise UserError(f"--model {name}: neither a model's folder nor a GGUF file")
+                raise UserError(f"{name}: neither a model's folder nor a GGUF file")
         parts = parts_of(path)
         return converted(lambda _: path, models / f"{parts[0].stem}-{sha256(*parts)[:12]}")
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise UserError(f"--model {name}: no such folder or GGUF file")
+        raise UserError(f"{name}: no such folder or GGUF file")
     return fetch(name)
 
 

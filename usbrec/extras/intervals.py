@@ -26,7 +26,6 @@ Limits = tuple[float, float]  # the least and the greatest value that a row can 
 UNIT = (0.0, 1.0)
 DRAWS = 10_000
 ENDS = (2.5, 97.5)  # of an interval, in percent of the draws
-CELLS = 4_000_000  # numbers drawn at once: 32 MB
 
 
 def mean_interval(
@@ -97,6 +96,6 @@ def _wins(positive: Sequence[float], negative: Sequence[float]) -> np.ndarray:
 def draws(n: int, seed: int) -> Iterator[np.ndarray]:
     """Yield blocks (b, n): how often each of n rows is drawn, in b draws; DRAWS draws in all."""
     generator = np.random.default_rng(seed)
-    block = max(1, CELLS // n)
+    block = max(1, 4_000_000 // n)  # 32 MB
     for start in range(0, DRAWS, block):
         yield generator.multinomial(n, np.full(n, 1 / n), min(block, DRAWS - start)).astype(float)

@@ -215,9 +215,8 @@ class Search:
         """Score the tokens after the states: the rest of each run, then its children's first."""
         following = [tokens for best in opened for tokens in best.run.next]  # of each state
         rows = [i for i, tokens in enumerate(following) for _ in tokens]
-        tokens = list(itertools.chain(*following))
         logits = self.engine.model.logits(states).float()
-        logps = logits[rows, tokens] - finite(logits.logsumexp(-1))[rows]
+        logps = logits[rows, list(itertools.chain(*following))] - finite(logits.logsumexp(-1))[rows]
         scores = iter(self.engine.agreed(logps).tolist())
         for best, path in zip(opened, ends, strict=True):
             score = best.bound + sum(itertools.islice(scores, len(best.run.ids) - 1))
