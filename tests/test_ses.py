@@ -402,6 +402,10 @@ def test_a_ranked_film_is_judged_by_its_own_card_where_text_alone_does_not_tell_
     budget = with_tokens(replace(options, turns=1), 1)
     (result,) = search(Roles(Side(llm), Side(llm), films), ROOTS[:1], [1], budget)
     assert result.reply == "I recommend 300. Good."  # by rule
+    llm = Ranking(lambda x: " Good." if role_of(x) == "recommender" else "Dislikes: 300.")
+    on_the_way = replace(options, scored="path")
+    (result,) = search(Roles(Side(llm), Side(llm), films), ROOTS[:1], [1], on_the_way)
+    assert result.candidates[0].paths[0][0].score.score == 0  # refused, and no question
 
 
 def test_with_cards_the_judge_sees_profile_reply_and_facts_alone() -> None:
