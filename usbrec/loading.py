@@ -29,7 +29,7 @@ from usbrec.llm.model_config import file_in
 from usbrec.llm.tokenizer import LLAMA31_DATE, ChatTokenizer
 from usbrec.options import Options, UserError, option, place, seed_for
 
-PIECE, STRIDE = 2**16, 2**24  # bytes
+PIECE, STRIDE = 2**16, 2**24  # bytes: so much of a model's weights tells it from others
 Find = Callable[[str | None], Path]  # a model's name (None: the default model) -> its folder
 
 

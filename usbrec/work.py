@@ -120,10 +120,10 @@ class Work:
         """Return the training rows of a stage, the same ones in every run of these options.
 
         Of a limited stage they are the first ones in its own order; `part` 1 has the next, as many,
-        and after the last row comes the first again. The simulator learns to play
-        the user, and to sum up what a user says in several turns, from rows with reactions, where
-        the dataset has them. PODCS takes rows that `sft` has not learned while there are any: of
-        the others the recommender knows the gold title by heart.
+        and after the last row comes the first again. The simulator learns to play the user, and to
+        sum up what a user says in several turns, from rows with reactions, where the dataset has
+        them. PODCS takes rows that `sft` has not learned while there are any: of the others the
+        recommender knows the gold title by heart.
         """
         data, order = self.settings.data, stage.replace("profiles", "sft")  # parts of one stage
         reacting = [x for x in self.train if x.accept and stage in ("simulator", "summaries")]

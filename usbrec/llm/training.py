@@ -267,7 +267,7 @@ class State:
                 self.best = {name: tensors[f"best.{name}"].clone() for name in self.parameters}
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
         if len(content) < length:
-            raise UserError(f"{self.metrics} is shorter than its state says: delete the state")
+            raise UserError(f"{self.metrics} is shorter than {self.path.name} says: delete that")
         if parallel.rank() == 0:
             write_whole(self.metrics, content[:length])
 
