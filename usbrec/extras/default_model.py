@@ -62,7 +62,6 @@ HUB_FILES = ("*config.json", "tokenizer.*", "chat_template.jinja", "model*.safet
 # a vocabulary, by its pre-tokenizer's name.
 GGUF = read_json(Path(__file__).with_name("gguf.json"))
 SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
-DAY = 86_400  # seconds; no conversion takes as long
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
 
 
@@ -142,7 +141,7 @@ def converted(find_gguf: Callable[[Path], Path], folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".unpacking-*"):  # a killed process may have left gigabytes
         with suppress(OSError):  # another process may be removing it
-            if left.stat().st_mtime < time.time() - DAY:
+            if left.stat().st_mtime < time.time() - 86_400:  # no conversion takes a day
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as work:
         gguf, made = find_gguf(Path(work)), Path(work) / folder.name

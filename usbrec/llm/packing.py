@@ -138,7 +138,7 @@ class Packed:
 
 def pack(trees: Trees, model: Decoder) -> Packed:
     """Return the packed row of the trees; the first token of a root branch is never predicted."""
-    ids, positions = list[int](), list[int]()
+    ids, at = list[int](), list[int]()  # the tokens, and the position of each
     labels: list[tuple[int, int, float, int]] = []  # place, target, weight, segment
     segment = 0
     for tree in trees:
@@ -146,15 +146,13 @@ def pack(trees: Trees, model: Decoder) -> Packed:
         for branch, path in zip(tree.branches, tree_paths(tree), strict=True):
             own = range(len(path) - len(branch.ids), len(path))  # positions of its tokens
             ids += branch.ids
-            positions += own
+            at += own
             for i, token, weight in zip(own, branch.ids, branch.weights, strict=True):
                 if weight and i:
                     labels.append((first + path[i - 1], token, weight, segment))
             segment += 1
-    places, targets, weights, segments = zip(*labels, strict=True) if labels else [()] * 4
+    places, targets, weights, owners = zip(*labels, strict=True) if labels else [()] * 4
     weigh = torch.tensor(weights, dtype=torch.float32, device=model.device)
     attend = PackedAttention([tree for tree in trees if len(tree)], model)
     row = partial(torch.tensor, dtype=torch.long, device=model.device)
-    return Packed(
-        row(ids), row(positions), row(places), row(targets), weigh, row(segments), segment, attend
-    )
+    return Packed(row(ids), row(at), row(places), row(targets), weigh, row(owners), segment, attend)

@@ -267,7 +267,8 @@ class State:
                 self.best = {name: tensors[f"best.{name}"].clone() for name in self.parameters}
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
         if len(content) < length:
-            raise UserError(f"{self.metrics} is shorter than {self.path.name} says: delete that")
+            size = f"{self.metrics} holds {len(content)} bytes, the state beside it counts {length}"
+            raise UserError(f"{size}; delete the state to train from the beginning")
         if parallel.rank() == 0:
             write_whole(self.metrics, content[:length])
 
@@ -328,7 +329,8 @@ def refuse_infinite(what: str, numbers: Mapping[str, float]) -> None:
     """Raise UserError for a number that is not finite, before it is written or learned from."""
     for name, value in numbers.items():
         if not math.isfinite(value):
-            raise UserError(f"{what} has {name} {value}; the last state is kept; learn slower")
+            told = f"{what} has {name} {value}; the last state is kept"
+            raise UserError(f"{told}; lower the learning rate")
 
 
 def digest(content: Any) -> str:
