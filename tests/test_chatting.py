@@ -161,8 +161,9 @@ def test_a_saved_dialogue_is_one_that_dialogue_reads_and_no_file_is_overwritten(
     assert read_dialogues(path) == [held.turns[1][0]]
     assert json.loads(path.read_text("utf-8"))["reply"] == "Reply 4."
     said = told(capsys)
-    assert said[1] == f"{path} is there already: name another file"
-    assert len(said) == 5 and len(held.turns) == 3
+    assert said[1] == f"saved in {path}"
+    assert said[2] == f"{path} is there already: name another file"
+    assert len(said) == 6 and len(held.turns) == 3
 
 
 def test_the_folder_of_an_unknown_user_ends_no_conversation(

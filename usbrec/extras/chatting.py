@@ -112,6 +112,7 @@ class Chat:
             raise UserError(f"{path} is there already: name another file")
         dialogue, row = self.turns[-1]
         write_json(path, {"messages": [asdict(x) for x in dialogue], "reply": row["reply"]})
+        tell(f"saved in {path}")
 
 
 def printer() -> Callable[[str], None]:
