@@ -33,6 +33,7 @@ from zlib import crc32
 
 from contest import show
 from correlation import kappa, measured
+from seeds import finished_rows
 
 from usbrec import runs
 from usbrec.crs.dialogue import SILENCE, Utterance, format_dialogue
@@ -60,9 +61,7 @@ def read_pairs(run: Path, methods: Sequence[str]) -> list[tuple[Row, Row]]:
 
     Raises UserError for a method that the run did not evaluate.
     """
-    runs.need(run / "report.json", "report")  # written last: all rows are there
-    path = runs.need(run / "rows.jsonl", "report")
-    rows = runs.read_rows(path)
+    path, rows = run / "rows.jsonl", finished_rows(run)
     for name in methods:
         if not any(name in row for row in rows):
             raise UserError(f"--methods: {path} has no replies of {name!r}")

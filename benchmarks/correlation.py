@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from usbrec.extras.intervals import DRAWS, draws, unseen_share
+from usbrec.extras.intervals import DRAWS, draws, room
 from usbrec.options import seed_for
 
 Array = np.ndarray
@@ -105,7 +105,7 @@ def measured(
     """Return the statistic as {"mean", "low", "high", "n"}, by whole groups; "mean" is its value.
 
     `n` is the number of rows. A statistic that the rows leave open is None. Draws that leave it
-    open are left out of the interval. Where all agree, `unseen_share` of the groups may not.
+    open are left out of the interval. Where all agree, it has the `room` of few groups.
     """
     empty = {"mean": None, "low": None, "high": None, "n": len(scores)}
     if not scores:
@@ -119,8 +119,7 @@ def measured(
     found = np.concatenate(blocks)
     low, high = np.percentile(found[~np.isnan(found)], [2.5, 97.5]).tolist()
     if low == high:  # all draws agree: a share of the groups may be otherwise
-        share, least = unseen_share(int(place.max()) + 1), 0 if statistic is auc else -1
-        low, high = low - share * (low - least), high + share * (1 - high)
+        low, high = room(low, int(place.max()) + 1, (0 if statistic is auc else -1, 1))
     return {"mean": value, "low": low, "high": high, "n": len(x)}
 
 

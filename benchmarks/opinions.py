@@ -33,6 +33,7 @@ from typing import Any
 
 from contest import show
 from correlation import kappa, measured, pearson
+from seeds import finished_rows
 from sweep import check_plot, tell_end
 
 import infer
@@ -106,9 +107,7 @@ def read_talks(run: Path, methods: Sequence[str], limit: int = 0) -> list[Row]:
 
     Raises UserError for a method that the run did not evaluate.
     """
-    runs.need(run / "report.json", "report")  # written last: all rows are there
-    path = runs.need(run / "rows.jsonl", "report")
-    rows = runs.read_rows(path)
+    path, rows = run / "rows.jsonl", finished_rows(run)
     there = [name for name in COMPARED if any(name in row for row in rows)]
     if absent := [name for name in methods if name not in there]:
         told = f"expected some of {', '.join(there) or 'none'}, which {path} has"

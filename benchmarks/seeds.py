@@ -28,11 +28,16 @@ from usbrec.settings import COMPARED
 Talks = Mapping[str, Sequence[runs.Row]]
 
 
+def finished_rows(run: Path) -> list[runs.Row]:
+    """Return the rows of a run's report; raises UserError unless it is finished."""
+    runs.need(run / "report.json", "report")  # written last: all rows are there
+    return runs.read_rows(runs.need(run / "rows.jsonl", "report"))
+
+
 def read_run(folder: Path) -> tuple[dict[str, Any], Talks]:
     """Return the options of a run's report, and the talks of each method that it evaluated."""
-    runs.need(folder / "report.json", "report")  # written last: all rows are there
     options = runs.read_json(runs.need(folder / "options" / "report.json", "report"))
-    rows = runs.read_rows(runs.need(folder / "rows.jsonl", "report"))
+    rows = finished_rows(folder)
     names = [name for name in COMPARED if any(name in row for row in rows)]
     talks = {name: [row[name] for row in rows if name in row] for name in names}
     return options, talks

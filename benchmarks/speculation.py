@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from contest import show
+from seeds import finished_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from usbrec.crs.agents import recommender_prompt  # noqa: E402
@@ -29,7 +30,7 @@ from usbrec.llm.engine import Engine  # noqa: E402
 from usbrec.llm.tokenizer import ChatTokenizer  # noqa: E402
 from usbrec.loading import ModelOptions, load_engine  # noqa: E402
 from usbrec.parallel import run_together  # noqa: E402
-from usbrec.runs import need, read_rows  # noqa: E402
+from usbrec.runs import Row  # noqa: E402
 
 DRAFTS, ROWS, NGRAM = (2, 4, 8), (1, 8, 32), 2
 PAYS = 1.15
@@ -58,12 +59,11 @@ def draft_of(ids: Sequence[int], k: int) -> list[int]:
 
 
 def searched_replies(
-    run: Path, count: int, tokenizer: ChatTokenizer
+    talks: Sequence[Row], tokenizer: ChatTokenizer
 ) -> list[tuple[list[int], list[int]]]:
-    """Return (prompt, reply) ids of the recommender's candidates in a run's searches."""
+    """Return (prompt, reply) ids of the recommender's candidates in searched talks."""
     found = []
-    for row in [r for r in read_rows(run / "rows.jsonl") if "RL+SES" in r][:count]:
-        talk = row["RL+SES"]
+    for talk in talks:
         for search in talk["searches"][-1:]:
             since = 2 * (len(talk["replies"]) - search["turn"]) + 1  # lines from its reply on
             history = tuple(Utterance(*line) for line in talk["transcript"][:-since])
@@ -94,9 +94,9 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, default=24, help="searched dialogues to read")
     parser.add_argument("--quick", action="store_true", help="five rounds of timing")
     options = parser.parse_args()
-    need(options.run / "report.json", "report")
+    rows = [row["RL+SES"] for row in finished_rows(options.run) if "RL+SES" in row]
     engine = load_engine(ModelOptions(), find_model)
-    replies = searched_replies(options.run, options.dialogues, engine.tokenizer)
+    replies = searched_replies(rows[: options.dialogues], engine.tokenizer)
     tokens = sum(len(reply) for _, reply in replies)
     table, speedups = [], {}
     for k in DRAFTS:

@@ -48,7 +48,6 @@ from usbrec.answering import Recommender, ReplyOptions
 from usbrec.chat import Sampling
 from usbrec.crs.agents import JudgeScore, Roles
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.datasets import load_catalogue
 from usbrec.crs.dialogue import Examples
 from usbrec.crs.evaluation import EvaluationOptions, evaluate_method
 from usbrec.crs.ses import SearchOptions, plan
@@ -130,8 +129,6 @@ def read_grid(flags: Namespace, asked: Examples = (), titles: int = 0) -> Cells:
     hints = get_type_hints(SearchOptions)
     given = {name[4:]: x for name, x in vars(flags).items() if name.startswith("ses_")}
     if flags.budgets:
-        if any(name.startswith("budget") for name in given):
-            raise UserError("--budgets has budgets of its own: no --ses-budget flags")
         return budget_cells(asked, given, titles)
     if flags.ladder:
         if given:
@@ -199,6 +196,8 @@ def check(flags: Namespace) -> None:
     """Raise UserError for what would fail only after the long work."""
     if sum(map(bool, (flags.grid, flags.ladder, flags.budgets))) != 1:
         raise UserError("nothing or too much to try: give OPTION=VALUES, --ladder or --budgets")
+    if flags.budgets and any(name.startswith("ses_budget") for name in vars(flags)):
+        raise UserError("--budgets has budgets of its own: no --ses-budget flags")
     if flags.limit < 0:
         raise UserError(f"--limit must be 0 (all) or more, got {flags.limit}")
     check_plot(flags.plot)
@@ -423,9 +422,8 @@ def sweep_all(arguments: Sequence[str] | None) -> None:
     setup = infer.set_up(flags)
     seed, folder = from_flags(ReplyOptions, flags).seed, setup.folder / "sweep"
     asked = held_out(setup, flags.limit, seed_for(seed, "sweep"))
-    titles = len(load_catalogue(setup.data, setup.data_dir).items)
-    cells = cells or read_grid(flags, asked, titles)
     recommender = infer.assemble(setup, flags)
+    cells = cells or read_grid(flags, asked, len(recommender.roles.catalogue.items))
     found = run_sweep(recommender, cells, asked, setup.facts(), folder)
     runs.write_json(folder / f"{found['name']}.json", found)
     show([line_of(found, cell) for cell in found["cells"]], header_of(found))

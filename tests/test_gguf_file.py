@@ -55,7 +55,8 @@ def write_gguf(path, model, tokenizer=None, quantisation="F32", doubled_factor=N
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.num_key_value_heads != config.num_attention_heads:  # else it need not be there
+        writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_eos_token_id(overrides.pop("eos", 2))
@@ -127,9 +128,15 @@ def oracle(name, **extra):
     return hf.AutoModelForCausalLM.from_config(type(config)(**settings)).eval()
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "llama-tied", "qwen2.5", "qwen2.5-tied"])
-def test_logits_equal_transformers(name, tmp_path):
-    model = oracle(name)
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        *((x, {}) for x in ("llama-3.1", "llama-tied", "qwen2.5", "qwen2.5-tied")),
+        ("llama-tied", {"num_key_value_heads": 4}),  # as many as of queries: not in the file
+    ],
+)
+def test_logits_equal_transformers(name, heads, tmp_path):
+    model = oracle(name, **heads)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             parameter.data.normal_(0, 0.3)

@@ -131,8 +131,7 @@ class Work:
         rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
         rows.sort(key=lambda x: id(x) in learned)
         most = min(data.rows(stage) or len(rows), len(rows))
-        start = part * most % max(len(rows), 1)
-        return (rows + rows)[start : start + most]
+        return [rows[i % len(rows)] for i in range(part * most, (part + 1) * most)]
 
     def side(self, stage: str | None) -> Side:
         """Return the side that speaks with the adapter of a stage, None: the recommender's base.

@@ -64,7 +64,7 @@ def load_split(name: str, split: str, data_dir: str | Path | None = None) -> Spl
     if is_file_of_chats(name):
         rows, _, note = rows_of_chats({"train": [*read_jsonl(Path(name))]})
         made, tests = ([_at(name, read_row, row) for row in rows[x]] for x in (split, "test"))
-        return Split(made, [note, *shared_note(split, made, tests)])
+        return Split(made, [note, *(shared_note(made, tests) if split == "train" else ())])
     folder = _folder(name, data_dir)
     if name == "redial" and split != "test" and not _existing(folder, "train"):
         return _divide_valid(read_examples(_find(folder, "valid")), split)
@@ -140,12 +140,12 @@ def own_notes(folder: Path, split: str, examples: Sequence[Example]) -> Iterator
         rows = f"{sum(not any(map(known.named, x.items)) for x in examples)} of {len(examples)}"
         yield f"{told}, such as {unknown[0]!r}: no reply to {rows} rows can be right"
     if split == "train" and _existing(folder, "test"):
-        yield from shared_note(split, examples, read_examples(_find(folder, "test")))
+        yield from shared_note(examples, read_examples(_find(folder, "test")))
 
 
-def shared_note(split: str, examples: Sequence[Example], tests: Sequence[Example]) -> Iterator[str]:
+def shared_note(examples: Sequence[Example], tests: Sequence[Example]) -> Iterator[str]:
     """Yield the note on training rows that are test rows too, if there are any."""
-    known = {(x.history, x.response) for x in tests if split == "train"}
+    known = {(x.history, x.response) for x in tests}
     if shared := sum((x.history, x.response) in known for x in examples):
         told = f"{shared} of {len(examples)} training rows are test rows too"
         yield f"{told}: results on them say nothing of new dialogues"

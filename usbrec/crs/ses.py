@@ -264,13 +264,13 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
         drawn = draw_distinct(roles, results, drawn, options)
     for x, replies, row in zip(results, drawn, best or [[]] * len(results), strict=True):
         nodes = {}  # equal replies are searched once, empty ones not at all
-        items = {reply: item for reply, (item, _) in zip(replies, row, strict=False)}
         for reply in filter(None, replies):
             said, key = add_turn(x.root, "recommender", reply), seed_for(x.seed, "root", reply)
-            nodes[reply] = Node(said, x.profile, key, ranked=items.get(reply))
+            nodes[reply] = Node(said, x.profile, key)
         x.candidates = [Candidate(reply, nodes.get(reply)) for reply in replies]
-        for candidate, (_, logprob) in zip(x.candidates, row, strict=False):  # none if sampled
+        for candidate, (item, logprob) in zip(x.candidates, row, strict=False):  # none if sampled
             candidate.chance = math.exp(round(logprob - row[0][1], 3))  # without the last bits
+            nodes[candidate.reply].ranked = item
 
 
 def plan(root: Dialogue, options: SearchOptions, titles: int = 0) -> list[int]:

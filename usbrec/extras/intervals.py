@@ -41,22 +41,26 @@ def mean_interval(
         return {"mean": None, "low": None, "high": None, "n": 0}
     value = np.asarray(values, float)[kept]
     weight = np.ones(len(kept)) if weights is None else np.asarray(weights, float)[kept]
-    group = np.asarray(kept if groups is None else [groups[i] for i in kept])
-    place = np.unique(group, return_inverse=True)[1]
+    place = np.unique(kept if groups is None else [groups[i] for i in kept], return_inverse=True)[1]
     top, bottom = np.bincount(place, value * weight), np.bincount(place, weight)  # a sum per group
     means = [(counts @ top) / (counts @ bottom) for counts in draws(len(top), seed)]
     mean = float((value * weight).sum() / weight.sum())
     low, high = np.percentile(np.concatenate(means), ENDS).tolist()
     if np.allclose(value, np.round(value), rtol=0, atol=1e-6):
-        share = unseen_share(len(top))
-        low = min(low, mean - share * (mean - limits[0]))
-        high = max(high, mean + share * (limits[1] - mean))
+        least, most = room(mean, len(top), limits)
+        low, high = min(low, least), max(high, most)
     return {"mean": mean, "low": low, "high": high, "n": int(weight.sum())}
 
 
 def unseen_share(n: int) -> float:
     """Return the greatest share of all groups that none of n drawn ones may be of, at 97.5%."""
     return 1 - 0.025 ** (1 / n)
+
+
+def room(value: float, n: int, limits: Limits) -> tuple[float, float]:
+    """Return the ends between which a value lies if what n groups do not exclude is at a limit."""
+    share = unseen_share(n)
+    return value - share * (value - limits[0]), value + share * (limits[1] - value)
 
 
 def differences(first: Values, second: Values) -> list[float | None]:
