@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from usbrec import loading, parallel, runs
-from usbrec.chat import Message, Row, TrainingDialogue
+from usbrec.chat import Lesson, Message, Row
 from usbrec.crs import lessons
 from usbrec.crs.agents import Side
 from usbrec.crs.datasets import read_pairs
@@ -48,7 +48,7 @@ from usbrec.extras.report import format_report, interval, report_of
 from usbrec.llm.adapter_files import WEIGHTS_FILE
 from usbrec.llm.lora import add_adapter
 from usbrec.llm.loss import Sft, Simpo
-from usbrec.llm.packing import Tree, dialogue_tree, pair_tree
+from usbrec.llm.packing import Tree, lesson_tree, pair_tree
 from usbrec.llm.tokenizer import fit_prompt, prompt_room
 from usbrec.llm.training import peak_memory, usable
 from usbrec.options import Parser, UserError, add_table, seed_for, tell
@@ -72,7 +72,7 @@ def train_simulator(work: Work) -> None:
     """Train a copy of the SFT adapter, which knows the films, to play the user and to judge."""
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
-    def make(rows: RowsOf) -> list[TrainingDialogue]:
+    def make(rows: RowsOf) -> list[Lesson]:
         draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
         first, then = lessons.simulator_lessons(rows("simulator"), draws, seed, options)
         summaries = lessons.summary_lessons(rows("summaries"), films, options)
@@ -83,11 +83,11 @@ def train_simulator(work: Work) -> None:
     teach(work, "simulator", make)
 
 
-def teach(work: Work, stage: str, make: Callable[[RowsOf], list[TrainingDialogue]]) -> None:
+def teach(work: Work, stage: str, make: Callable[[RowsOf], list[Lesson]]) -> None:
     """Train the adapter of the stage's name on the lessons that `make` returns."""
 
     def lay_out(rows: RowsOf, label: str) -> list[Tree]:
-        trees = [dialogue_tree(work.engine.tokenizer, lesson) for lesson in make(rows)]
+        trees = [lesson_tree(work.engine.tokenizer, lesson) for lesson in make(rows)]
         kept, dropped = usable(trees, work.engine.max_length, Sft())
         print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
         return kept

@@ -25,7 +25,7 @@ from contest import show
 
 import train
 from usbrec import loading, runs
-from usbrec.chat import Message, TrainingDialogue
+from usbrec.chat import Lesson, Message
 from usbrec.crs.agents import Side
 from usbrec.crs.datasets import read_pairs
 from usbrec.crs.dialogue import Examples
@@ -33,7 +33,7 @@ from usbrec.crs.evaluation import evaluate_method
 from usbrec.extras.default_model import find_model
 from usbrec.extras.report import HEADINGS, compare, interval, summarise
 from usbrec.llm.loss import Sft
-from usbrec.llm.packing import Tree, dialogue_tree
+from usbrec.llm.packing import Tree, lesson_tree
 from usbrec.llm.training import TrainingJob, step_items, usable
 from usbrec.llm.training import train as learn
 from usbrec.options import UserError, seed_for
@@ -56,10 +56,10 @@ def gold_replies(work: Work, count: int) -> list[str]:
     return found
 
 
-def dialogue_of(pair: Row, reply: str) -> TrainingDialogue:
+def lesson_of(pair: Row, reply: str) -> Lesson:
     """Return the pair's prompt with this reply as the one to learn."""
     prompt = [Message(x["role"], x["content"]) for x in pair["prompt"]]
-    return TrainingDialogue((*prompt, Message("assistant", reply, 1.0)))
+    return [(*prompt, Message("assistant", reply, 1.0))]
 
 
 def lessons(work: Work, pairs: Sequence[Row], name: str) -> list[Tree]:
@@ -68,8 +68,8 @@ def lessons(work: Work, pairs: Sequence[Row], name: str) -> list[Tree]:
     replies = [pair["chosen"][0]["content"] for pair in pairs]
     if name == "gold":
         replies = gold_replies(work, len(pairs))
-    made = map(dialogue_of, pairs, replies)
-    trees = [dialogue_tree(engine.tokenizer, x) for x in made]
+    made = map(lesson_of, pairs, replies)
+    trees = [lesson_tree(engine.tokenizer, x) for x in made]
     return usable(trees, engine.max_length, Sft())[0]
 
 

@@ -77,7 +77,7 @@ from usbrec.llm.fast import accelerate
 from usbrec.llm.lora import LoraConfig, LoraLinear, add_adapter, remove_adapter
 from usbrec.llm.loss import Sft, Simpo, SimpoOptions
 from usbrec.llm.model import Decoder
-from usbrec.llm.packing import Tree, dialogue_tree
+from usbrec.llm.packing import Tree, lesson_tree
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.training import peak_memory
 from usbrec.loading import pick_dtype
@@ -247,7 +247,7 @@ def training(bench: Bench) -> Rows:
     tokenizer = ChatTokenizer.from_folder(folder)
     examples = load_split("sample", "train").examples[: size.rows]
     taught = recommender_lessons(examples, [], load_catalogue("sample"), size.lessons)
-    trees = [dialogue_tree(tokenizer, lesson) for lesson in taught]
+    trees = [lesson_tree(tokenizer, lesson) for lesson in taught]
 
     def rate(device: torch.device, steps: int) -> float:
         dtype = pick_dtype("auto", device)

@@ -14,14 +14,14 @@ from test_adapter_files import adapted_logits, randomise
 from test_checkpoint import logits_of, random_ids
 from test_tokenizer import LETTERS, plain, random_chat, random_text
 
-from usbrec.chat import Message, Request, Sampling, TrainingDialogue
+from usbrec.chat import Message, Request, Sampling
 from usbrec.extras.merge import merge
 from usbrec.llm.adapter_files import load_adapter, save_adapter
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.engine import BatchRow
 from usbrec.llm.lora import LoraConfig, adapter_parameters, add_adapter
 from usbrec.llm.model_config import load_config
-from usbrec.llm.packing import dialogue_tree
+from usbrec.llm.packing import lesson_tree
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
 
@@ -326,17 +326,17 @@ def test_a_reply_ends_where_the_next_user_would_stand(chat):
     longer, more = ours.render([*closed, Message("user", "no")])
     assert longer[: len(ids)] == ids and more[: len(weights)] == weights
     assert longer.count(user) == 2
-    assert ours.render(closed, closed=False)[0] == ids[:-1]
 
 
-def test_a_dialogues_branches_continue_its_prefix_without_a_second_user_token(chat):
+def test_chats_of_a_lesson_share_the_user_token_that_ends_a_reply(chat):
     ours, _ = chat
-    prefix = (Message("user", "Hi"), Message("assistant", "a film", weight=1.0))
-    branch = (Message("user", "no"), Message("assistant", "bye", weight=1.0))
-    tree = dialogue_tree(ours, TrainingDialogue(prefix, (branch,)))
-    assert [i for b in tree.branches for i in b.ids] == ours.render([*prefix, *branch])[0]
-    whole = dialogue_tree(ours, TrainingDialogue(prefix)).branches[0]
-    assert (whole.ids, whole.weights) == ours.render(prefix)
+    learned = (Message("user", "Hi"), Message("assistant", "a film", weight=1.0))
+    said = (learned[0], Message("assistant", "a film"))
+    going_on = (*said, Message("user", "no"), Message("assistant", "bye", weight=1.0))
+    first, second = lesson_tree(ours, [learned, going_on]).branches
+    assert (first.ids, first.weights) == ours.render(learned)
+    assert second.shared == len(first.ids) and second.parent == 0
+    assert [*first.ids, *second.ids] == ours.render(going_on)[0]
 
 
 def test_an_unweighted_reply_is_not_closed(chat):

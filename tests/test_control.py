@@ -64,9 +64,9 @@ def test_controls_learn_gold_and_chosen_replies() -> None:
         "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
         "chosen": [{"role": "assistant", "content": "better"}],
     }
-    made = control.dialogue_of(pair, "better")
-    assert made.prefix[-1] == Message("assistant", "better", 1.0)
-    assert [x.weight for x in made.prefix[:-1]] == [0.0, 0.0]
+    [(*prompt, reply)] = control.lesson_of(pair, "better")
+    assert reply == Message("assistant", "better", 1.0)
+    assert [x.weight for x in prompt] == [0.0, 0.0]
 
 
 def test_a_run_of_other_options_is_refused(finished: list[str], capsys: Any) -> None:

@@ -1,14 +1,16 @@
 """What the recommender and the simulator are taught, and in which order."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import ne
+from os.path import commonprefix
 
 import numpy as np
 import pytest
 from scripted import talk
 
-from usbrec.chat import Message, Messages, TrainingDialogue
+from usbrec.chat import Lesson, Message, Messages
 from usbrec.crs.agents import (
     EXPLAIN,
     announce,
@@ -52,9 +54,15 @@ DRAWS = Suggestions(CATALOGUE, popularity_of(TRAIN))
 OPTIONS = LessonOptions(score_weight=10.0, line_weight=0.5)
 
 
-def scored(lesson: TrainingDialogue) -> list[tuple[Message, ...]]:
-    """The branches of a lesson that end with a score."""
-    return [branch for branch in lesson.branches if branch[-1].weight == OPTIONS.score_weight]
+def ends(lesson: Lesson) -> list[Messages]:
+    """What follows the messages that all chats of a lesson begin with."""
+    said = [[(m.role, m.content) for m in chat] for chat in lesson]
+    return [chat[len(commonprefix(said)) :] for chat in lesson]
+
+
+def scored(lesson: Lesson) -> list[Messages]:
+    """The ends of a lesson's chats that end with a score."""
+    return [end for end in ends(lesson) if end[-1].weight == OPTIONS.score_weight]
 
 
 def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> None:
@@ -65,12 +73,11 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     stranger = Example("e", 1, (seeker,), "Try Heat (1995).", ("Heat (1995)",))
     assert same_dialogue([second, stranger, first]) == [[first, second], [stranger]]
     (lesson,) = recommender_lessons([second, stranger, first], [], CATALOGUE, OPTIONS)
-    assert [m.role for m in lesson.prefix] == ["system"]  # once for all dialogues
-    (_, *both), other_dialogue = lesson.branches[0][:4], lesson.branches[1]
-    learned = [m.content for m in lesson.branches[0][:4] if m.weight == 1]
-    assert learned == ["Try Heat (1995).", "Then Alien (1979)."] and len(both) == 3
-    assert [m.role for m in other_dialogue] == ["user", "assistant"]
-    assert lesson.branches[0][-1].content.startswith("Alien (1979) is a")  # the last is explained
+    both, other_dialogue = lesson
+    learned = [m.content for m in both[:5] if m.weight == 1]
+    assert learned == ["Try Heat (1995).", "Then Alien (1979)."]
+    assert [m.role for m in other_dialogue] == ["system", "user", "assistant"]
+    assert both[-1].content.startswith("Alien (1979) is a")  # the last is explained
     elsewhere = replace(second, dialog_id="e")
     assert same_dialogue([first, elsewhere]) == [[first], [elsewhere]]
 
@@ -78,13 +85,13 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
 def test_only_the_gold_one_of_two_equal_lines_is_learned() -> None:
     said = talk("Hi.", "Try Heat (1995).", "Again?")
     example = Example("d", 3, said, "Try Heat (1995).", ("Heat (1995)",))
-    (lesson,) = recommender_lessons([example], [], CATALOGUE, OPTIONS)
-    assert [m.weight for m in lesson.branches[0][:4]] == [0, 0, 0, 1]
+    ((chat,),) = recommender_lessons([example], [], CATALOGUE, OPTIONS)
+    assert [m.weight for m in chat[1:5]] == [0, 0, 0, 1]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
-    lesson = recommender_lessons(TRAIN[:1], [], CATALOGUE, OPTIONS)[0]
-    gold, asked, told = lesson.branches[0][-3:]
+    ((chat,),) = recommender_lessons(TRAIN[:1], [], CATALOGUE, OPTIONS)
+    gold, asked, told = chat[-3:]
     assert gold == Message("assistant", TRAIN[0].response, 1.0)
     assert asked == Message("user", EXPLAIN)
     assert told == Message("assistant", str(TRAIN[0].explanation), 0.3)
@@ -95,8 +102,8 @@ def test_a_profile_alone_is_answered_with_the_title() -> None:
     bare, full = TRAIN[0], next(x for x in TRAIN if "Dislikes: nothing" not in x.profile)
     bare = replace(bare, profile="Likes: crime. Dislikes: nothing said. Seen: Heat (1995).")
     (lesson,) = recommender_lessons([], [bare, full], CATALOGUE, OPTIONS)
-    asked, answered = zip(*lesson.branches, strict=True)
-    assert lesson.prefix == recommender_prompt(())
+    systems, asked, answered = zip(*lesson, strict=True)
+    assert systems == (*recommender_prompt(()) * 2,)
     assert asked[0] == Message("user", "Likes: crime. Seen: Heat (1995).")
     assert asked[1] == Message("user", full.profile)
     told = [Message("assistant", f"I recommend {x.items[0]}.", 1.0) for x in (bare, full)]
@@ -169,9 +176,9 @@ def test_such_replies_come_after_the_titles_to_find() -> None:
     """Taught from the start they keep a small judge from finding titles."""
     first, then = simulator_lessons(TRAIN[:12], DRAWS, 0, OPTIONS)
 
-    def replies_of(lessons: list[TrainingDialogue]) -> list[str]:
-        external = [x for x in lessons if "Your targets" in x.prefix[0].content]
-        return [branch[0].content for lesson in external for branch in scored(lesson)]
+    def replies_of(lessons: Sequence[Lesson]) -> list[str]:
+        external = [x for x in lessons if "Your targets" in x[0][0].content]
+        return [end[0].content for lesson in external for end in scored(lesson)]
 
     keys = [(x, seed_for(0, "lesson", x.dialog_id, x.turn_id)) for x in TRAIN[1:12:3]]
     amiss = [DRAWS.amiss(x, key).reply for x, key in keys]
@@ -198,14 +205,14 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
 
 
 def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
-    """Prefix and branch are the very messages of a judge's prompt, then comes the score."""
+    """A chat has the very messages of a judge's prompt, then comes the score."""
     example = TRAIN[0]
     (external,), (internal, *_) = simulator_lessons([example], DRAWS, 0, OPTIONS)
-    plain = [Message(m.role, m.content) for m in external.prefix + scored(external)[0]]
+    plain = [Message(m.role, m.content) for m in external[0]]
     reply = (*example.history, Utterance("recommender", example.response))
     asked = external_judge_prompt(reply, str(example.explanation), example.items)
     assert tuple(plain) == (*asked, Message("assistant", "2"))
-    plain = [Message(m.role, m.content) for m in internal.prefix + scored(internal)[0]]
+    plain = [Message(m.role, m.content) for m in internal[0]]
     asked = internal_judge_prompt(reply, str(example.profile))
     assert tuple(plain) == (*asked, Message("assistant", "2"))
 
@@ -217,17 +224,19 @@ def test_a_reaction_follows_the_reply_that_it_answers() -> None:
     accepted, refused = (
         Message("assistant", str(text), 0.5) for text in (example.accept, example.refuse)
     )
-    assert external.branches[-1] == (Message("user", example.response), accepted)
-    assert internal.branches[-1] == (scored(internal)[-1][0], refused)
+    assert ends(external)[-1] == (Message("user", example.response), accepted)
+    assert ends(internal)[-1] == (scored(internal)[-1][0], refused)
     assert scored(internal)[-1][-1].content == "0"
 
 
 def test_the_seeker_learns_its_own_lines_and_one_reply_is_worth_2() -> None:
     for part in simulator_lessons(TRAIN[:9], DRAWS, 0, OPTIONS):
         for lesson in part:
-            expected = [0.5 if m.role == "assistant" else 0 for m in lesson.prefix]
-            assert [m.weight for m in lesson.prefix] == expected
-            assert [branch[-1].content for branch in scored(lesson)].count("2") == 1
+            prompts = [chat[: -len(end)] for chat, end in zip(lesson, ends(lesson), strict=True)]
+            expected = [0.5 if m.role == "assistant" else 0 for m in prompts[0]]
+            assert [m.weight for m in prompts[0]] == expected
+            assert not any(m.weight for prompt in prompts[1:] for m in prompt)  # and once
+            assert [end[-1].content for end in scored(lesson)].count("2") == 1
 
 
 def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
@@ -237,17 +246,17 @@ def test_one_dialogue_in_four_has_a_reply_without_a_film() -> None:
     """
     _, then = simulator_lessons(TRAIN[:13], DRAWS, 0, OPTIONS)
 
-    def filmless(lessons: list[TrainingDialogue]) -> list[bool]:
+    def filmless(lessons: Sequence[Lesson]) -> list[bool]:
         return [any(b[0].content in FILMLESS for b in scored(lesson)) for lesson in lessons]
 
-    inner = [x for x in then if "targets" not in x.prefix[0].content]
+    inner = [x for x in then if "targets" not in x[0][0].content]
     assert filmless(inner[::2]) == [False] * 9
     assert filmless(inner[1::2]) == [x % 4 == 0 for x in range(13) if x % 5 < 3]
-    external = [x for x in then if "targets" in x.prefix[0].content]
+    external = [x for x in then if "targets" in x[0][0].content]
     numbers = [x for x in range(13) if x % 2 == 0 or x % 6 == 1]  # the latter end with one amiss
     again = [x for number, x in zip(numbers, external, strict=True) if number % 2 == 0]
     assert filmless(again) == [x % 4 == 0 for x in range(0, 13, 2)]
-    kindred = ["1" in [branch[-1].content for branch in scored(x)] for x in again]
+    kindred = ["1" in [end[-1].content for end in scored(x)] for x in again]
     assert kindred == [x % 4 == 2 for x in range(0, 13, 2)]
 
 
@@ -256,9 +265,9 @@ def test_the_judges_learn_from_many_short_lessons() -> None:
     first, then = simulator_lessons(TRAIN[:1], DRAWS, 0, OPTIONS)
     key = seed_for(0, "lesson", TRAIN[0].dialog_id, TRAIN[0].turn_id)
     made, claimed = (DRAWS.draw(TRAIN[0], key, lies) for lies in (False, True))
-    scores = [[branch[-1].content for branch in scored(lesson)] for lesson in first + then]
+    scores = [[end[-1].content for end in scored(lesson)] for lesson in first + then]
     assert scores == [["2", "0"], ["2", "0", "0"], ["2", "0", "0", "1", "0"], ["2", "0", "0"]]
-    replies = [[branch[0].content for branch in scored(lesson)] for lesson in first + then]
+    replies = [[end[0].content for end in scored(lesson)] for lesson in first + then]
     assert replies[-1] == [x.reply for x in claimed if x.score != 1]
     assert replies[0] == [x.reply for x in made if x.score != 1][:2]
     assert not set(replies[1][1:]) & set(replies[2][1:])
@@ -272,27 +281,27 @@ def test_the_judges_learn_from_many_short_lessons() -> None:
 def test_a_summary_is_asked_as_it_is_later_and_shares_its_system_prompt() -> None:
     options = LessonOptions(simulator_chats=2)
     lessons = summary_lessons(TRAIN[:3], CATALOGUE, options)
-    assert [len(lesson.branches) for lesson in lessons] == [2, 1]
-    (asked, told) = lessons[1].branches[0]
-    assert (*lessons[1].prefix, asked) == summary_prompt(TRAIN[2].history)
+    assert [len(lesson) for lesson in lessons] == [2, 1]
+    (*asked, told) = lessons[1][0]
+    assert (*asked,) == summary_prompt(TRAIN[2].history)
     assert told == Message("assistant", str(TRAIN[2].profile), 1.0)
 
 
 def card_chats(rehearsals: int = 8, cards: int = 12) -> list[tuple[Message, ...]]:
-    """Return the chats that end with a score, the shared system prompt in front of each."""
+    """Return the chats that end with a score."""
     options = LessonOptions(cards=cards, rehearsals=rehearsals)
     lessons = card_lessons(TRAIN, DRAWS, 0, options)
-    assert [len(x.branches) for x in lessons[:-1]] == [4] * (len(lessons) - 1)
-    return [(*lesson.prefix, *branch) for lesson in lessons for branch in with_score(lesson)]
+    assert [len(x) for x in lessons[:-1]] == [4] * (len(lessons) - 1)
+    return [chat for lesson in lessons for chat in with_score(lesson)]
 
 
-def with_score(lesson: TrainingDialogue) -> list[Messages]:
-    return [branch for branch in lesson.branches if len(branch) == 4]
+def with_score(lesson: Lesson) -> list[Messages]:
+    return [chat for chat in lesson if len(chat) == 5]
 
 
 def test_after_every_other_scored_card_comes_another_without_a_score() -> None:
     lessons = card_lessons(TRAIN, DRAWS, 0, LessonOptions(cards=12, rehearsals=3))
-    chats = [(*lesson.prefix, *branch) for lesson in lessons for branch in lesson.branches]
+    chats = [chat for lesson in lessons for chat in lesson]
     known = [x for x in chats if x[2].content != UNKNOWN]
     assert [len(x) for x in known] == [5, 5, 3] * 3 * 6
     films = [CATALOGUE.first(said.content)[0] for _, said, *_ in known]
@@ -348,8 +357,8 @@ def test_each_of_the_most_frequent_titles_is_met_so_often_first_with_single_wish
 def test_the_seed_decides_which_profile_a_film_meets_first() -> None:
     def first_round(seed: int) -> dict[str, str]:
         lessons = card_lessons(TRAIN, DRAWS, seed, LessonOptions(cards=12, rehearsals=4))
-        chats = [x for lesson in lessons for x in with_score(lesson) if x[1].content != UNKNOWN]
-        return {said.content: asked.content for said, _, asked, _ in chats[:12]}
+        chats = [x for lesson in lessons for x in with_score(lesson) if x[2].content != UNKNOWN]
+        return {said.content: asked.content for _, said, _, asked, _ in chats[:12]}
 
     one, other = first_round(0), first_round(1)
     assert one.keys() == other.keys() and one != other
@@ -363,8 +372,8 @@ def test_a_claim_that_leaves_the_film_open_is_not_scored() -> None:
     rows[1:] = [replace(x, response=f"Try {x.items[0]}.") for x in rows[1:]]
     options, draws = LessonOptions(rehearsals=32), Suggestions(films, popularity_of(rows))
     lessons = card_lessons(rows, draws, 0, options)
-    chats = [x for lesson in lessons for x in with_score(lesson) if x[1].content != UNKNOWN]
-    assert all(len(films.first(said.content)) == 1 for said, *_ in chats) and len(chats) == 96
+    chats = [x for lesson in lessons for x in with_score(lesson) if x[2].content != UNKNOWN]
+    assert all(len(films.first(said.content)) == 1 for _, said, *_ in chats) and len(chats) == 96
 
 
 def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
@@ -381,7 +390,7 @@ def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     rows = [replace(TRAIN[0], items=("Film (1990)",), response="Try Film (1990).")]
     options = LessonOptions(rehearsals=6)
     lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, options)
-    said = [x[0].content for lesson in lessons for x in lesson.branches if x[1].content == UNKNOWN]
+    said = [x[1].content for lesson in lessons for x in lesson if x[2].content == UNKNOWN]
     assert len(said) == 6 and not any(map(films.find, said))  # every other year is a film here
 
 
@@ -441,15 +450,15 @@ def test_a_told_profile_has_the_order_of_the_gold_ones() -> None:
 
 
 def test_woven_lists_keep_their_order_and_are_spread_evenly() -> None:
-    a, b = ([TrainingDialogue((Message("user", f"{x}{i}"),)) for i in range(n)]
+    a, b = ([[(Message("user", f"{x}{i}"),)] for i in range(n)]
             for x, n in (("a", 4), ("b", 2)))  # fmt: skip
-    assert [x.prefix[0].content for x in woven(a, b)] == ["a0", "b0", "a1", "a2", "b1", "a3"]
-    assert [x.prefix[0].content for x in woven(a[:3], b[:1])] == ["a0", "a1", "b0", "a2"]
+    assert [x[0][0].content for x in woven(a, b)] == ["a0", "b0", "a1", "a2", "b1", "a3"]
+    assert [x[0][0].content for x in woven(a[:3], b[:1])] == ["a0", "a1", "b0", "a2"]
 
 
 def test_the_external_judge_is_learned_first() -> None:
     first, then = simulator_lessons(TRAIN, DRAWS, 0, OPTIONS)
-    kinds = [["targets" in x.prefix[0].content for x in part] for part in (first, then)]
+    kinds = [["targets" in x[0][0].content for x in part] for part in (first, then)]
     silent = len(range(1, len(TRAIN), 6)), len(range(4, len(TRAIN), 6))
     assert all(kinds[0]) and len(first) == len(TRAIN) - silent[0] + silent[1]
     assert sum(kinds[1]) == silent[0] + len(TRAIN[::2])
@@ -494,7 +503,7 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
     rows = [row, replace(row, items=titles[2:])]
     draws = Suggestions(films, popularity_of(rows))
     (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1, simulator_chats=16))
-    assert len(lesson.branches) == 6 + 3 + 1
+    assert len(lesson) == 6 + 3 + 1
     bare = Catalogue(read_item({"name": f"Film {x}"}) for x in "ABC")  # nothing to know
     rows = [replace(row, items=("Film A",))]
     assert card_lessons(rows, Suggestions(bare, popularity_of(rows)), 0, LessonOptions()) == []
@@ -503,5 +512,5 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
     options = LessonOptions(explain_every=4, sft_chats=1)
     lessons = recommender_lessons(TRAIN[:9], [], CATALOGUE, options)
-    explained = [Message("user", EXPLAIN) in lesson.branches[0] for lesson in lessons]
+    explained = [Message("user", EXPLAIN) in lesson[0] for lesson in lessons]
     assert explained == [i % 4 == 0 for i in range(len(lessons))]

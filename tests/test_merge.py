@@ -10,7 +10,7 @@ from test_gguf_file import KINDS, write_gguf
 from test_tokenizer import family_folder
 from tokenizers import Tokenizer
 
-from usbrec.chat import Message, Request, Sampling, TrainingDialogue
+from usbrec.chat import Message, Request, Sampling
 from usbrec.extras.default_model import find_model
 from usbrec.extras.merge import main as merge_main
 from usbrec.llm.adapter_files import load_adapter, save_adapter
@@ -18,7 +18,7 @@ from usbrec.llm.checkpoint import load_model
 from usbrec.llm.engine import Engine
 from usbrec.llm.lora import LoraConfig, add_adapter
 from usbrec.llm.loss import Sft
-from usbrec.llm.packing import dialogue_tree
+from usbrec.llm.packing import lesson_tree
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.llm.training import TrainingJob, TrainingOptions, train
 from usbrec.options import UserError
@@ -89,10 +89,10 @@ def test_what_was_taught_is_said_unmerged_merged_and_by_transformers(
     tokenizer = ChatTokenizer.from_folder(find(str(base)))
     model = load_model(find(str(base)))
     add_adapter(model, "sft", LoraConfig(r=8), seed=0)
-    dialogue = TrainingDialogue((*ASKED, Message("assistant", TAUGHT, weight=1.0)))
+    lesson = [(*ASKED, Message("assistant", TAUGHT, weight=1.0))]
     options = TrainingOptions(learning_rate=1e-2, epochs=60, batch_size=1)
     job = TrainingJob(options, Sft(), tmp_path / "run", "sft")
-    train(model, "sft", [dialogue_tree(tokenizer, dialogue)], job)
+    train(model, "sft", [lesson_tree(tokenizer, lesson)], job)
     assert say(model, tokenizer) != say(model, tokenizer, "sft") == TAUGHT
     save_adapter(model, "sft", tmp_path / "sft", str(base))
     flags = {"--model": base, "--adapter": tmp_path / "sft", "--out": tmp_path / "merged"}

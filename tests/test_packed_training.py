@@ -38,12 +38,19 @@ class Dice:
 
 
 def grown_tree(dice):
-    """One to seven branches of 1 to 60 tokens; half of the tokens have weights, in quarters."""
-    branches = []
+    """One to seven branches of 1 to 60 tokens; half of the tokens have weights, in quarters.
+
+    Every other branch continues the first half of its parent's path alone.
+    """
+    branches, lengths = [], []
     for number in range(dice.number(1, 8)):
         ids = dice.ids(1, 61)
         weights = [max(dice.number(-4, 5), 0) / 4 for _ in ids]
-        branches.append(Branch(ids, weights, dice.number(0, number) if number else None))
+        parent = dice.number(0, number) if number else None
+        past = lengths[parent] if number else 0
+        shared = (past + 1) // 2 if number % 2 else None
+        branches.append(Branch(ids, weights, parent, shared))
+        lengths.append((shared or past) + len(ids))
     return Tree(branches)
 
 
@@ -100,6 +107,7 @@ def plain_logps(plain, trees):
         first = len(paths)
         for branch in tree.branches:
             past = [] if branch.parent is None else paths[first + branch.parent][0]
+            past = past[: branch.shared]
             paths.append((past + list(branch.ids), len(past), branch.weights))
     width = max(len(ids) for ids, _, _ in paths)
     rows = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in paths])

@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import TINY, random_decoder
 
+from usbrec.chat import Message
 from usbrec.llm.fast.kernels import windows
 from usbrec.llm.model import Stretch
-from usbrec.llm.packing import Branch, Tree, pack, pack_rows, visibility
+from usbrec.llm.packing import Branch, Tree, lesson_tree, pack, pack_rows, tree_paths, visibility
+from usbrec.llm.tokenizer import ChatTokenizer
 
 
 def plain_layout(tree):
@@ -18,6 +20,7 @@ def plain_layout(tree):
     branches = []
     for branch in tree.branches:
         past, zeros = ([], []) if branch.parent is None else paths[branch.parent]
+        past, zeros = past[: branch.shared], zeros[: branch.shared]
         ids, weights = past + list(branch.ids), zeros + list(branch.weights)
         paths.append((ids, [0.0] * len(ids)))
         branches.append(Branch(ids, weights) if any(branch.weights) else Branch([], []))
@@ -25,27 +28,33 @@ def plain_layout(tree):
 
 
 def random_trees(seed):
-    """Three trees of one to six branches of one to eight tokens."""
+    """Three trees of one to six branches of one to eight tokens.
+
+    A branch continues all of its parent's path or a beginning of it.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    return [
-        Tree(
-            [
-                Branch(ids := [draw(0, 128) for _ in range(draw(1, 9))], [1] * len(ids), parent)
-                for parent in [None, *(draw(0, n) for n in range(1, draw(1, 7)))]
-            ]
-        )
-        for _ in range(3)
-    ]
+    def tree():
+        lengths, branches = [], []
+        for parent in [None, *(draw(0, n) for n in range(1, draw(1, 7)))]:
+            ids = [draw(0, 128) for _ in range(draw(1, 9))]
+            shared = None if parent is None or draw(0, 2) else draw(1, lengths[parent] + 1)
+            past = 0 if parent is None else shared or lengths[parent]
+            lengths.append(past + len(ids))
+            branches.append(Branch(ids, [1] * len(ids), parent, shared))
+        return Tree(branches)
+
+    return [tree() for _ in range(3)]
 
 
-def descends(tree, branch, ancestor):
-    while branch is not None and branch != ancestor:
-        branch = tree.branches[branch].parent
-    return branch == ancestor
+def path_of(tree, number):
+    """The (branch, token) of a branch's whole path, one by one from the root."""
+    branch = tree.branches[number]
+    past = [] if branch.parent is None else path_of(tree, branch.parent)[: branch.shared]
+    return past + [(number, i) for i in range(len(branch.ids))]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -64,9 +73,38 @@ def test_a_changed_token_reaches_those_that_continue_it_and_nobody_else(tiny_mod
         before = tiny_model(row.input_ids, row.position_ids, row.attention)
         after = tiny_model(other_ids, row.position_ids, row.attention)
     for index, (t, b, i) in enumerate(places):
-        sees = t == changed[0] and descends(trees[t], b, changed[1])
-        sees = sees and (b != changed[1] or i >= changed[2])
+        path = path_of(trees[t], b)
+        sees = t == changed[0] and changed[1:] in path[: path.index((b, i)) + 1]
         assert torch.equal(before[index], after[index]) == (not sees), (t, b, i)
+
+
+def test_chats_of_a_lesson_share_what_they_begin_with_up_to_what_is_learned(default_model_folder):
+    """Each chat's path is its own ids, and its weighted tokens are in its own branch."""
+    tokenizer = ChatTokenizer.from_folder(default_model_folder)
+    system, hi, bye = Message("system", "Be brief."), Message("user", "Hi, you"), "So long"
+    said, learned = Message("assistant", "Hello."), Message("assistant", "Hello.", 1.0)
+    lesson = [
+        (system, hi, learned),
+        (system, hi, said, Message("user", bye), learned),  # after the first's learned reply
+        (system, Message("user", "Hi, all"), learned),  # up to the middle of a line
+        (system, hi, learned),  # equal to the first, and learned once more
+        (Message("system", "Else."), hi, learned),
+    ]
+    tree, rows = lesson_tree(tokenizer, lesson), [tokenizer.render(chat) for chat in lesson]
+    paths = tree_paths(tree)
+    ids = [i for branch in tree.branches for i in branch.ids]
+    assert [[ids[i] for i in path] for path in paths] == [row for row, _ in rows]
+    told = [[x for x in branch.weights if x] for branch in tree.branches]
+    assert told == [[x for x in weights if x] for _, weights in rows] and all(told)
+    header = tokenizer.render([system, Message("user", "")])[0]
+    assert [branch.parent for branch in tree.branches] == [None, 0, 0, 0, 0]
+    shared = [branch.shared for branch in tree.branches]
+    assert shared[1] == len(rows[0][0]) and len(header) - 2 < shared[2] < shared[3]
+    assert shared[3] == len(tokenizer.prompt(lesson[0][:2]))
+    other = lesson_tree(
+        tokenizer, [lesson[0], (system, hi, learned, Message("user", bye), learned)]
+    )
+    assert other.branches[1].shared == shared[3]  # what is learned twice has two losses
 
 
 def stretch(tree):

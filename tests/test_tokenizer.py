@@ -25,10 +25,10 @@ from tokenizers import (
     trainers,
 )
 
-from usbrec.chat import Message, Request, Sampling, TrainingDialogue
+from usbrec.chat import Message, Request, Sampling
 from usbrec.llm.engine import BatchRow
 from usbrec.llm.loss import Sft, Simpo
-from usbrec.llm.packing import dialogue_tree, pair_tree
+from usbrec.llm.packing import lesson_tree, pair_tree
 from usbrec.llm.tokenizer import (
     FORMATS,
     REPLY_ROOM,
@@ -495,19 +495,18 @@ def test_a_reply_has_room_of_its_own(smollm2):
 def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_counted(smollm2):
     """No reply is ever cut: not to nothing, and not to a beginning that nobody wrote."""
     question, reply = Message("user", "why " * 30), Message("assistant", "so " * 30, 1.0)
-    fits = TrainingDialogue((Message("user", "why"), Message("assistant", "so", 1.0)))
-    others = [TrainingDialogue((question, reply)), TrainingDialogue((fits.prefix[0], reply))]
-    trees = [dialogue_tree(smollm2, dialogue) for dialogue in (fits, *others)]
+    fits = (Message("user", "why"), Message("assistant", "so", 1.0))
+    trees = [lesson_tree(smollm2, [x]) for x in (fits, (question, reply), (fits[0], reply))]
     kept, dropped = usable(trees, 50, Sft())
-    assert kept == [dialogue_tree(smollm2, fits)]
+    assert kept == [lesson_tree(smollm2, [fits])]
     assert dropped["dropped as too long"] == len(trees) - 1 >= 1
     long, short = smollm2.reply("so " * 30), smollm2.reply("so")
     prompt, _ = fit_prompt(smollm2, [question], 50)
     pairs = [
-        pair_tree(smollm2.prompt(fits.prefix[:1]), long, short),
+        pair_tree(smollm2.prompt(fits[:1]), long, short),
         pair_tree(prompt, short, smollm2.reply("no")),
-        pair_tree(smollm2.prompt(fits.prefix[:1]), short, smollm2.reply("")),
-        pair_tree(smollm2.prompt(fits.prefix[:1]), short, short),
+        pair_tree(smollm2.prompt(fits[:1]), short, smollm2.reply("")),
+        pair_tree(smollm2.prompt(fits[:1]), short, short),
     ]
     kept, dropped = usable(pairs, 50, Simpo())
     assert not kept

@@ -613,9 +613,9 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
 ) -> None:
     """A word marks all test rows: the report meets it, what is trained on never does."""
     lessons = []
-    plain = train.dialogue_tree
+    plain = train.lesson_tree
     monkeypatch.setattr(
-        train, "dialogue_tree", lambda tokenizer, x: lessons.append(x) or plain(tokenizer, x)
+        train, "lesson_tree", lambda tokenizer, x: lessons.append(x) or plain(tokenizer, x)
     )
     options = inputs | {
         "--max-simulator": 0,

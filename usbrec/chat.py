@@ -26,15 +26,8 @@ class Message:
 
 
 Messages = Sequence[Message]
+Lesson = Sequence[Messages]  # chats that one step learns from
 Texts = Sequence[str]
-
-
-@dataclass(frozen=True)
-class TrainingDialogue:
-    """A conversation to train on: every branch continues the prefix and sees no other branch."""
-
-    prefix: Messages
-    branches: Sequence[Messages] = ()
 
 
 @dataclass(frozen=True)

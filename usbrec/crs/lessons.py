@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from usbrec.chat import Message, Messages, TrainingDialogue
+from usbrec.chat import Lesson, Message, Messages
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
 from usbrec.crs.dialogue import SILENCE, Dialogue, Example, Examples, Utterance, add_turn
@@ -36,7 +36,7 @@ from usbrec.options import Options, option, seed_for
 
 Profile = Collection[Fact]
 Generator = np.random.Generator
-Lessons = list[TrainingDialogue]
+Lessons = list[Lesson]
 
 # replies that recommend nothing, as an untrained model gives them
 FILMLESS = Path(__file__).with_name("filmless_replies.txt").read_text("utf-8").splitlines()
@@ -63,11 +63,10 @@ class LessonOptions(Options):
 def recommender_lessons(
     examples: Examples, brief: Examples, films: Catalogue, options: LessonOptions
 ) -> Lessons:
-    """Return training dialogues whose gold turns have weight 1.
+    """Return lessons of `sft_chats` dialogues whose gold turns have weight 1.
 
-    `sft_chats` dialogues share one system prompt: each is a branch after it. One in
-    `explain_every` goes on with the explanation of its last gold turn. Of each of `brief` follows a
-    dialogue of two lines, the profile and the announcement of its first gold title.
+    One in `explain_every` goes on with the explanation of its last gold turn. Of each of `brief`
+    follows a dialogue of two lines, the profile and the announcement of its first gold title.
     """
     chats = []
     for number, rows in enumerate(same_dialogue(examples)):
@@ -81,13 +80,12 @@ def recommender_lessons(
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
         prompt = agents.recommender_prompt(add_turn((), "seeker", profile))
         chats.append((*prompt, Message("assistant", agents.announce(row.items[0]), 1.0)))
-    return share_prompt(chats, options.sft_chats)
+    return in_lessons(chats, options.sft_chats)
 
 
-def share_prompt(chats: Sequence[Messages], size: int) -> Lessons:
-    """Return training dialogues of `size` chats each, branches after their equal system prompt."""
-    parts = [chats[i : i + size] for i in range(0, len(chats), size)]
-    return [TrainingDialogue(part[0][:1], tuple(chat[1:] for chat in part)) for part in parts]
+def in_lessons(chats: Lesson, size: int) -> Lessons:
+    """Return lessons of `size` chats each; the last may have fewer."""
+    return [chats[i : i + size] for i in range(0, len(chats), size)]
 
 
 def same_dialogue(examples: Examples) -> list[list[Example]]:
@@ -216,7 +214,7 @@ def telling_words(text: str) -> set[str]:
 def simulator_lessons(
     examples: Examples, draws: Suggestions, seed: int, options: LessonOptions
 ) -> tuple[Lessons, Lessons]:
-    """Return two lists of the simulator's training dialogues: what it learns first, and then.
+    """Return two lists of the simulator's lessons: what it learns first, and then.
 
     A small model learns to compare only after some dozens of steps, so the judges have many short
     lessons rather than few long ones. The external judge of five examples in six comes first, with
@@ -258,12 +256,14 @@ def simulator_lessons(
 
 def seeker_lesson(
     example: Example, judged: Sequence[Suggestion], profile: str | None, options: LessonOptions
-) -> TrainingDialogue:
-    """Return the seeker's own lines, then one branch per judged reply: reply, question, score.
+) -> Lesson:
+    """Return a chat per judged reply: the dialogue, the reply, the question and the score.
+
+    The seeker's own lines are learned in the first.
 
     With a profile the speaker is the internal seeker, who knows the profile alone and scores the
     reply. Without one it is the external seeker, who knows the target and scores the explanation. A
-    reaction that the dataset has is the last branch: the external seeker's to the gold reply, the
+    reaction that the dataset has is the last chat: the external seeker's to the gold reply, the
     internal seeker's to the last judged reply.
     """
     if profile is None:
@@ -272,32 +272,32 @@ def seeker_lesson(
         met, question = judged[-1], agents.internal_question(profile)
     prompt = agents.seeker_prompt(example.history, example.items if profile is None else profile)
     explain, weight = Message("assistant", agents.EXPLAIN), options.line_weight
-    prefix = (replace(m, weight=weight) if m.role == "assistant" else m for m in prompt)
-    branches: list[Messages] = []
+    said = (replace(m, weight=weight) if m.role == "assistant" else m for m in prompt)
+    ends: list[Messages] = []
     for each in judged:
         told = (explain, Message("user", each.explanation)) if profile is None else ()
         score = Message("assistant", str(each.score), options.score_weight)
-        branches.append((Message("user", each.reply), *told, question, score))
+        ends.append((Message("user", each.reply), *told, question, score))
     if reaction := example.accept if met.score == 2 else example.refuse:
-        branches.append((Message("user", met.reply), Message("assistant", reaction, weight)))
-    return TrainingDialogue(tuple(prefix), tuple(branches))
+        ends.append((Message("user", met.reply), Message("assistant", reaction, weight)))
+    return [(*said, *ends[0]), *((*prompt, *end) for end in ends[1:])]
 
 
-def woven(*lists: Sequence[TrainingDialogue]) -> Lessons:
+def woven(*lists: Lessons) -> Lessons:
     """Return the lists as one, each spread evenly over it and in its own order."""
     placed = [((i + 0.5) / len(x), n, i) for n, x in enumerate(lists) for i in range(len(x))]
     return [lists[n][i] for _, n, i in sorted(placed)]
 
 
 def summary_lessons(examples: Examples, films: Catalogue, options: LessonOptions) -> Lessons:
-    """Return training dialogues of summaries, `simulator_chats` chats in each."""
+    """Return lessons of summaries, `simulator_chats` chats in each."""
     answers = (Message("assistant", profile_of(x, films), 1.0) for x in examples)
     chats = [(*agents.summary_prompt(x.history), y) for x, y in zip(examples, answers, strict=True)]
-    return share_prompt(chats, options.simulator_chats)
+    return in_lessons(chats, options.simulator_chats)
 
 
 def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonOptions) -> Lessons:
-    """Return training dialogues of the judge with cards: a reply, its title's card, a score.
+    """Return lessons of the judge with cards: a reply, its title's card, a score.
 
     The judge writes the card before it scores, so it learns to know the most frequent titles. Each
     is met `rehearsals` times, each time with another profile: in the first quarter one of a single
@@ -331,7 +331,7 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
                 amiss = draws.amiss(other, seed_for(seed, "cards", turn, number)).reply
                 reply = amiss if turn % 2 or films.named(strange) else agents.announce(strange)
                 chats.append(scored(reply, wishes.UNKNOWN, profile_of(other, films), 0, weight))
-    return share_prompt(chats, options.simulator_chats)
+    return in_lessons(chats, options.simulator_chats)
 
 
 def scored(reply: str, card: str, profile: str, score: int, weight: float) -> Messages:

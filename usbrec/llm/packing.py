@@ -17,12 +17,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from os.path import commonprefix
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from usbrec.chat import TrainingDialogue
+from usbrec.chat import Lesson
 from usbrec.llm.model import Decoder, Stretch
 from usbrec.llm.tokenizer import ChatTokenizer
 
@@ -31,12 +32,14 @@ from usbrec.llm.tokenizer import ChatTokenizer
 class Branch:
     """A run of tokens that continues branch number `parent` of its tree (None: a root).
 
+    Before it come the first `shared` tokens of the parent's path (None: all), from the root on.
     `weights[i]` multiplies the loss of predicting `ids[i]`; a token of weight 0 is not predicted.
     """
 
     ids: Sequence[int]
     weights: Sequence[float]
     parent: int | None = None
+    shared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,19 @@ class Tree:
 Trees = Sequence[Tree]
 
 
-def dialogue_tree(tokenizer: ChatTokenizer, dialogue: TrainingDialogue) -> Tree:
-    """Return the tree of a training dialogue: its prefix, then its branches after the prefix."""
-    prefix = Branch(*tokenizer.render(dialogue.prefix, closed=not dialogue.branches))
-    return Tree([prefix, *(Branch(*tokenizer.render(b, False), 0) for b in dialogue.branches)])
+def lesson_tree(tokenizer: ChatTokenizer, lesson: Lesson) -> Tree:
+    """Return the tree of a lesson, a branch per chat: what chats begin with alike is computed once.
+
+    A token that is learned is its chat's own, so the loss is that of the chats one by one.
+    """
+    branches, rows = list[Branch](), [tokenizer.render(chat) for chat in lesson]
+    for number, (ids, weights) in enumerate(rows):
+        free = next((i for i, weight in enumerate(weights) if weight), len(ids))
+        alike = [len(commonprefix([ids[:free], other])) for other, _ in rows[:number]]
+        shared = max(alike, default=0)
+        parent = alike.index(shared) if shared else None
+        branches.append(Branch(ids[shared:], weights[shared:], parent, shared))
+    return Tree(branches)
 
 
 def pair_tree(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Tree:
@@ -72,7 +84,7 @@ def tree_paths(tree: Tree) -> list[list[int]]:
     """Return per branch the places of its path in the tree: its ancestors' first, then its own."""
     paths, start = list[list[int]](), 0
     for branch in tree.branches:
-        past = [] if branch.parent is None else paths[branch.parent]
+        past = [] if branch.parent is None else paths[branch.parent][: branch.shared]
         paths.append([*past, *range(start, start + len(branch.ids))])
         start += len(branch.ids)
     return paths

@@ -222,16 +222,13 @@ class ChatTokenizer:
             raise UserError(f"{folder}: {token!r} has id {last}, but vocab_size is {rows!r:.60}")
         return cls(vocabulary, style, end_ids)
 
-    def render(
-        self, messages: Messages, first: bool = True, closed: bool = True
-    ) -> tuple[list[int], list[float]]:
+    def render(self, messages: Messages, first: bool = True) -> tuple[list[int], list[float]]:
         """Return the ids of the messages, and the weight of each id's loss.
 
         `first=True` begins a conversation (BOS, default system prompt), `first=False` continues
         one. The weights are those of the messages on their content and end-of-turn token, and 0
         elsewhere. In a format without an end-of-turn token (ChatGLM3) the next `<|user|>` serves as
-        one. A weighted message at the end of `messages` gets this token, unless `closed` is False
-        because more messages follow.
+        one. A weighted message at the end of `messages` gets this token.
         """
         style = self.chat_format
         ids = self._ids(self._pieces(style.begin)) if first else []
@@ -249,7 +246,7 @@ class ChatTokenizer:
             if owed and message.role == "user":
                 weights[-len(opening + said + gap)] = owed
             owed = 0.0 if end else message.weight
-        if owed and closed:
+        if owed:
             ids.append(self.vocabulary.control["<|user|>"])
             weights.append(owed)
         return ids, weights
