@@ -30,7 +30,7 @@ import numpy as np
 from usbrec.chat import Lesson, Message, Messages
 from usbrec.crs import agents, wishes
 from usbrec.crs.catalogue import Catalogue, Item
-from usbrec.crs.dialogue import SILENCE, Dialogue, Example, Examples, Utterance, add_turn
+from usbrec.crs.dialogue import SILENCE, Dialogue, Example, Examples, add_turn
 from usbrec.crs.wishes import Fact, attributes, describe, fit, read_profile, rewrite_all
 from usbrec.options import Options, option, seed_for
 
@@ -71,16 +71,23 @@ def recommender_lessons(
     chats = []
     for number, rows in enumerate(same_dialogue(examples)):
         gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
-        system, *said = agents.recommender_prompt(_with_response(rows[-1]))
+        whole = add_turn(rows[-1].history, "recommender", rows[-1].response)
+        system, *said = agents.recommender_prompt(whole)
         lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
         why = "" if number % options.explain_every else explanation_of(rows[-1], films)
         answer = Message("assistant", why, options.explanation_weight)
         chats.append((system, *lines, *((Message("user", agents.EXPLAIN), answer) if why else ())))
+        for row in rows:
+            chats.append((system, *said[: len(row.history)], announcement(row)))
     for row in brief:
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
-        prompt = agents.recommender_prompt(add_turn((), "seeker", profile))
-        chats.append((*prompt, Message("assistant", agents.announce(row.items[0]), 1.0)))
+        chats.append((*agents.recommender_prompt(add_turn((), "seeker", profile)), announcement(row)))
     return in_lessons(chats, options.sft_chats)
+
+
+def announcement(row: Example) -> Message:
+    """Return the announcement of the row's first gold title, to be learned."""
+    return Message("assistant", agents.announce(row.items[0]), 1.0)
 
 
 def in_lessons(chats: Lesson, size: int) -> Lessons:
@@ -90,18 +97,14 @@ def in_lessons(chats: Lesson, size: int) -> Lessons:
 
 def same_dialogue(examples: Examples) -> list[list[Example]]:
     """Return the examples in groups, shortest first: those that are prefixes of one dialogue."""
-    groups: list[list[Example]] = []
+    groups, said = list[list[Example]](), Dialogue()
     for row in sorted(examples, key=lambda x: (x.dialog_id, len(x.history))):
-        said = _with_response(groups[-1][-1]) if groups else ()
         if groups and groups[-1][0].dialog_id == row.dialog_id and row.history[: len(said)] == said:
             groups[-1].append(row)
         else:
             groups.append([row])
+        said = add_turn(row.history, "recommender", row.response)
     return groups
-
-
-def _with_response(example: Example) -> Dialogue:
-    return (*example.history, Utterance("recommender", example.response))
 
 
 def gold_items(example: Example, catalogue: Catalogue) -> list[Item]:
