@@ -1,9 +1,10 @@
-"""Training dialogues of the recommender and the simulator, made from a dataset's examples.
+"""Lessons of the recommender and the simulator: chats, made from a dataset's examples.
 
-The recommender learns the gold turns of a dialogue, all in one training dialogue, and the
-explanation of its last recommendation. Beyond the paper it learns to answer a profile alone with
-the gold title, which takes half the tokens. arXiv 2509.20381 uses a large simulator untrained; a
-small one must learn to play the user. It learns per example:
+The recommender learns the gold turns of a dialogue, all in one chat, and the explanation of its
+last recommendation. Beyond the paper it learns to announce the gold title, as it is asked for in a
+ranking: after the dialogue, and after a profile alone, which takes half the tokens. arXiv
+2509.20381 uses a large simulator untrained; a small one must learn to play the user. It learns per
+example:
 
     seeker, knows the target     its own lines, its reactions to the gold film and to another,
                                  and as external judge 2, 1 or 0 for replies and explanations
@@ -14,7 +15,7 @@ small one must learn to play the user. It learns per example:
 A reply that deserves 1 or 0 is the gold reply rewritten for another film of the catalogue. The film
 is drawn by its count among the training labels and graded by rule (`Catalogue.grade`). A reply that
 names no film deserves 0. Where a dataset has no profiles or explanations, the catalogue's facts
-replace them; where it has no reactions, their branches are left out.
+replace them; where it has no reactions, their chats are left out.
 """
 
 import re
@@ -48,7 +49,7 @@ UNLIKE = 4  # replies without a word of the profile; with 2 the internal judge m
 
 @dataclass(frozen=True)
 class LessonOptions(Options):
-    """Weights and sizes of training dialogues, and the titles that the judge learns."""
+    """Weights and sizes of lessons, and the titles that the judge learns."""
 
     score_weight: float = option(10.0, "weight of a score's token in the loss", above=0)
     line_weight: float = option(0.3, "weight of the seeker's words in the loss", above=0)
@@ -63,31 +64,31 @@ class LessonOptions(Options):
 def recommender_lessons(
     examples: Examples, brief: Examples, films: Catalogue, options: LessonOptions
 ) -> Lessons:
-    """Return lessons of `sft_chats` dialogues whose gold turns have weight 1.
+    """Return lessons of `sft_chats` chats each.
 
-    One in `explain_every` goes on with the explanation of its last gold turn. Of each of `brief`
-    follows a dialogue of two lines, the profile and the announcement of its first gold title.
+    A chat is a dialogue whose gold turns have weight 1. One in `explain_every` goes on with the
+    explanation of its last gold turn. After it comes a chat per gold turn that announces its first
+    title in its place. Of each of `brief` follows a chat of two lines, profile and announcement.
     """
-    chats = []
+    chats = list[Messages]()
     for number, rows in enumerate(same_dialogue(examples)):
-        gold = {(len(row.history), row.response) for row in rows}  # by their place in the dialogue
+        gold = {len(row.history) for row in rows}  # the places of their responses
         whole = add_turn(rows[-1].history, "recommender", rows[-1].response)
         system, *said = agents.recommender_prompt(whole)
-        lines = [replace(x, weight=float((i, x.content) in gold)) for i, x in enumerate(said)]
+        lines = [replace(x, weight=float(i in gold)) for i, x in enumerate(said)]
         why = "" if number % options.explain_every else explanation_of(rows[-1], films)
         answer = Message("assistant", why, options.explanation_weight)
         chats.append((system, *lines, *((Message("user", agents.EXPLAIN), answer) if why else ())))
-        for row in rows:
-            chats.append((system, *said[: len(row.history)], announcement(row)))
+        chats += [announced(row.history, row.items[0]) for row in rows]
     for row in brief:
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
-        chats.append((*agents.recommender_prompt(add_turn((), "seeker", profile)), announcement(row)))
+        chats.append(announced(add_turn((), "seeker", profile), row.items[0]))
     return in_lessons(chats, options.sft_chats)
 
 
-def announcement(row: Example) -> Message:
-    """Return the announcement of the row's first gold title, to be learned."""
-    return Message("assistant", agents.announce(row.items[0]), 1.0)
+def announced(dialogue: Dialogue, title: str) -> Messages:
+    """Return the chat in which the recommender learns to announce the title after the dialogue."""
+    return *agents.recommender_prompt(dialogue), Message("assistant", agents.announce(title), 1.0)
 
 
 def in_lessons(chats: Lesson, size: int) -> Lessons:
@@ -127,8 +128,7 @@ def profile_of(example: Example, catalogue: Catalogue) -> str:
     words = {word.strip(".,!?").lower() for text in lines for word in text.split()}
     genres = [genre for item in catalogue for genre in item.genres if genre in words]
     genres += [genre for item in items for genre in item.genres]
-    liked = list(dict.fromkeys(genres))[:4]
-    liked += dict.fromkeys(item.title for item in items[-3:])
+    liked = [*[*dict.fromkeys(genres)][:4], *dict.fromkeys(item.title for item in items[-3:])]
     return f"Likes: {', '.join(liked) or wishes.NOTHING}."
 
 

@@ -1,10 +1,10 @@
-"""Packed rows: conversations that share a prefix as a tree of branches, many trees in one row.
+"""Packed rows: chats that begin alike as a tree of branches, many trees in one row.
 
 A preference pair is three branches, [prompt | chosen | rejected]: both responses see the prompt and
-not each other, and the prompt is computed once. A dialogue with loss on several turns is a single
+not each other, and the prompt is computed once. A chat with loss on several turns is a single
 branch. Many trees share one row without padding:
 
-    tree 0: prompt        chosen  rejected     tree 1: dialogue
+    tree 0: prompt        chosen  rejected     tree 1: a chat
     ids     p0 p1 p2 p3   c0 c1   r0 r1 r2             d0 d1 d2 d3
     pos      0  1  2  3    4  5    4  5  6              0  1  2  3      (along each branch)
     seen    own beginning  p+own   p+own               own beginning

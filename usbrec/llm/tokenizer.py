@@ -222,24 +222,22 @@ class ChatTokenizer:
             raise UserError(f"{folder}: {token!r} has id {last}, but vocab_size is {rows!r:.60}")
         return cls(vocabulary, style, end_ids)
 
-    def render(self, messages: Messages, first: bool = True) -> tuple[list[int], list[float]]:
+    def render(self, messages: Messages) -> tuple[list[int], list[float]]:
         """Return the ids of the messages, and the weight of each id's loss.
 
-        `first=True` begins a conversation (BOS, default system prompt), `first=False` continues
-        one. The weights are those of the messages on their content and end-of-turn token, and 0
+        The weights are those of the messages on their content and end-of-turn token, and 0
         elsewhere. In a format without an end-of-turn token (ChatGLM3) the next `<|user|>` serves as
-        one. A weighted message at the end of `messages` gets this token.
+        one, and a weighted message at the end of `messages` gets this token.
         """
         style = self.chat_format
-        ids = self._ids(self._pieces(style.begin)) if first else []
-        weights = [0.0] * len(ids)
-        owed = 0.0  # the weight of a reply whose end is the next message's <|user|>
-        for number, message in enumerate(self._completed(messages, first)):
+        ids = self._ids(self._pieces(style.begin))
+        weights, owed = [0.0] * len(ids), 0.0  # owed to the next <|user|>, as a reply's end
+        for number, message in enumerate(self._completed(messages)):
             header, end = self._frame(message.role)
             content: list[int | str] = [style.reply_prefix + message.content, *end]
             if message.role != "assistant" and not style.separate:
                 header, content = [*header, message.content, *end], []
-            opening = self._ids(header, continued=bool(style.gap) and not (first and number == 0))
+            opening = self._ids(header, continued=bool(style.gap and number))
             said, gap = self._ids(content, continued=True), self.encode(style.gap)
             ids += opening + said + gap
             weights += [0.0] * len(opening) + [message.weight] * len(said) + [0.0] * len(gap)
@@ -258,28 +256,28 @@ class ChatTokenizer:
 
     def reply(self, text: str) -> list[int]:
         """Return the ids of a reply and of its end-of-turn token, as they follow `prompt`."""
-        ids, weights = self.render([Message("assistant", text, 1.0)], first=False)
+        ids, weights = self.render([Message("user", ""), Message("assistant", text, 1.0)])
         return [token for token, weight in zip(ids, weights, strict=True) if weight]
 
     def beginning(self, text: str) -> list[int]:
         """Return the ids of a reply's beginning, as `reply` lays them out."""
         return self.encode(self.chat_format.reply_prefix + text, continued=True)
 
-    def _completed(self, messages: Messages, first: bool) -> list[Message]:
+    def _completed(self, messages: Messages) -> list[Message]:
         """Return the messages as the template sees them: system prompts in place, texts trimmed."""
         style, completed = self.chat_format, list(messages)
-        if first and not _head(completed) and style.default_system is not None:
+        if not _head(completed) and style.default_system is not None:
             completed.insert(0, Message("system", style.default_system))
         if style.user_turn:
             completed = [Message("user", m.content) if m.role == "system" else m for m in messages]
-            if first and _head(messages):
+            if _head(messages):
                 content = style.system.format(messages[0].content)
                 if len(completed) > 1 and completed[1].role == "user":
                     content += completed.pop(1).content
                 completed[0] = Message("user", content)
         if style.trim:
             completed = [replace(m, content=m.content.strip()) for m in completed]
-        if first and _head(completed):
+        if _head(completed):
             completed[0] = Message("system", style.system_prefix + completed[0].content)
         return completed
 
