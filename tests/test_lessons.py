@@ -73,7 +73,7 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
     stranger = Example("e", 1, (seeker,), "Try Heat (1995).", ("Heat (1995)",))
     assert same_dialogue([second, stranger, first]) == [[first, second], [stranger]]
     (lesson,) = recommender_lessons([second, stranger, first], [], CATALOGUE, OPTIONS)
-    both, _, _, other_dialogue, _ = lesson  # between them the titles are announced
+    both, other_dialogue = lesson
     learned = [m.content for m in both[:5] if m.weight == 1]
     assert learned == ["Try Heat (1995).", "Then Alien (1979)."]
     assert [m.role for m in other_dialogue] == ["system", "user", "assistant"]
@@ -85,28 +85,16 @@ def test_rows_of_one_dialogue_are_one_lesson_with_loss_on_each_gold_turn() -> No
 def test_only_the_gold_one_of_two_equal_lines_is_learned() -> None:
     said = talk("Hi.", "Try Heat (1995).", "Again?")
     example = Example("d", 3, said, "Try Heat (1995).", ("Heat (1995)",))
-    ((chat, _),) = recommender_lessons([example], [], CATALOGUE, OPTIONS)
+    ((chat,),) = recommender_lessons([example], [], CATALOGUE, OPTIONS)
     assert [m.weight for m in chat[1:5]] == [0, 0, 0, 1]
 
 
 def test_the_recommender_learns_to_explain_after_its_last_gold_turn() -> None:
-    ((chat, _),) = recommender_lessons(TRAIN[:1], [], CATALOGUE, OPTIONS)
+    ((chat,),) = recommender_lessons(TRAIN[:1], [], CATALOGUE, OPTIONS)
     gold, asked, told = chat[-3:]
     assert gold == Message("assistant", TRAIN[0].response, 1.0)
     assert asked == Message("user", EXPLAIN)
     assert told == Message("assistant", str(TRAIN[0].explanation), 0.3)
-
-
-def test_the_gold_titles_are_announced_where_a_ranking_asks_for_them() -> None:
-    """After the very prompt of that turn, each in a chat that learns nothing else."""
-    told = talk("Hi.", "Try Heat (1995).", "Another?")
-    first = Example("d", 1, told[:1], told[1].text, ("Heat (1995)", "Up (2009)"))
-    second = Example("d", 3, told, "Then Alien (1979).", ("Alien (1979)",))
-    ((_, *announced),) = recommender_lessons([first, second], [], CATALOGUE, OPTIONS)
-    assert announced == [
-        (*recommender_prompt(x.history), Message("assistant", announce(x.items[0]), 1.0))
-        for x in (first, second)
-    ]
 
 
 def test_a_profile_alone_is_answered_with_the_title() -> None:
@@ -524,7 +512,5 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
     options = LessonOptions(explain_every=4, sft_chats=1)
     lessons = recommender_lessons(TRAIN[:9], [], CATALOGUE, options)
-    short = {announce(x.items[0]) for x in TRAIN[:9]}
-    whole = [chat for (chat,) in lessons if chat[-1].content not in short]
-    explained = [Message("user", EXPLAIN) in chat for chat in whole]
-    assert explained == [i % 4 == 0 for i in range(len(whole))]
+    explained = [Message("user", EXPLAIN) in lesson[0] for lesson in lessons]
+    assert explained == [i % 4 == 0 for i in range(len(lessons))]

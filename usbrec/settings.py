@@ -56,7 +56,7 @@ class DataOptions(Options):
     max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
     max_summaries: int = option(800, "training rows that teach to summarise", low=0)
     max_cards: int = option(1200, "training rows whose profiles are judged with cards", low=0)
-    max_sft: int = option(380, "training rows that sft learns whole", low=0)
+    max_sft: int = option(420, "training rows that sft learns whole", low=0)
     max_profiles: int = option(2500, "training rows whose profile and title sft learns", low=0)
     max_pairs: int = option(48, "training rows that PODCS tries", low=0)
     rounds: int = option(1, "times that PODCS tries so many, and SimPO learns from them", low=1)

@@ -1,10 +1,9 @@
 """Lessons of the recommender and the simulator: chats, made from a dataset's examples.
 
 The recommender learns the gold turns of a dialogue, all in one chat, and the explanation of its
-last recommendation. Beyond the paper it learns to announce the gold title, as it is asked for in a
-ranking: after the dialogue, and after a profile alone, which takes half the tokens. arXiv
-2509.20381 uses a large simulator untrained; a small one must learn to play the user. It learns per
-example:
+last recommendation. Beyond the paper it learns to answer a profile alone with the gold title, which
+takes half the tokens. arXiv 2509.20381 uses a large simulator untrained; a small one must learn to
+play the user. It learns per example:
 
     seeker, knows the target     its own lines, its reactions to the gold film and to another,
                                  and as external judge 2, 1 or 0 for replies and explanations
@@ -67,8 +66,8 @@ def recommender_lessons(
     """Return lessons of `sft_chats` chats each.
 
     A chat is a dialogue whose gold turns have weight 1. One in `explain_every` goes on with the
-    explanation of its last gold turn. After it comes a chat per gold turn that announces its first
-    title in its place. Of each of `brief` follows a chat of two lines, profile and announcement.
+    explanation of its last gold turn. Of each of `brief` follows a chat of two lines, the profile
+    and the announcement of its first gold title.
     """
     chats = list[Messages]()
     for number, rows in enumerate(same_dialogue(examples)):
@@ -79,16 +78,11 @@ def recommender_lessons(
         why = "" if number % options.explain_every else explanation_of(rows[-1], films)
         answer = Message("assistant", why, options.explanation_weight)
         chats.append((system, *lines, *((Message("user", agents.EXPLAIN), answer) if why else ())))
-        chats += [announced(row.history, row.items[0]) for row in rows]
     for row in brief:
         profile = profile_of(row, films).replace(f" Dislikes: {wishes.NOTHING}.", "")
-        chats.append(announced(add_turn((), "seeker", profile), row.items[0]))
+        prompt = agents.recommender_prompt(add_turn((), "seeker", profile))
+        chats.append((*prompt, Message("assistant", agents.announce(row.items[0]), 1.0)))
     return in_lessons(chats, options.sft_chats)
-
-
-def announced(dialogue: Dialogue, title: str) -> Messages:
-    """Return the chat in which the recommender learns to announce the title after the dialogue."""
-    return *agents.recommender_prompt(dialogue), Message("assistant", agents.announce(title), 1.0)
 
 
 def in_lessons(chats: Lesson, size: int) -> Lessons:
