@@ -54,7 +54,7 @@ class DataOptions(Options):
     judge: str | None = place("the same, as the report's external judge")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
     max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
-    max_summaries: int = option(800, "training rows that teach to summarise", low=0)
+    max_summaries: int = option(850, "training rows that teach to summarise", low=0)
     max_cards: int = option(1200, "training rows whose profiles are judged with cards", low=0)
     max_sft: int = option(420, "training rows that sft learns whole", low=0)
     max_profiles: int = option(2500, "training rows whose profile and title sft learns", low=0)

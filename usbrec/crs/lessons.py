@@ -56,8 +56,8 @@ class LessonOptions(Options):
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
     rehearsals: int = option(1, "times it scores a reply with each, and writes its card", low=1)
-    sft_chats: int = option(8, "chats that share a system prompt in a lesson of sft", low=1)
-    simulator_chats: int = option(4, "the same, in one of the simulator", low=1)
+    sft_chats: int = option(8, "chats in a lesson of sft, which is a step", low=1)
+    simulator_chats: int = option(4, "the same, in one of the simulator: summaries or cards", low=1)
 
 
 def recommender_lessons(
@@ -221,7 +221,7 @@ def simulator_lessons(
     judge that has learned this can learn that a reply without a film is worth nothing, whatever its
     explanation says, which taught from the start keeps it from finding titles: half of those
     lessons end the first list, half are in the second. It can also learn to compare a reply with a
-    profile: the internal seeker of three examples in five has two lessons in the second list.
+    profile: the internal seeker has two lessons of each example in the second list.
     """
     first, last, then = [], [], []
     for number, example in enumerate(examples):
@@ -232,10 +232,9 @@ def simulator_lessons(
         at_times = [filmless] if number % 4 == 0 else []
         profile = profile_of(example, draws.catalogue)
         kindred = [each for each in named if each.score == 1]
-        if number % 5 < 3:
-            unlike = draws.unlike(example, profile, key)
-            for judged in (unlike[:2], [*unlike[2:], *kindred, *at_times]):
-                then.append(seeker_lesson(example, [named[0], *judged], profile, options))
+        unlike = draws.unlike(example, profile, key)
+        for judged in (unlike[:2], [*unlike[2:], *kindred, *at_times]):
+            then.append(seeker_lesson(example, [named[0], *judged], profile, options))
         silent = seeker_lesson(example, [*named[:2], draws.amiss(example, key)], None, options)
         if number % 6 == 1:
             then.append(silent)
