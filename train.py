@@ -161,23 +161,23 @@ def lay_out_pairs(work: Work, rows: Sequence[Row]) -> list[Tree]:
 
 def evaluate(work: Work) -> None:
     """Evaluate every method on the same test dialogues with the same judge; write the report."""
-    settings, o = work.settings, work.settings.data
+    settings, o, how = work.settings, work.settings.data, work.settings.eval
     tests = loading.pick_rows(work.test, 0, seed_for(o.seed, "test"), apart=True)
     talked, judged = (tests[: o.rows(name) or None] for name in ("eval", "agreement"))
     met = max(talked, judged, key=len)
     print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
-    ranked, popularity = talked[: settings.eval.ranked_dialogues], lessons.popularity_of(work.train)
+    ranked, popularity = talked[: how.ranked_dialogues], lessons.popularity_of(work.train)
     speakers = {stage: work.roles(stage, o.judge) for stage, _ in COMPARED.values()}
     compared = {name: made for name, made in COMPARED.items() if name in o.methods}
 
     def meet_chunk(chunk: Examples) -> list[Row]:
         checked, tried, heard = ([x for x in chunk if x in y] for y in (judged, ranked, talked))
         roles = share_answers(speakers)
-        agreed = judge_agreement(roles["sft"], checked, popularity, o.seed, settings.eval)
-        found = {"agreement": agreed, "ranked": judge_ranked(roles["simpo"], tried, settings.eval)}
+        found = {"agreement": judge_agreement(roles["sft"], checked, popularity, o.seed, how)}
+        found["ranked"] = judge_ranked(roles["simpo"], tried, how, "RL+SES+memory" in o.methods)
         for name, (stage, group) in compared.items():
             options = getattr(settings, group) if group else None
-            found[name] = evaluate_method(roles[stage], heard, o.seed, settings.eval, options)
+            found[name] = evaluate_method(roles[stage], heard, o.seed, how, options)
         # each list has the rows of the chunk's first dialogues
         return [{name: x[i] for name, x in found.items() if i < len(x)} for i in range(len(chunk))]
 

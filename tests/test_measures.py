@@ -240,11 +240,13 @@ def by_film(request: Request) -> list[float]:
     return SURE[2 if WELL.title in said else 1 if NEW.title in said else 0]
 
 
-def judged(*examples: Example, k: int = 4) -> tuple[Ranker, list[dict[str, Any]]]:
+def judged(
+    *examples: Example, k: int = 4, memory: bool = True
+) -> tuple[Ranker, list[dict[str, Any]]]:
     llm = Ranker(lambda request: "Likes: horror, crime. Dislikes: nothing said.", by_film)
     roles = Roles(Side(llm, "rl"), Side(llm, "simulator"), FILMS)
     options = EvaluationOptions(ranked_titles=k)
-    return llm, judge_ranked(roles, examples, options)
+    return llm, judge_ranked(roles, examples, options, memory)
 
 
 def test_the_best_films_are_recommended_in_the_same_words_and_scored() -> None:
@@ -276,13 +278,25 @@ def test_the_judges_with_cards_see_what_is_remembered_and_what_the_catalogue_has
         return [card_prompt(announce(x.title), known(x), told) for x in (NEW, OLD, LOFT, WELL)]
 
     found = [[request.messages for request in call] for call in llm.scored[1:]]
-    assert found == [prompts(lambda _: told), prompts(card)]
+    assert found == [prompts(card), prompts(lambda _: told)]
+
+
+def test_the_judge_from_memory_is_asked_where_a_search_asks_it() -> None:
+    llm, (found,) = judged(EXAMPLE, memory=False)
+    assert roles_of(llm.generated) == [["summariser"]]
+    assert roles_of(llm.scored) == [["internal_judge"] * 4, ["card_judge"] * 4]
+    rules = ["rule", "rule on the summary"]
+    scorers = [*rules, "internal judge", "judge with cards"]
+    assert all(list(x["scores"]) == scorers for x in found["films"])
+    _, (remembered,) = judged(EXAMPLE)
+    own = [x["scores"].pop("judge from memory") for x in remembered["films"]]
+    assert remembered == found and len(own) == 4
 
 
 def test_films_are_scored_at_the_stated_temperature() -> None:
     llm = Ranker(lambda request: "Likes: horror.", by_film)
     options = EvaluationOptions(ranked_titles=4, vote_temperature=0.0)
-    (row,) = judge_ranked(Roles(Side(llm), Side(llm), FILMS), [EXAMPLE], options)
+    (row,) = judge_ranked(Roles(Side(llm), Side(llm), FILMS), [EXAMPLE], options, memory=True)
     assert [x["scores"]["internal judge"] for x in row["films"]] == [1.0, 0.0, 0.0, 2.0]
 
 
@@ -340,7 +354,7 @@ def test_an_unread_score_is_left_out() -> None:
 def test_a_language_model_that_cannot_rank_has_no_films_and_is_not_asked() -> None:
     llm = Scripted(lambda request: "x")
     roles = Roles(Side(llm), Side(llm), FILMS)
-    rows = judge_ranked(roles, [EXAMPLE], EvaluationOptions())
+    rows = judge_ranked(roles, [EXAMPLE], EvaluationOptions(), memory=True)
     assert rows[0]["films"] == [] and llm.generated == [] == llm.scored
     assert within_dialogues(rows, 0) == {} == within_dialogues([], 0)
     assert judged()[1] == [] and judged()[0].ranked == []

@@ -23,7 +23,6 @@ import train
 from usbrec import loading
 from usbrec.chat import Message
 from usbrec.crs.datasets import SPLITS, load_split
-from usbrec.extras.measures import JUDGES
 from usbrec.llm.engine import Engine
 from usbrec.llm.tokenizer import ChatTokenizer
 from usbrec.options import UserError
@@ -102,7 +101,7 @@ def check_report(folder: Path, dialogues: int, judged: int) -> None:
             assert {"mean", "low", "high"} <= report["differences"][name][key].keys()
     listeners = {"rule listener", "random listener"}
     assert set(report["baselines"]) == {"copy-last", "most-popular", "nearest"} | listeners
-    scorers = {"rule", "rule on the summary", *JUDGES}
+    scorers = {"rule", "rule on the summary", "internal judge", "judge with cards"}
     assert set(report["judge"]["within_dialogue"]) == scorers
     assert report["search"]["RL+SES"]["random"]["n"] == dialogues
     assert report["summary"]["all"]["exact"]["n"] == dialogues

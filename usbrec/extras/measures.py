@@ -35,7 +35,6 @@ from usbrec.options import seed_for
 SUMMARY_TOKENS = 48
 REPLIES = ("gold", "other")  # the two replies of a row
 CHECKED = {"external": "external judge", "internal": "internal judge", "cards": "judge with cards"}
-JUDGES = ("internal judge", "judge from memory", "judge with cards")
 RULE = "rule"  # the fit with the true wishes
 STEPS = 1000  # of the sum in `hit_rate`
 
@@ -165,15 +164,17 @@ def agreement(rows: Sequence[Row], seed: int) -> Row:
 # --- the judge within a dialogue --------------------------------------------------------------
 
 
-def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -> list[Row]:
+def judge_ranked(
+    roles: Roles, examples: Examples, options: EvaluationOptions, memory: bool
+) -> list[Row]:
     """Return per example its summary and the films that the recommender ranks highest.
 
     {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
 
     After the dialogue each film is recommended in the same words (`announce`). Of the scorers, each
     judge knows the summary alone and is read in closed form; "rule" is the film's `fit` with the
-    true wishes (None without a gold profile), "rule on the summary" with those of the summary. A
-    language model that cannot rank gives no films.
+    true wishes (None without a gold profile), "rule on the summary" with those of the summary. The
+    judge from memory is one of them if `memory`. A language model that cannot rank gives no films.
     """
     catalogue = roles.catalogue
     if not examples or not isinstance(roles.recommender.llm, Ranks):
@@ -184,22 +185,22 @@ def judge_ranked(roles: Roles, examples: Examples, options: EvaluationOptions) -
     rows: list[Row] = []
     cases: list[tuple[Row, Item, str, Dialogue]] = []  # the scores of a film, profile, dialogue
     for x, profile, best in zip(examples, profiles, ranked, strict=True):
-        told, films = {RULE: x.profile, "rule on the summary": profile}, []
-        wishes = {k: read_profile(text, catalogue) for k, text in told.items() if text is not None}
+        known, films = {RULE: x.profile, "rule on the summary": profile}, []
+        wishes = {k: read_profile(text, catalogue) for k, text in known.items() if text is not None}
         for item, _ in best:
             hit = is_target(catalogue, (item,), x.items)
-            scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in told}
+            scores: Row = {k: fit(item, wishes[k]) if k in wishes else None for k in known}
             films.append({"title": item.title, "found": hit, "scores": scores})
             tried = add_turn(x.history, "recommender", agents.announce(item.title))
             cases.append((scores, item, profile, tried))
         ids = {"dialog_id": x.dialog_id, "turn_id": x.turn_id}
         rows.append({**ids, "profile": profile, "films": films})
-    known = roles.remember([tried[-1].text for *_, tried in cases], SUMMARY_TOKENS)
-    asked = []
-    for (_, item, profile, tried), own in zip(cases, known, strict=True):
-        by_card = (agents.card_prompt(tried[-1].text, x, profile) for x in (own, card(item)))
-        asked.append((agents.internal_judge_prompt(tried, profile), *by_card))
-    for name, prompts in zip(JUDGES, zip(*asked, strict=True), strict=True):
+    said, told = [x[-1].text for *_, x in cases], [profile for *_, profile, _ in cases]
+    shown = {"judge with cards": [card(item) for _, item, *_ in cases]}
+    shown |= {"judge from memory": roles.remember(said, SUMMARY_TOKENS)} if memory else {}
+    asked = {"internal judge": [agents.internal_judge_prompt(x, y) for *_, y, x in cases]}
+    asked |= {name: list(map(agents.card_prompt, said, x, told)) for name, x in shown.items()}
+    for name, prompts in asked.items():
         marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
         for (scores, *_), mark in zip(cases, marks, strict=True):
             scores[name] = mark.score
