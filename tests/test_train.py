@@ -604,7 +604,9 @@ def test_a_stage_never_builds_on_earlier_ones_of_other_options(
 def test_sides_and_chunk_size_are_each_stages_own(run: Path, inputs: dict[str, Any]) -> None:
     own = flags(inputs | {"--chunk-size": 3, "--simulator": "none", "--methods": "RL+SES+memory"})
     assert train.main(["--run-dir", str(run), *own, "--stages", "report", "--fresh"]) == 0
-    assert "RL+SES+memory" in read_rows(run / "rows.jsonl")[0]
+    first = read_rows(run / "rows.jsonl")[0]
+    assert "RL+SES+memory" in first
+    assert "judge from memory" in first["ranked"]["films"][0]["scores"]
 
 
 def test_test_dialogues_enter_no_lesson_and_no_pair(
