@@ -26,7 +26,7 @@ class Message:
 
 
 Messages = Sequence[Message]
-Lesson = Sequence[Messages]  # chats that one step learns from
+Lesson = Sequence[Messages]  # chats that are learned together
 Texts = Sequence[str]
 
 

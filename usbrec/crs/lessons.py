@@ -56,7 +56,7 @@ class LessonOptions(Options):
     explain_every: int = option(4, "one in so many dialogues also teaches to explain", low=1)
     cards: int = option(300, "titles that the judge learns to know, the most frequent", low=1)
     rehearsals: int = option(1, "times it scores a reply with each, and writes its card", low=1)
-    sft_chats: int = option(8, "chats in a lesson of sft, which is a step", low=1)
+    sft_chats: int = option(8, "chats in a lesson of sft", low=1)
     simulator_chats: int = option(4, "the same, in one of the simulator: summaries or cards", low=1)
 
 
@@ -122,7 +122,7 @@ def profile_of(example: Example, catalogue: Catalogue) -> str:
     words = {word.strip(".,!?").lower() for text in lines for word in text.split()}
     genres = [genre for item in catalogue for genre in item.genres if genre in words]
     genres += [genre for item in items for genre in item.genres]
-    liked = [*[*dict.fromkeys(genres)][:4], *dict.fromkeys(item.title for item in items[-3:])]
+    liked = [*list(dict.fromkeys(genres))[:4], *dict.fromkeys(item.title for item in items[-3:])]
     return f"Likes: {', '.join(liked) or wishes.NOTHING}."
 
 

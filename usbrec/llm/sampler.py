@@ -84,7 +84,8 @@ def truncate(probs: Tensor, limits: Tensor) -> Tensor:
     top_k, top_p, min_p = limits.split(1, 1)
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     ordered = ordered * (torch.arange(probs.shape[-1], device=probs.device) < top_k)
-    keep = (ordered.cumsum(-1) - ordered < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1)
+    before = ordered.cumsum(-1) - ordered
+    keep = (before < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1)
     keep &= ordered >= min_p * ordered[:, :1]
     return torch.zeros_like(probs).scatter(1, index, ordered * keep)
 
