@@ -507,6 +507,7 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
     bare = Catalogue(read_item({"name": f"Film {x}"}) for x in "ABC")  # nothing to know
     rows = [replace(row, items=("Film A",))]
     assert card_lessons(rows, Suggestions(bare, popularity_of(rows)), 0, LessonOptions()) == []
+    assert card_lessons([], draws, 0, LessonOptions()) == []
 
 
 def test_one_dialogue_in_so_many_teaches_to_explain() -> None:

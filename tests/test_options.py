@@ -50,6 +50,20 @@ def test_every_type_of_field_is_read_from_its_flag() -> None:
     assert from_flags(Speed, parser().parse_args([])) == Speed()
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--rate -1", "rate must be"),
+        ("--hare-rate -1", "--hare-...: rate must be"),
+        ("--rate 1 --hare-steps -1 --no-loud", "--hare-...: steps must be"),
+    ],
+)
+def test_a_refused_value_is_told_with_the_prefix_that_was_given(line: str, told: str) -> None:
+    with pytest.raises(UserError) as fault:
+        from_flags(Speed, parser().parse_args(line.split()), "", "hare")
+    assert str(fault.value).startswith(told)
+
+
 def test_a_flag_goes_before_the_shared_one_then_the_callers_default_then_the_fields() -> None:
     def hare(*words: str) -> Speed:
         flags = parser().parse_args(words)

@@ -634,6 +634,17 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
         assert text and WORD not in text
 
 
+def test_lessons_may_be_left_out_but_not_all_of_a_stage(
+    inputs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {f"--max-{kind}": -1 for kind in ("profiles", "simulator", "summaries", "cards")}
+    command = ["--run-dir", str(tmp_path), *flags(inputs | none), "--stages"]
+    assert train.main([*command, "sft"]) == 0
+    assert (tmp_path / "sft" / "adapter_model.safetensors").exists()
+    capsys.readouterr()
+    assert "simulator: there is nothing to train on" in refused([*command, "simulator"], capsys)
+
+
 def test_pairs_take_all_samples_and_keep_the_gold_replies_of_their_rows(finished: Path) -> None:
     data = Path(read_json(finished / "options" / "pairs.json")["data"])
     gold = {row["resp"] for row in read_rows(data / "train.jsonl")}

@@ -136,6 +136,16 @@ def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
     assert all(x in learned for x in pairs[6 - shared :])  # those come last
 
 
+def test_a_kind_of_lessons_may_be_left_out(data: Path) -> None:
+    kinds = ["simulator", "summaries", "cards", "sft", "profiles"]
+    made = work(data, "--max-train", 9, *(y for x in kinds for y in (f"--max-{x}", -1)))
+    assert [made.rows(x) for x in kinds] == [[]] * 5
+    assert len(made.rows("pairs")) == 9  # none of them is learned
+    for kind in ("pairs", "eval", "agreement", "valid", "train"):
+        with pytest.raises(UserError, match="must be at least 0, got -1"):
+            work(data, f"--max-{kind}", -1)
+
+
 @pytest.mark.parametrize(("most", "taken"), [(5, 5), (0, 12), (30, 12)])
 def test_no_round_has_fewer_rows_than_another(data: Path, most: int, taken: int) -> None:
     """Of 12 rows the third round of five has the last two and the first three again."""

@@ -181,18 +181,18 @@ def from_flags(
     """Return an instance of `options`, each field from its flag, else `defaults`, else the class.
 
     A flag of a later prefix overrides one of an earlier prefix. Raises UserError for a value that
-    the options refuse.
+    the options refuse, with the prefix of the last flag that is given.
     """
-    values = dict(defaults)
+    values, last = dict(defaults), prefixes[0] if prefixes else ""
     for prefix in prefixes or ("",):
         for item in fields(options):  # type: ignore[arg-type]
             value = getattr(flags, _flag(prefix, item.name)[2:].replace("-", "_"), None)
             if value is not None:
-                values[item.name] = tuple(value) if isinstance(value, list) else value
+                values[item.name], last = tuple(value) if isinstance(value, list) else value, prefix
     try:
         return options(**values)
     except ValueError as error:
-        raise UserError(f"{_flag(prefix, '...')}: {error}" if prefix else str(error)) from error
+        raise UserError(f"{_flag(last, '...')}: {error}" if last else str(error)) from error
 
 
 def _flag(prefix: str, name: str) -> str:

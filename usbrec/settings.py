@@ -44,7 +44,7 @@ PREFIXES = {"data": "", "model": "", **dict.fromkeys(PRESETS, "ses")}
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """The dataset, the rows that each stage takes (0: all), and the simulated user."""
+    """The dataset, the rows that each stage takes (0: all, -1: none), and the simulated user."""
 
     data: str = option("sample", "sample, redial, opendialkg, a folder of rows, a file of chats")
     data_dir: str | None = place("the folder of a downloaded dataset")
@@ -53,11 +53,11 @@ class DataOptions(Options):
     simulator: str | None = place("plays the user, untrained: adapter, model, URL#MODEL")
     judge: str | None = place("the same, as the report's external judge")
     max_train: int = option(0, "at most so many training rows in every stage", low=0)
-    max_simulator: int = option(60, "training rows that teach to play the user and judge", low=0)
-    max_summaries: int = option(800, "training rows that teach to summarise", low=0)
-    max_cards: int = option(1200, "training rows whose profiles are judged with cards", low=0)
-    max_sft: int = option(420, "training rows that sft learns whole", low=0)
-    max_profiles: int = option(2400, "training rows whose profile and title sft learns", low=0)
+    max_simulator: int = option(60, "training rows that teach to play the user and judge", low=-1)
+    max_summaries: int = option(800, "training rows that teach to summarise", low=-1)
+    max_cards: int = option(1200, "training rows whose profiles are judged with cards", low=-1)
+    max_sft: int = option(420, "training rows that sft learns whole", low=-1)
+    max_profiles: int = option(2400, "training rows whose profile and title sft learns", low=-1)
     max_pairs: int = option(48, "training rows that PODCS tries", low=0)
     rounds: int = option(1, "times that PODCS tries so many, and SimPO learns from them", low=1)
     max_valid: int = option(0, "validation rows, to keep an adapter's best state; 0: none", low=0)
@@ -79,7 +79,7 @@ class DataOptions(Options):
             raise ValueError(f"methods must be of {', '.join(COMPARED)}, got {unknown}")
 
     def rows(self, stage: str) -> int:
-        """Return the number of rows that a stage takes, 0 for all."""
+        """Return the number of rows that a stage takes, 0 for all, -1 for none."""
         most = 0 if stage in ("eval", "agreement") else self.max_train
         return min(filter(None, [getattr(self, f"max_{stage}"), most]), default=0)
 

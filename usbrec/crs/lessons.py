@@ -308,7 +308,7 @@ def card_lessons(rows: Examples, draws: Suggestions, seed: int, options: LessonO
     order = np.argsort(-draws.shares, kind="stable")[: options.cards]
     taught = [draws.pool[i] for i in order if attributes(draws.pool[i])]
     met = profiles_to_score(rows, taught, films, seed)
-    for turn in range(options.rehearsals if taught else 0):
+    for turn in range(options.rehearsals if taught and rows else 0):
         rng = np.random.default_rng(seed_for(seed, "cards", turn))
         for number, place in enumerate(rng.permutation(len(taught))):
             film, other = taught[place], rows[int(rng.integers(len(rows)))]
