@@ -362,8 +362,7 @@ def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[
     """Return the children of all nodes, each longer by a line of the inner seeker and a reply."""
     sampling = Sampling(options.max_new_tokens, options.rollout_temperature)
     seeds = [seed_for(node.seed, "seeker") for node in nodes]
-    profiles = [node.profile for node in nodes]
-    asked = roles.seek([node.dialogue for node in nodes], profiles, sampling, seeds)
+    asked = roles.seek([x.dialogue for x in nodes], [x.profile for x in nodes], sampling, seeds)
     width = range(options.samples if options.mode == "tree" else 1)
     seeds = [seed_for(node.seed, "recommender", n) for node in nodes for n in width]
     texts = iter(roles.recommend([d for d in asked for _ in width], sampling, seeds))

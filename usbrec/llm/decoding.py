@@ -149,6 +149,7 @@ class DecodeAttention:
         self.seats: list[Tensor] | None = None  # None: each row is its own seat
         if rows != list(range(len(self.paths))):
             self.seats = [torch.tensor(x, device=self.cache.k.device) for x in (rows, seats)]
+        self.prompt_k = self.prompt_v = self.cache.k[:0]  # the former ones go before others come
         self.prompt_k, self.prompt_v = self.gather([s[0] for s in siblings.values()])
 
     def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
