@@ -68,3 +68,17 @@ def test_siblings_hold_little_more_than_their_prompt_and_their_own_tokens() -> N
     assert {len(reply.token_ids) for reply in replies} == {NEW}
     assert e.cache.capacity - len(e.cache.free) > 0.9 * needed
     assert 0.9 * needed * TOKEN_BYTES < held.most <= 1.2 * needed * TOKEN_BYTES
+
+
+def test_a_batch_that_shrinks_holds_its_prompts_twice_at_most() -> None:
+    """In the arena and in its layout: the former layout goes before the next one comes."""
+    tokenizer: Any = LetterTokenizer()
+    tokenizer.stop_ids = frozenset()
+    e = Engine(random_decoder(CONFIG), tokenizer, 12 * 2 * PROMPT * TOKEN_BYTES)
+    asked = [chat(letter + "y" * (PROMPT - 4)) for letter in "abcdefghijkl"]
+    how = [Sampling(max_new_tokens=1 + i // 3, temperature=0) for i in range(12)]
+    with Held(e.cache) as held:
+        replies = e.generate(drawing(asked, how, range(12)))
+    assert [len(reply.token_ids) for reply in replies] == [1 + i // 3 for i in range(12)]
+    rows = 12 * PROMPT * TOKEN_BYTES
+    assert 1.9 * rows < held.most < 2.2 * rows
