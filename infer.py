@@ -62,7 +62,8 @@ class Setup:
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that decide a reply, the run's place left out."""
-        digests = {x: loading.weights_digest(y, find_model) for x, y in self.sides.items()}
+        weighed = {"weights": self.model.place(), **self.sides}
+        digests = {x: loading.weights_digest(y, find_model) for x, y in weighed.items()}
         return {"model": self.model.facts(), **digests, "data": self.data, "dir": self.data_dir}
 
     def rows(self, name: str) -> list[Example]:
@@ -165,27 +166,27 @@ def read_asked(flags: Namespace, setup: Setup, seed: int) -> list[Example]:
 
 def reply(recommender: Recommender, asked: Examples, flags: Namespace, setup: Setup) -> Answered:
     """Answer, print and return all dialogues; several rows of a dataset have a results file."""
-    options, from_data = recommender.options, flags.dialogue is None
-    facts = {**setup.facts(), "reply": asdict(options) | asdict(recommender.sampling)}
-    facts["search"] = asdict(recommender.searching) if options.ses else None
-    facts |= {"dialogues": digest(asked), "catalogue": digest(recommender.roles.catalogue)}
+    o, films, from_data = recommender.options, recommender.roles.catalogue, flags.dialogue is None
+    facts = {**setup.facts(), "reply": asdict(o) | asdict(recommender.sampling)}
+    facts["search"] = asdict(recommender.searching) if o.ses else None
+    facts |= {"dialogues": digest(asked), "catalogue": digest(films)}
     out = flags.out
     if out is None and len(asked) > 1 and from_data:
         out = results_file(setup, f"{flags.split or 'test'}-replies", facts)
-    popularity = popularity_of(setup.rows("train")) if options.rank and out and from_data else {}
+    popularity = popularity_of(setup.rows("train"), films) if o.rank and out and from_data else {}
     rows = reply_into(out, recommender, asked, facts) if out else by_chunks(recommender, asked)
     answered: Answered = []
     for x, row in zip(asked, rows, strict=True):
         show(x.history, row, flags.json)
         answered.append((x.history, row))
     if isinstance(rows, list) and from_data:
-        catalogue, groups = recommender.roles.catalogue, [x.dialog_id for x in asked]
-        named = [catalogue.first(row["reply"]) for row in rows]
-        labels = [gold_labels(catalogue, x, [y]) for x, y in zip(asked, named, strict=True)]
-        found = {"first title of the reply": {1: report.recall(labels, groups, options.seed)}}
-        if options.rank:
+        groups = [x.dialog_id for x in asked]
+        named = [films.first(row["reply"]) for row in rows]
+        labels = [gold_labels(films, x, [y]) for x, y in zip(asked, named, strict=True)]
+        found = {"first title of the reply": {1: report.recall(labels, groups, o.seed)}}
+        if o.rank:
             ranked = [[best["title"] for best in row["ranked"]] for row in rows]
-            found |= report.ranked_recall(catalogue, asked, ranked, popularity, options.seed)
+            found |= report.ranked_recall(films, asked, ranked, popularity, o.seed)
         tell(report.format_recall(found))
     return answered
 
@@ -250,7 +251,7 @@ def validate_simulator(recommender: Recommender, flags: Namespace, setup: Setup)
     seed, options = recommender.options.seed, EvaluationOptions()
     split, limit = flags.split or "valid", 100 if flags.limit is None else flags.limit
     rows = loading.pick_rows(setup.rows(split), limit, seed_for(seed, "validate"), apart=True)
-    popularity = popularity_of(setup.rows("train"))
+    popularity = popularity_of(setup.rows("train"), recommender.roles.catalogue)
     facts = {**setup.facts(), "split": split, "limit": limit, "seed": seed, "eval": asdict(options)}
     facts["contents"] = digest([rows, popularity, *recommender.roles.catalogue])
     out, roles = flags.out or results_file(setup, f"{split}-judges", facts), recommender.roles

@@ -73,7 +73,7 @@ def train_simulator(work: Work) -> None:
     options, films, seed = work.settings.lesson, work.catalogue, work.settings.data.seed
 
     def make(rows: RowsOf) -> list[Lesson]:
-        draws = lessons.Suggestions(films, lessons.popularity_of(work.train))
+        draws = lessons.Suggestions(films, lessons.popularity_of(work.train, films))
         first, then = lessons.simulator_lessons(rows("simulator"), draws, seed, options)
         summaries = lessons.summary_lessons(rows("summaries"), films, options)
         cards = lessons.card_lessons(rows("cards"), draws, seed, options)
@@ -166,7 +166,8 @@ def evaluate(work: Work) -> None:
     talked, judged = (tests[: o.rows(name) or None] for name in ("eval", "agreement"))
     met = max(talked, judged, key=len)
     print(f"report: {len(met)} dialogues, one row of each, from {len(work.test)} test rows")
-    ranked, popularity = talked[: how.ranked_dialogues], lessons.popularity_of(work.train)
+    popularity = lessons.popularity_of(work.train, work.catalogue)
+    ranked = talked[: how.ranked_dialogues]
     speakers = {stage: work.roles(stage, o.judge) for stage, _ in COMPARED.values()}
     compared = {name: made for name, made in COMPARED.items() if name in o.methods}
 

@@ -257,7 +257,8 @@ def measure_known(arguments: Sequence[str] | None) -> None:
     setup, seed = infer.set_up(flags), from_flags(ReplyOptions, flags).seed
     asked = held_out(setup, flags.limit, seed_for(seed, "known"))
     recommender = infer.assemble(setup, flags)
-    draws = Suggestions(recommender.roles.catalogue, popularity_of(setup.rows("train")))
+    films = recommender.roles.catalogue
+    draws = Suggestions(films, popularity_of(setup.rows("train"), films))
     folder = setup.folder / "known"
     rows, name = score_all(recommender, draws, asked, setup.facts(), folder)
     found = {"seed": seed, "limit": flags.limit, **measure(rows, seed_for(seed, "known"))}

@@ -86,6 +86,9 @@ def refusal(code: int, words: str) -> Fault:
     return lambda handler: handler.send(code, json.dumps({"error": {"message": words}}))
 
 
+PARTS, NO_LIST = completion("x"), completion("x")
+PARTS["choices"][0]["message"]["content"] = [{"type": "text", "text": "x"}]
+NO_LIST["choices"][0]["logprobs"] = {"content": {"x": 0}}
 FAULTS: dict[str, Fault] = {  # the client tries these again
     "busy": refusal(429, "slow down"),
     "failed": refusal(500, "out of memory"),
@@ -99,6 +102,8 @@ LAST: dict[str, tuple[Fault, str]] = {  # and these it does not
     "broken": (lambda handler: handler.send(200, '{"choices": ['), "a chat completion"),
     "a page": (lambda handler: handler.send(200, "<p>Hi</p>", "text/html"), "a chat completion"),
     "empty": (lambda handler: handler.send(200, "{}"), "a chat completion"),
+    "parts": (lambda handler: handler.send(200, json.dumps(PARTS)), "a chat completion"),
+    "no list": (lambda handler: handler.send(200, json.dumps(NO_LIST)), "a chat completion"),
 }
 
 

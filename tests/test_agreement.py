@@ -76,7 +76,7 @@ def test_several_gold_titles_are_replaced_by_as_many_different_films() -> None:
 
 def test_what_cannot_be_contrasted_is_skipped_and_says_why() -> None:
     absent = replace(EXAMPLE, items=("Not Ours (1900)",))
-    reason = "a gold title is not in the catalogue"
+    reason = "a gold title is not in the catalogue, or ambiguous"
     assert contrast(FILMS, absent, COUNTS, 0)["skipped"] == reason
     unnamed = replace(EXAMPLE, response="Try that one.")
     reason = "a gold title in the reply could not be replaced"

@@ -217,6 +217,9 @@ def test_mentions_needs_all_meant_items_among_the_titles(films: Catalogue) -> No
     assert films.mentions("Watch True Grit.", ["True Grit (2010)", "True Grit (1969)"])
     assert films.mentions("Watch Casablanca (1942).", ["Casablanca (1942)"])  # not in there
     assert not films.mentions("Watch Casablanca (1942).", ["Vertigo (1958)"])
+    longer = Catalogue([Item("Casablanca Nights (2009)", "Casablanca Nights", 2009)])
+    assert not longer.mentions("Watch Casablanca Nights.", ["Casablanca"])
+    assert longer.mentions("Watch Casablanca Nights, or Casablanca.", ["Casablanca"])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")

@@ -612,8 +612,8 @@ def test_check_counts_what_is_odd_with_an_example(
     code, out, _ = run(capsys, "check", tmp_path)
     assert code == 0 and out.splitlines() == [
         "train: 3 rows of 2 dialogues",
-        "1 of 5 gold titles of train are not in the items, such as 'Nobody (1900)': no reply to 0 "
-        "of 3 rows can be right",
+        "1 of 5 gold titles of train are not in the items, such as 'Nobody (1900)': Recall@1 "
+        "and the grade know none of them",
         "1 of 3 training rows are test rows too: results on them say nothing of new dialogues",
         "train, labels that may mean several items: 1, such as 'True Grit' in dialogue a",
         "train, labels that the catalogue lacks: 1, such as 'Nobody (1900)' in dialogue a",

@@ -210,7 +210,7 @@ def test_unknown_gold_titles_and_shared_rows_of_ones_own_data_are_told(tmp_path:
     (tmp_path / "items.json").write_text(json.dumps({"1": {"name": "Heat (1995)"}}), "utf-8")
     unknown, shared = load_split(str(tmp_path), "train").notes
     assert unknown.startswith("2 of 4 gold titles of train are not in the items, such as 'Nobody")
-    assert "no reply to 1 of 3 rows can be right" in unknown
+    assert unknown.endswith("'Nobody (1900)': Recall@1 and the grade know none of them")
     assert shared.startswith("2 of 3 training rows are test rows too")
     assert [x[:35] for x in load_split(str(tmp_path), "test").notes] == [
         "1 of 3 gold titles of test are not "

@@ -406,6 +406,15 @@ def test_what_a_server_leaves_out_of_an_answer_is_empty_or_0(
     assert (llm.usage.prompt_tokens, llm.usage.decoded_tokens) == (0, 0)
 
 
+@pytest.mark.parametrize("odd", [None, -math.inf, math.nan])
+def test_a_log_probability_that_is_no_number_is_not_told(odd: Any, tmp_path: Path) -> None:
+    path, top = tmp_path / "answers.jsonl", [("0", -1.0), ("1", odd), ("2", -0.7)]
+    with serving(lambda body: completion("2", top)) as server:
+        with pytest.warns(UserWarning, match="votes are sampled"):
+            assert Endpoint(server.url, path, 1).choice_logprobs([ask("a")], DIGITS) == [[]]
+        assert read_rows(path)[0]["top"] == [["0", -1.0], ["2", -0.7]]
+
+
 def test_votes_that_cannot_be_read_are_no_score(tmp_path: Path) -> None:
     with serving(lambda body: completion("I'm here to help")) as server:
         llm = Endpoint(server.url, tmp_path / "answers.jsonl", 8)

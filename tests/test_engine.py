@@ -38,8 +38,9 @@ def prepare(model: Decoder) -> None:
 
 @pytest.fixture(autouse=True, params=["plain", "fast", "fast, copied"])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test in each way that a token can be computed."""
+    """Every test in each way that a token can be computed, in one way with prompts in pieces."""
     monkeypatch.setattr(decoding, "COPIED_TOKENS", 10**9 if "copied" in request.param else 0)
+    monkeypatch.setattr(decoding, "TOKENS_PER_PASS", 37 if request.param == "fast" else 2048)
     if "fast" in request.param:
         monkeypatch.setitem(globals(), "prepare", accelerate)
 
@@ -378,6 +379,14 @@ def test_a_call_that_is_broken_off_leaves_nothing_to_the_next_one(
     assert len(begun.begin) == 6 and e.generate([begun]) == fresh.generate([begun])
     before = e.usage.reused_tokens
     assert e.generate([begun]) and e.usage.reused_tokens > before
+
+
+def test_a_reply_that_outgrows_the_memory_is_given_all_the_same() -> None:
+    asked = drawing([CHATS[1]], COLD, [0])
+    expected = engine().generate(asked)
+    prompt = len(LetterTokenizer().prompt(CHATS[1].messages))
+    for capacity in range(prompt, prompt + len(ids_of(expected[0])) + 1):
+        assert engine(capacity).generate(asked) == expected
 
 
 def test_a_call_that_cannot_fit_says_so() -> None:

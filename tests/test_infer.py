@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from scripted import Scripted, role_of, talk
 from small_run import STAGE_FLAGS, flags, write_small_data, write_small_model
 
@@ -623,6 +624,21 @@ def test_changed_data_is_noticed_by_a_results_file(
             if fact:
                 assert f"was made with {fact} " in refused(command, capsys)
         (data / name).write_text(text, "utf-8")
+
+
+def test_other_weights_at_the_same_place_are_noticed_by_a_results_file(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the base too, whose adapters are the same."""
+    model, out = tmp_path / "model", tmp_path / "replies.jsonl"
+    shutil.copytree(place / "model", model)
+    command = ["--run-dir", str(run), "--model", str(model), "--limit", "2", "--out", str(out)]
+    answers(command, capsys)
+    before = out.read_bytes()
+    tensors = {name: x / 2 for name, x in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert "was made with weights " in refused(command, capsys)
+    assert out.read_bytes() == before
 
 
 def test_rows_of_the_same_ids_are_as_many_as_the_limit(

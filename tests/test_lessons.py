@@ -50,7 +50,7 @@ from usbrec.options import seed_for
 CATALOGUE = load_catalogue("sample")
 BARE = Item("Night Patrol", "Night Patrol", None, ("comedy", "war"))  # genres are all it has
 TRAIN = load_split("sample", "train").examples[:60]
-DRAWS = Suggestions(CATALOGUE, popularity_of(TRAIN))
+DRAWS = Suggestions(CATALOGUE, popularity_of(TRAIN, CATALOGUE))
 OPTIONS = LessonOptions(score_weight=10.0, line_weight=0.5)
 
 
@@ -202,6 +202,21 @@ def test_unlike_suggestions_have_nothing_of_the_profile() -> None:
     assert found > len(TRAIN)
     unknown = replace(TRAIN[0], items=("Lost Reel (1930)",), response="Try Lost Reel (1930).")
     assert draws.unlike(unknown, "Likes: crime.", 3) == []
+
+
+def test_no_reply_that_names_a_target_is_worth_nothing_though_the_items_lack_it() -> None:
+    known = TRAIN[0].items[0]
+    response = f"Try {known} or Lost Reel (1930)."
+    example = replace(TRAIN[0], items=(known, "Lost Reel (1930)"), response=response)
+    assert DRAWS.unlike(example, "Likes: crime.", 3) == []
+    made = [DRAWS.amiss(example, seed).reply for seed in range(30)]
+    assert SILENCE in made and not any("Lost Reel" in reply for reply in made)
+
+
+def test_a_film_is_as_popular_as_all_spellings_of_its_title() -> None:
+    films = Catalogue(map(read_item, ({"name": "Heat (1995)"}, {"name": "Fargo (1996)"})))
+    rows = [replace(TRAIN[0], items=(title,)) for title in ("Heat", "Heat (1995)", "Nobody")]
+    assert popularity_of(rows, films) == {"Heat (1995)": 2, "Nobody": 1}
 
 
 def test_lessons_lay_out_the_judges_as_they_are_asked_later() -> None:
@@ -370,7 +385,7 @@ def test_a_claim_that_leaves_the_film_open_is_not_scored() -> None:
     films = Catalogue(read_item({"name": name, "genre": ["crime"]}) for name in names)
     rows = [Example(x, 1, talk("Hi."), "Try Heat.", (x,)) for x in names]
     rows[1:] = [replace(x, response=f"Try {x.items[0]}.") for x in rows[1:]]
-    options, draws = LessonOptions(rehearsals=32), Suggestions(films, popularity_of(rows))
+    options, draws = LessonOptions(rehearsals=32), Suggestions(films, popularity_of(rows, films))
     lessons = card_lessons(rows, draws, 0, options)
     chats = [x for lesson in lessons for x in with_score(lesson) if x[2].content != UNKNOWN]
     assert all(len(films.first(said.content)) == 1 for _, said, *_ in chats) and len(chats) == 96
@@ -389,7 +404,7 @@ def test_nothing_is_known_of_another_year_an_invented_title_and_none() -> None:
     films = Catalogue(read_item({"name": f"Film ({year})"}) for year in range(1960, 2030))
     rows = [replace(TRAIN[0], items=("Film (1990)",), response="Try Film (1990).")]
     options = LessonOptions(rehearsals=6)
-    lessons = card_lessons(rows, Suggestions(films, popularity_of(rows)), 0, options)
+    lessons = card_lessons(rows, Suggestions(films, popularity_of(rows, films)), 0, options)
     said = [x[1].content for lesson in lessons for x in lesson if x[2].content == UNKNOWN]
     assert len(said) == 6 and not any(map(films.find, said))  # every other year is a film here
 
@@ -501,12 +516,14 @@ def test_few_facts_and_many_titles_a_row_make_card_lessons_too() -> None:
     titles = tuple(x.title for x in films)
     row = Example("d", 1, (Utterance("seeker", "Hi"),), ", ".join(titles[:4]), titles[:4])
     rows = [row, replace(row, items=titles[2:])]
-    draws = Suggestions(films, popularity_of(rows))
+    draws = Suggestions(films, popularity_of(rows, films))
     (lesson,) = card_lessons(rows, draws, 0, LessonOptions(rehearsals=1, simulator_chats=16))
     assert len(lesson) == 6 + 3 + 1
     bare = Catalogue(read_item({"name": f"Film {x}"}) for x in "ABC")  # nothing to know
     rows = [replace(row, items=("Film A",))]
-    assert card_lessons(rows, Suggestions(bare, popularity_of(rows)), 0, LessonOptions()) == []
+    assert (
+        card_lessons(rows, Suggestions(bare, popularity_of(rows, bare)), 0, LessonOptions()) == []
+    )
     assert card_lessons([], draws, 0, LessonOptions()) == []
 
 

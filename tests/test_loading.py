@@ -130,13 +130,19 @@ def test_a_simulator_is_the_base_an_adapter_beside_it_or_a_model_of_its_own(
 def test_other_weights_have_another_digest(options: ModelOptions, tmp_path: Path) -> None:
     engine = load_engine(options, find_model)
     for name, seed in (("one", 1), ("two", 2)):
-        add_adapter(engine.model, name, LoraConfig(r=2), seed)
+        add_adapter(engine.model, name, LoraConfig(r=48), seed)
         save_adapter(engine.model, name, tmp_path / name, "base")
     places = [str(tmp_path / name) for name in ("one", "two", "model")]
     digests = [weights_digest(place, find_model) for place in (*places, "none")]
     assert len(set(digests)) == 4
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     assert weights_digest(str(tmp_path / "copy"), find_model) == digests[0]
+    copied = tmp_path / "copy" / "adapter_model.safetensors"
+    data = bytearray(copied.read_bytes())
+    assert len(data) > 2**17
+    data[-1] ^= 1
+    copied.write_bytes(data)
+    assert weights_digest(str(tmp_path / "copy"), find_model) != digests[0]
     weights = next((tmp_path / "model").glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     for i in range(len(data) % 4096, len(data), 4096):  # as training does, at the same size
@@ -145,7 +151,11 @@ def test_other_weights_have_another_digest(options: ModelOptions, tmp_path: Path
     assert weights_digest(places[2], find_model) not in digests
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 5000.0'))
-    assert weights_digest(places[2], find_model) != digests[2]
+    changed = weights_digest(places[2], find_model)
+    assert changed != digests[2]
+    with (tmp_path / "model" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert weights_digest(places[2], find_model) not in (changed, digests[2])
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no such file: .*adapter_model\.safetensors"):
         weights_digest(places[0], find_model)

@@ -215,6 +215,9 @@ def test_intervals_are_drawn_on_one_scale_per_column(tmp_path: Path, report: Any
         part = float(drawn.split()[0]) / round(most, 3)
         assert styles[drawn].startswith(f"--mean: {part:.1%}; ")
     assert "8.000 [7.000, 9.000]" not in styles
+    report = {**report, "counts": {"notes": ["such as 'Waiting... [1, 2]' or '. [1, 2]'"]}}
+    told = " ".join(map(text, report_page(tmp_path, report, []).of("pre")))
+    assert "such as 'Waiting... [1, 2]' or '. [1, 2]'" in told
 
 
 def test_a_page_tells_when_a_budget_dropped_a_candidate(tmp_path: Path) -> None:

@@ -464,6 +464,9 @@ def test_with_cards_no_title_and_refused_titles_are_worth_nothing_unjudged() -> 
     llm, options = Scripted(drawing(*said)), SearchOptions(turns=1, cards=True)
     (result,) = search(of_films(llm), ROOTS[:1], [1], options, "Likes: war. Seen: Alien (1979).")
     assert [x.value for x in result.candidates] == pytest.approx([0.0, 0.0, 1.0])
+    llm = Scripted(drawing(*said))  # a person of that name is no film
+    (result,) = search(of_films(llm), ROOTS[:1], [1], options, "Dislikes: with Up (2009).")
+    assert [x.value for x in result.candidates] == pytest.approx([0.0, 1.0, 1.0])
 
 
 def test_a_scored_path_counts_the_candidate_and_leaves_out_a_question_on_the_way() -> None:

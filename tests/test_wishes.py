@@ -45,6 +45,9 @@ def test_a_genre_is_no_film_of_that_name() -> None:
     told = read_profile("Likes: war, Family (2006). Dislikes: family.", films)
     likes = {("like", "genre", "war"), ("like", "title", "Family (2006)")}
     assert {tuple(x) for x in told} == likes | {("dislike", "genre", "family")}
+    jazz = Catalogue([Item("Jazz (1978)", "Jazz", 1978), Item("Kind", "Kind", None, ("jazz",))])
+    assert [*read_profile("Dislikes: jazz.", jazz)] == [("dislike", "genre", "jazz")]
+    assert [*read_profile("Dislikes: Jazz.", jazz)] == [("dislike", "title", "Jazz (1978)")]
 
 
 def test_the_fit_counts_wishes_and_refuses_dislikes_and_known_films() -> None:

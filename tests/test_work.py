@@ -136,6 +136,15 @@ def test_pairs_take_rows_that_sft_has_not_learned_while_there_are_any(
     assert all(x in learned for x in pairs[6 - shared :])  # those come last
 
 
+def test_other_weights_at_the_same_place_decide_every_stage(data: Path, tmp_path: Path) -> None:
+    flags = train.build_parser().parse_args(["--data", str(data), "--model", str(tmp_path)])
+    made = []
+    for content in (b"one", b"two"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        made.append(Work(read_settings(flags), data.parent / "run", lambda _: tmp_path))
+    assert changed(*made) == list(STAGES)
+
+
 def test_a_kind_of_lessons_may_be_left_out(data: Path) -> None:
     kinds = ["simulator", "summaries", "cards", "sft", "profiles"]
     made = work(data, "--max-train", 9, *(y for x in kinds for y in (f"--max-{x}", -1)))

@@ -43,12 +43,16 @@ class ModelOptions(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "auto: the quickest")
     max_length: int = option(0, "longest prompt with its reply, in tokens; 0: the model's")
     device: str = option("auto", "cpu, cuda, ...; auto: a GPU when there is one")
-    kv_memory: float = option(0.0, "GB for prompts that replies share; 0: fits the device", low=0)
+    kv_memory: float = option(0.0, "GB for shared prompts; 0: fits the device", low=0, high=1e6)
     in_flight: int = option(32, "most requests that wait for a server at a time", low=1)
 
     def facts(self) -> dict[str, Any]:
         """Return the options that decide results."""
         return {k: x for k, x in asdict(self).items() if k not in ("kv_memory", "in_flight")}
+
+    def place(self) -> str:
+        """Return the path of the weights; "none" for the default model's, a hub's, missing ones."""
+        return self.model if self.model and Path(self.model).exists() else "none"
 
 
 def pick_device(name: str) -> torch.device:
@@ -138,17 +142,18 @@ class Models:
 def weights_digest(name: str, find: Find) -> str:
     """Return a digest, 16 hexadecimal digits, that identifies an adapter or a model in results.
 
-    Settings and adapter weights are hashed whole, of a model's weights a PIECE in every STRIDE, of
-    a server its URL and the model's name.
+    An adapter, a model's settings and its tokenizer are hashed whole, of a model's weights a PIECE
+    in every STRIDE, of a server its URL and the model's name, of "none" nothing.
     """
     if is_server(name):
         return hashlib.blake2b(repr(split_address(name)).encode(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(digest_size=8)
-    if is_adapter(name):
+    if own := is_adapter(name):
         file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
-    folder = Path(name) if name == "none" or is_adapter(name) else find(name)
-    for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
-        step = PIECE if path.name.startswith("adapter_") else STRIDE
+    folder = Path(name) if own or name == "none" else parallel.one_then_all(lambda: find(name))
+    files = ("*config.json", "tokenizer.*", "*.safetensors")
+    for path in sorted(x for y in files for x in folder.glob(y)):
+        step = STRIDE if path.suffix == ".safetensors" and not own else PIECE
         with path.open("rb") as file:
             for start in range(0, path.stat().st_size, step):
                 digest.update(b"%d" % file.seek(start) + file.read(PIECE))

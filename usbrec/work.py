@@ -44,6 +44,7 @@ class Work:
         read = {"train": self.train, "valid": self.valid, "items": self.catalogue}
         self.contents = {name: digest(x) for name, x in {**read, "test": self.test}.items()}
         named = {x: getattr(o, x) for x in STAGES["report"]["sides"] if getattr(o, x) is not None}
+        self.weights = weights_digest(settings.model.place(), find)
         self.others = {x: {"path": y, "digest": weights_digest(y, find)} for x, y in named.items()}
 
     @property
@@ -65,8 +66,8 @@ class Work:
             facts |= {x.replace("_", "-"): getattr(o, x) for x in STAGES[name].get("data", ())}
             facts |= {x: groups[x] for x in own if x in groups}
         facts |= {f"other-{x}": y for x, y in self.others.items() if x in STAGES[stage]["sides"]}
-        read = [x for x in self.contents if x != "test" or stage == "report"]
-        return {**facts, "data-contents": {x: self.contents[x] for x in read}}
+        read = {x: y for x, y in self.contents.items() if x != "test" or stage == "report"}
+        return {**facts, "data-contents": read, "weights": self.weights}
 
     def claim(self, stages: Sequence[str], fresh: bool) -> list[str]:
         """Return the stages that are not yet done; note the facts of all in the run folder.

@@ -10,7 +10,7 @@ Left out: misspellings, translated titles, and abbreviations such as "LOTR".
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -119,6 +119,7 @@ class Catalogue:
 
     def __init__(self, items: Iterable[Item]) -> None:
         self.items: tuple[Item, ...] = tuple(dict.fromkeys(items))
+        self.genres = {*rules.GENRE_FORMS, *(genre for x in self.items for genre in x.genres)}
         self._by_title: dict[str, list[Item]] = {}
         self._by_name: dict[str, Named] = {}  # by the words of each name
         for item in self.items:
@@ -189,17 +190,18 @@ class Catalogue:
         """Return the readings of the first title in the text: several if its year is open."""
         return next((mention.items for mention in self.find(text)), ())
 
-    def mentions(self, text: str, titles: Iterable[str]) -> bool:
+    def mentions(self, text: str, titles: Collection[str]) -> bool:
         """Return whether the text names one of the titles, including titles outside the catalogue.
 
-        A mention without a year counts if all items that it may mean are among the titles.
+        A mention without a year counts if all items that it may mean are among the titles. A title
+        outside counts where no title of the catalogue stands: "Up" is not named by "Up in the Air".
         """
-        meant = {title: self.named(title) for title in titles}
-        wanted = {item for items in meant.values() for item in items}
-        if any(set(mention.items) <= wanted for mention in self.find(text)):
+        wanted, found = {x for title in titles for x in self.named(title)}, self.find(text)
+        if any(set(mention.items) <= wanted for mention in found):
             return True
-        strangers = Catalogue(Item(x, *split_title(x)) for x, items in meant.items() if not items)
-        return bool(strangers.items and strangers.find(text))
+        strangers = Catalogue(Item(x, *split_title(x)) for x in titles if not self.named(x))
+        said = strangers.find(text)
+        return any(all(x.end <= y.start or y.end <= x.start for y in found) for x in said)
 
     def grade(self, item: Item | None, titles: Iterable[str]) -> int:
         """Return the grade of a recommendation against all items that the titles may mean, 0 to 2.

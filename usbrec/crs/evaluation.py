@@ -93,9 +93,8 @@ def evaluate_method(
         if searching is not None and turn >= searching.start_turn:
             results = search(roles, dialogues, seeds, searching)
             said = [result.reply for result in results]
-            for talk, result in zip(going, results, strict=True):
-                record = checked(catalogue, talk.example, result.record())
-                talk.searches.append({"turn": turn, **record})
+            for talk, y in zip(going, results, strict=True):
+                talk.searches.append({"turn": turn, **checked(catalogue, talk.example, y.record())})
         else:
             said = roles.recommend(dialogues, plain, seeds)
         for talk, dialogue, reply in zip(going, dialogues, said, strict=True):

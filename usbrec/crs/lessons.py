@@ -167,8 +167,7 @@ class Suggestions:
             if score not in found:
                 lie = lies and score == 0
                 new = [replace(x, title=item.title, name=item.name) if lie else item for x in named]
-                films = list(zip(named, new, strict=True))
-                reply, why = (rewrite_all(x, films) for x in (text, told))
+                reply, why = (rewrite_all(x, zip(named, new, strict=True)) for x in (text, told))
                 if not self.catalogue.mentions(reply, example.items):
                     found[score] = Suggestion(reply, why, score)
         reply, why = map(str, rng.choice(FILMLESS, 2))
@@ -191,15 +190,16 @@ class Suggestions:
         name, golds = f"{first[0]} {last[-1]}", gold_items(example, self.catalogue)
         films = [(x, replace(x, title=f"{name} ({x.year})", name=name)) for x in golds]
         made = rewrite_all(example.response, films)
-        return SILENCE if self.catalogue.find(made) else made
+        named = self.catalogue.find(made) or self.catalogue.mentions(made, example.items)
+        return SILENCE if named else made
 
     def unlike(self, example: Example, profile: str, seed: int) -> list[Suggestion]:
         """Return up to UNLIKE replies (0) that share nothing with the target or the profile."""
-        rng = np.random.default_rng(seed_for(seed, "unlike"))
+        rng, named = np.random.default_rng(seed_for(seed, "unlike")), self.catalogue.mentions
         known, told = gold_items(example, self.catalogue), telling_words(profile)
         others = [x for x in self.others(rng) if not self.catalogue.grade(x, example.items)]
         replies = [rewrite_all(example.response, [(x, other) for x in known]) for other in others]
-        fitting = [x for x in replies if x != example.response and not telling_words(x) & told]
+        fitting = [x for x in replies if not (telling_words(x) & told or named(x, example.items))]
         return [Suggestion(reply, "", 0) for reply in [*dict.fromkeys(fitting)][:UNLIKE]]
 
 
@@ -391,6 +391,10 @@ def claim_of(reply: str, golds: Sequence[Item], film: Item) -> tuple[str, bool]:
     return stolen, stolen != rewrite_all(reply, [(x, film) for x in golds])
 
 
-def popularity_of(examples: Examples) -> dict[str, int]:
-    """Return {gold title: its count among the training labels}, in order of title."""
-    return dict(sorted(Counter(title for x in examples for title in x.items).items()))
+def popularity_of(examples: Examples, films: Catalogue) -> dict[str, int]:
+    """Return {gold title: its count among the training labels}, in order of title.
+
+    A title is written as in the catalogue, where that has it.
+    """
+    titles = (getattr(films.get(x), "title", x) for row in examples for x in row.items)
+    return dict(sorted(Counter(titles).items()))

@@ -398,8 +398,8 @@ def judge_prompt(node: Node, roles: Roles, o: SearchOptions) -> Messages | None:
         by_memory = agents.card_prompt(reply, node.known, node.profile)
         return by_memory if o.memory else agents.internal_judge_prompt(node.dialogue, node.profile)
     item = node.item(roles.catalogue)
-    over = {x.value for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"}
-    if item is None or (o.veto and item.title in over):
+    over = [x[1:] for x in read_profile(node.profile, roles.catalogue) if x.attitude != "like"]
+    if item is None or (o.veto and ("title", item.title) in over):
         return None
     return agents.card_prompt(reply, card(item), node.profile)
 

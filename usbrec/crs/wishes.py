@@ -70,7 +70,7 @@ def read_attribute(entry: str, catalogue: Catalogue) -> tuple[str, str]:
 
     "war" is the genre, also where a film "War" is in the catalogue.
     """
-    if entry not in GENRE_FORMS and (item := catalogue.get(entry)):
+    if entry not in catalogue.genres and (item := catalogue.get(entry)):
         return "title", item.title
     for kind, form in FORMS.items():
         if found := re.fullmatch(form.replace("{}", "(.*)"), entry):

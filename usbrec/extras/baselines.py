@@ -67,7 +67,7 @@ def baseline_labels(films: Catalogue, tests: Examples, train: Examples) -> dict[
     def label(guesses: Sequence[Guesses]) -> list[Labels]:
         return [gold_labels(films, x, own) for x, own in zip(tests, guesses, strict=True)]
 
-    popularity = popularity_of(train)
+    popularity = popularity_of(train, films)
     found = {
         "copy-last": label([copied(films, x)[:1] for x in tests]),
         "most-popular": label([popular(films, popularity)[:1]] * len(tests)),

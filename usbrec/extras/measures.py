@@ -126,7 +126,7 @@ def contrast(catalogue: Catalogue, example: Example, popularity: Popularity, key
     """
     row = {"dialog_id": example.dialog_id, "turn_id": example.turn_id, "skipped": None}
     if len(golds := gold_items(example, catalogue)) < len(example.items):
-        return {**row, "skipped": "a gold title is not in the catalogue"}
+        return {**row, "skipped": "a gold title is not in the catalogue, or ambiguous"}
     known = [(catalogue.get(title), count) for title, count in sorted(popularity.items())]
     pool = [(item, count) for item, count in known if item and item not in golds]
     if len(pool) < len(golds):
@@ -164,9 +164,7 @@ def agreement(rows: Sequence[Row], seed: int) -> Row:
 # --- the judge within a dialogue --------------------------------------------------------------
 
 
-def judge_ranked(
-    roles: Roles, examples: Examples, options: EvaluationOptions, memory: bool
-) -> list[Row]:
+def judge_ranked(roles: Roles, examples: Examples, o: EvaluationOptions, memory: bool) -> list[Row]:
     """Return per example its summary and the films that the recommender ranks highest.
 
     {"dialog_id", "turn_id", "profile", "films": [{"title", "found", "scores": {scorer: 0 to 2}}]}
@@ -180,7 +178,7 @@ def judge_ranked(
     if not examples or not isinstance(roles.recommender.llm, Ranks):
         return [{"dialog_id": x.dialog_id, "turn_id": x.turn_id, "films": []} for x in examples]
     histories = [x.history for x in examples]
-    ranked = roles.likeliest(histories, options.ranked_titles)
+    ranked = roles.likeliest(histories, o.ranked_titles)
     profiles = roles.complete(roles.summaries(histories, SUMMARY_TOKENS, [0] * len(histories)))
     rows: list[Row] = []
     cases: list[tuple[Row, Item, str, Dialogue]] = []  # the scores of a film, profile, dialogue
@@ -201,7 +199,7 @@ def judge_ranked(
     asked = {"internal judge": [agents.internal_judge_prompt(x, y) for *_, y, x in cases]}
     asked |= {name: list(map(agents.card_prompt, said, x, told)) for name, x in shown.items()}
     for name, prompts in asked.items():
-        marks = roles.judge(prompts, Votes(0, options.vote_temperature), [0] * len(cases))
+        marks = roles.judge(prompts, Votes(0, o.vote_temperature), [0] * len(cases))
         for (scores, *_), mark in zip(cases, marks, strict=True):
             scores[name] = mark.score
     return rows

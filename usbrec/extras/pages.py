@@ -22,7 +22,7 @@ from usbrec.extras import report
 from usbrec.runs import write_json, write_whole
 
 VOTES = ("label", "digit_probability", "parse_rate")  # of a leaf
-INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-]?[\d.]+), ([+-]?[\d.]+)\]")  # of format_report
+INTERVAL = re.compile(r"([+-]?\d+\.?\d*) \[([+-]?\d+\.?\d*), ([+-]?\d+\.?\d*)\]")  # in a report
 FRAME = ("html", "css")  # of every page
 TRACES = (".html", ".json")  # of a trace
 Lines = Sequence[Sequence[str]]  # (speaker, text) each

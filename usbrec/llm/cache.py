@@ -33,13 +33,14 @@ class TreeNode:
 
 
 class PrefixCache:
-    """The arena of keys and values, (layers, H_kv, slots, d) each, and the trees over it."""
+    """The arena of keys and values, (layers, H_kv, slots, d) each, and the trees over it.
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, size_bytes: int
-    ) -> None:
-        L, H_kv, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        self.capacity = size_bytes // token_bytes(config, dtype)
+    Its `size` is given in bytes.
+    """
+
+    def __init__(self, c: ModelConfig, dtype: torch.dtype, device: torch.device, size: int) -> None:
+        L, H_kv, d = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        self.capacity = size // token_bytes(c, dtype)
         self.k = torch.empty(L, H_kv, self.capacity, d, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.clear()

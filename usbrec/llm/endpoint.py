@@ -141,7 +141,7 @@ class Endpoint:
             words = " ".join(f"{error} {error.__cause__ or ''}".split())
             told = words.replace(self.key, "KEY")[:300]  # some servers repeat the key
             raise Unanswered(f"{self.url} does not answer as {body['model']}: {told}") from None
-        except (ValueError, AttributeError, IndexError, TypeError) as error:
+        except (ValueError, AttributeError, LookupError, TypeError) as error:
             raise Unanswered(f"{self.url}: expected a chat completion, got a broken one") from error
         with self.lock:
             append_rows(self.answers, [{"key": key, **answer}])
@@ -155,13 +155,15 @@ def read_answer(completion: Any) -> Row:
     """Return {"text", "finished", "top", "tokens"} of a chat completion.
 
     `top` holds the likeliest first tokens, each with its log-probability, and `tokens` the numbers
-    of tokens of prompt and reply. What the server does not tell is empty or 0.
+    of tokens of prompt and reply. What the server does not tell is empty or 0. Raises TypeError
+    for a text that is none.
     """
     choice, usage = completion.choices[0], completion.usage
     first = (choice.logprobs.content or [None])[0] if choice.logprobs else None
-    top = [[x.token, x.logprob] for x in getattr(first, "top_logprobs", None) or ()]
+    told = ((str(x.token), x.logprob) for x in getattr(first, "top_logprobs", None) or ())
+    top = [[x, p] for x, p in told if isinstance(p, float | int) and p > -math.inf]
     tokens = [getattr(usage, f"{name}_tokens", 0) or 0 for name in ("prompt", "completion")]
-    text, ended = choice.message.content or "", choice.finish_reason == "stop"
+    text, ended = "" + (choice.message.content or ""), choice.finish_reason == "stop"
     return {"text": text, "finished": ended, "top": top, "tokens": tokens}
 
 

@@ -150,7 +150,8 @@ class Batch:
         slots, places = list[Tensor](), list[tuple[int, int]]()  # row and column of each slot
         for i, row in enumerate(self.rows):
             if row.done:
-                computed = row.prompt + row.tokens[:known]
+                # a row that is longer than the memory can be drawn, but not kept
+                computed = (row.prompt + row.tokens[:known])[: self.cache.capacity]
                 path, num_cached = self.cache.insert(row.request.adapter, computed)
                 slots.append(path[num_cached:])
                 places += [(i, at - len(row.prompt)) for at in range(num_cached, len(computed))]

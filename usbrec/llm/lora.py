@@ -33,7 +33,7 @@ class AdapterSpan(NamedTuple):
 class LoraConfig(Options):
     """Rank, scale and layers of an adapter, in peft's names; `target_modules` are last names."""
 
-    r: int = option(8, "rank of an adapter", low=1)
+    r: int = option(8, "rank of an adapter", low=1, high=1 << 16)
     lora_alpha: float = option(16.0, "its scale is lora_alpha / r")
     target_modules: tuple[str, ...] = option((ALL_LINEAR,), "layers by their last name")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
@@ -73,8 +73,7 @@ class LoraLinear(nn.Linear):
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Return {module path: layer} of every layer that can have an adapter: all but the head."""
-    named = model.named_modules()
-    return {path: x for path, x in named if isinstance(x, LoraLinear) and path != HEAD}
+    return {key: x for key, x in model.named_modules() if isinstance(x, LoraLinear) and key != HEAD}
 
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:

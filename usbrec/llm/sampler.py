@@ -15,7 +15,6 @@ from usbrec.options import UserError
 
 PORTION = 8  # rows drawn at once: the processor's cache holds their weights, 1.6 MB in fp32
 NOT_FINITE = "logits are not finite numbers: damaged weights, or try --dtype float32"
-COLDEST = 1e-6  # as good as greedy; colder quotients would exceed fp32 and give NaN
 
 
 class Sampler:
@@ -31,8 +30,8 @@ class Sampler:
         self.uniforms, self.step = uniforms.float(), 0
         warm = [how.temperature > 0 for how in samplings]
         self.some_warm, self.warm = any(warm), torch.tensor(warm).to(device)
-        heats = [[max(how.temperature, COLDEST)] for how in samplings]
-        self.temperatures = torch.tensor(heats).to(device)  # (B, 1)
+        # (B, 1), of a greedy row in vain
+        self.temperatures = torch.tensor([[float(x.temperature)] for x in samplings]).to(device)
         limits = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]
         self.limits = torch.tensor(limits, dtype=torch.float32).to(device)  # (B, 3)
         self.truncated = any(limit != (2**31, 1, 0) for limit in limits)

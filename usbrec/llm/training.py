@@ -8,10 +8,10 @@ B, which begins at zero, may have a higher rate than its A (LoRA+, arXiv 2402.12
 A run can be killed at any moment. Started again with the same arguments, it resumes from its last
 state and ends with the bytes of an uninterrupted run on the same machine.
 
-The folder of a run holds `options.json` (all that decides the result), `state.safetensors` (the
-adapter, AdamW's moments, the best adapter; in its header the step and the length of the metrics)
-and `metrics.jsonl`. The state is replaced as a whole. Metrics after the state are cut off before a
-run resumes.
+The folder of a run holds `options.json` (the options, and digests of what is learned from and of
+the adapter at the start), `state.safetensors` (the adapter, AdamW's moments, the best adapter; in
+its header the step and the length of the metrics) and `metrics.jsonl`. The state is replaced as a
+whole. Metrics after the state are cut off before a run resumes.
 """
 
 import hashlib
