@@ -217,9 +217,9 @@ def test_mentions_needs_all_meant_items_among_the_titles(films: Catalogue) -> No
     assert films.mentions("Watch True Grit.", ["True Grit (2010)", "True Grit (1969)"])
     assert films.mentions("Watch Casablanca (1942).", ["Casablanca (1942)"])  # not in there
     assert not films.mentions("Watch Casablanca (1942).", ["Vertigo (1958)"])
-    longer = Catalogue([Item("Casablanca Nights (2009)", "Casablanca Nights", 2009)])
-    assert not longer.mentions("Watch Casablanca Nights.", ["Casablanca"])
-    assert longer.mentions("Watch Casablanca Nights, or Casablanca.", ["Casablanca"])
+    longer = Catalogue([Item("Up in the Fog (2009)", "Up in the Fog", 2009)])
+    assert not longer.mentions("You should watch Up in the Fog.", ["Up (2009)"])
+    assert longer.mentions('You should watch Up in the Fog, or "Up".', ["Up (2009)"])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")

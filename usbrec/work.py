@@ -131,7 +131,7 @@ class Work:
         learned = {id(x) for y in ("sft", "profiles") if stage == "pairs" for x in self.rows(y)}
         rows = pick_rows(reacting or self.train, 0, seed_for(data.seed, order))
         rows.sort(key=lambda x: id(x) in learned)
-        most = max(min(data.rows(stage) or len(rows), len(rows)), 0)
+        most = min(data.rows(stage) or len(rows), len(rows))
         return [rows[i % len(rows)] for i in range(part * most, (part + 1) * most)]
 
     def side(self, stage: str | None) -> Side:
