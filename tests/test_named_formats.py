@@ -25,7 +25,7 @@ MISTRAL = (
     "{{ OPEN + (system + '\n\n' if loop.first and system is defined else '') + m['content'] }}"
     "{{ CLOSE }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {
+TEMPLATES = {  # mistral-v3's own has the system prompt in the last message: loop.last
     "llama2": SYSTEM_APART + "{% for m in rest %}{% if loop.first and system is defined %}"
     "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}"
     "{% else %}{% set content = m['content'] %}{% endif %}{% if m['role'] == 'user' %}"

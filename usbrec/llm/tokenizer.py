@@ -3,11 +3,13 @@
 No text is rendered and searched again: a control token comes from the format alone, and a message's
 content is always encoded as plain text. `<|im_end|>` typed by a person is a handful of ordinary
 tokens. The layouts are those of the models' published templates (chat_formats.json has them all),
-token for token, with one exception: an assistant's content is never merged with the newline of its
-header, since a reply's tokens come after that newline one by one. Control tokens identify a model's
-format. The user names `zephyr` (TinyLlama), `llama2`, `mistral` (v0.1, v0.2) and `mistral-v3`,
-which have the same few control tokens. With a byte-level vocabulary (Tekken: Mistral Nemo,
-Ministral) `mistral-v3` is laid out without spaces.
+token for token, with three exceptions. An assistant's content is never merged with the newline of
+its header, since a reply's tokens come after that newline one by one. Mistral v0.3's template has
+the system prompt in the last user's message; here it is in the first, so that the prompts of a
+dialogue's turns begin alike. ChatGLM3 writes the newline behind `<|assistant|>` itself; here the
+prompt has it. Control tokens identify a model's format. The user names `zephyr` (TinyLlama),
+`llama2`, `mistral` (v0.1, v0.2) and `mistral-v3`, which have the same few control tokens. With a
+byte-level vocabulary (Tekken: Mistral Nemo, Ministral) `mistral-v3` is laid out without spaces.
 
 Both vocabularies have `control` (control tokens by name), `encode` and `decode`, `byte_level`
 (tokens are made of bytes), and `last_plain` (the plain token of the highest id).
