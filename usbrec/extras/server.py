@@ -90,7 +90,7 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., object]) ->
     prompt, adapter = agents.recommender_prompt(dialogue), recommender.roles.recommender.adapter
     asked = Request(prompt, sampling, seed, adapter)
     how = searching if model == SEARCHED else None
-    return Job(model, dialogue, asked, how, bool(given.get("stream")), put)
+    return Job(model, dialogue, asked, how, given.get("stream") is True, put)
 
 
 def draw(recommender: Recommender, jobs: Sequence[Job]) -> Sequence[Reply | Exception]:
