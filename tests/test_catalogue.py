@@ -220,6 +220,7 @@ def test_mentions_needs_all_meant_items_among_the_titles(films: Catalogue) -> No
     longer = Catalogue([Item("Up in the Fog (2009)", "Up in the Fog", 2009)])
     assert not longer.mentions("You should watch Up in the Fog.", ["Up (2009)"])
     assert longer.mentions('You should watch Up in the Fog, or "Up".', ["Up (2009)"])
+    assert films.mentions("Watch Heat (1996).", ["Heat (1996)"])  # as a year off by one is read
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")

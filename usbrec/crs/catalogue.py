@@ -194,14 +194,14 @@ class Catalogue:
         """Return whether the text names one of the titles, including titles outside the catalogue.
 
         A mention without a year counts if all items that it may mean are among the titles. A title
-        outside counts where no title of the catalogue stands: "Up" is not named by "Up in the Air".
+        outside counts unless it is part of a longer one in there: "Up" of "Up in the Air".
         """
         wanted, found = {x for title in titles for x in self.named(title)}, self.find(text)
         if any(set(mention.items) <= wanted for mention in found):
             return True
         strangers = Catalogue(Item(x, *split_title(x)) for x in titles if not self.named(x))
-        said = strangers.find(text)
-        return any(all(x.end <= y.start or y.end <= x.start for y in found) for x in said)
+        own = strangers.find(text)  # at c to d; what the catalogue has, at a to b
+        return any(all(b < d or a > c or (a, b) == (c, d) for a, b, _ in found) for c, d, _ in own)
 
     def grade(self, item: Item | None, titles: Iterable[str]) -> int:
         """Return the grade of a recommendation against all items that the titles may mean, 0 to 2.
