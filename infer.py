@@ -173,7 +173,7 @@ def reply(recommender: Recommender, asked: Examples, flags: Namespace, setup: Se
     out = flags.out
     if out is None and len(asked) > 1 and from_data:
         out = results_file(setup, f"{flags.split or 'test'}-replies", facts)
-    popularity = popularity_of(setup.rows("train"), films) if o.rank and out and from_data else {}
+    train = setup.rows("train") if o.rank and out and from_data else []
     rows = reply_into(out, recommender, asked, facts) if out else by_chunks(recommender, asked)
     answered: Answered = []
     for x, row in zip(asked, rows, strict=True):
@@ -186,7 +186,7 @@ def reply(recommender: Recommender, asked: Examples, flags: Namespace, setup: Se
         found = {"first title of the reply": {1: report.recall(labels, groups, o.seed)}}
         if o.rank:
             ranked = [[best["title"] for best in row["ranked"]] for row in rows]
-            found |= report.ranked_recall(films, asked, ranked, popularity, o.seed)
+            found |= report.ranked_recall(films, asked, ranked, train, o.seed)
         tell(report.format_recall(found))
     return answered
 
@@ -294,8 +294,9 @@ def refuse_unread(flags: Namespace) -> None:
         raise UserError("--chat reads lines from the standard input, which is closed")
     if flags.out is not None and (flags.chat or (flags.out.exists() and not flags.out.is_file())):
         raise UserError(f"--out must name a file, and not stand beside --chat, got {flags.out}")
-    if flags.trace and (flags.validate_simulator or flags.trace.suffix not in pages.TRACES):
-        raise UserError(f"--trace keeps replies as .html or .json, got {flags.trace}")
+    wrong = flags.validate_simulator or flags.trace == flags.dialogue
+    if flags.trace and (wrong or flags.trace.suffix not in pages.TRACES):
+        raise UserError(f"--trace keeps replies in an .html or .json of its own, got {flags.trace}")
 
 
 def answer(flags: Namespace) -> None:

@@ -87,9 +87,12 @@ def teach(work: Work, stage: str, make: Callable[[RowsOf], list[Lesson]]) -> Non
     """Train the adapter of the stage's name on the lessons that `make` returns."""
 
     def lay_out(rows: RowsOf, label: str) -> list[Tree]:
-        trees = [lesson_tree(work.engine.tokenizer, lesson) for lesson in make(rows)]
-        kept, dropped = usable(trees, work.engine.max_length, Sft())
-        print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", dropped)
+        made, limit = make(rows), work.engine.max_length
+        trees = [lesson_tree(work.engine.tokenizer, lesson, limit) for lesson in made]
+        kept, dropped = usable(trees, limit, Sft())
+        long = sum(map(len, made)) - sum(len(tree.branches) for tree in trees)
+        counts = {"chats left out as too long": long, **dropped}
+        print_counts(f"{label}: {len(kept)} lessons, {sum(map(len, kept))} tokens", counts)
         return kept
 
     trees = lay_out(work.rows, stage)

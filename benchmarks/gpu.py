@@ -68,7 +68,7 @@ from usbrec.crs.agents import Roles, Side
 from usbrec.crs.catalogue import Catalogue
 from usbrec.crs.datasets import load_catalogue, load_split
 from usbrec.crs.lessons import recommender_lessons
-from usbrec.extras.default_model import MODELS, NAME, is_whole
+from usbrec.extras.default_model import DEFAULT, MODELS, is_whole
 from usbrec.llm.cache import PrefixCache
 from usbrec.llm.checkpoint import load_model
 from usbrec.llm.decoding import prefill
@@ -240,7 +240,7 @@ def their_loss(model: Any, pairs: list[Tree]) -> torch.Tensor:
 
 def training(bench: Bench) -> Rows:
     """Yield tokens/s of SFT steps of the default model, here and on two threads of the CPU."""
-    size, folder = bench.size, MODELS / NAME
+    size, folder = bench.size, MODELS / DEFAULT["folder"]
     stored = size is WHOLE and is_whole(folder)
     if not stored:
         folder = write_folder(bench.work / "small", size.small)
@@ -312,7 +312,7 @@ def greedy(bench: Bench) -> Rows:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = MODELS / NAME
+    folder = MODELS / DEFAULT["folder"]
     if bench.size is not WHOLE or not is_whole(folder):
         folder = write_folder(bench.work / "greedy", TINY)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)

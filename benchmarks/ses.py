@@ -12,6 +12,8 @@ searched once, so that the two would differ in their work by chance. Here both m
 one plain reply of our own engine (3.5 is the floor: summary and three dependent replies of 32
 tokens against one).
 
+The chain within half of its tokens (by estimate) is timed alone: the release has no such search.
+
 `--grow` tells what samples, depth and a budget of tokens cost, with closed-form votes, in plain
 replies of our own engine. Leaves are what a search called one by one would pay for.
 """
@@ -114,9 +116,8 @@ def grow(engine: Engine, tokens: int, rounds: int) -> None:
         if options.levels[-1] <= MOST_LEAVES and not (mode == "tree" and 1 in (turns, samples)):
             shapes[mode, turns, samples, "all"] = options
     whole = shapes["chain", 2, 8, "all"]
-    most = 1 + bisect_left(range(1, 10**6), True, key=lambda n: not plan(root, bounded(whole, n)))
     for part in (2, 4):
-        shapes["chain", 2, 8, f"1/{part}"] = bounded(whole, most // part)
+        shapes["chain", 2, 8, f"1/{part}"] = bounded(whole, tokens_of(whole, root) // part)
     decoded: dict[Any, int] = {}
 
     def searched(key: Any) -> None:
@@ -136,6 +137,11 @@ def grow(engine: Engine, tokens: int, rounds: int) -> None:
     heads = ["search", "turns", "samples", "tokens", "most leaves", "decoded tokens"]
     show(rows, [*heads, "time / plain", "and per leaf"])
     print(f"a plain reply of {tokens} tokens takes {seconds['plain']:.2f} s")
+
+
+def tokens_of(options: SearchOptions, root: Dialogue) -> int:
+    """Return the least budget that leaves a search whole."""
+    return 1 + bisect_left(range(1, 10**6), True, key=lambda n: not plan(root, bounded(options, n)))
 
 
 def bounded(options: SearchOptions, tokens: int) -> SearchOptions:
@@ -169,6 +175,12 @@ def main() -> None:
         engine.clear_cache()
         turn(Roles(Side(llm), Side(llm), Catalogue([])), [root], mode, votes, tokens)
 
+    def within_half() -> None:
+        engine.clear_cache()
+        search(Roles(Side(engine), Side(engine), Catalogue([])), [root], [0], half)
+
+    chain = options_of("chain", VOTES, tokens)
+    half = bounded(chain, tokens_of(chain, root) // 2)
     rows, ratios = [], {}
     for mode in ("chain", "tree"):
         seconds = medians(
@@ -182,6 +194,8 @@ def main() -> None:
         replies = SHAPES[mode][0] + SHAPES[mode][1] * VOTES
         times = (f"{s:.1f}" for s in seconds.values())
         rows.append([mode, replies, *times, f"{ratios[mode]:.1f}"])
+    seconds = medians({"half": within_half}, rounds)
+    rows.append(["chain, half of its tokens", "", "", f"{seconds['half']:.1f}", ""])
     show(rows, ["search", "replies", "transformers, s", "ours, s", "ratio"])
     seconds = medians(
         {

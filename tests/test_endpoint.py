@@ -299,7 +299,16 @@ def test_without_a_key_a_placeholder_is_sent(
     if key is not None:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     texts(Endpoint(server.url, tmp_path / "answers.jsonl", 1), "a")
-    assert server.keys == {"Bearer none"}
+    assert server.keys == {"Bearer no-key-given"}
+
+
+def test_quotes_around_a_key_are_not_part_of_it(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typographic ones, as a text editor sets them: no header can hold them."""
+    monkeypatch.setenv("OPENAI_API_KEY", f"\u201c{KEY}\u201d")
+    texts(Endpoint(server.url, tmp_path / "answers.jsonl", 1), "a")
+    assert server.keys == {f"Bearer {KEY}"}
 
 
 def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +376,7 @@ def test_votes_stand_in_for_what_a_server_does_not_tell(
     assert len(said) == 1 and server.url in said[0]
 
 
-@pytest.mark.parametrize("code", [400, 422])
+@pytest.mark.parametrize("code", [400, 403, 422])
 def test_votes_stand_in_for_what_a_server_refuses_to_tell_but_not_for_another_refusal(
     code: int, tmp_path: Path
 ) -> None:

@@ -18,12 +18,13 @@ from usbrec.crs.agents import (
     external_judge_prompt,
     internal_judge_prompt,
     memory_prompt,
+    prompt_text,
     recommender_prompt,
     summary_prompt,
 )
 from usbrec.crs.catalogue import Catalogue, Item, read_item
 from usbrec.crs.datasets import load_catalogue, load_split
-from usbrec.crs.dialogue import SILENCE, Example, Utterance
+from usbrec.crs.dialogue import SILENCE, Example, Utterance, format_dialogue
 from usbrec.crs.lessons import (
     FILMLESS,
     LessonOptions,
@@ -44,7 +45,7 @@ from usbrec.crs.lessons import (
     told,
     woven,
 )
-from usbrec.crs.wishes import UNKNOWN, card, fit, read_profile
+from usbrec.crs.wishes import UNKNOWN, Fact, card, fit, read_profile
 from usbrec.options import seed_for
 
 CATALOGUE = load_catalogue("sample")
@@ -532,3 +533,39 @@ def test_one_dialogue_in_so_many_teaches_to_explain() -> None:
     lessons = recommender_lessons(TRAIN[:9], [], CATALOGUE, options)
     explained = [Message("user", EXPLAIN) in lesson[0] for lesson in lessons]
     assert explained == [i % 4 == 0 for i in range(len(lessons))]
+
+
+def pairs_in(chat: Messages) -> set[tuple[str, frozenset[Fact]]]:
+    """Every (title, wishes) of a chat: the titles of its replies, the wishes of its profile."""
+    before, _, after = prompt_text("judge_internal").partition("{profile}")
+    profiles = [x.content.removeprefix(before).removesuffix(after) for x in chat]
+    wishes = {read_profile(x, CATALOGUE) for x in profiles if x.startswith("Likes: ")}
+    replies = [x.content for x in chat if not x.content.startswith("Likes: ")] if wishes else []
+    titles = {x.title for text in replies for found in CATALOGUE.find(text) for x in found.items}
+    return {(title, facts) for title in titles for facts in wishes}
+
+
+def test_no_lesson_holds_what_a_held_out_row_asks() -> None:
+    """Neither a (film, wishes) pair of valid or test, nor one of their dialogues."""
+    held = [x for split in ("valid", "test") for x in load_split("sample", split).examples]
+    asked = {(t, read_profile(str(x.profile), CATALOGUE)) for x in held for t in x.items}
+    said = {tuple(line.text for line in x.history) for x in held}
+    said |= {(format_dialogue(x.history),) for x in held}  # as the summariser reads them
+    rows = sorted(load_split("sample", "train").examples, key=lambda x: seed_for(x.dialog_id))
+    draws = Suggestions(CATALOGUE, popularity_of(rows, CATALOGUE))
+    first, then = simulator_lessons(rows[:60], draws, 0, OPTIONS)
+    kinds = [
+        recommender_lessons(rows[:100], rows[100:1000], CATALOGUE, OPTIONS),
+        first + then,
+        summary_lessons(rows[:200], CATALOGUE, OPTIONS),
+        card_lessons(rows[:1200], draws, 0, OPTIONS),
+    ]
+    pairs, dialogues = [], []
+    for lessons in kinds:
+        chats = [chat for lesson in lessons for chat in lesson]
+        pairs.append({pair for chat in chats for pair in pairs_in(chat)})
+        texts = [tuple(x.content for x in chat[1:]) for chat in chats]
+        dialogues.append({x[:n] for x in texts for n in range(1, len(x) + 1)})
+    assert all(pairs) and [len(asked & x) for x in pairs] == [0] * 4
+    assert [len(said & x) for x in dialogues] == [0] * 4
+    assert len(asked & pairs_in(recommender_lessons([], held[:1], CATALOGUE, OPTIONS)[0][0])) == 1

@@ -56,6 +56,7 @@ def test_every_type_of_field_is_read_from_its_flag() -> None:
         ("--rate -1", "rate must be"),
         ("--hare-rate -1", "--hare-...: rate must be"),
         ("--rate 1 --hare-steps -1 --no-loud", "--hare-...: steps must be"),
+        ("--rate -1 --hare-steps 2", "rate must be"),
     ],
 )
 def test_a_refused_value_is_told_with_the_prefix_that_was_given(line: str, told: str) -> None:

@@ -325,6 +325,8 @@ EXAMPLES = [
     Example("d2", 4, talk("Seen Red Loft (2001).", "So?", "More."), "x", (LOFT.title, OLD.title)),
 ]
 FILLER = ["Night Ferry (1990)"] * 8
+SAID = (("Dark, please.", WELL), ("More.", OLD), ("Any.", OLD), ("Any.", OLD))
+TRAIN = [Example(str(n), 2, talk(text), "x", (film.title,)) for n, (text, film) in enumerate(SAID)]
 
 
 def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
@@ -333,11 +335,12 @@ def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
         [NEW.title, LOFT.title, WELL.title, *FILLER],
         [LOFT.title, WELL.title, NEW.title, *FILLER],
     ]
-    found = ranked_recall(FILMS, EXAMPLES, ranked, {OLD.title: 3, WELL.title: 1}, 0)
+    found = ranked_recall(FILMS, EXAMPLES, ranked, TRAIN, 0)
     means = {name: {k: v["recall@1"]["mean"] for k, v in x.items()} for name, x in found.items()}
     third = 1 / 3
     assert means == {
         "ranked": {1: third, 10: 2 * third},
+        "nearest": {1: 2 * third, 10: 2 * third},
         "copy-last": {1: third, 10: third},
         "most-popular": {1: third, 10: 2 * third},
         "copy, then popular": {1: third, 10: 1.0},
@@ -353,7 +356,7 @@ def test_recall_at_k_counts_labels_among_the_first_k_titles() -> None:
 
 def test_recall_goes_as_far_as_the_longest_ranking() -> None:
     ranked = [[WELL.title, *FILLER, OLD.title], [LOFT.title]]  # ten titles and one
-    found = ranked_recall(FILMS, EXAMPLES, ranked, {}, 0)["ranked"]
+    found = ranked_recall(FILMS, EXAMPLES, ranked, TRAIN, 0)["ranked"]
     assert {k: x["recall@1"]["mean"] for k, x in found.items()} == {1: 2 / 3, 10: 2 / 3}
 
 
@@ -362,7 +365,7 @@ def test_intervals_of_rankings_draw_whole_dialogues() -> None:
     same = [
         replace(EXAMPLES[0], turn_id=turn, items=(x.title,)) for turn, x in enumerate((WELL, OLD))
     ]
-    recall = ranked_recall(FILMS, same, [[WELL.title]] * 2, {}, 0)["ranked"][1]["recall@1"]
+    recall = ranked_recall(FILMS, same, [[WELL.title]] * 2, TRAIN, 0)["ranked"][1]["recall@1"]
     ends = (recall["low"], recall["mean"], recall["high"])
     assert ends == pytest.approx((0.0125, 0.5, 0.9875))  # of two dialogues 0 to 1
 

@@ -226,7 +226,9 @@ def test_the_fields_of_a_request_shape_its_reply(running: Running) -> None:
     assert "".join(running.pieces(seed=1, stop=[text[3:5]])) == running.text(seed=1, stop=text[3:5])
     running.calls.clear()
     running.ask(temperature=0.5, top_p=0.25, max_tokens=3, stop=["a", "b"])
-    running.ask(max_completion_tokens=4, n=1, logprobs=False, frequency_penalty=0, user="me")
+    running.ask(
+        max_completion_tokens=4, n=1, logprobs=False, frequency_penalty=0, user="me", tools=[]
+    )
     running.ask(extra_body={"top_k": 7, "min_p": 0.1, "tools": None})
     running.ask()
     assert [call[0].sampling for call in running.calls] == [

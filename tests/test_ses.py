@@ -772,3 +772,17 @@ def test_after_the_seconds_no_turn_begins_and_the_best_so_far_is_said(
     assert len(llm.scored) == min(ends, 2) and (None in values) == (ends == 0)
     left = [x.value or 0 for x in result.candidates if not x.dropped]
     assert result.candidates[result.best].value == (max(left) if ends else None)
+
+
+def test_a_search_that_ends_unjudged_says_the_film_that_fits_by_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up is the likeliest title, Alien is refused, Heat alone is a crime film."""
+    ticks = iter(range(10))
+    monkeypatch.setattr("usbrec.crs.ses.time.monotonic", lambda: next(ticks))
+    options = SearchOptions(samples=3, turns=1, cards=True, candidates="ranked")
+    llm = Ranking(lambda request: "" if request.begin else PROFILE)
+    (result,) = search(of_films(llm), ROOTS[:1], [1], replace(options, budget_seconds=0.5))
+    assert result.late == 1 and not llm.scored
+    assert [x.dropped for x in result.candidates] == [1, 1, None]
+    assert result.reply == "I recommend Heat (1995)."

@@ -44,12 +44,12 @@ class Counting(Scripted):
         self.usage = Usage()
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
-        self.usage.prompt_tokens += 10 * len(requests)
+        self.usage.computed_tokens += 10 * len(requests)
         self.usage.decoded_tokens += len(requests)
         return super().generate(requests)
 
     def choice_logprobs(self, requests: Sequence[Request], choices: Any) -> list[list[float]]:
-        self.usage.prompt_tokens += 10 * len(requests)
+        self.usage.computed_tokens += 10 * len(requests)
         return super().choice_logprobs(requests, choices)
 
     def clear_cache(self) -> None:

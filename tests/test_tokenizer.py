@@ -494,6 +494,17 @@ def test_a_reply_has_room_of_its_own(smollm2):
     assert was_shortened and ids == smollm2.prompt(chat[:1] + chat[3:])
 
 
+def test_a_chat_that_is_too_long_costs_its_lesson_no_other_chat(smollm2):
+    first, long, last = (
+        (Message("user", "why"), Message("assistant", text, 1.0))
+        for text in ("so", "so " * 60, "no")
+    )
+    tree = lesson_tree(smollm2, [first, long, last], 50)
+    assert tree == lesson_tree(smollm2, [first, last]) != lesson_tree(smollm2, [first, long, last])
+    kept, dropped = usable([lesson_tree(smollm2, [long], 50)], 50, Sft())
+    assert not kept and dropped == {"dropped with nothing to learn": 1}
+
+
 def test_a_prompt_as_long_as_the_limit_and_a_reply_beyond_it_are_dropped_and_counted(smollm2):
     """No reply is ever cut: not to nothing, and not to a beginning that nobody wrote."""
     question, reply = Message("user", "why " * 30), Message("assistant", "so " * 30, 1.0)

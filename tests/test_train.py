@@ -616,7 +616,7 @@ def test_test_dialogues_enter_no_lesson_and_no_pair(
     lessons = []
     plain = train.lesson_tree
     monkeypatch.setattr(
-        train, "lesson_tree", lambda tokenizer, x: lessons.append(x) or plain(tokenizer, x)
+        train, "lesson_tree", lambda tokenizer, x, n: lessons.append(x) or plain(tokenizer, x, n)
     )
     options = inputs | {
         "--max-simulator": 0,

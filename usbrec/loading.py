@@ -86,10 +86,10 @@ def load_engine(options: ModelOptions, find: Find, sharded: bool = False) -> Eng
     """
     device = pick_device(options.device)
     folder = parallel.one_then_all(lambda: find(options.model))
+    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
     model = load_model(folder, pick_dtype(options.dtype, device), device, sharded)
     accelerate(model)
     give_back_memory()  # the weights that were laid out anew
-    tokenizer = ChatTokenizer.from_folder(folder, options.chat_format, options.chat_date)
     kv_bytes = int(options.kv_memory * 10**9) or default_kv_bytes(model)
     return Engine(model, tokenizer, kv_bytes, options.max_length)
 
@@ -142,18 +142,19 @@ class Models:
 def weights_digest(name: str, find: Find) -> str:
     """Return a digest, 16 hexadecimal digits, that identifies an adapter or a model in results.
 
-    An adapter, a model's settings and its tokenizer are hashed whole, of a model's weights a PIECE
-    in every STRIDE, of a server its URL and the model's name, of "none" nothing.
+    An adapter, a model's settings and its tokenizer are hashed whole, of a model's weights or file
+    a PIECE in every STRIDE, of a server its URL and the model's name, of "none" nothing.
     """
     if is_server(name):
         return hashlib.blake2b(repr(split_address(name)).encode(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(digest_size=8)
     if own := is_adapter(name):
         file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
-    folder = Path(name) if own or name == "none" else parallel.one_then_all(lambda: find(name))
+    here = own or name == "none" or Path(name).is_file()
+    folder = Path(name) if here else parallel.one_then_all(lambda: find(name))
     files = ("*config.json", "tokenizer.*", "*.safetensors")
-    for path in sorted(x for y in files for x in folder.glob(y)):
-        step = STRIDE if path.suffix == ".safetensors" and not own else PIECE
+    for path in sorted(x for y in files for x in folder.glob(y)) or filter(Path.is_file, [folder]):
+        step = PIECE if own or path.suffix in (".json", ".model") else STRIDE
         with path.open("rb") as file:
             for start in range(0, path.stat().st_size, step):
                 digest.update(b"%d" % file.seek(start) + file.read(PIECE))

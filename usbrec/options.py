@@ -181,18 +181,20 @@ def from_flags(
     """Return an instance of `options`, each field from its flag, else `defaults`, else the class.
 
     A flag of a later prefix overrides one of an earlier prefix. Raises UserError for a value that
-    the options refuse, with the prefix of the last flag that is given.
+    the options refuse, with the prefix of its flag.
     """
-    values, last = dict(defaults), prefixes[0] if prefixes else ""
+    values, given = dict(defaults), dict[str, str]()  # each field's value, and its flag's prefix
     for prefix in prefixes or ("",):
         for item in fields(options):  # type: ignore[arg-type]
             value = getattr(flags, _flag(prefix, item.name)[2:].replace("-", "_"), None)
             if value is not None:
-                values[item.name], last = tuple(value) if isinstance(value, list) else value, prefix
+                values[item.name] = tuple(value) if isinstance(value, list) else value
+                given[item.name] = prefix
     try:
         return options(**values)
-    except ValueError as error:
-        raise UserError(f"{_flag(last, '...')}: {error}" if last else str(error)) from error
+    except ValueError as error:  # begins with a field's name
+        own = given.get(str(error).split()[0], "".join(prefixes[:1]))
+        raise UserError(f"{_flag(own, '...')}: {error}" if own else str(error)) from error
 
 
 def _flag(prefix: str, name: str) -> str:

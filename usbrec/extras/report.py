@@ -14,9 +14,10 @@ from typing import Any
 from usbrec.chat import Row
 from usbrec.crs.agents import Titles
 from usbrec.crs.catalogue import Catalogue
-from usbrec.crs.dialogue import Dialogue, Examples, Popularity, Utterance, format_dialogue
+from usbrec.crs.dialogue import Dialogue, Examples, Utterance, format_dialogue
 from usbrec.crs.evaluation import Guesses, Labels, gold_labels
-from usbrec.extras.baselines import copied, popular
+from usbrec.crs.lessons import popularity_of
+from usbrec.extras.baselines import copied, nearest, popular
 from usbrec.extras.intervals import differences, mean_interval
 from usbrec.extras.measures import CHECKED, agreement, search_figures, summaries, within_dialogues
 from usbrec.loading import costs
@@ -142,19 +143,22 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def ranked_recall(
-    catalogue: Catalogue, examples: Examples, ranked: Titles, popularity: Popularity, seed: int
+    catalogue: Catalogue, examples: Examples, ranked: Titles, train: Examples, seed: int
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Return {method: {K: `recall` at K}} for each K of CUTS up to the length of the rankings.
 
-    Rankings are best first. Three baselines are measured beside them: copy-last guesses the titles
-    of the dialogue, newest first; most-popular guesses the training labels, most frequent first;
-    copy, then popular guesses the one and then the other. The mean is over labels, as in iEvaLM;
-    intervals draw whole dialogues. The last entry is the paired difference to the last baseline.
+    Rankings are best first. Four baselines are measured beside them: nearest guesses the first
+    label of the training row with the most similar words; copy-last the titles of the dialogue,
+    newest first; most-popular the training labels, most frequent first; copy, then popular the one
+    and then the other. The mean is over labels, as in iEvaLM; intervals draw whole dialogues. The
+    last entry is the paired difference to the last baseline.
     """
-    groups, most = [example.dialog_id for example in examples], popular(catalogue, popularity)
+    groups = [example.dialog_id for example in examples]
+    most = popular(catalogue, popularity_of(train, catalogue))
     copies = [copied(catalogue, example) for example in examples]
     methods: dict[str, Sequence[Guesses]] = {
         "ranked": [[catalogue.named(title) for title in titles] for titles in ranked],
+        "nearest": [[catalogue.named(x.items[0])] for x in nearest(examples, train)],
         "copy-last": copies,
         "most-popular": [most] * len(examples),
         "copy, then popular": [list(dict.fromkeys([*own, *most])) for own in copies],

@@ -24,6 +24,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from usbrec.answering import Recommender, ReplyOptions
@@ -41,11 +42,12 @@ except ImportError as error:
     raise UserError("--serve needs two packages: pip install starlette uvicorn") from error
 
 WAITING = 256  # jobs; further ones are turned away
-OURS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-SEARCHED, SHAPES = "recommender-ses", ("temperature", *OURS)
+SEARCHED = "recommender-ses"
+# fields of a request: those that are read, those at values that change nothing, and our names of
+# those that shape a reply
+FIELDS = parse_json(Path(__file__).with_name("openai.json").read_text("utf-8"))
+OURS, SHAPES = FIELDS["ours"], ("temperature", *FIELDS["ours"])
 SERVED = {"recommender": (*SHAPES, "top_p", "top_k", "min_p", "stop"), SEARCHED: SHAPES}
-READ = ("model", "messages", "seed", "stream", "stream_options", "user", "metadata", "store")
-UNSET = {"n": 1, "top_p": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
 
 
 class Job(NamedTuple):
@@ -74,7 +76,8 @@ def read_job(body: Any, recommender: Recommender, put: Callable[..., object]) ->
     given, model = {x: y for x, y in body.items() if y is not None}, str(body.get("model"))
     if model not in SERVED:
         raise exceptions.HTTPException(404, f"no model {model!r:.60}, only {' and '.join(SERVED)}")
-    if idle := {x for x, y in given.items() if y != UNSET.get(x)}.difference(READ, SERVED[model]):
+    set_here = {x for x, y in given.items() if y != FIELDS["unset"].get(x)}
+    if idle := set_here.difference(FIELDS["read"], SERVED[model]):
         raise UserError(f"{min(idle)} has no effect on {model}: leave it out")
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
@@ -179,7 +182,7 @@ class Api:
             jobs = [x for x in taken if x.searching == how]
             for job, reply in zip(jobs, draw(self.recommender, jobs), strict=True):
                 job.put(reply)
-        self.recommender.spent()
+            self.recommender.spent()
 
 
 async def refuse(request: requests.Request, error: Exception) -> responses.Response:

@@ -41,10 +41,8 @@ def save_adapter(model: Decoder, name: str, folder: Path, base_name: str) -> Non
     config = next(iter(layers.values())).configs[name]
     last_names = sorted({path.rpartition(".")[2] for path in layers})
     named_so = targeted(model, last_names, folder)
-    alpha = config.lora_alpha
-    scale = {"r": config.r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
-    settings = {**PEFT["written"], "base_model_name_or_path": base_name, **scale}
-    settings["use_rslora"] = config.use_rslora
+    settings = {**PEFT["written"], "base_model_name_or_path": base_name, "r": config.r}
+    settings |= {"lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
     settings["target_modules"] = last_names if named_so.keys() == layers.keys() else sorted(layers)
     own = adapter_parameters(model, name)
     tensors = {PREFIX + stored_name(model.config, x): own[x].data.cpu().contiguous() for x in own}
@@ -79,8 +77,6 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[LoraConfig, Matrices]:
     for a key that is missing, unexpected or of another shape, as in an adapter of another base, and
     for a model into which an adapter of the same base is merged.
     """
-    if not folder.is_dir():
-        raise UserError(f"no such adapter folder: {folder}")
     source = file_in(folder, CONFIG_FILE)
     settings = read_json(source)
     if str(settings.get("base_model_name_or_path")) == model.config.merged_base:
@@ -117,7 +113,11 @@ def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     settings = CheckedSettings(values, source)
     settings.refuse_others(PEFT["honoured"])
     settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in PEFT["any"]})
-    r, alpha, targets = settings.size("r"), values.get("lora_alpha"), values.get("target_modules")
+    r, alpha, targets = (
+        settings.size("r", limit=1 << 16),
+        values.get("lora_alpha"),
+        values.get("target_modules"),
+    )
     if type(alpha) not in (int, float) or (alpha and not LEAST <= abs(alpha) < 1e9):
         raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r:.60}")
     names: list[Any] = targets if isinstance(targets, list) else [targets]

@@ -64,8 +64,9 @@ class Endpoint:
         openai is missing, or cannot use the address.
         """
         self.url, self.answers, self.in_flight = url, answers, in_flight
-        # no key holds white space, but a file's line end may follow it; the client wants a key
-        self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split()) or "none"
+        # no key holds white space or typographic quotes, but both may stand around one
+        given = os.environ.get("OPENAI_API_KEY", "").encode("ascii", "ignore").decode()
+        self.key = "".join(given.split()) or "no-key-given"  # the client wants one
         try:
             import openai
 
@@ -135,7 +136,7 @@ class Endpoint:
         try:
             answer = read_answer(self.client.chat.completions.create(**body))
         except self.failure as error:
-            if "logprobs" in body and getattr(error, "status_code", 0) in (400, 422):
+            if "logprobs" in body and getattr(error, "status_code", 0) in (400, 403, 422):
                 self.known[key] = {"top": []}  # votes will show any other cause
                 return
             words = " ".join(f"{error} {error.__cause__ or ''}".split())
@@ -146,7 +147,6 @@ class Endpoint:
         with self.lock:
             append_rows(self.answers, [{"key": key, **answer}])
             self.known[key] = answer
-            self.usage.prompt_tokens += answer["tokens"][0]
             self.usage.computed_tokens += answer["tokens"][0]
             self.usage.decoded_tokens += answer["tokens"][1]
 
@@ -163,8 +163,8 @@ def read_answer(completion: Any) -> Row:
     told = ((str(x.token), x.logprob) for x in getattr(first, "top_logprobs", None) or ())
     top = [[x, p] for x, p in told if isinstance(p, float | int) and p > -math.inf]
     tokens = [getattr(usage, f"{name}_tokens", 0) or 0 for name in ("prompt", "completion")]
-    text, ended = "" + (choice.message.content or ""), choice.finish_reason == "stop"
-    return {"text": text, "finished": ended, "top": top, "tokens": tokens}
+    text = ("" + (choice.message.content or "")).encode(errors="replace").decode()  # no half letter
+    return {"text": text, "finished": choice.finish_reason == "stop", "top": top, "tokens": tokens}
 
 
 def read_answers(path: Path) -> dict[str, Row]:

@@ -34,14 +34,14 @@ class Usage:
 
     calls: int = 0
     shortened: int = 0  # prompts that lost their oldest turns
-    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of prompts: their keys and values were cached
     computed_tokens: int = 0
     decoded_tokens: int = 0
 
     @property
-    def reused_tokens(self) -> int:
-        """Prompt tokens whose keys and values were cached."""
-        return self.prompt_tokens - self.computed_tokens
+    def prompt_tokens(self) -> int:
+        """All tokens of prompts."""
+        return self.reused_tokens + self.computed_tokens
 
     def since(self, before: "Usage") -> dict[str, int]:
         """Return the increase of each count, by name, since the copy `before` was made."""
@@ -287,7 +287,7 @@ class Engine:
     def prefill(self, rows: Rows, firsts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the paths and hidden states of `decoding.prefill`; count its tokens."""
         paths, states, computed = prefill(self.model, self.cache, rows, firsts)
-        self.usage.prompt_tokens += sum(len(ids) for _, ids in rows)
+        self.usage.reused_tokens += sum(len(ids) for _, ids in rows) - computed
         self.usage.computed_tokens += computed
         return paths, states
 

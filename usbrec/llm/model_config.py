@@ -66,8 +66,6 @@ def file_in(folder: Path, name: str) -> Path:
 
 def load_config(folder: Path) -> ModelConfig:
     """Return the settings of a model's folder; raises UserError naming the file."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"no such model folder: {folder} (it has no config.json)")
     file = file_in(folder, "config.json")
     return config_from(read_json(file), file)
 

@@ -14,6 +14,7 @@ rows, one for each path, to rounding.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -56,12 +57,14 @@ class Tree:
 Trees = Sequence[Tree]
 
 
-def lesson_tree(tokenizer: ChatTokenizer, lesson: Lesson) -> Tree:
+def lesson_tree(tokenizer: ChatTokenizer, lesson: Lesson, limit: float = math.inf) -> Tree:
     """Return the tree of a lesson, a branch per chat: what chats begin with alike is computed once.
 
-    A token that is learned is its chat's own, so the loss is that of the chats one by one.
+    A token that is learned is its chat's own, so the loss is that of the chats one by one. A chat
+    of more than `limit` tokens is left out.
     """
-    branches, rows = list[Branch](), [tokenizer.render(chat) for chat in lesson]
+    rows = [(ids, weights) for ids, weights in map(tokenizer.render, lesson) if len(ids) <= limit]
+    branches = list[Branch]()
     for number, (ids, weights) in enumerate(rows):
         free = next((i for i, weight in enumerate(weights) if weight), len(ids))
         alike = [len(commonprefix([ids[:free], other])) for other, _ in rows[:number]]

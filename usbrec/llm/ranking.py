@@ -139,7 +139,6 @@ def advance(engine: "Engine", going: Sequence[tuple["Search", list[Open]]]) -> N
     rows = (torch.tensor(x, device=engine.model.device) for x in (ids, places))
     spans = adapter_spans([search.adapter for search, _ in going], counts)
     states = engine.model(*rows, attention, spans).split(counts)
-    engine.usage.prompt_tokens += len(ids)
     engine.usage.computed_tokens += len(ids)
     for (search, chosen), (_, _, ends), own in zip(going, laid_out, states, strict=True):
         search.score(chosen, ends, own)

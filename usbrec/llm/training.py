@@ -104,7 +104,9 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
     parameters = trainable(model, adapter)
     facts = {"adapter": adapter, "objective": repr(job.objective), **asdict(options)}
     facts |= {"items": digest(trees), "validation": digest(job.validation)}
-    optimizer = adamw(parameters, options.weight_decay)
+    # A and B have a group each: their rates may differ (LoRA+)
+    groups = [{"params": [x for k, x in parameters.items() if f".lora_{y}." in k]} for y in "AB"]
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
     of_A, of_B = optimizer.param_groups
     state = State(job.folder, parameters, optimizer)
     state.resume({**facts, "weights": digest(copies(parameters))})
@@ -174,19 +176,13 @@ def run_pass(model: Decoder, adapter: str, packed: Packed) -> TokenLogps:
 
 
 def own_rows(rows: Sequence[list[Tree]]) -> list[tuple[list[Tree], float]]:
-    """Return the rows of this process, each with weight 1.
+    """Return the rows of this process with their weights, which are 1.
 
     All processes take the same number of passes, since each pass gathers sharded weights. A process
-    that has a row fewer repeats the shortest row with weight 0.
+    that has a row fewer repeats the last row with weight 0.
     """
     own = [(row, 1.0) for row in rows[parallel.rank() :: parallel.world()]]
     return own if len(own) * parallel.world() >= len(rows) else [*own, (rows[-1], 0.0)]
-
-
-def adamw(parameters: Tensors, decay: float) -> torch.optim.Optimizer:
-    """Return AdamW over an adapter in two groups, A and B, whose rates may differ (LoRA+)."""
-    own = [[x for name, x in parameters.items() if y in name] for y in (".lora_A.", ".lora_B.")]
-    return torch.optim.AdamW([{"params": x} for x in own], weight_decay=decay, fused=True)
 
 
 def step_items(options: TrainingOptions, items: int) -> list[list[int]]:
