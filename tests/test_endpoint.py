@@ -40,7 +40,7 @@ from usbrec.extras.default_model import find_model
 from usbrec.llm.endpoint import Endpoint, read_answers, split_address, sum_choices
 from usbrec.llm.engine import Engine
 from usbrec.loading import ModelOptions, Models, load_engine, usage_of, weights_digest
-from usbrec.options import UserError
+from usbrec.options import UserError, seed_for
 from usbrec.runs import read_json, read_rows
 
 ROOT = Path(train.__file__).parent
@@ -395,6 +395,15 @@ def test_votes_stand_in_for_what_a_server_refuses_to_tell_but_not_for_another_re
         server.faults.append(refusal(401, "bad key"))
         with pytest.raises(UserError, match="bad key"):
             roles.judge([(Message("user", "c"),)], Votes(), [1])
+
+
+def test_half_a_letter_of_a_cut_answer_breaks_nothing_later(tmp_path: Path) -> None:
+    """A lone surrogate cannot be encoded: it would end the run again at each start."""
+    with serving(lambda body: completion("Try Heat \ud83d")) as server:
+        llm = Endpoint(server.url, tmp_path / "answers.jsonl", 1)
+        (said,) = texts(llm, "a")
+        assert said == "Try Heat ?" and seed_for(said)
+        assert texts(llm, said) == [said]
 
 
 @pytest.mark.parametrize("told", [{}, {"top_logprobs": None}, {"top_logprobs": []}])

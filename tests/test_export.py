@@ -108,6 +108,14 @@ def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys
     assert [row["rejected"]["value"] for row in rows] == ["What do you like?", "Try Heat."]
 
 
+def test_a_description_of_other_datasets_is_never_replaced(pairs_file, tmp_path, capsys):
+    (tmp_path / "dataset_info.json").write_text('{"alpaca": {}}')
+    assert main(["export", str(pairs_file), str(tmp_path)]) == 2
+    assert "has a dataset_info.json already: name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "dataset_info.json").read_text() == '{"alpaca": {}}'
+    assert not (tmp_path / "pairs.json").exists()
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

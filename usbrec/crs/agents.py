@@ -108,9 +108,7 @@ class Roles:
         if not dialogues:
             return []
         if not isinstance(side.llm, Ranks):
-            told = (
-                "without --rank, and with --ses-candidates distinct or other --methods, it need not"
-            )
+            told = "use --ses-candidates distinct or other --methods, and no --rank"
             raise UserError(f"this language model cannot rank titles: {told}")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
@@ -222,8 +220,8 @@ def announce(title: str) -> str:
 def ranking_tokens(count: int, titles: int) -> int:
     """Return the tokens within which a ranking finds its `count` best announcements.
 
-    Of 288 titles the first takes most of 450, and the ten best hardly more. Of ReDial's 6,576 then
-    16% of the best eight are missing, after 900 tokens 2%.
+    Of 288 titles the first takes most of 450, and the ten best hardly more. Of the best eight of
+    ReDial's 6,576 titles 16% are missing after 450 tokens, and 2% after 900.
     """
     return max(480 if titles <= 500 else 900, 60 * count)
 

@@ -225,6 +225,8 @@ def export(pairs: str, folder: Path) -> Iterator[str]:
     rows = [llama_factory_row(pair, place) for place, pair in datasets.read_pairs(Path(pairs))]
     if not rows:
         raise UserError(f"{pairs} holds no pair")
+    if (folder / "dataset_info.json").exists():  # it may describe other datasets
+        raise UserError(f"{folder} has a dataset_info.json already: name a new folder")
     text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_whole(folder / "pairs.json", text.encode(errors="backslashreplace"))
     write_json(folder / "dataset_info.json", KNOWN["llama_factory"])

@@ -3,8 +3,8 @@
 Departures from the paper (arXiv 2509.20381) and its release, and our choice where both are silent:
 1. The class of a score is the judge's most probable digit, ties to the lower, read in closed form;
    `votes` samples votes and takes their majority instead.
-2. All k samples take part (the release keeps one), drawn at a raised temperature (its 0.1 repeats
-   itself); equal texts are rolled out once.
+2. All k samples take part (the release keeps one), drawn at a raised temperature (at the
+   release's 0.1 most are equal); equal texts are rolled out once.
 3. Samples of one class are told apart by the mean score, then by order of draw.
 4. `worst` is the highest class of a rejected sample: 0 (paper) or 1, "below two" (release). Without
    such a sample the gold response is rejected; without a 2 it is chosen. It is not scored.

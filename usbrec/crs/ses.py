@@ -176,7 +176,7 @@ class SearchResult:
     widths: list[int] = field(default_factory=list)
     late: int | None = None
 
-    def firsts(self, recommender: Side, options: SearchOptions, numbers: Sequence[int]) -> Asked:
+    def requests(self, recommender: Side, options: SearchOptions, numbers: Sequence[int]) -> Asked:
         """Return the requests for the first responses of these numbers."""
         prompts = [agents.recommender_prompt(self.root)] * len(numbers)
         keys = [seed_for(self.seed, "candidate", n) for n in numbers]
@@ -252,13 +252,13 @@ def begin(results: Searches, roles: Roles, options: SearchOptions) -> None:
     drawn = [[agents.announce(item.title) for item, _ in row] for row in best]
     bare = [x for x in results if not x.profile]
     asked = roles.summaries([x.root for x in bare], options.summary_tokens, [x.seed for x in bare])
-    firsts = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
-    for result, numbers in zip(results, firsts, strict=True):
-        asked += result.firsts(roles.recommender, options, numbers)
+    drawn_numbers = [range(0 if ranked else (x.widths or [options.samples])[0]) for x in results]
+    for result, numbers in zip(results, drawn_numbers, strict=True):
+        asked += result.requests(roles.recommender, options, numbers)
     texts = iter(roles.complete(asked))
     for result in bare:
         result.profile = next(texts)
-    drawn = drawn or [[next(texts) for _ in numbers] for numbers in firsts]
+    drawn = drawn or [[next(texts) for _ in numbers] for numbers in drawn_numbers]
     if options.candidates == "distinct":
         drawn = draw_distinct(roles, results, drawn, options)
     for x, replies, row in zip(results, drawn, best or [[]] * len(results), strict=True):
@@ -305,8 +305,8 @@ def plan(root: Dialogue, options: SearchOptions, titles: int = 0) -> list[int]:
 
 def write_out(roles: Roles, results: Searches, options: SearchOptions) -> None:
     """Replace the chosen announcements by whole replies that begin with them."""
-    firsts = [(x, x.firsts(roles.recommender, options, [x.best])[0]) for x in results]
-    asked = [(side, replace(request, begin=x.reply)) for x, (side, request) in firsts]
+    begun = [(x, x.requests(roles.recommender, options, [x.best])[0]) for x in results]
+    asked = [(side, replace(request, begin=x.reply)) for x, (side, request) in begun]
     for result, text in zip(results, roles.complete(asked), strict=True):
         result.candidates[result.best].reply = text
 
@@ -324,7 +324,7 @@ def draw_distinct(
     for start in range(width, options.draws, width):
         numbers = range(start, min(start + width, options.draws))
         short = [i for i, x in enumerate(drawn) if len(by_title(roles.catalogue, x)) < enough[i]]
-        asked = [x for i in short for x in results[i].firsts(roles.recommender, options, numbers)]
+        asked = [x for i in short for x in results[i].requests(roles.recommender, options, numbers)]
         texts = iter(roles.complete(asked))
         for i in short:
             drawn[i].extend(next(texts) for _ in numbers)
@@ -422,8 +422,8 @@ def value_of(paths: list[list[Node]], options: SearchOptions, chance: float = 1.
 def select(candidates: Sequence[Candidate]) -> int:
     """Return the index of the candidate with the highest value, ties to the first.
 
-    A candidate without a value never beats one that has one, and an empty one beats none. Without
-    any value the first candidate that is not empty is chosen. A dropped one beats none.
+    A candidate without a value never beats one that has one, an empty one never one with text, and
+    a dropped one never another. Without any value the first candidate with text is chosen.
     """
     ranks = [(not x.dropped, x.value is not None, bool(x.reply), x.value or 0) for x in candidates]
     return ranks.index(max(ranks))

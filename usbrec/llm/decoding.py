@@ -113,8 +113,8 @@ class DecodeAttention:
     instead.
     """
 
-    # of a batch's rows must have ended before any leaves: leaving copies; at 1 the next step begins
-    # before the last tokens are read
+    # finished rows leave once they are this share of a batch, since the keys of others are copied;
+    # at 1 the next step begins before the last tokens are read
     leave_share = 0.25
 
     def __init__(self, cache: PrefixCache, prompts: Sequence[Tensor], new_tokens: int) -> None:
@@ -172,7 +172,7 @@ class DecodeAttention:
         return model(ids, positions, self, spans)
 
     def read(self, drawn: Tensor) -> Callable[[], list[int]]:
-        """Return what gives the drawn tokens (B,) as numbers."""
+        """Return a function that returns the drawn tokens (B,) as numbers."""
         return drawn.tolist
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

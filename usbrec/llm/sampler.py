@@ -30,7 +30,7 @@ class Sampler:
         self.uniforms, self.step = uniforms.float(), 0
         warm = [how.temperature > 0 for how in samplings]
         self.some_warm, self.warm = any(warm), torch.tensor(warm).to(device)
-        # (B, 1), of a greedy row in vain
+        # (B, 1); that of a greedy row is not read
         self.temperatures = torch.tensor([[float(x.temperature)] for x in samplings]).to(device)
         limits = [(how.top_k or 2**31, how.top_p, how.min_p) for how in samplings]
         self.limits = torch.tensor(limits, dtype=torch.float32).to(device)  # (B, 3)
