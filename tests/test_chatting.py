@@ -219,12 +219,15 @@ def test_a_terminal_gets_a_prompt_and_its_lines_can_be_edited(
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(chatting.sys, "stdout", Terminal())
     monkeypatch.setattr(chatting.sys, "stdin", Terminal())
-    monkeypatch.setitem(sys.modules, "readline", None)  # as where Python has none
-    for as_json in (False, True):
+    monkeypatch.delitem(sys.modules, "readline", raising=False)
+    for as_json, here in ((False, True), (False, False), (True, True)):
+        if not here:  # as where Python has none
+            monkeypatch.setitem(sys.modules, "readline", None)
         model = Model(by_role)
         roles = Roles(Side(model), Side(model), FILMS)
         recommender = Recommender(
             roles, [model], ReplyOptions(), Sampling(), SearchOptions(), False
         )
         Chat(recommender, lambda *row: None, as_json).converse()
-    assert prompts == ["Seeker: ", ""]
+        assert bool(sys.modules.get("readline")) == here or as_json
+    assert prompts == ["Seeker: ", "Seeker: ", ""]
