@@ -108,8 +108,7 @@ class Roles:
         if not dialogues:
             return []
         if not isinstance(side.llm, Ranks):
-            told = "use --ses-candidates distinct or other --methods, and no --rank"
-            raise UserError(f"this language model cannot rank titles: {told}")
+            raise UserError("a server cannot rank titles: see --ses-candidates and --methods")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
         return side.llm.best_texts(requests, texts, min(count, len(texts)), tokens)

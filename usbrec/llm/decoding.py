@@ -156,7 +156,10 @@ class DecodeAttention:
         """Return the keys and values of the rows' prompts, (layers, H_kv, rows, P, d) each."""
         paths = [self.paths[row] for row in rows]
         slots = torch.stack([F.pad(x, (0, self.P - len(x))) for x in paths])  # 0 is always written
-        where = slots.flatten().to(self.cache.k.device)
+        first, device = int(slots[0, 0]), self.cache.k.device
+        where: slice | Tensor = slots.flatten().to(device)
+        if torch.equal(slots, torch.arange(first, first + self.P)[None]):
+            where = slice(first, first + self.P)  # adjacent slots: a view
         k, v = (x[:, :, where].unflatten(2, slots.shape) for x in (self.cache.k, self.cache.v))
         return k, v
 

@@ -104,11 +104,9 @@ class Endpoint:
         return scores
 
     def body(self, request: Request) -> Row:
-        """Return the arguments of the client's call; raises UserError for a given beginning."""
+        """Return the arguments of the client's call."""
         o = request.sampling
-        if request.begin:
-            raise UserError(f"{self.url} cannot continue the given beginning {request.begin!r}")
-        assert request.adapter, "a server's model has a name"
+        assert request.adapter and not request.begin, "a server has named models, which cannot rank"
         messages = [{"role": x.role, "content": x.content} for x in request.messages]
         body: Row = {"model": request.adapter, "messages": messages, "max_tokens": o.max_new_tokens}
         body |= {"temperature": o.temperature, "top_p": o.top_p}
