@@ -18,6 +18,7 @@ from test_ses import FILMS
 from usbrec.chat import Request
 from usbrec.crs.agents import Roles, Side
 from usbrec.crs.ses import SearchOptions, search
+from usbrec.extras import pages
 from usbrec.extras.pages import write_report_page, write_trace
 from usbrec.extras.report import build_report, format_report, interval
 from usbrec.runs import read_json
@@ -225,6 +226,15 @@ def test_a_page_tells_when_a_budget_dropped_a_candidate(tmp_path: Path) -> None:
     row["search"]["candidates"][1]["dropped"] = 2
     told = [text(x) for x in page(tmp_path, row).of("span", "value")]
     assert [x for x in told if "dropped" in x] == ["1.00, dropped at turn 2"]
+
+
+def test_a_page_tells_a_reply_that_no_judge_was_asked_about(tmp_path: Path) -> None:
+    """As when the clock ends a search before its first judgement."""
+    row = searched()
+    leaf = row["search"]["candidates"][1]["leaves"][0]
+    leaf |= dict.fromkeys(("value", *pages.VOTES))
+    told = [text(x) for x in page(tmp_path, row).of("p", "note")]
+    assert [x for x in told if x.startswith("judge: ")][-1] == "judge: not asked"
 
 
 @pytest.mark.parametrize(("turn", "before"), [(1, 1), (2, 3)])

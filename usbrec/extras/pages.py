@@ -101,7 +101,7 @@ def _node(badge: Markup, said: Lines, leaves: Sequence[Row], films: Catalogue) -
         below = [{**leaf, "lines": leaf["lines"][2:]} for leaf in group]
         leaf = below[0]
         if not lines:
-            votes = [f"{x} {leaf[x]:.3g}" for x in VOTES if leaf[x] is not None] or ["unread"]
+            votes = [f"{x} {leaf[x]:.3g}" for x in VOTES if leaf[x] is not None] or ["not asked"]
             votes += [f"by its memory: {leaf['known']}"] if leaf.get("known") else []
             inside.append(tag("p", f"judge: {', '.join(votes)}".replace("_", " "), class_="note"))
         else:  # an inner node has no value of its own
