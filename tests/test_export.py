@@ -95,6 +95,7 @@ def as_llama_factory_reads(row, columns):
 def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys):
     folder = tmp_path / "data"
     assert main(["export", str(pairs_file), str(folder)]) == 0
+    assert main(["export", str(pairs_file), str(folder)]) == 0
     assert "2 pairs" in capsys.readouterr().out
     info = json.loads((folder / "dataset_info.json").read_text())
     assert info["pairs"]["ranking"] is True
@@ -111,7 +112,7 @@ def test_one_flag_converts_to_llama_factorys_format(pairs_file, tmp_path, capsys
 def test_a_description_of_other_datasets_is_never_replaced(pairs_file, tmp_path, capsys):
     (tmp_path / "dataset_info.json").write_text('{"alpaca": {}}')
     assert main(["export", str(pairs_file), str(tmp_path)]) == 2
-    assert "has a dataset_info.json already: name a new folder" in capsys.readouterr().err
+    assert "dataset_info.json describes other datasets: name a new" in capsys.readouterr().err
     assert (tmp_path / "dataset_info.json").read_text() == '{"alpaca": {}}'
     assert not (tmp_path / "pairs.json").exists()
 

@@ -568,4 +568,6 @@ def test_no_lesson_holds_what_a_held_out_row_asks() -> None:
         dialogues.append({x[:n] for x in texts for n in range(1, len(x) + 1)})
     assert all(pairs) and [len(asked & x) for x in pairs] == [0] * 4
     assert [len(said & x) for x in dialogues] == [0] * 4
-    assert len(asked & pairs_in(recommender_lessons([], held[:1], CATALOGUE, OPTIONS)[0][0])) == 1
+    (chat,), (log,) = recommender_lessons(held[:1], held[:1], CATALOGUE, OPTIONS)[0][1:], [held[0]]
+    assert len(asked & pairs_in(chat)) == 1
+    assert (summary_lessons([log], CATALOGUE, OPTIONS)[0][0][1].content,) in said

@@ -142,19 +142,18 @@ class Models:
 def weights_digest(name: str, find: Find) -> str:
     """Return a digest, 16 hexadecimal digits, that identifies an adapter or a model in results.
 
-    An adapter, a model's settings and its tokenizer are hashed whole, of a model's weights or file
-    a PIECE in every STRIDE, of a server its URL and the model's name, of "none" nothing.
+    An adapter, a model's settings and its tokenizer are hashed whole, of a model's weights a PIECE
+    in every STRIDE, of a server its URL and the model's name, of "none" nothing.
     """
     if is_server(name):
         return hashlib.blake2b(repr(split_address(name)).encode(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(digest_size=8)
     if own := is_adapter(name):
         file_in(Path(name), WEIGHTS_FILE)  # raises UserError if it is missing
-    here = own or name == "none" or Path(name).is_file()
-    folder = Path(name) if here else parallel.one_then_all(lambda: find(name))
+    folder = Path(name) if own or name == "none" else parallel.one_then_all(lambda: find(name))
     files = ("*config.json", "tokenizer.*", "*.safetensors")
-    for path in sorted(x for y in files for x in folder.glob(y)) or filter(Path.is_file, [folder]):
-        step = PIECE if own or path.suffix in (".json", ".model") else STRIDE
+    for path in sorted(x for y in files for x in folder.glob(y)):
+        step = STRIDE if path.suffix == ".safetensors" and not own else PIECE
         with path.open("rb") as file:
             for start in range(0, path.stat().st_size, step):
                 digest.update(b"%d" % file.seek(start) + file.read(PIECE))

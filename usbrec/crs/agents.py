@@ -45,11 +45,10 @@ Asked = list[tuple[Side, Request]]  # who is asked, and what
 
 @dataclass(frozen=True)
 class Votes(Options):
-    """What the options of all that ask a judge include: how a score is read, the longest reply."""
+    """The reading of a judge's score, which the options of all that ask a judge include."""
 
     votes: int = option(0, "sampled votes a score; 0: read in closed form", low=0)
     vote_temperature: float = option(0.7, "temperature of the judge's votes", low=0)
-    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Roles:
         if not dialogues:
             return []
         if not isinstance(side.llm, Ranks):
-            raise UserError("a server cannot rank titles: see --ses-candidates and --methods")
+            raise UserError("a server cannot rank titles: no --rank, /top, ranked candidates")
         texts = [announce(item.title) for item in self.catalogue]
         requests = [Request(recommender_prompt(x), adapter=side.adapter) for x in dialogues]
         return side.llm.best_texts(requests, texts, min(count, len(texts)), tokens)

@@ -44,7 +44,7 @@ from usbrec.crs.catalogue import Catalogue, parse_json
 from usbrec.crs.titles import GENRE_WORDS, SPACELESS, key_of
 from usbrec.options import Parser, UserError, add_table, read_text
 from usbrec.parallel import run_together
-from usbrec.runs import write_json, write_rows, write_whole
+from usbrec.runs import read_json, write_json, write_rows, write_whole
 
 Chats = Iterator[tuple[str, Any]]  # the place of each chat in the source, and the chat
 # the commands and their arguments; the formats and the names of their files by split; the sources:
@@ -225,8 +225,9 @@ def export(pairs: str, folder: Path) -> Iterator[str]:
     rows = [llama_factory_row(pair, place) for place, pair in datasets.read_pairs(Path(pairs))]
     if not rows:
         raise UserError(f"{pairs} holds no pair")
-    if (folder / "dataset_info.json").exists():  # it may describe other datasets
-        raise UserError(f"{folder} has a dataset_info.json already: name a new folder")
+    described = folder / "dataset_info.json"
+    if described.exists() and read_json(described) != KNOWN["llama_factory"]:
+        raise UserError(f"{described} describes other datasets: name a new folder")
     text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_whole(folder / "pairs.json", text.encode(errors="backslashreplace"))
     write_json(folder / "dataset_info.json", KNOWN["llama_factory"])

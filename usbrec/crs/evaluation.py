@@ -44,6 +44,7 @@ class EvaluationOptions(Votes):
     turns: int = option(1, "most recommender turns of a talk, judged after the last", low=1)
     temperature: float = option(0.0, "temperature of plain replies and explanations", low=0)
     seeker_temperature: float = option(0.1, "temperature of the seeker's replies", low=0)
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     ranked_dialogues: int = option(12, "dialogues whose best films are judged; 0: none", low=0)
     ranked_titles: int = option(20, "films that are judged in each of them", low=2)
     seen: int = option(128, "first dialogues of the seed's order; the rest: a table apart", low=0)

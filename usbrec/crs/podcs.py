@@ -37,6 +37,7 @@ class PairOptions(Votes):
     temperature: float = option(0.8, "temperature of the first responses", low=0)
     rollout_temperature: float = option(0.1, "temperature of the seeker and later replies", low=0)
     worst: Literal["zero", "below-two"] = option("zero", "scores that a rejected sample may have")
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
 
 
 def build_pairs(roles: Roles, examples: Examples, seed: int, options: PairOptions) -> list[Row]:

@@ -75,6 +75,7 @@ class SearchOptions(Votes):
     cards: bool = option(False, "the judge sees the catalogue's facts of the title")
     memory: bool = option(False, "the judge first writes what it knows of the title")
     veto: bool = option(True, "with cards: a refused or seen title is worth 0, as none is")
+    max_new_tokens: int = option(48, "longest reply, in tokens", low=1)
     summary_tokens: int = option(48, "longest summary, in tokens", low=1)
     budget_tokens: int = option(0, "most tokens, by estimate; 0: any", low=0)
     budget_seconds: float = option(0.0, "by the clock; calls overrun, results vary; 0: any", low=0)
@@ -165,7 +166,7 @@ class SearchResult:
     """One dialogue's search: the dialogue, its seed and profile, candidates, the best one's index.
 
     `widths` are the candidates that a budget keeps at each turn, none if it keeps all. `late` is
-    the turn before which the clock ended the search.
+    the turn before which the clock ended the search and left one.
     """
 
     root: Dialogue
@@ -232,10 +233,9 @@ def search_within(results: Searches, roles: Roles, options: SearchOptions, start
         going = [x for x in results if level < len(x.widths)]
         over = 0 < options.budget_seconds < time.monotonic() - start
         for result in going:
-            result.late = level + 1 if over else None
+            if over:
+                result.late, result.widths = level + 1, [*result.widths[:level], 1]
             keep(result, level, roles.catalogue, options)
-        if over:
-            return
         # one candidate alone is not judged
         left = [x for r in going if r.widths[level] > 1 for x in r.candidates if not x.dropped]
         nodes = list({id(leaf): leaf for x in left for leaf in x.leaves}.values())
@@ -342,21 +342,20 @@ def by_title(catalogue: Catalogue, replies: Sequence[str]) -> dict[tuple[Item, .
 def keep(result: SearchResult, level: int, catalogue: Catalogue, options: SearchOptions) -> None:
     """Drop all candidates but the most promising ones of the plan, at ties the later.
 
-    One is left if the clock has ended the search. Before the first judgement all promise the same,
-    with cards their fit with the profile by rule.
+    Before the first judgement all promise the same, with cards their fit with the profile by rule.
+    Later one without a value promises less than any that has one.
     """
     told = read_profile(result.profile, catalogue) if options.cards else set()
-    width = 1 if result.late else result.widths[level]
 
     def promise(x: Candidate) -> float:
         if level == 0 and options.cards:
             return fit(item, told) if (item := x.node and x.node.item(catalogue)) else -1
-        return value_of(x.paths, options, x.chance) or 0.0
+        return -1 if (value := value_of(x.paths, options, x.chance)) is None else value
 
     left = [x for x in result.candidates if x.node and not x.dropped]
     best = list(dict.fromkeys(x.reply for x in sorted(left, key=promise, reverse=True)))
     for x in left:
-        x.dropped = None if x.reply in best[:width] else level + 1
+        x.dropped = None if x.reply in best[: result.widths[level]] else level + 1
 
 
 def expand(roles: Roles, nodes: Sequence[Node], options: SearchOptions) -> list[Node]:

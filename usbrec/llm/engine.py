@@ -118,7 +118,7 @@ class Batch:
     def advance(self, drawn: Tensor) -> Tensor:
         """Add the drawn tokens (B,) to their rows; return the hidden states (B', D) after them.
 
-        B' rows are left. A GPU computes on while Python reads the tokens, for nothing if no row is.
+        B' rows are left. A GPU computes on while Python reads the tokens: if none is left, in vain.
         """
         self.last_ids = drawn
         self.positions += 1

@@ -24,7 +24,8 @@ from torch import Tensor
 from usbrec.llm.packing import Packed, Tree
 from usbrec.options import Options, option
 
-# rows of logits: (128, 49152) in fp32 are 25 MB, on two cores 64 and 512 were slower; on a GPU x 8
+# rows of logits: (128, 49152) in fp32 are 25 MB; 64 and 512 were slower on two cores. A GPU takes
+# 8 times as many.
 CHUNK_ROWS = 128
 REPETITION_WINDOW = 32  # supervised tokens of the same response that a prediction may repeat
 
