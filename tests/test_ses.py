@@ -787,3 +787,16 @@ def test_a_search_that_ends_unjudged_says_the_film_that_fits_by_rule(
     assert result.late == 1 and not llm.scored
     assert [x.dropped for x in result.candidates] == [1, 1, None]
     assert result.reply == "I recommend Heat (1995)."
+
+
+@pytest.mark.parametrize("late", [None, 2])
+def test_a_reply_that_could_not_be_read_gives_way_to_one_that_is_worth_nothing(
+    late: int | None,
+) -> None:
+    """After the first judgement, whether the plan or the clock leaves one."""
+    said = [Candidate(x, Node(talk("Hi", x), "Likes: crime.", 1)) for x in ("Unread.", "Bad.")]
+    assert said[1].node
+    said[1].node.score = JudgeScore(0.0, 0)
+    result = ses.SearchResult(talk("Hi"), 1, "Likes: crime.", said, widths=[2, 1], late=late)
+    ses.keep(result, 1, FILMS, SearchOptions())
+    assert [x.dropped for x in said] == [2, None]
