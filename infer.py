@@ -295,7 +295,7 @@ def refuse_unread(flags: Namespace) -> None:
     if flags.out is not None and (flags.chat or (flags.out.exists() and not flags.out.is_file())):
         raise UserError(f"--out must name a file, and not stand beside --chat, got {flags.out}")
     others = {os.path.abspath(x) for x in (flags.dialogue, flags.out) if x}
-    wrong = flags.validate_simulator or os.path.abspath(flags.trace or "/") in others
+    wrong = flags.validate_simulator or (flags.trace and os.path.abspath(flags.trace) in others)
     if flags.trace and (wrong or flags.trace.suffix not in pages.TRACES):
         raise UserError(f"--trace keeps replies in an .html or .json of its own, got {flags.trace}")
 

@@ -230,7 +230,7 @@ def export(pairs: str, folder: Path) -> Iterator[str]:
         raise UserError(f"{described} describes other datasets: name a new folder")
     text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_whole(folder / "pairs.json", text.encode(errors="backslashreplace"))
-    write_json(folder / "dataset_info.json", KNOWN["llama_factory"])
+    write_json(described, KNOWN["llama_factory"])
     yield f"{len(rows)} pairs in {folder}"
 
 

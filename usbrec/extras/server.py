@@ -33,7 +33,7 @@ from usbrec.crs import agents, datasets, ses
 from usbrec.crs.catalogue import parse_json
 from usbrec.crs.dialogue import Dialogue, format_dialogue
 from usbrec.options import UserError, from_flags, seed_for
-from usbrec.runs import dump
+from usbrec.runs import dump, read_json
 
 try:
     import uvicorn
@@ -45,7 +45,7 @@ WAITING = 256  # jobs; further ones are turned away
 SEARCHED = "recommender-ses"
 # fields of a request: those that are read, those at values that change nothing, and our names of
 # those that shape a reply
-FIELDS = parse_json(Path(__file__).with_name("openai.json").read_text("utf-8"))
+FIELDS = read_json(Path(__file__).with_name("openai.json"))
 OURS, SHAPES = FIELDS["ours"], ("temperature", *FIELDS["ours"])
 SERVED = {"recommender": (*SHAPES, "top_p", "top_k", "min_p", "stop"), SEARCHED: SHAPES}
 

@@ -64,9 +64,8 @@ class Endpoint:
         openai is missing, or cannot use the address.
         """
         self.url, self.answers, self.in_flight = url, answers, in_flight
-        # no key holds white space or typographic quotes, but both may stand around one
-        given = os.environ.get("OPENAI_API_KEY", "").encode("ascii", "ignore").decode()
-        self.key = "".join(given.split()) or "no-key-given"  # the client wants one
+        # white space and typographic quotes are no part of a key; the client wants one in any case
+        self.key = re.sub("[^!-~]", "", os.environ.get("OPENAI_API_KEY", "")) or "no-key-given"
         try:
             import openai
 

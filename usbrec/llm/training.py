@@ -104,9 +104,7 @@ def train(model: Decoder, adapter: str, trees: Trees, job: TrainingJob) -> int:
     parameters = trainable(model, adapter)
     facts = {"adapter": adapter, "objective": repr(job.objective), **asdict(options)}
     facts |= {"items": digest(trees), "validation": digest(job.validation)}
-    # A and B have a group each: their rates may differ (LoRA+)
-    groups = [{"params": [x for k, x in parameters.items() if f".lora_{y}." in k]} for y in "AB"]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
+    optimizer = adamw(parameters, options.weight_decay)
     of_A, of_B = optimizer.param_groups
     state = State(job.folder, parameters, optimizer)
     state.resume({**facts, "weights": digest(copies(parameters))})
@@ -183,6 +181,12 @@ def own_rows(rows: Sequence[list[Tree]]) -> list[tuple[list[Tree], float]]:
     """
     own = [(row, 1.0) for row in rows[parallel.rank() :: parallel.world()]]
     return own if len(own) * parallel.world() >= len(rows) else [*own, (rows[-1], 0.0)]
+
+
+def adamw(parameters: Tensors, decay: float) -> torch.optim.Optimizer:
+    """Return AdamW over an adapter in two groups, A and B, whose rates may differ (LoRA+)."""
+    groups = [{"params": [x for k, x in parameters.items() if f".lora_{y}." in k]} for y in "AB"]
+    return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 
 def step_items(options: TrainingOptions, items: int) -> list[list[int]]:
